@@ -1,0 +1,3 @@
+"""rvc_dist: distributed training of RVC voices."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,103 @@
+"""The command line: `rvc-dist STAGE [--config FILE] [--section.key VALUE]`, equally `python -m rvc_dist`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from typing import NamedTuple
+
+from rvc_dist import __version__
+from rvc_dist.config import Recipe, parse_recipe
+from rvc_dist.workspace import Share, StageError, Stopped
+
+EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
+"""75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run."""
+
+
+class Stage(NamedTuple):
+    module: str
+    """Module with `run(recipe, share)`; imported only when the stage runs."""
+    about: str
+    takes_shard: bool = False
+
+
+STAGES = {
+    "preprocess": Stage("rvc_dist.preprocess", "Cut recordings into clips.", takes_shard=True),
+    "extract": Stage("rvc_dist.extract", "Compute content features and pitch of the clips.", takes_shard=True),
+    "index": Stage("rvc_dist.index", "Build the retrieval index over the content features."),
+    "train": Stage("rvc_dist.trainer", "Train the voice; continues from the newest checkpoint."),
+    "export": Stage("rvc_dist.export", "Write voice files from the run's checkpoints."),
+    "infer": Stage("rvc_dist.infer", "Convert a recording with a trained voice."),
+    "run": Stage("rvc_dist.pipeline", "All of it in order: preprocess, extract, index, train, export."),
+    "demo": Stage("rvc_dist.demo", "The whole job on the embedded demo voice."),
+}
+
+
+def usage() -> str:
+    lines = ["usage: rvc-dist STAGE [--config FILE] [--section.key VALUE ...]", "", "stages:"]
+    lines += [f"  {name:<12}{stage.about}" for name, stage in STAGES.items()]
+    lines += ["", "`rvc-dist STAGE --help` lists every key of the recipe.", f"rvc_dist {__version__}"]
+    return "\n".join(lines)
+
+
+def set_up_logging(share: Share) -> None:
+    """INFO on the first rank, warnings on the others, each line with its rank when there are several."""
+    rank = f"[rank {share.index}] " if share.count > 1 else ""
+    logging.basicConfig(
+        level=logging.WARNING, format=f"%(asctime)s {rank}%(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    logging.getLogger("rvc_dist").setLevel(logging.INFO if share.is_first or share.array else logging.WARNING)
+
+
+def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
+    """The recipe, and which part of the work this process does."""
+    stage, share = STAGES[name], Share.from_environment()
+    if stage.takes_shard and "--shard" in arguments:
+        at = arguments.index("--shard")
+        share = Share.parse(arguments[at + 1] if at + 1 < len(arguments) else "")
+        arguments = arguments[:at] + arguments[at + 2 :]
+    about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
+    if name == "demo":
+        from rvc_dist.demo import demo_arguments
+
+        arguments = demo_arguments() + arguments
+    return parse_recipe(name, arguments, about), share
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name = arguments[0]
+    if name not in STAGES:
+        print(f"rvc-dist: unknown stage {name!r}, expected one of {', '.join(STAGES)}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        recipe, share = parse(name, arguments[1:])
+    except ValueError as error:
+        print(f"rvc-dist {name}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    set_up_logging(share)
+    try:
+        importlib.import_module(STAGES[name].module).run(recipe, share)
+    except Stopped as stopped:
+        logging.getLogger("rvc_dist").warning("%s", stopped)
+        return EXIT_STOPPED
+    except StageError as error:
+        print(f"rvc-dist {name}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"rvc-dist {name}: interrupted; the same command continues", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

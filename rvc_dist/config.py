@@ -1,0 +1,479 @@
+"""The recipe: one tree of frozen dataclasses that every stage takes whole and reads its part of.
+
+YAML files and the command line are only data for these classes (`rvc_dist.cli` parses them); this module imports
+nothing heavy, so that `--help` and a typo in a key answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+FEATURE_RATE = 16000
+"""Sample rate of the copy that content encoders and pitch trackers hear, in Hz."""
+F0_HOP = 160
+"""Hop of f0 in samples at FEATURE_RATE: 100 frames a second."""
+F0_PER_S = FEATURE_RATE // F0_HOP
+MAX_CLIP_FRAMES = 900
+"""A training clip is cut to at most this many spectrogram frames."""
+PRETRAINED_SPEAKERS = 109
+"""Rows of the speaker table of every published pretrained generator."""
+
+
+class RateSpec(NamedTuple):
+    """The numbers that an RVC version fixes for one sample rate (samples, except where said)."""
+
+    n_fft: int
+    hop: int
+    num_mels: int
+    segment: int
+    upsample_rates: tuple[int, ...]
+    upsample_kernels: tuple[int, ...]
+
+
+_V2 = {
+    24000: RateSpec(1024, 240, 80, 8640, (10, 6, 2, 2), (20, 12, 4, 4)),
+    32000: RateSpec(1024, 320, 80, 12800, (10, 8, 2, 2), (20, 16, 4, 4)),
+    40000: RateSpec(2048, 400, 125, 12800, (10, 10, 2, 2), (16, 16, 4, 4)),
+    44100: RateSpec(2048, 512, 80, 10240, (8, 8, 2, 2, 2), (16, 16, 4, 4, 4)),
+    48000: RateSpec(2048, 480, 128, 17280, (12, 10, 2, 2), (24, 20, 4, 4)),
+}
+RATES: dict[str, dict[int, RateSpec]] = {
+    "v2": _V2,
+    "v1": _V2
+    | {
+        32000: RateSpec(1024, 320, 80, 12800, (10, 4, 2, 2, 2), (16, 16, 4, 4, 4)),
+        48000: RateSpec(2048, 480, 128, 11520, (10, 6, 2, 2, 2), (16, 16, 4, 4, 4)),
+    },
+}
+"""RATES[version][sample rate]; the source of every derived size in the package."""
+
+
+class ConfigError(ValueError):
+    """The recipe is wrong; the message names every key at fault, what it got and what it may be."""
+
+
+def _at_least(key: str, value: float | None, low: float) -> Iterator[str]:
+    if value is not None and not value >= low:
+        yield f"{key}: got {value}, expected at least {low}"
+
+
+def _above(key: str, value: float | None, low: float) -> Iterator[str]:
+    if value is not None and not value > low:
+        yield f"{key}: got {value}, expected more than {low}"
+
+
+def _within(key: str, value: float, low: float, high: float) -> Iterator[str]:
+    if not low <= value <= high:
+        yield f"{key}: got {value}, expected {low} to {high}"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    audio_dir: str = "audio"
+    """Folder of recordings of one speaker, or of sub-folders named by integer speaker id."""
+    sample_rate: int = 48000
+    """Sample rate of the voice in Hz: 24000, 32000, 40000, 44100 or 48000."""
+    holdout: float = 0.05
+    """Share of the source files kept out of training, for validation and the choice of the best checkpoint."""
+
+    def problems(self) -> Iterator[str]:
+        if self.sample_rate not in _V2:
+            yield f"data.sample_rate: got {self.sample_rate}, expected one of {', '.join(map(str, _V2))}"
+        yield from _within("data.holdout", self.holdout, 0.0, 0.5)
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How recordings become clips."""
+
+    cut_method: Literal["automatic", "simple", "skip"] = "automatic"
+    """automatic: at silences, then windows; simple: fixed windows; skip: one clip a file."""
+    chunk_len: float = 3.0
+    """Length of a clip in seconds."""
+    overlap_len: float = 0.3
+    """Overlap of neighbouring clips in seconds."""
+    process_effects: bool = True
+    """High-pass at 48 Hz (5th-order Butterworth)."""
+    normalization: Literal["none", "pre", "post"] = "post"
+    """Level recordings before cutting (pre), each clip after it (post), or not at all (none)."""
+    num_workers: int = 2
+    """Threads a rank."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _within("preprocess.chunk_len", self.chunk_len, 0.5, 9.0)
+        yield from _at_least("preprocess.overlap_len", self.overlap_len, 0.0)
+        if self.overlap_len >= self.chunk_len:
+            yield (
+                f"preprocess.overlap_len: got {self.overlap_len}, expected less than "
+                f"preprocess.chunk_len ({self.chunk_len})"
+            )
+        yield from _at_least("preprocess.num_workers", self.num_workers, 1)
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """How clips become content features and pitch."""
+
+    f0_method: str = "rmvpe"
+    """Pitch tracker: rmvpe, crepe, crepe-tiny, fcpe or pyin."""
+    f0_model: str = "lj1995/VoiceConversionWebUI/rmvpe.pt"
+    """Weights of rmvpe: a local file, or owner/repository/file on the hub. Other methods bring their own."""
+    f0_min: float = 50.0
+    """Lowest pitch in Hz."""
+    f0_max: float = 1100.0
+    """Highest pitch in Hz."""
+    embedder_model: str = "contentvec"
+    """Content encoder: contentvec, mfcc, a hub id, or a folder with config.json and model.safetensors."""
+    include_mutes: int = 2
+    """Silent clips a speaker that join the training list."""
+    batch_clips: int = 8
+    """Most clips of equal length that the encoder and the pitch tracker take at once."""
+    num_threads: int = 1
+    """CPU threads a rank: fixed, since the last bits of a feature depend on it."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _above("extract.f0_min", self.f0_min, 0.0)
+        if self.f0_max <= self.f0_min:
+            yield f"extract.f0_max: got {self.f0_max}, expected more than extract.f0_min ({self.f0_min})"
+        if self.f0_max > FEATURE_RATE / 4:
+            yield f"extract.f0_max: got {self.f0_max}, expected at most {FEATURE_RATE // 4}"
+        yield from _at_least("extract.include_mutes", self.include_mutes, 0)
+        yield from _at_least("extract.batch_clips", self.batch_clips, 1)
+        yield from _at_least("extract.num_threads", self.num_threads, 1)
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How content features become a retrieval index."""
+
+    algorithm: Literal["auto", "faiss", "kmeans"] = "auto"
+    """faiss: all frames; kmeans: 10,000 centres; auto: kmeans above 200,000 frames."""
+    nprobe: int = 9
+    """Cells searched a query; more is slower and finds nearer neighbours."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _at_least("index.nprobe", self.nprobe, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The networks. The widths are RVC's; narrower ones train faster and load no pretrained weights."""
+
+    version: Literal["v1", "v2"] = "v2"
+    """v1: 6 period discriminators, 256 features; v2: 8, and the encoder's own width."""
+    vocoder: Literal["hifi-gan"] = "hifi-gan"
+    """Decoder: NSF-HiFiGAN (without pitch guidance, plain HiFiGAN)."""
+    pitch_guidance: bool = True
+    """Follow f0: right for speech and singing alike."""
+    inter_channels: int = 192
+    hidden_channels: int = 192
+    filter_channels: int = 768
+    num_heads: int = 2
+    num_layers: int = 6
+    upsample_initial_channel: int = 512
+    gin_channels: int = 256
+    """Width of the speaker embedding."""
+    discriminator_channels: int = 1024
+    """Width of the widest discriminator layer; the others keep their proportion to it."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("inter_channels", "hidden_channels"):
+            value = getattr(self, name)
+            if value < 2 or value % 2:
+                yield f"model.{name}: got {value}, expected an even number of at least 2"
+        if self.num_heads < 1 or self.hidden_channels % self.num_heads:
+            yield (
+                f"model.num_heads: got {self.num_heads}, expected a divisor of "
+                f"model.hidden_channels ({self.hidden_channels})"
+            )
+        yield from _at_least("model.filter_channels", self.filter_channels, 1)
+        yield from _at_least("model.num_layers", self.num_layers, 1)
+        yield from _at_least("model.gin_channels", self.gin_channels, 1)
+        value = self.upsample_initial_channel
+        if value < 32 or value % 32:
+            yield f"model.upsample_initial_channel: got {value}, expected a multiple of 32 of at least 32"
+        value = self.discriminator_channels
+        if value < 64 or value % 64:
+            yield f"model.discriminator_channels: got {value}, expected a multiple of 64 of at least 64"
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the generator's losses."""
+
+    mel: float = 45.0
+    kl: float = 1.0
+    fm: float = 1.0
+    adv: float = 1.0
+
+    def problems(self) -> Iterator[str]:
+        for name in ("mel", "kl", "fm", "adv"):
+            yield from _at_least(f"train.loss.{name}", getattr(self, name), 0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop. A run ends at max_epochs or max_steps, whichever comes first."""
+
+    batch_size: int = 4
+    """Clips a rank and step; the global batch is this times the number of ranks."""
+    max_epochs: int = 200
+    """Times that every clip is seen."""
+    max_steps: int | None = None
+    """Optimizer steps, for runs that are not counted in epochs."""
+    learning_rate: float = 1e-4
+    """Of G and D alike; it does not depend on the number of ranks unless lr_scaling says so."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """Multiply learning_rate by 1, the square root of the number of ranks, or the number of ranks."""
+    lr_schedule: Literal["exponential", "cosine", "constant"] = "exponential"
+    """exponential: times lr_decay an epoch; cosine: to zero at the end of the run."""
+    lr_decay: float = 0.999875
+    """Factor of the exponential schedule, an epoch."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    max_grad_norm: float | None = None
+    """Clip the gradient norm of G and of D to this."""
+    optimizer: Literal["adamw", "radam", "anyprecision_adamw"] = "adamw"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; parameters, losses and spectrograms stay float32."""
+    fast_train: bool = False
+    """TF32, cuDNN benchmark, allocator, compile and loader settings on every rank; changes no formula."""
+    bf16_adamw: bool = False
+    """Shortcut for precision bf16 and optimizer anyprecision_adamw; needs a GPU with bf16, or a CPU."""
+    compile: bool = False
+    """torch.compile of G and D (fast_train asks for it too, on CUDA)."""
+    deterministic: bool = False
+    """Deterministic CUDA kernels, for bit-exact resume; the CPU's always are."""
+    seed: int = 1234
+    multiscale_mel_loss: bool = True
+    """Mel loss over eight resolutions instead of one."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    pretrained_g: str | None = None
+    """Generator weights to start from (.pth)."""
+    pretrained_d: str | None = None
+    """Discriminator weights to start from (.pth)."""
+    save_every_steps: int = 1000
+    """Steps between checkpoints; one is always written at the end and when the run is stopped."""
+    save_every_epochs: int | None = None
+    """Epochs between checkpoints, instead of save_every_steps."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept, besides the best."""
+    eval_every_steps: int = 500
+    """Steps between validations on the held-out files."""
+    overtrain_detect: bool = False
+    """Stop when validation has not improved for overtrain_threshold epochs."""
+    overtrain_threshold: int = 50
+    """Epochs without improvement that end the run."""
+    log_every_steps: int = 10
+    """Steps between log lines; only then does the host wait for the device."""
+    num_workers: int = 1
+    """Loader processes a rank; 0 loads in the training process."""
+
+    @property
+    def use_bf16(self) -> bool:
+        return self.precision == "bf16" or self.bf16_adamw
+
+    @property
+    def optimizer_name(self) -> str:
+        return "anyprecision_adamw" if self.bf16_adamw else self.optimizer
+
+    def problems(self) -> Iterator[str]:
+        for name in ("batch_size", "max_epochs", "max_steps", "save_every_steps", "save_every_epochs"):
+            yield from _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("keep_checkpoints", "eval_every_steps", "log_every_steps", "overtrain_threshold"):
+            yield from _at_least(f"train.{name}", getattr(self, name), 1)
+        yield from _above("train.learning_rate", self.learning_rate, 0.0)
+        yield from _within("train.lr_decay", self.lr_decay, 0.0, 1.0)
+        yield from _above("train.max_grad_norm", self.max_grad_norm, 0.0)
+        for name in ("warmup_steps", "num_workers", "seed"):
+            yield from _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.bf16_adamw and self.optimizer == "radam":
+            yield "train.optimizer: got radam with train.bf16_adamw, which chooses anyprecision_adamw; set only one"
+        yield from self.loss.problems()
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The voice file."""
+
+    author: str = ""
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Conversion of one file. A voice file is enough: nothing else of the recipe is needed."""
+
+    input: str = "input.wav"
+    """Recording to convert, of any length and rate."""
+    output: str = "output.wav"
+    """Where the result goes (wav or flac)."""
+    model: str | None = None
+    """Voice file; by default the run's voice/NAME_last.pth."""
+    index: str | None = None
+    """Retrieval index; by default the run's, when there is one."""
+    embedder_model: str | None = None
+    """Content encoder; by default the one whose name the voice file carries."""
+    pitch: float = 0.0
+    """Transposition in semitones."""
+    index_rate: float = 0.75
+    """Share of retrieved features, 0 (no index) to 1."""
+    protect: float = 0.33
+    """Share of retrieved features kept in unvoiced frames; 0.5 turns the protection off."""
+    speaker: int = 0
+    """Speaker id, for voices with several."""
+    window_s: float = 30.0
+    """Longest piece converted at once, in seconds: bounds the memory."""
+    seed: int = 1234
+
+    def problems(self) -> Iterator[str]:
+        yield from _within("infer.pitch", self.pitch, -48.0, 48.0)
+        yield from _within("infer.index_rate", self.index_rate, 0.0, 1.0)
+        yield from _within("infer.protect", self.protect, 0.0, 0.5)
+        yield from _at_least("infer.speaker", self.speaker, 0)
+        yield from _at_least("infer.window_s", self.window_s, 2.0)
+        if Path(self.output).suffix.lower() not in (".wav", ".flac"):
+            yield f"infer.output: got {self.output!r}, expected a name that ends in .wav or .flac"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run produces."""
+
+    name: str = "voice"
+    """Name of the voice; files are called after it."""
+    run_dir: str = "run"
+    """Folder of the run: clips, features, index, checkpoints, voice."""
+    data: DataConfig = field(default_factory=DataConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.name or any(c in self.name for c in '/\\\0"') or self.name.startswith("."):
+            problems.append(f"name: got {self.name!r}, expected a file name without slashes")
+        for section in (self.data, self.preprocess, self.extract, self.index, self.model, self.train, self.infer):
+            problems.extend(section.problems())
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def rate_spec(self) -> RateSpec:
+        return RATES[self.model.version][self.data.sample_rate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole tree as plain data, for YAML and JSON."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def parse_recipe(stage: str, arguments: list[str], about: str = "") -> Recipe:
+    """`[--config FILE] [--section.key VALUE]` -> the recipe; `--help` prints every key and exits.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range, or a file that cannot be read.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=f"rvc-dist {stage}", description=about, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="Recipe file (YAML); later options override it.")
+    parser.add_class_arguments(Recipe, as_group=False)
+    problems = [p for file in _config_files(arguments) for p in _unknown_keys(file)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        values = parser.parse_args(arguments)
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_readable(str(error))) from error
+    return _build(Recipe, values.as_dict())
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file."""
+    return parse_recipe("", ["--config", str(path)])
+
+
+def _build(kind: type[Any], values: dict[str, Any]) -> Any:
+    """A dataclass of `kind` from nested plain data, its sections included."""
+    hints = {f.name: f.default_factory for f in dataclasses.fields(kind) if isinstance(f.default_factory, type)}
+    arguments = {k: _build(hints[k], v) if k in hints else v for k, v in values.items() if k != "config"}
+    return kind(**arguments)
+
+
+def _config_files(arguments: list[str]) -> Iterator[Path]:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            yield Path(arguments[i + 1])
+        elif argument.startswith("--config="):
+            yield Path(argument.removeprefix("--config="))
+
+
+def _unknown_keys(path: Path) -> Iterator[str]:
+    """Every key of a recipe file that no section has, with its full path and the nearest key that exists."""
+    import difflib
+
+    import yaml
+
+    if not path.is_file():
+        raise ConfigError(f"--config: {path} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config: {path} holds a {type(tree).__name__}, expected keys such as name: and train:")
+
+    def walk(values: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), list(known), n=1)
+                hint = f"; did you mean {prefix}{near[0]}?" if near else f"; expected one of {', '.join(known)}"
+                yield f"{path}: unknown key {prefix}{key}{hint}"
+            elif isinstance(known[key], dict) and isinstance(value, dict):
+                yield from walk(value, known[key], f"{prefix}{key}.")
+
+    yield from walk(tree, Recipe().to_dict(), "")
+
+
+def _readable(message: str) -> str:
+    """jsonargparse's message in the form of ours: `key: got X, expected Y`."""
+    import difflib
+    import re
+
+    unknown = re.fullmatch(r"unrecognized arguments: --([\w.]+).*", message, re.DOTALL)
+    if unknown:
+        near = difflib.get_close_matches(unknown[1], _all_keys(), n=1)
+        return f"unknown key {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; --help lists every key")
+    found = re.search(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL)
+    if not found:
+        return message
+    key, rest = found[1], " ".join(found[2].split())
+    typed = re.search(r"Expected an? (.+?)\. Got value: (.*)", rest)
+    if not typed:
+        return f"{key}: {rest}"
+    kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal", lambda m: m[1] or "one of ", typed[1])
+    return f"{key}: got {typed[2]}, expected {kind}"
+
+
+def _all_keys() -> list[str]:
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in tree.items():
+            yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+    return list(walk(Recipe().to_dict(), ""))
