@@ -401,7 +401,8 @@ def parse_recipe(stage: str, arguments: list[str], about: str = "") -> Recipe:
         values = parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_readable(str(error))) from error
-    return _build(Recipe, values.as_dict())
+    recipe: Recipe = _build(Recipe, values.as_dict())
+    return recipe
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -411,7 +412,9 @@ def load_recipe(path: Path) -> Recipe:
 
 def _build(kind: type[Any], values: dict[str, Any]) -> Any:
     """A dataclass of `kind` from nested plain data, its sections included."""
-    hints = {f.name: f.default_factory for f in dataclasses.fields(kind) if isinstance(f.default_factory, type)}
+    hints: dict[str, Any] = {
+        f.name: f.default_factory for f in dataclasses.fields(kind) if isinstance(f.default_factory, type)
+    }
     arguments = {k: _build(hints[k], v) if k in hints else v for k, v in values.items() if k != "config"}
     return kind(**arguments)
 

@@ -1,0 +1,11 @@
+# Sourced by demo.sh and test.sh: makes the virtual environment of this checkout, once, and installs rvc_dist into it.
+# Usage: source launch/setup.sh EXTRAS      Honours PYTHON (interpreter) and VENV (folder of the environment).
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV=${VENV:-.venv}
+if [[ ! -x $VENV/bin/python ]]; then
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    { echo "rvc_dist needs Python 3.10 or newer; say which with PYTHON=/path/to/python" >&2; exit 1; }
+  "${PYTHON:-python3}" -m venv "$VENV"
+fi
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
+export PATH="$PWD/$VENV/bin:$PATH"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Lint, types and all tests on a fresh machine. Arguments go to pytest: bash launch/test.sh -m "not slow"
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
+
+ruff check .
+ruff format --check .
+mypy
+exec python -m pytest "$@"

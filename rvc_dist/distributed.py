@@ -1,0 +1,191 @@
+"""All knowledge of Accelerate and torch.distributed: the Accelerator, ranks, seeds, kernel settings, stop signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from torch import Tensor, nn
+
+from rvc_dist.config import TrainConfig
+from rvc_dist.workspace import StageError
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT_S = 600
+"""A rank that hears nothing for this long gives up, and its launcher ends the job."""
+ALLOCATOR_SETTINGS = "expandable_segments:True,max_split_size_mb:512"
+MIN_BF16_CAPABILITY = (8, 0)
+"""Ampere: older GPUs emulate bf16, slower than float32."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The Accelerator of this rank, after the kernel settings, which must precede the first CUDA call.
+
+    Raises:
+        StageError: the launcher asked for another number of ranks than joined, or the hardware has no bf16.
+    """
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted > 1 and not torch.cuda.is_available():
+        # Without this, `accelerate launch --multi_gpu` on CPUs gives every process rank 0 of 1.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    apply_kernel_settings(config)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.use_bf16 else "no",
+        # The learning rate is a function of the step; Accelerate is not to step anything by itself.
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)),
+        ],
+    )
+    if accelerator.num_processes != wanted:
+        raise StageError(
+            f"the launcher asked for {wanted} ranks but {accelerator.num_processes} joined; on CPUs launch with "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
+        )
+    if config.use_bf16:
+        check_bf16(accelerator.device)
+    check_same_settings(accelerator)
+    return accelerator
+
+
+def apply_kernel_settings(config: TrainConfig) -> None:
+    """The kernel settings of `fast_train`: TF32, cuDNN's search for the fastest kernels, the allocator."""
+    if config.fast_train:
+        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            os.environ.setdefault(variable, ALLOCATOR_SETTINGS)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = config.deterministic
+    if config.deterministic:
+        torch.backends.cudnn.benchmark = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def kernel_settings() -> dict[str, Any]:
+    """What this rank really has, read back."""
+    return {
+        "tf32 matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32 cudnn": torch.backends.cudnn.allow_tf32,
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def check_same_settings(accelerator: Accelerator) -> None:
+    """Print the kernel settings once; ranks that differ are an error.
+
+    Raises:
+        StageError: naming every setting that differs and its value on each rank.
+    """
+    every = gather_object([kernel_settings()])
+    differ = {key: [s[key] for s in every] for key in every[0] if any(s[key] != every[0][key] for s in every)}
+    if differ:
+        listed = "".join(f"\n  {key}: {dict(enumerate(values))}" for key, values in differ.items())
+        raise StageError(f"the ranks have different settings (rank: value):{listed}")
+    logger.info("%d ranks: %s", accelerator.num_processes, ", ".join(f"{k} {v}" for k, v in every[0].items()))
+
+
+def check_bf16(device: torch.device) -> None:
+    """Refuse bf16 where the hardware only emulates it.
+
+    Raises:
+        StageError: a CUDA device below compute capability 8.0.
+    """
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_BF16_CAPABILITY:
+        raise StageError(
+            f"train.precision: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}; bf16 needs 8.0 (Ampere) or newer and is emulated, slower than float32, "
+            "below it. Set train.precision to fp32 and train.bf16_adamw to false; train.fast_train still helps"
+        )
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` passes gradients through but gets none: no useless gradients, no useless all-reduce."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Noise and slices differ by rank: called after the networks are built, which are the same on all ranks."""
+    torch.manual_seed(seed * 100_003 + rank)
+
+
+def rng_state(device: torch.device) -> Tensor:
+    """The random state of this rank, CPU and device, as one byte tensor."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def restore_rng_state(state: Tensor, device: torch.device) -> None:
+    length = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:length].clone())
+    if device.type == "cuda" and state.numel() > length:
+        torch.cuda.set_rng_state(state[length:].clone(), device)
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an end; all ranks agree on the step.
+
+    The handler only sets a flag. Each step sums the flags of all ranks over gloo on the host, without waiting: the sum
+    of one step is read at the next, so the device is never waited for. A second signal acts as it would have.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._received = 0
+        self._pending: tuple[Tensor, Any] | None = None
+        self._group: Any = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pending and kind is None:
+            self._pending[1].wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        self._received = number
+        signal.signal(number, self._previous[signal.Signals(number)])
+
+    def poll(self) -> int:
+        """The number of a signal that some rank got, the same on every rank at the same step; 0 if none did."""
+        if self._group is None:
+            return self._received
+        flag = torch.tensor([self._received])
+        before, self._pending = self._pending, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, True))
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])

@@ -1,0 +1,119 @@
+"""The export stage: checkpoints -> voice files that the tools of RVC read."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rvc_dist import checkpoint
+from rvc_dist.config import Recipe
+from rvc_dist.data import ClipTable
+from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.workspace import Share, StageError, Workspace, atomic_write, read_json
+
+logger = logging.getLogger(__name__)
+
+VOCODER_NAMES = {"hifi-gan": "HiFi-GAN"}
+"""The recipe's word for a vocoder -> the voice file's."""
+
+
+def run(recipe: Recipe, share: Share) -> None:
+    """Write NAME_{epoch}e_{step}s.pth for every checkpoint, NAME_last.pth and, when there is one, NAME_best.pth.
+
+    Raises:
+        StageError: there is no checkpoint, or it is damaged.
+    """
+    if not share.is_first:
+        return
+    work = Workspace(recipe.run_dir, recipe.name)
+    found = checkpoint.all_in(work.checkpoints_dir)
+    if not found:
+        raise StageError(f"{work.checkpoints_dir} has no checkpoint: run `rvc-dist train` first")
+    dataset_length = read_json(work.clips_report_file)["total_dataset_duration"]
+    num_speakers = ClipTable.load(recipe).num_speakers
+    for path in found:
+        saved = checkpoint.load(path)
+        voice = voice_dict(recipe, saved, dataset_length, num_speakers)
+        step, epoch = saved.progress.step, saved.progress.epoch
+        file = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
+        write_voice(file, voice)
+        logger.info("export: %s", file)
+    _copy(file, work.last_voice_file)
+    if saved.progress.best_metric is not None:
+        best, epoch = saved.progress.best_step, saved.progress.best_epoch
+        _copy(work.voice_dir / f"{recipe.name}_{epoch}e_{best}s.pth", work.voice_dir / f"{recipe.name}_best.pth")
+
+
+def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str, num_speakers: int) -> dict[str, Any]:
+    """The contents of a voice file: float16 weights without the posterior encoder, in the old weight-norm spelling."""
+    weight = {
+        k: v.half().contiguous()
+        for k, v in to_upstream(saved.models["generator"]).items()
+        if not k.startswith("enc_q.")
+    }
+    shape = _shape(saved.identity)
+    progress = saved.progress
+    overtrain_info = (
+        f"best validation mel distance {progress.best_metric:.4f} at step {progress.best_step}, "
+        f"epoch {progress.best_epoch}"
+        if progress.best_metric is not None
+        else "not measured"
+    )
+    return {
+        "weight": weight,
+        "config": shape.to_export_config(),
+        "epoch": f"{progress.epoch}epoch",
+        "step": progress.step,
+        "sr": shape.sample_rate,
+        "f0": int(shape.pitch_guidance),
+        "version": saved.identity["discriminator.version"],
+        "info": f"{recipe.name}: {progress.epoch} epochs, {progress.step} steps of rvc_dist",
+        "creation_date": datetime.datetime.now().isoformat(),
+        "model_hash": model_hash(weight),
+        "model_name": recipe.name,
+        "author": recipe.export.author,
+        "vocoder": VOCODER_NAMES[shape.vocoder],
+        "energy": False,
+        "speakers_id": num_speakers,
+        "architecture": "RVC",
+        "embedder_model": saved.identity["embedder"]["name"],
+        "embedder_hash": saved.identity["embedder"]["hash"],
+        "dataset_length": dataset_length,
+        "overtrain_info": overtrain_info,
+        "recipe": recipe.to_yaml(),
+    }
+
+
+def _shape(identity: dict[str, Any]) -> GeneratorShape:
+    fields = {k.removeprefix("generator."): v for k, v in identity.items() if k.startswith("generator.")}
+    return GeneratorShape(**fields)
+
+
+def model_hash(weight: dict[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of the weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weight):
+        digest.update(name.encode())
+        digest.update(weight[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_voice(path: Path, voice: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(voice, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def _copy(source: Path, target: Path) -> None:
+    beside = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, beside)
+    beside.replace(target)

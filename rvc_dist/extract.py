@@ -1,0 +1,244 @@
+"""The extract stage: clips -> content features and pitch, one safetensors file beside each clips file.
+
+Shapes: B clips of equal length, S samples, T50 and T100 frames at 50 and 100 a second, C channels.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rvc_dist import audio
+from rvc_dist.config import FEATURE_RATE, Recipe
+from rvc_dist.features.content import Embedder, load_embedder
+from rvc_dist.features.f0 import F0Method, load_f0
+from rvc_dist.workspace import (
+    Plan,
+    Share,
+    StageError,
+    Unit,
+    Workspace,
+    is_done,
+    read_header,
+    read_json,
+    remove_leftovers,
+    save_arrays,
+    stamp,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Extractor(NamedTuple):
+    """What turns a wave into features; loaded once a rank, and by the infer stage alike."""
+
+    embedder: Embedder
+    f0_method: F0Method
+    batch_clips: int
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> Extractor:
+        """Load the encoder and the pitch tracker of the recipe.
+
+        Raises:
+            StageError: one of them is unknown, or its weights or package are not to be had.
+        """
+        device = local_device()
+        try:
+            return cls(
+                load_embedder(recipe.extract, recipe.model.version, device),
+                load_f0(recipe.extract, device),
+                recipe.extract.batch_clips,
+            )
+        except (ValueError, OSError, ImportError) as error:
+            raise StageError(str(error)) from error
+
+    def describe(self) -> dict[str, Any]:
+        """What the features were made with; training and export carry it along."""
+        return {"name": self.embedder.name, "width": self.embedder.width, "hash": self.embedder.weights_hash}
+
+    def __call__(self, waves: list[audio.Wave]) -> Iterator[tuple[int, Any, Any]]:
+        """Yield (index, content [T50, C], f0 [T100]) for 16 kHz waves [S], batched by equal length.
+
+        Nothing is padded: padding changes what a group-normalised encoder gives.
+        """
+        by_length: dict[int, list[int]] = {}
+        for i, wave in enumerate(waves):
+            by_length.setdefault(len(wave), []).append(i)
+        for indices in by_length.values():
+            for at in range(0, len(indices), self.batch_clips):
+                batch = indices[at : at + self.batch_clips]
+                stacked = torch.from_numpy(np.stack([waves[i] for i in batch]))
+                content, f0 = self.embedder(stacked).cpu().numpy(), self.f0_method(stacked).cpu().numpy()
+                for row, i in enumerate(batch):
+                    yield i, content[row], f0[row]
+
+
+def local_device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def run(recipe: Recipe, share: Share) -> None:
+    """Make this process's features; whoever finishes last writes the report.
+
+    Raises:
+        StageError: clips are missing, or the encoder or the pitch tracker cannot be had.
+    """
+    work = Workspace(recipe.run_dir, recipe.name)
+    clips = clip_stamps(work)
+    with fixed_threads(recipe.extract.num_threads):
+        extract(recipe, work, clips, share)
+
+
+def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Share) -> None:
+    extractor = Extractor.load(recipe)
+    settings = feature_settings(recipe) | {"embedder": extractor.describe()}
+    if share.is_first and work.features_report_file.is_file():
+        before = read_json(work.features_report_file)["settings"]
+        if before != settings:
+            logger.info("extract: making all features again: %s -> %s", before, settings)
+    todo = [
+        u for u in share.take(list(clips)) if not is_done(work.features_file(u.id), feature_stamp(settings, clips[u]))
+    ]
+    logger.info("extract: %d units, %d to do here", len(clips), len(todo))
+    with ThreadPoolExecutor(1) as reader:
+        # The next unit is read and resampled while this one is computed.
+        pending = [reader.submit(read_unit, work.clips_file(u.id)) for u in todo[:1]]
+        for i, unit in enumerate(todo):
+            header, waves = pending.pop().result()
+            pending += [reader.submit(read_unit, work.clips_file(u.id)) for u in todo[i + 1 : i + 2]]
+            save_unit(work, unit, header, waves, extractor, feature_stamp(settings, clips[unit]))
+            logger.info("extract: unit %d of %d", i + 1, len(todo))
+    if recipe.extract.include_mutes and (share.is_first or share.array):
+        save_mute(recipe, work, extractor, settings)
+    finish(work, settings, clips)
+
+
+@contextmanager
+def fixed_threads(count: int) -> Iterator[None]:
+    """Inside, the CPU kernels use `count` threads, whatever the launcher chose: the last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def complete(recipe: Recipe) -> bool | None:
+    """True when the report says that all of this recipe's features are made of the present clips, else None."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    if not work.features_report_file.is_file():
+        return None
+    report = read_json(work.features_report_file)
+    settings = {k: v for k, v in report["settings"].items() if k != "embedder"}
+    done = settings == feature_settings(recipe) and report["clips"] == stamp(list(clip_stamps(work).values()))
+    return done or None
+
+
+def feature_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that the bytes of a feature depend on, under their recipe keys."""
+    e = recipe.extract
+    names = ("f0_method", "f0_model", "f0_min", "f0_max", "embedder_model", "batch_clips", "num_threads")
+    return {"model.version": recipe.model.version} | {f"extract.{n}": getattr(e, n) for n in names}
+
+
+def feature_stamp(settings: dict[str, Any], clips: str) -> str:
+    return stamp(settings, clips)
+
+
+def clip_stamps(work: Workspace) -> dict[Unit, str]:
+    """Every unit of the plan and the stamp of its clips file.
+
+    Raises:
+        StageError: the preprocess stage has not run, or not to its end.
+    """
+    plan = Plan.load(work.plan_file)
+    if plan is None:
+        raise StageError(f"{work.clips_dir} has no clips: run `rvc-dist preprocess` first")
+    stamps = {u: (read_header(work.clips_file(u.id)) or {}).get("stamp") for u in plan.units}
+    missing = [work.clips_file(u.id).name for u, s in stamps.items() if s != u.stamp(plan.settings)]
+    if missing:
+        raise StageError(
+            f"{work.clips_dir}: {len(missing)} of {len(plan.units)} units are missing or stale "
+            f"({', '.join(missing[:5])}): run `rvc-dist preprocess` to its end first"
+        )
+    return {u: str(s) for u, s in stamps.items()}
+
+
+def read_unit(path: Path) -> tuple[dict[str, Any], list[tuple[int, audio.Wave]]]:
+    """The header of a clips file, and for each clip its length in samples and its 16 kHz copy [S]."""
+    from safetensors import safe_open
+
+    header = read_header(path)
+    assert header is not None, path
+    with safe_open(path, framework="numpy") as file:
+        waves = [file.get_tensor(f"{i:05d}") for i in range(len(header["clips"]))]
+    return header, [(len(w), audio.resample(w, header["sample_rate"], FEATURE_RATE)) for w in waves]
+
+
+def save_unit(
+    work: Workspace,
+    unit: Unit,
+    clips_header: dict[str, Any],
+    waves: list[tuple[int, audio.Wave]],
+    extractor: Extractor,
+    wanted: str,
+) -> None:
+    """Write the features of one unit. A batch never crosses a unit, so its bytes do not depend on the ranks."""
+    arrays: dict[str, Any] = {}
+    clips: list[dict[str, Any]] = [dict(c) for c in clips_header["clips"]]
+    for i, content, f0 in extractor([w for _, w in waves]):
+        arrays[f"{i:05d}.content"], arrays[f"{i:05d}.f0"] = content, f0
+        clips[i] |= {"num_samples": waves[i][0], "num_content": len(content), "num_f0": len(f0)}
+    header = {
+        "stamp": wanted,
+        "sample_rate": clips_header["sample_rate"],
+        "embedder": extractor.describe(),
+        "clips": clips,
+    }
+    save_arrays(work.features_file(unit.id), arrays, header)
+
+
+def save_mute(recipe: Recipe, work: Workspace, extractor: Extractor, settings: dict[str, Any]) -> None:
+    """Write the features of silence, for the mute clips that teach the voice to be silent."""
+    chunk_len = recipe.preprocess.chunk_len
+    wanted = stamp(settings, chunk_len, recipe.data.sample_rate)
+    if is_done(work.mute_file, wanted):
+        return
+    silence = np.zeros(int(chunk_len * FEATURE_RATE), dtype=np.float32)
+    ((_, content, f0),) = extractor([silence])
+    header = {
+        "stamp": wanted,
+        "num_samples": int(chunk_len * recipe.data.sample_rate),
+        "num_content": len(content),
+        "num_f0": len(f0),
+    }
+    save_arrays(work.mute_file, {"00000.content": content, "00000.f0": np.zeros_like(f0)}, header)
+
+
+def finish(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str]) -> None:
+    """Write the report once every unit is done, whoever did it."""
+    headers = [read_header(work.features_file(u.id)) for u in clips]
+    wanted = [feature_stamp(settings, s) for s in clips.values()]
+    done = [h for h, w in zip(headers, wanted, strict=True) if h and h["stamp"] == w]
+    if len(done) < len(clips):
+        logger.info("extract: this part is done, %d units are left to others", len(clips) - len(done))
+        return
+    remove_leftovers(work.features_dir, len(clips))
+    frames = sum(c["num_content"] for h in done for c in h["clips"])
+    report = {"settings": settings, "clips": stamp(list(clips.values())), "content_frames": frames}
+    write_json(work.features_report_file, report)
+    logger.info("extract: %d content frames; %s", frames, work.features_report_file)

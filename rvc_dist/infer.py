@@ -1,0 +1,288 @@
+"""The infer stage: convert a recording of any length with a voice file, window by window.
+
+Shapes: S samples, T frames, C channels. Positions in the input are counted in frames of 10 ms.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rvc_dist import audio
+from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, Recipe
+from rvc_dist.data import covered_frames, feature_frames
+from rvc_dist.extract import Extractor, local_device
+from rvc_dist.features.f0 import coarse_pitch
+from rvc_dist.index import Retriever
+from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.workspace import Share, StageError, Workspace
+
+logger = logging.getLogger(__name__)
+
+CONTEXT = F0_PER_S
+"""Frames of context on either side of a window: more than the encoders' and the decoder's reach at the joins."""
+FADE = 4
+"""Frames over which neighbouring windows are cross-faded."""
+SEARCH_SHARE = 0.25
+"""The join is put at the quietest place of this last part of a window."""
+READ_BLOCK_S = 4.0
+MAX_PEAK = 0.99
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A voice file, ready to use."""
+
+    generator: Generator
+    embedder_model: str
+    embedder_hash: str | None
+    version: Literal["v1", "v2"]
+
+    @property
+    def rate(self) -> int:
+        return self.generator.shape.sample_rate
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Voice:
+        """A voice of ours or of another RVC tool.
+
+        Raises:
+            StageError: no such file, or not a voice that this package can build.
+        """
+        if not path.is_file():
+            raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth")
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise StageError(f"infer.model: {path} is not a voice file ({reason})") from error
+        if not isinstance(data, dict) or not {"weight", "config"} <= data.keys():
+            raise StageError(f"infer.model: {path} is not a voice file: expected `weight` and `config` in it")
+        state = from_upstream(data["weight"])
+        version = data.get("version", "v1")
+        try:
+            shape = GeneratorShape.from_export_config(
+                data["config"],
+                version=version,
+                f0=bool(data.get("f0", 1)),
+                content_channels=state["enc_p.emb_phone.weight"].shape[1],
+                vocoder=data.get("vocoder", "HiFi-GAN"),
+            )
+            # The list carries one row a speaker of the network it was made from; the table itself is what counts.
+            generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
+        except (KeyError, ValueError) as error:
+            raise StageError(f"infer.model: {path} holds no voice that can be built here ({error})") from error
+        wanted = {k: v.shape for k, v in generator.state_dict().items() if not k.startswith("enc_q.")}
+        got = {k: v.shape for k, v in state.items() if not k.startswith("enc_q.")}
+        if wanted != got:
+            differ = sorted(k for k in {**wanted, **got} if wanted.get(k) != got.get(k))
+            raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
+        generator.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+        return cls(
+            generator.to(device).eval(), data.get("embedder_model", "contentvec"), data.get("embedder_hash"), version
+        )
+
+
+@dataclass(frozen=True)
+class Converter:
+    """Converts windows of 16 kHz audio."""
+
+    voice: Voice
+    extractor: Extractor
+    retriever: Retriever | None
+    recipe: Recipe
+    device: torch.device
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> Converter:
+        """Everything that a conversion needs.
+
+        Raises:
+            StageError: the voice, its encoder, the pitch tracker or the index cannot be had or do not fit.
+        """
+        work, config, device = Workspace(recipe.run_dir, recipe.name), recipe.infer, local_device()
+        voice = Voice.load(Path(config.model) if config.model else work.last_voice_file, device)
+        speakers = voice.generator.shape.num_speakers
+        if config.speaker >= speakers:
+            raise StageError(f"infer.speaker: got {config.speaker}, this voice has {speakers} (0 to {speakers - 1})")
+        used = replace(
+            recipe,
+            extract=replace(recipe.extract, embedder_model=config.embedder_model or voice.embedder_model),
+            model=replace(recipe.model, version=voice.version),
+        )
+        extractor = Extractor.load(used)
+        width = voice.generator.shape.content_channels
+        if extractor.embedder.width != width:
+            raise StageError(
+                f"infer.embedder_model: {extractor.embedder.name} gives features {extractor.embedder.width} wide, the "
+                f"voice was trained on {width} ({voice.embedder_model})"
+            )
+        if voice.embedder_hash not in (None, extractor.embedder.weights_hash):
+            logger.warning(
+                "infer.embedder_model: the weights of %s are not those that the voice was trained with",
+                extractor.embedder.name,
+            )
+        index = Path(config.index) if config.index else work.index_file() if config.model is None else None
+        retriever = Retriever(index, width) if index is not None and config.index_rate > 0 else None
+        return cls(voice, extractor, retriever, recipe, device)
+
+    @torch.no_grad()
+    def __call__(self, wave: audio.Wave) -> audio.Wave:
+        """One window [S] at 16 kHz -> [S / 16000 * rate] at the voice's rate; its last frames may be silent."""
+        config, shape = self.recipe.infer, self.voice.generator.shape
+        ((_, content, f0),) = self.extractor([wave])
+        f0 = f0 * 2.0 ** (config.pitch / 12.0)
+        if self.retriever is not None:
+            mixed = self.retriever(content, config.index_rate)
+            kept = self._kept_share(f0, len(content))
+            content = mixed * kept[:, None] + content * (1.0 - kept[:, None])
+        wanted = len(wave) * shape.sample_rate // FEATURE_RATE
+        frames = covered_frames(shape.sample_rate, shape.hop, wanted, len(content), len(f0))
+        content_t = torch.from_numpy(content)[feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S // 2)]
+        f0_t = torch.from_numpy(f0)[feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S)]
+        made = self._generate(content_t, f0_t).cpu().numpy()
+        return np.pad(made[:wanted], (0, max(0, wanted - len(made))))
+
+    def _kept_share(self, f0: Any, num_content: int) -> Any:
+        """How much of the retrieval each content frame [T50] keeps: unvoiced consonants are easily smeared by it."""
+        protect = self.recipe.infer.protect
+        voiced = f0[np.minimum(np.arange(num_content) * 2, len(f0) - 1)] > 0
+        return np.where(voiced | (protect >= 0.5), 1.0, protect).astype(np.float32)
+
+    def _generate(self, content: Tensor, f0: Tensor) -> Tensor:
+        """content [T, C], f0 [T] -> wave [S]."""
+        guided = self.voice.generator.shape.pitch_guidance
+        content, f0 = content.unsqueeze(0).to(self.device), f0.unsqueeze(0).to(self.device)
+        lengths = torch.tensor([content.shape[1]], device=self.device)
+        speaker = torch.tensor([self.recipe.infer.speaker], device=self.device)
+        coarse = coarse_pitch(f0) if guided else None
+        return self.voice.generator.infer(content, lengths, coarse, f0 if guided else None, speaker)[0, 0].float()
+
+
+def run(recipe: Recipe, share: Share) -> None:
+    """Convert infer.input to infer.output.
+
+    Raises:
+        StageError: the input cannot be read, or `Converter.load` fails.
+    """
+    if not share.is_first:
+        return
+    source, target = Path(recipe.infer.input), Path(recipe.infer.output)
+    if not source.is_file():
+        raise StageError(f"infer.input: {source} {'is not a file' if source.exists() else 'does not exist'}")
+    try:
+        seconds = audio.duration(source)
+    except audio.AudioError as error:
+        raise StageError(f"infer.input: {source}: {error}") from error
+    converter = Converter.load(recipe)
+    torch.manual_seed(recipe.infer.seed)
+    logger.info("infer: %s, %.1f s", source, seconds)
+    try:
+        write(target, convert(converter, audio.stream(source, FEATURE_RATE, READ_BLOCK_S)), converter.voice.rate)
+    except audio.AudioError as error:
+        raise StageError(f"infer.input: {source}: {error}") from error
+    logger.info("infer: %s", target)
+
+
+def convert(converter: Converter, blocks: Iterator[audio.Wave]) -> Iterator[audio.Wave]:
+    """Convert a stream of 16 kHz blocks [S] into a stream of blocks at the voice's rate, of the same total length.
+
+    Each window is converted with a second of context on both sides; windows meet where the input is quietest and are
+    cross-faded there, so that no join clicks. At most two windows are in memory.
+    """
+    per_frame = converter.voice.rate // F0_PER_S
+    window = int(converter.recipe.infer.window_s * F0_PER_S)
+    ramp = (0.5 - 0.5 * np.cos(np.pi * (np.arange(FADE * per_frame) + 0.5) / (FADE * per_frame))).astype(np.float32)
+    tail = np.zeros(FADE * per_frame, dtype=np.float32)
+    joined = False
+    for piece, length, last in windows(blocks, window):
+        # piece spans CONTEXT frames before and after the `length` samples that it stands for.
+        made = converter(piece)
+        begin = CONTEXT * per_frame
+        end = begin + length * converter.voice.rate // FEATURE_RATE
+        half = FADE // 2 * per_frame
+        if joined:
+            head = made[begin - half : begin + half]
+            yield tail * (1 - ramp) + head * ramp
+            begin += half
+        if last:
+            yield made[begin:end]
+        else:
+            yield made[begin : end - half]
+            tail, joined = made[end - half : end + half], True
+
+
+def windows(blocks: Iterator[audio.Wave], window: int) -> Iterator[tuple[audio.Wave, int, bool]]:
+    """Cut a stream of 16 kHz blocks into pieces of at most `window` frames, each with its context around it.
+
+    Yields (piece with CONTEXT frames of context on both sides, silence beyond the ends; samples that it stands for;
+    whether it is the last).
+    """
+    context = CONTEXT * F0_HOP
+    # buffer[0] is always `context` samples before the next window.
+    buffer = np.zeros(context, dtype=np.float32)
+    more = True
+    while more:
+        parts, have = [buffer], len(buffer)
+        while have < 2 * context + window * F0_HOP and more:
+            block = next(blocks, None)
+            if block is None:
+                more = False
+                parts.append(np.zeros(context, dtype=np.float32))
+            else:
+                parts.append(block)
+                have += len(block)
+        buffer = np.concatenate(parts)
+        left = len(buffer) - 2 * context
+        while left > window * F0_HOP or (more and left >= window * F0_HOP):
+            cut = quietest_frame(buffer[context : context + window * F0_HOP]) * F0_HOP
+            yield buffer[: cut + 2 * context], cut, False
+            buffer = buffer[cut:]
+            left -= cut
+    # Whole frames: the encoders and the pitch tracker count in them.
+    length = len(buffer) - 2 * context
+    yield np.pad(buffer, (0, -len(buffer) % F0_HOP)), length, True
+
+
+def quietest_frame(wave: audio.Wave) -> int:
+    """The 10 ms frame with the least energy around it in the last part of `wave`; at least 1."""
+    energy = np.square(wave[: len(wave) // F0_HOP * F0_HOP].reshape(-1, F0_HOP)).sum(axis=1)
+    smooth = np.convolve(energy, np.ones(FADE + 1), mode="same")
+    first = max(1, int(len(smooth) * (1 - SEARCH_SHARE)))
+    return first + int(np.argmin(smooth[first:]))
+
+
+def write(path: Path, blocks: Iterator[audio.Wave], rate: int) -> None:
+    """Write blocks as 16-bit wav or flac, turned down if any sample would clip. The file appears when it is whole."""
+    import soundfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = path.with_name(f".{path.name}.raw.tmp")
+    done = path.with_name(f".{path.name}.tmp")
+    peak = 0.0
+    try:
+        with raw.open("wb") as stream:
+            for block in blocks:
+                peak = max(peak, float(np.abs(block).max(initial=0.0)))
+                stream.write(block.astype(np.float32).tobytes())
+        gain = np.float32(min(1.0, MAX_PEAK / peak) if peak > 0 else 1.0)
+        kind = path.suffix[1:].upper()
+        with (
+            raw.open("rb") as stream,
+            soundfile.SoundFile(done, "w", samplerate=rate, channels=1, format=kind, subtype="PCM_16") as file,
+        ):
+            while samples := stream.read(1 << 22):
+                file.write(np.frombuffer(samples, dtype=np.float32) * gain)
+        done.replace(path)
+    finally:
+        raw.unlink(missing_ok=True)
+        done.unlink(missing_ok=True)
