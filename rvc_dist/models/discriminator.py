@@ -1,0 +1,113 @@
+"""The discriminators of RVC: one over scales and several over periods (HiFi-GAN, arXiv 2010.05646).
+
+B batch, S samples, C channels, P period. Attribute names are the state-dict keys of upstream RVC.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from rvc_dist.models.modules import LEAKY_SLOPE
+
+PERIODS = {"v1": (2, 3, 5, 7, 11, 17), "v2": (2, 3, 5, 7, 11, 17, 23, 37)}
+FULL_CHANNELS = 1024
+
+
+class DiscriminatorOutput(NamedTuple):
+    """One entry a sub-discriminator. Dimension 0 of every tensor is batch-major: halves of a batch stay halves."""
+
+    scores: list[Tensor]
+    """[B, -1], towards 1 for real."""
+    features: list[list[Tensor]]
+    """Output of every layer, [B, C, L] over scales and [B * P, C, L] over periods."""
+
+
+class _Discriminator(nn.Module):
+    """Convolutions with leaky ReLUs and a last one for the score; subclasses make the layers."""
+
+    convs: nn.ModuleList
+    conv_post: nn.Module
+
+    def forward(self, wave: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`wave` [B, 1, S] to the score [B, -1] and the features."""
+        x = self.fold(wave)
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), LEAKY_SLOPE)
+            features.append(x)
+        x = self.conv_post(x)
+        features.append(x)
+        return x.reshape(wave.shape[0], -1), features
+
+    def fold(self, wave: Tensor) -> Tensor:
+        """What the first layer sees of `wave`."""
+        return wave
+
+
+class ScaleDiscriminator(_Discriminator):
+    """Strided grouped convolutions over the wave itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = (channels // 64, channels // 16, channels // 4, channels, channels)
+        layers = [nn.Conv1d(1, widths[0], 15, padding=7)]
+        for before, after in pairwise(widths):
+            groups = before // 4 if before % 4 == 0 else 1  # narrow first layers can have less than one group
+            layers.append(nn.Conv1d(before, after, 41, stride=4, groups=groups, padding=20))
+        layers.append(nn.Conv1d(channels, channels, 5, padding=2))
+        self.convs = nn.ModuleList(weight_norm(layer) for layer in layers)
+        self.conv_post = weight_norm(nn.Conv1d(channels, 1, 3, padding=1))
+
+
+class _FoldedConv(nn.Conv2d):
+    """A [K, 1] convolution on [B * P, C, L]: the weights of a 2-D layer without the cost of its thin images."""
+
+    def __init__(self, before: int, after: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(before, after, (kernel_size, 1), (stride, 1), padding=(kernel_size // 2, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = self.kernel_size[0] // 2
+        return F.conv1d(x, self.weight.squeeze(3), self.bias, stride=self.stride[0], padding=padding)
+
+
+class PeriodDiscriminator(_Discriminator):
+    """Looks at every P-th sample: the wave is folded into P phases, which share their weights."""
+
+    def __init__(self, period: int, channels: int) -> None:
+        super().__init__()
+        self.period = period
+        widths = (1, channels // 32, channels // 8, channels // 2, channels)
+        layers = [_FoldedConv(before, after, 5, stride=3) for before, after in pairwise(widths)]
+        layers.append(_FoldedConv(channels, channels, 5))
+        self.convs = nn.ModuleList(weight_norm(layer) for layer in layers)
+        self.conv_post = weight_norm(_FoldedConv(channels, 1, 3))
+
+    def fold(self, wave: Tensor) -> Tensor:
+        """[B, 1, S] to [B * P, 1, S / P], reflected at the end to a multiple of P."""
+        wave = F.pad(wave, (0, -wave.shape[2] % self.period), mode="reflect")
+        return wave.reshape(wave.shape[0], -1, self.period).transpose(1, 2).reshape(-1, 1, wave.shape[2] // self.period)
+
+
+class MultiPeriodDiscriminator(nn.Module):
+    """The scale discriminator and the period discriminators of an RVC version: `wave` [B, 1, S] to scores and features.
+
+    `channels` is the width of the widest layer (a multiple of 64); 1024 has the shapes of upstream. Raises ValueError
+    for an unknown version.
+    """
+
+    def __init__(self, version: str, channels: int = FULL_CHANNELS) -> None:
+        super().__init__()
+        if version not in PERIODS:
+            raise ValueError(f"version: got {version!r}, expected {' or '.join(PERIODS)}")
+        self.discriminators = nn.ModuleList(
+            [ScaleDiscriminator(channels), *(PeriodDiscriminator(period, channels) for period in PERIODS[version])]
+        )
+
+    def forward(self, wave: Tensor) -> DiscriminatorOutput:
+        outputs = [discriminator(wave) for discriminator in self.discriminators]
+        return DiscriminatorOutput([score for score, _ in outputs], [features for _, features in outputs])

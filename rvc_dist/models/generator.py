@@ -1,0 +1,227 @@
+"""The generator of an RVC voice: a conditional variational autoencoder with a vocoder as decoder.
+
+B batch, T frames, S samples (S = T * hop), C channels, F frequency bins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rvc_dist.config import RATES
+from rvc_dist.models.encoders import PosteriorEncoder, TextEncoder
+from rvc_dist.models.flow import Flow
+from rvc_dist.models.modules import frame_mask, slice_frames
+from rvc_dist.models.vocoders import build_vocoder
+
+if TYPE_CHECKING:
+    from rvc_dist.config import Recipe
+
+_EXPORT_ENTRIES = 18
+
+
+@dataclass(frozen=True)
+class GeneratorShape:
+    """Everything that shapes the generator; the defaults are the widths of RVC."""
+
+    content_channels: int
+    """Width of the content features: 256 for v1; for v2 that of the encoder, mostly 768."""
+    spec_channels: int
+    """Bins of the linear spectrogram, n_fft / 2 + 1."""
+    segment_frames: int
+    """Frames of a clip that are decoded in training."""
+    upsample_rates: tuple[int, ...]
+    upsample_kernels: tuple[int, ...]
+    num_speakers: int
+    sample_rate: int
+    inter_channels: int = 192
+    hidden_channels: int = 192
+    filter_channels: int = 768
+    num_heads: int = 2
+    num_layers: int = 6
+    kernel_size: int = 3
+    dropout: float = 0.0
+    resblock_kernels: tuple[int, ...] = (3, 7, 11)
+    resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5),) * 3
+    upsample_initial_channel: int = 512
+    gin_channels: int = 256
+    """Width of the speaker embedding."""
+    pitch_guidance: bool = True
+    vocoder: str = "hifi-gan"
+    """With pitch_guidance, the key into VOCODERS."""
+
+    @property
+    def hop(self) -> int:
+        """Samples a frame."""
+        return math.prod(self.upsample_rates)
+
+    @property
+    def segment_samples(self) -> int:
+        return self.segment_frames * self.hop
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, content_channels: int, num_speakers: int) -> GeneratorShape:
+        """The generator that a recipe asks for, given what the features and the dataset turned out to be."""
+        model, rate = recipe.model, recipe.rate_spec
+        return cls(
+            content_channels=content_channels,
+            spec_channels=rate.n_fft // 2 + 1,
+            segment_frames=rate.segment // rate.hop,
+            upsample_rates=rate.upsample_rates,
+            upsample_kernels=rate.upsample_kernels,
+            num_speakers=num_speakers,
+            sample_rate=recipe.data.sample_rate,
+            inter_channels=model.inter_channels,
+            hidden_channels=model.hidden_channels,
+            filter_channels=model.filter_channels,
+            num_heads=model.num_heads,
+            num_layers=model.num_layers,
+            upsample_initial_channel=model.upsample_initial_channel,
+            gin_channels=model.gin_channels,
+            pitch_guidance=model.pitch_guidance,
+            vocoder=model.vocoder,
+        )
+
+    def to_export_config(self) -> list[Any]:
+        """The `config` list of a voice file, which other tools read by position."""
+        return [
+            self.spec_channels,
+            32,  # a segment length that no reader uses
+            self.inter_channels,
+            self.hidden_channels,
+            self.filter_channels,
+            self.num_heads,
+            self.num_layers,
+            self.kernel_size,
+            self.dropout,
+            "1",
+            list(self.resblock_kernels),
+            [list(dilations) for dilations in self.resblock_dilations],
+            list(self.upsample_rates),
+            self.upsample_initial_channel,
+            list(self.upsample_kernels),
+            self.num_speakers,
+            self.gin_channels,
+            self.sample_rate,
+        ]
+
+    @classmethod
+    def from_export_config(
+        cls, config: Sequence[Any], *, version: str, f0: bool, content_channels: int, vocoder: str
+    ) -> GeneratorShape:
+        """The generator of a voice file; `vocoder` in the export's spelling ("HiFi-GAN") or the recipe's.
+
+        Raises ValueError for a list of another length, another kind of resblock, or a rate that `version` lacks.
+        """
+        if len(config) != _EXPORT_ENTRIES:
+            raise ValueError(f"config of the voice: got {len(config)} entries, expected {_EXPORT_ENTRIES}")
+        rate = int(config[17])
+        if rate not in RATES.get(version, {}):
+            raise ValueError(f"config of the voice: got version {version!r} at {rate} Hz, which RVC does not have")
+        if str(config[9]) != "1":
+            raise ValueError(f"config of the voice: got resblock {config[9]!r}, expected '1'")
+        rate_spec = RATES[version][rate]
+        return cls(
+            content_channels=content_channels,
+            spec_channels=config[0],
+            segment_frames=rate_spec.segment // rate_spec.hop,
+            upsample_rates=tuple(config[12]),
+            upsample_kernels=tuple(config[14]),
+            num_speakers=config[15],
+            sample_rate=rate,
+            inter_channels=config[2],
+            hidden_channels=config[3],
+            filter_channels=config[4],
+            num_heads=config[5],
+            num_layers=config[6],
+            kernel_size=config[7],
+            dropout=config[8],
+            resblock_kernels=tuple(config[10]),
+            resblock_dilations=tuple(tuple(dilations) for dilations in config[11]),
+            upsample_initial_channel=config[13],
+            gin_channels=config[16],
+            pitch_guidance=f0,
+            vocoder=vocoder.lower(),
+        )
+
+
+class GeneratorOutput(NamedTuple):
+    """What a training step needs; latents are [B, inter, T] and zero outside `mask`."""
+
+    wave: Tensor
+    """The decoded slice, [B, 1, segment_samples]."""
+    start: Tensor
+    """First frame of the slice in each clip, [B] int64."""
+    mask: Tensor
+    """1 in valid frames, [B, 1, T]."""
+    z_p: Tensor
+    """Sample of the posterior, mapped by the flow to the prior's space."""
+    m_p: Tensor
+    logs_p: Tensor
+    """Mean and log deviation of the prior."""
+    m_q: Tensor
+    logs_q: Tensor
+    """Mean and log deviation of the posterior."""
+
+
+class Generator(nn.Module):
+    """VITS (arXiv 2106.06103) with content features and pitch in place of text.
+
+    Inputs: content [B, T, C]; lengths [B] in frames; coarse [B, T] int64 in 1..255 and f0 [B, T] in Hz (0 = unvoiced),
+    both None without pitch guidance; spec [B, F, T] linear magnitude; speaker [B] int64.
+    """
+
+    def __init__(self, shape: GeneratorShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.enc_p = TextEncoder(shape)
+        self.dec = build_vocoder(shape)
+        self.enc_q = PosteriorEncoder(shape)
+        self.flow = Flow(shape)
+        self.emb_g = nn.Embedding(shape.num_speakers, shape.gin_channels)
+
+    def forward(
+        self,
+        content: Tensor,
+        lengths: Tensor,
+        coarse: Tensor | None,
+        f0: Tensor | None,
+        spec: Tensor,
+        speaker: Tensor,
+    ) -> GeneratorOutput:
+        """Decode a random slice of every clip from its spectrogram. Clips are padded to T >= segment_frames."""
+        segment = self.shape.segment_frames
+        mask = frame_mask(lengths, content.shape[1])
+        voice = self.emb_g(speaker).unsqueeze(2)
+        m_p, logs_p = self.enc_p(content, coarse, mask)
+        z, m_q, logs_q = self.enc_q(spec, mask, voice)
+        z_p = self.flow(z, mask, voice)
+        num_starts = (lengths - segment + 1).clamp(min=1)
+        start = (torch.rand(lengths.shape, device=lengths.device) * num_starts).long()
+        f0_slice = None if f0 is None else slice_frames(f0.unsqueeze(1), start, segment).squeeze(1)
+        wave = self.dec(slice_frames(z, start, segment), f0_slice, voice)
+        return GeneratorOutput(wave, start, mask, z_p, m_p, logs_p, m_q, logs_q)
+
+    @torch.no_grad()
+    def infer(
+        self,
+        content: Tensor,
+        lengths: Tensor,
+        coarse: Tensor | None,
+        f0: Tensor | None,
+        speaker: Tensor,
+        noise_scale: float = 0.66666,
+    ) -> Tensor:
+        """Convert whole clips: a wave [B, 1, S], with the prior's noise scaled by `noise_scale`."""
+        mask = frame_mask(lengths, content.shape[1])
+        voice = self.emb_g(speaker).unsqueeze(2)
+        m_p, logs_p = self.enc_p(content, coarse, mask)
+        z_p = (m_p + torch.randn_like(m_p) * logs_p.exp() * noise_scale) * mask
+        z = self.flow(z_p, mask, voice, reverse=True)
+        wave: Tensor = self.dec(z * mask, f0, voice)
+        return wave

@@ -1,0 +1,96 @@
+"""Building blocks that several networks share.
+
+B batch, T frames, S samples, C channels. Attribute names are the state-dict keys of upstream RVC.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+LEAKY_SLOPE = 0.1
+
+
+def frame_mask(lengths: Tensor, num_frames: int) -> Tensor:
+    """1.0 where a frame is valid, else 0.0: `lengths` [B] to [B, 1, T]."""
+    return (torch.arange(num_frames, device=lengths.device) < lengths[:, None]).unsqueeze(1).float()
+
+
+def slice_frames(x: Tensor, start: Tensor, segment: int) -> Tensor:
+    """x[b, :, start[b] : start[b] + segment] for every b: [B, C, T] to [B, C, segment], `start` [B] int64."""
+    index = start[:, None] + torch.arange(segment, device=start.device)
+    return x.gather(2, index.unsqueeze(1).expand(-1, x.shape[1], -1))
+
+
+def slice_samples(wave: Tensor, start_frames: Tensor, segment_frames: int, hop: int) -> Tensor:
+    """The samples under the frames of `slice_frames`: [B, 1, S] to [B, 1, segment_frames * hop]."""
+    return slice_frames(wave, start_frames * hop, segment_frames * hop)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the channels of [B, C, T]."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        return F.layer_norm(x, self.gamma.shape, self.gamma, self.beta, self.eps).transpose(1, 2)
+
+
+class WaveNet(nn.Module):
+    """Gated convolutions with residual and skip paths, conditioned on a speaker: [B, C, T] to [B, C, T].
+
+    The WN of VITS (arXiv 2106.06103) at dilation 1. `speaker` is [B, gin, 1], `mask` [B, 1, T].
+    """
+
+    def __init__(self, channels: int, kernel_size: int, num_layers: int, gin_channels: int) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.cond_layer = weight_norm(nn.Conv1d(gin_channels, 2 * channels * num_layers, 1))
+        self.in_layers = nn.ModuleList(
+            weight_norm(nn.Conv1d(channels, 2 * channels, kernel_size, padding=kernel_size // 2))
+            for _ in range(num_layers)
+        )
+        # Nothing comes after the last layer's residual path, so it has none.
+        self.res_skip_layers = nn.ModuleList(
+            weight_norm(nn.Conv1d(channels, channels * (1 if i == num_layers - 1 else 2), 1)) for i in range(num_layers)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, speaker: Tensor) -> Tensor:
+        conditions = self.cond_layer(speaker).chunk(self.num_layers, dim=1)
+        skips: Tensor | None = None
+        for condition, conv_in, conv_out in zip(conditions, self.in_layers, self.res_skip_layers, strict=True):
+            content, gate = (conv_in(x) + condition).chunk(2, dim=1)
+            skip: Tensor = conv_out(torch.tanh(content) * torch.sigmoid(gate))
+            if skip.shape[1] != x.shape[1]:
+                residual, skip = skip.chunk(2, dim=1)
+                x = (x + residual) * mask
+            skips = skip if skips is None else skips + skip
+        assert skips is not None
+        return skips * mask
+
+
+class ResBlock(nn.Module):
+    """Residual dilated convolutions, [B, C, S] to [B, C, S]: resblock "1" of HiFi-GAN (arXiv 2010.05646)."""
+
+    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.convs1 = nn.ModuleList(self._conv(channels, kernel_size, dilation) for dilation in dilations)
+        self.convs2 = nn.ModuleList(self._conv(channels, kernel_size, 1) for _ in dilations)
+
+    @staticmethod
+    def _conv(channels: int, kernel_size: int, dilation: int) -> nn.Conv1d:
+        padding = dilation * (kernel_size - 1) // 2
+        conv: nn.Conv1d = weight_norm(nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding=padding))
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
+            x = x + conv2(F.leaky_relu(conv1(F.leaky_relu(x, LEAKY_SLOPE)), LEAKY_SLOPE))
+        return x

@@ -1,0 +1,145 @@
+"""Decoders `dec`: latent frames to samples. Another vocoder is another class and an entry in VOCODERS.
+
+B batch, T frames, S samples (S = T * hop), C channels. Attribute names are the state-dict keys of upstream RVC.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from rvc_dist.models.modules import LEAKY_SLOPE, ResBlock
+
+if TYPE_CHECKING:
+    from rvc_dist.models.generator import GeneratorShape
+
+SINE_AMPLITUDE = 0.1
+NOISE_DEVIATION = 0.003
+
+
+class SineGenerator(nn.Module):
+    """Excitation of the neural source-filter model (NSF, arXiv 1904.12088): f0 [B, T] in Hz to [B, 1, S], float32.
+
+    A sine of amplitude 0.1 with a little noise where f0 > 0, louder noise alone where it is 0.
+    """
+
+    def __init__(self, sample_rate: int, hop: int) -> None:
+        super().__init__()
+        self.sample_rate = sample_rate
+        self.hop = hop
+
+    @torch.no_grad()
+    def forward(self, f0: Tensor) -> Tensor:
+        # The phase at a frame's start is summed in float64 and kept modulo one cycle, so that its error does not grow
+        # with the length of the recording; within a frame it stays below a few cycles, which float32 holds well.
+        cycles = f0.double() / self.sample_rate
+        start = (cycles * self.hop).cumsum(1).roll(1, 1) % 1
+        start[:, 0] = 0
+        step = torch.arange(1, self.hop + 1, device=f0.device, dtype=torch.float32)
+        phase = start.float().unsqueeze(2) + cycles.float().unsqueeze(2) * step
+        sine = SINE_AMPLITUDE * torch.sin(2 * math.pi * phase)
+        voiced = (f0 > 0).float().unsqueeze(2)
+        deviation = voiced * NOISE_DEVIATION + (1 - voiced) * SINE_AMPLITUDE / 3
+        return (sine * voiced + deviation * torch.randn_like(sine)).flatten(1).unsqueeze(1)
+
+
+class SineSource(nn.Module):
+    """`SineGenerator` with a learnt gain: f0 [B, T] in Hz to [B, 1, S], float32 also under autocast."""
+
+    def __init__(self, sample_rate: int, hop: int) -> None:
+        super().__init__()
+        self.sine = SineGenerator(sample_rate, hop)
+        self.l_linear = nn.Linear(1, 1)
+
+    def forward(self, f0: Tensor) -> Tensor:
+        with torch.autocast(f0.device.type, enabled=False):
+            return torch.tanh(self.sine(f0) * self.l_linear.weight + self.l_linear.bias)
+
+
+class HiFiGAN(nn.Module):
+    """HiFi-GAN decoder (arXiv 2010.05646): z [B, inter, T], speaker [B, gin, 1] to a wave [B, 1, S] in -1..1.
+
+    The base class of vocoders: they take f0 [B, T] in Hz, or None without pitch guidance, and return float32. Weights
+    start from PyTorch's defaults, as in effect upstream: its normal(0, 0.01) is written to a tensor that weight norm
+    recomputes. Made effective, 120 steps reached less than 24 did without it (mel loss of a narrow decoder, one run).
+    """
+
+    def __init__(self, shape: GeneratorShape) -> None:
+        super().__init__()
+        channels = shape.upsample_initial_channel
+        self.conv_pre = nn.Conv1d(shape.inter_channels, channels, 7, padding=3)
+        self.cond = nn.Conv1d(shape.gin_channels, channels, 1)
+        self.ups = nn.ModuleList()
+        self.resblocks = nn.ModuleList()
+        self.num_blocks = len(shape.resblock_kernels)
+        for rate, kernel_size in zip(shape.upsample_rates, shape.upsample_kernels, strict=True):
+            up = nn.ConvTranspose1d(channels, channels // 2, kernel_size, rate, padding=(kernel_size - rate) // 2)
+            self.ups.append(weight_norm(up))
+            channels //= 2
+            self.resblocks.extend(
+                ResBlock(channels, kernel, dilations)
+                for kernel, dilations in zip(shape.resblock_kernels, shape.resblock_dilations, strict=True)
+            )
+        self.conv_post = nn.Conv1d(channels, 1, 7, padding=3, bias=False)
+
+    def forward(self, z: Tensor, f0: Tensor | None, speaker: Tensor) -> Tensor:
+        source = self.source(f0)
+        x: Tensor = self.conv_pre(z) + self.cond(speaker)
+        for stage, up in enumerate(self.ups):
+            x = self.excite(up(F.leaky_relu(x, LEAKY_SLOPE)), source, stage)
+            blocks = self.resblocks[stage * self.num_blocks : (stage + 1) * self.num_blocks]
+            x = reduce(torch.add, (block(x) for block in blocks)) / self.num_blocks
+        x = F.leaky_relu(x)
+        # Samples of eight bits would be audible: the last layer is float32 also under autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.tanh(self.conv_post(x.float()))
+
+    def source(self, f0: Tensor | None) -> Tensor | None:
+        """The excitation [B, 1, S], if this vocoder has one."""
+        return None
+
+    def excite(self, x: Tensor, source: Tensor | None, stage: int) -> Tensor:
+        """Add the excitation to `x`, the output of upsampling stage `stage`."""
+        return x
+
+
+class NSFHiFiGAN(HiFiGAN):
+    """HiFi-GAN driven by a sine at f0 (NSF, arXiv 1904.12088), which every upsampling stage hears at its own rate."""
+
+    def __init__(self, shape: GeneratorShape) -> None:
+        super().__init__(shape)
+        self.m_source = SineSource(shape.sample_rate, shape.hop)
+        self.noise_convs = nn.ModuleList()
+        for stage in range(len(shape.upsample_rates)):
+            channels = shape.upsample_initial_channel // 2 ** (stage + 1)
+            stride = math.prod(shape.upsample_rates[stage + 1 :])
+            kernel_size = 1 if stride == 1 else 2 * stride
+            self.noise_convs.append(nn.Conv1d(1, channels, kernel_size, stride, padding=stride // 2))
+
+    def source(self, f0: Tensor | None) -> Tensor | None:
+        assert f0 is not None
+        source: Tensor = self.m_source(f0)
+        return source
+
+    def excite(self, x: Tensor, source: Tensor | None, stage: int) -> Tensor:
+        excited: Tensor = x + self.noise_convs[stage](source)
+        return excited
+
+
+VOCODERS: dict[tuple[str, bool], type[HiFiGAN]] = {("hifi-gan", True): NSFHiFiGAN, ("hifi-gan", False): HiFiGAN}
+"""Decoder by (name, pitch guidance)."""
+
+
+def build_vocoder(shape: GeneratorShape) -> HiFiGAN:
+    """The decoder that `shape` names; ValueError when there is none."""
+    key = (shape.vocoder, shape.pitch_guidance)
+    if key not in VOCODERS:
+        allowed = ", ".join(f"{name} {'with' if pitch else 'without'} pitch" for name, pitch in VOCODERS)
+        raise ValueError(f"vocoder: got {shape.vocoder!r}, pitch_guidance {shape.pitch_guidance}; expected {allowed}")
+    return VOCODERS[key](shape)

@@ -1,0 +1,84 @@
+"""Linear and mel spectrograms: the only STFT of the repository.
+
+B batch, S samples, F frequency bins, M mel bands, T frames. Everything is float32, also under autocast: eight bits of
+mantissa are too few for a logarithm of magnitudes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MULTISCALE_MELS = (5, 10, 20, 40, 80, 160, 320, 480)
+"""Mel bands of each scale of the multi-scale mel loss."""
+_LOG_FLOOR = 1e-5
+
+
+def spectrogram(wave: Tensor, n_fft: int, hop: int) -> Tensor:
+    """Magnitude sqrt(re^2 + im^2 + 1e-6) of `wave` [B, S] as [B, n_fft // 2 + 1, T], float32, T = S // hop.
+
+    Frame t is a Hann window of n_fft samples centred on samples t * hop .. (t + 1) * hop, with reflection at both ends;
+    a window shorter than the hop sees only the middle of its hop. At least (n_fft - hop) / 2 + 1 samples are needed.
+    """
+    with torch.autocast(wave.device.type, enabled=False):
+        overhang = n_fft - hop
+        left = overhang // 2
+        wave = wave.float()
+        if overhang >= 0:
+            wave = F.pad(wave.unsqueeze(1), (left, overhang - left), mode="reflect").squeeze(1)
+        else:
+            wave = wave[:, -left : wave.shape[1] + overhang - left]
+        bins = torch.stft(wave, n_fft, hop, window=_hann(n_fft, wave.device), center=False, return_complex=True)
+        return torch.view_as_real(bins).square().sum(-1).add(1e-6).sqrt()
+
+
+def mel_from_spectrogram(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
+    """Natural log of the slaney mel bands, 0 Hz to rate / 2, of a magnitude spectrogram: [B, F, T] to [B, M, T]."""
+    return _mel_bands(spec, rate, n_fft, num_mels).log()
+
+
+def log_mel(wave: Tensor, rate: int, n_fft: int, hop: int, num_mels: int) -> Tensor:
+    """Log-mel spectrogram [B, M, T] of `wave` [B, S]."""
+    return mel_from_spectrogram(spectrogram(wave, n_fft, hop), rate, n_fft, num_mels)
+
+
+def multiscale_mels(wave: Tensor, rate: int) -> list[Tensor]:
+    """Base-10 log-mel spectrograms [B, M, T] of `wave` [B, S] or [B, 1, S], one for each of MULTISCALE_MELS.
+
+    All scales share the hop, rate // 100, and its frames; the window of M bands is the power of two at or below
+    8 M / (rate / 2) seconds. As in `spectrogram`, windows are centred on their hop.
+    """
+    wave = wave.flatten(1)
+    hop = rate // 100
+    mels = []
+    for num_mels in MULTISCALE_MELS:
+        n_fft = 1 << ((16 * num_mels).bit_length() - 1)  # 8 M / (rate / 2) * rate = 16 M, at any rate
+        mels.append(_mel_bands(spectrogram(wave, n_fft, hop), rate, n_fft, num_mels).log10())
+    return mels
+
+
+def _mel_bands(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
+    with torch.autocast(spec.device.type, enabled=False):
+        filters = _mel_filters(spec.device, rate, n_fft, num_mels, 0.0, rate / 2)
+        return (filters @ spec.float()).clamp(min=_LOG_FLOOR)
+
+
+@lru_cache(maxsize=64)
+def _hann(n_fft: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor cached under inference mode could never meet autograd
+        return torch.hann_window(n_fft, device=device)
+
+
+@lru_cache(maxsize=64)
+def _mel_filters(device: torch.device, rate: int, n_fft: int, num_mels: int, fmin: float, fmax: float) -> Tensor:
+    import librosa
+
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        # The widest scale has bands narrower than a bin at low frequencies; an empty band adds nothing to a loss.
+        warnings.filterwarnings("ignore", message="Empty filters")
+        bank = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=num_mels, fmin=fmin, fmax=fmax)
+        return torch.tensor(bank, dtype=torch.float32, device=device)

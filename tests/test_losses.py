@@ -1,0 +1,103 @@
+"""The losses, by hand-worked values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rvc_dist.losses import (
+    discriminator_loss,
+    feature_matching_loss,
+    generator_adversarial_loss,
+    kl_loss,
+    mel_loss,
+    multiscale_mel_loss,
+)
+from rvc_dist.spectral import log_mel, multiscale_mels
+
+
+def test_adversarial_losses() -> None:
+    real = [torch.tensor([[1.0, 0.5]]), torch.tensor([[0.0]])]
+    fake = [torch.tensor([[0.0, 0.5]]), torch.tensor([[2.0]])]
+    # (0 + 0.25) / 2 + (0 + 0.25) / 2, then 1 + 4
+    assert discriminator_loss(real, fake).item() == pytest.approx(5.25)
+    # (1 + 0.25) / 2, then 1
+    assert generator_adversarial_loss(fake).item() == pytest.approx(1.625)
+
+
+def test_feature_matching_loss() -> None:
+    real = [[torch.tensor([1.0, 2.0]), torch.tensor([0.0])], [torch.tensor([[3.0]])]]
+    fake = [[torch.tensor([0.0, 4.0]), torch.tensor([0.5])], [torch.tensor([[1.0]])]]
+    # 2 * (1.5 + 0.5 + 2)
+    assert feature_matching_loss(real, fake).item() == pytest.approx(8.0)
+
+
+def test_feature_matching_teaches_only_the_fake() -> None:
+    real, fake = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    feature_matching_loss([[real]], [[fake]]).backward()
+    assert real.grad is None
+    assert fake.grad is not None
+    assert fake.grad.sum().item() == pytest.approx(-2.0)
+
+
+def test_kl_loss() -> None:
+    """Two channels, three frames, of which two are valid."""
+    mask = torch.tensor([[[1.0, 1.0, 0.0]]])
+    z_p = torch.tensor([[[1.0, 0.0, 9.0], [2.0, 0.0, 9.0]]])
+    zeros = torch.zeros_like(z_p)
+    logs_p = torch.full_like(z_p, math.log(2))
+    # Every valid entry gives log 2 - 0.5; the squares 1 and 4 give 0.5 * 5 / 4.
+    total = 4 * (math.log(2) - 0.5) + 0.625
+    assert kl_loss(z_p, zeros, zeros, logs_p, mask).item() == pytest.approx(total / 2)
+    assert kl_loss(z_p, zeros, zeros, logs_p, mask, num_frames=5.0).item() == pytest.approx(total / 5)
+    assert kl_loss(z_p, zeros, zeros, logs_p, mask, num_frames=torch.tensor(4.0)).item() == pytest.approx(total / 4)
+
+
+def test_kl_loss_is_zero_on_average_when_the_posterior_is_the_prior() -> None:
+    torch.manual_seed(0)
+    mean, log_deviation = torch.randn(4, 64, 100), 0.3 * torch.randn(4, 64, 100)
+    z_p = mean + torch.randn_like(mean) * log_deviation.exp()
+    kl = kl_loss(z_p, log_deviation, mean, log_deviation, torch.ones(4, 1, 100))
+    assert kl.item() / 64 == pytest.approx(0, abs=0.02)
+
+
+def test_mel_losses() -> None:
+    """Ten times the amplitude is one unit of log10 in every band that is above the floors."""
+    torch.manual_seed(0)
+    wave = 0.5 * torch.randn(2, 1, 8640)
+    numbers = {"rate": 24000, "n_fft": 1024, "hop": 240, "num_mels": 80}
+    assert mel_loss(wave, wave, **numbers).item() == 0
+    assert multiscale_mel_loss(wave, wave, 24000).item() == 0
+    assert mel_loss(wave, 10 * wave, **numbers).item() == pytest.approx(math.log(10), rel=1e-3)
+
+    quiet = 0.3 * wave
+    expected = (log_mel(wave.squeeze(1), 24000, 1024, 240, 80) - log_mel(quiet.squeeze(1), 24000, 1024, 240, 80)).abs()
+    assert mel_loss(wave, quiet, **numbers).item() == pytest.approx(expected.mean().item())
+    pairs = zip(multiscale_mels(wave, 24000), multiscale_mels(quiet, 24000), strict=True)
+    scales = [(real - fake).abs().mean().item() for real, fake in pairs]
+    assert multiscale_mel_loss(wave, quiet, 24000).item() == pytest.approx(sum(scales) / 8)
+
+
+def test_losses_are_float32() -> None:
+    scores = [torch.full((1, 3), 0.3, dtype=torch.bfloat16)]
+    wave = torch.randn(1, 1, 8640)
+    latent, mask = torch.randn(1, 2, 3).bfloat16(), torch.ones(1, 1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = (
+            discriminator_loss(scores, scores),
+            generator_adversarial_loss(scores),
+            feature_matching_loss([scores], [scores]),
+            kl_loss(latent, latent, latent, latent, mask),
+            mel_loss(wave, wave.bfloat16(), rate=24000, n_fft=1024, hop=240, num_mels=80),
+            multiscale_mel_loss(wave, wave.bfloat16(), 24000),
+        )
+    assert {loss.dtype for loss in losses} == {torch.float32}
+
+
+def test_mel_losses_have_finite_gradients_in_silence() -> None:
+    fake = torch.zeros(1, 1, 8640, requires_grad=True)
+    multiscale_mel_loss(torch.randn(1, 1, 8640), fake, 24000).backward()
+    assert fake.grad is not None
+    assert fake.grad.isfinite().all()
