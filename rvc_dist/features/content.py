@@ -1,0 +1,525 @@
+"""Content encoders: what is said, without who says it.
+
+B clips, S samples at 16 kHz, T frames at 50 per second, C features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import pickle
+import sys
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rvc_dist.config import FEATURE_RATE, ExtractConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+Version = Literal["v1", "v2"]
+
+FRAME_SAMPLES = 320
+"""Samples a content frame at 16 kHz: 50 frames a second."""
+V1_LAYER = 9
+"""Transformer layer whose output v1 projects."""
+V1_WIDTH = 256
+MFCC_WIDTH = {"v1": V1_WIDTH, "v2": 768}
+
+
+class HubEncoder(NamedTuple):
+    """A published encoder that has a name of its own here."""
+
+    repository: str
+    revision: str
+
+
+EMBEDDERS = {
+    # ContentVec (Qian et al. 2022, arXiv:2204.09224) in the transformers format, with the final projection that v1
+    # needs. Of this revision, pytorch_model.bin has the sha256 d8dd400e054ddf4e6be75dab5a2549db748cc99e756a097c496c099f
+    # 65a4854e: the file that Applio ships as its contentvec.
+    "contentvec": HubEncoder("lengyue233/content-vec-best", "ab04aa7067b99ee05cc82499bc64916b980a1967"),
+}
+
+MODEL_CLASSES = {
+    "hubert": ("HubertConfig", "HubertModel"),
+    "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2Model"),
+    "wavlm": ("WavLMConfig", "WavLMModel"),
+    "whisper": ("WhisperConfig", "WhisperModel"),
+}
+"""`model_type` of a config.json -> the classes of transformers that read it."""
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Embedder(ABC):
+    """A content encoder.
+
+    Called with `wave` [B, S] (float32, 16 kHz, rows of equal true length: no padding, which the encoders' own
+    normalisation over time would hear), it returns features [B, T, width] float32 on the encoder's device, T about
+    S // 320: HuBERT and its kin give (S - 80) // 320. The rows of a batch agree with the clips alone to about 1e-5, not
+    to the last bit: batched matrix products choose their order of summation by the shape.
+    """
+
+    name: str
+    """As the recipe gives it: contentvec, mfcc, a hub id or a folder."""
+    width: int
+    weights_hash: str
+    """First 16 hex digits of a sha256 over the weights: features with another hash are of another encoder."""
+
+    @abstractmethod
+    def encode(self, wave: Tensor) -> Tensor:
+        """[B, S] on the device -> [B, T, width]."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, wave: Tensor) -> Tensor:
+        assert wave.dim() == 2, f"expected [B, S], got {list(wave.shape)}"
+        return self.encode(wave.to(self.device, torch.float32)).float()
+
+
+class Mfcc(Embedder):
+    """Cepstra with their movement and their neighbours: an encoder without weights, for demos and tests.
+
+    Each coefficient has its mean and deviation over the clip removed, which takes most of the speaker's vocal tract
+    and the channel with it. A long recording is converted in windows and then has the statistics of each window, those
+    of training being of a clip: an approximation that is good enough for what this is.
+
+    Frame t is centred in the samples 320 t .. 320 (t + 1) that it stands for.
+    """
+
+    N_FFT = 512
+    NUM_MELS = 40
+    NUM_CEPSTRA = 16
+    CONTEXT = 2
+    """Neighbours on each side."""
+    FLOOR = 1e-6
+    """Added to the power: about what one step of 16-bit audio gives."""
+
+    name = "mfcc"
+
+    def __init__(self, version: Version, device: torch.device) -> None:
+        super().__init__(device)
+        from librosa.filters import mel
+
+        self.width = MFCC_WIDTH[version]
+        constants = (self.N_FFT, FRAME_SAMPLES, self.NUM_MELS, self.NUM_CEPSTRA, self.CONTEXT, self.FLOOR, self.width)
+        self.weights_hash = hashlib.sha256(repr(("mfcc", 1, *constants)).encode()).hexdigest()[:16]
+        self.window = torch.hann_window(self.N_FFT, device=device)
+        mels = mel(sr=FEATURE_RATE, n_fft=self.N_FFT, n_mels=self.NUM_MELS, fmin=20.0, htk=True, norm=None)
+        self.mel_filters = torch.from_numpy(mels.T.copy()).to(device)
+        bands = torch.arange(self.NUM_MELS, dtype=torch.float64) + 0.5
+        order = torch.arange(self.NUM_CEPSTRA, dtype=torch.float64)
+        self.dct = torch.cos(math.pi / self.NUM_MELS * bands[:, None] * order).float().to(device)
+        num_features = 3 * self.NUM_CEPSTRA * (2 * self.CONTEXT + 1)
+        self.basis = _dct4_rows(num_features, self.width).to(device)
+
+    def encode(self, wave: Tensor) -> Tensor:
+        num_pad = (self.N_FFT - FRAME_SAMPLES) // 2
+        wave = F.pad(wave, (num_pad, num_pad))
+        spectrum = torch.stft(
+            wave, self.N_FFT, FRAME_SAMPLES, window=self.window, center=False, return_complex=True
+        ).abs()
+        log_mel = (spectrum.square().transpose(1, 2) @ self.mel_filters + self.FLOOR).log()
+        cepstra = _normalize_over_time(log_mel @ self.dct)
+        delta = _slope(cepstra)
+        features = torch.cat([cepstra, _normalize_over_time(delta), _normalize_over_time(_slope(delta))], dim=2)
+        stacked = _edge_pad(features, self.CONTEXT).unfold(1, 2 * self.CONTEXT + 1, 1).flatten(2)
+        return stacked @ self.basis
+
+
+def _dct4_rows(num_rows: int, width: int) -> Tensor:
+    """`num_rows` rows of the orthonormal DCT-IV of size `width`: float32 [num_rows, width].
+
+    A closed formula gives the same matrix on every machine, unlike a seeded generator or a decomposition. Orthonormal
+    rows keep distances between frames, which the retrieval index compares, and spread every cepstrum over all channels.
+    """
+    rows = torch.arange(num_rows, dtype=torch.float64) * (width // num_rows) + 0.5
+    columns = torch.arange(width, dtype=torch.float64) + 0.5
+    return (math.sqrt(2.0 / width) * torch.cos(math.pi / width * rows[:, None] * columns)).float()
+
+
+def _normalize_over_time(x: Tensor) -> Tensor:
+    """[B, T, C], each channel of each clip to mean 0 and deviation 1; what hardly moves (silence) stays near 0."""
+    x = x - x.mean(dim=1, keepdim=True)
+    return x / (x.square().mean(dim=1, keepdim=True).sqrt() + 1e-2)
+
+
+def _edge_pad(x: Tensor, num: int) -> Tensor:
+    return F.pad(x.transpose(1, 2), (num, num), mode="replicate").transpose(1, 2)
+
+
+def _slope(x: Tensor) -> Tensor:
+    """Least-squares slope over 5 frames, edges repeated: [B, T, C]."""
+    padded = _edge_pad(x, 2)
+    num = x.shape[1]
+    left2, left1, right1, right2 = (padded[:, start : start + num] for start in (0, 1, 3, 4))
+    return (2.0 * (right2 - left2) + (right1 - left1)) / 10.0
+
+
+class SelfSupervised(Embedder):
+    """HuBERT, wav2vec 2.0 or WavLM: v2 takes the last hidden state, v1 layer 9 through `final_proj`."""
+
+    def __init__(self, source: _Source, version: Version, device: torch.device) -> None:
+        super().__init__(device)
+        self.name = source.name
+        self.weights_hash = _hash(source.tensors)
+        self.normalize = bool(source.preprocessor.get("do_normalize", False))
+        self.network = _fill(_build(source.config), source)
+        self.network.eval().requires_grad_(False).to(device)
+        self.projection: nn.Linear | None = None
+        self.width = int(source.config["hidden_size"])
+        if version == "v1":
+            self.projection = _final_projection(source, self.width).to(device)
+            self.width = self.projection.out_features
+
+    def encode(self, wave: Tensor) -> Tensor:
+        if self.normalize:
+            wave = wave - wave.mean(dim=1, keepdim=True)
+            wave = wave / (wave.square().mean(dim=1, keepdim=True) + 1e-7).sqrt()
+        if self.projection is None:
+            last: Tensor = self.network(wave).last_hidden_state
+            return last
+        # hidden_states[0] is what enters the first layer.
+        hidden: Tensor = self.network(wave, output_hidden_states=True).hidden_states[V1_LAYER]
+        out: Tensor = self.projection(hidden)
+        return out
+
+
+class Whisper(Embedder):
+    """The encoder of Whisper (Radford et al. 2022, arXiv:2212.04356), v2 only.
+
+    It was trained on 30 s, what a recording lacks filled with zeros. The positions of a recording are the same without
+    the filling, so the positional embedding is cut to the clip's length instead: a 3 s clip costs a tenth. One second
+    of the silence is kept, and its frames dropped: attention uses it as a resting place, and takes a frame of speech
+    for it when there is none. Measured on whisper-base and 3 s clips, cosine to the features of the padded 30 s:
+    without silence 0.935 on average and -0.04 for the worst frame, with one second 0.975 and 0.90.
+    """
+
+    TAIL_SAMPLES = FEATURE_RATE
+
+    def __init__(self, source: _Source, device: torch.device) -> None:
+        super().__init__(device)
+        make_torchaudio_importable()
+        from transformers import WhisperFeatureExtractor
+
+        self.name = source.name
+        self.weights_hash = _hash(source.tensors)
+        self.width = int(source.config["d_model"])
+        settings = {"feature_size": source.config["num_mel_bins"]} | source.preprocessor
+        extractor: Any = WhisperFeatureExtractor(**settings)  # type: ignore[no-untyped-call]
+        self.n_fft: int = extractor.n_fft
+        self.hop: int = extractor.hop_length
+        self.window = torch.hann_window(self.n_fft, device=device)
+        self.mel_filters = torch.from_numpy(extractor.mel_filters).float().T.contiguous().to(device)
+        self.network = _fill(_build(source.config), source)
+        self.network.eval().requires_grad_(False).to(device)
+        self.max_samples = int(source.config["max_source_positions"]) * 2 * self.hop
+
+    def encode(self, wave: Tensor) -> Tensor:
+        # Beyond the positions it knows: equal pieces, so that none of them is a scrap without context.
+        num_pieces = -(-wave.shape[1] // self.max_samples)
+        piece = -(-wave.shape[1] // (num_pieces * FRAME_SAMPLES)) * FRAME_SAMPLES
+        parts = [part for part in torch.split(wave, piece, dim=1) if part.shape[1] >= FRAME_SAMPLES]
+        return torch.cat([self._encode_piece(part) for part in parts], dim=1)
+
+    def _encode_piece(self, wave: Tensor) -> Tensor:
+        net: Any = self.network
+        num_frames = wave.shape[1] // FRAME_SAMPLES
+        wave = F.pad(wave, (0, min(self.TAIL_SAMPLES, self.max_samples - wave.shape[1])))
+        x: Tensor = F.gelu(net.conv2(F.gelu(net.conv1(self._log_mel(wave))))).transpose(1, 2)
+        x = x + net.embed_positions.weight[: x.shape[1]]
+        for layer in net.layers:
+            out = layer(x, None)
+            x = out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5
+        normed: Tensor = net.layer_norm(x)
+        return normed[:, :num_frames]
+
+    def _log_mel(self, wave: Tensor) -> Tensor:
+        """[B, S] -> [B, mels, S // hop], within about -1..1."""
+        spectrum = torch.stft(wave, self.n_fft, self.hop, window=self.window, return_complex=True)
+        mel = (self.mel_filters @ spectrum[..., :-1].abs().square()).clamp_min(1e-10).log10()
+        mel = torch.maximum(mel, mel.amax(dim=(1, 2), keepdim=True) - 8.0)
+        return (mel + 4.0) / 4.0
+
+
+def load_embedder(config: ExtractConfig, version: Version, device: torch.device) -> Embedder:
+    """The content encoder that the recipe names, on `device`, in float32 and without gradients.
+
+    `extract.embedder_model` is mfcc, an existing folder (which wins over every other meaning), a name in EMBEDDERS or a
+    hub id. Raises FileNotFoundError when the encoder cannot be had, ValueError when it is of no use here.
+    """
+    name = config.embedder_model
+    if name == "mfcc" and not Path(name).is_dir():
+        return Mfcc(version, device)
+    source = _read_source(name)
+    if source.model_type != "whisper":
+        return SelfSupervised(source, version, device)
+    if version == "v1":
+        raise ValueError(_no_projection(source))
+    return Whisper(source, device)
+
+
+class _Source(NamedTuple):
+    """An encoder's files, read."""
+
+    name: str
+    where: str
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config["model_type"])
+
+
+def _read_source(name: str) -> _Source:
+    if Path(name).is_dir():
+        return _read_folder(name)
+    if name not in EMBEDDERS and (name.startswith((".", "~", "/")) or name.count("/") > 1):
+        raise FileNotFoundError(f"extract.embedder_model: {Path(name).absolute()} is no folder")
+    repository, revision = EMBEDDERS.get(name, HubEncoder(name, ""))
+    try:
+        config = _read_json(hub_file(repository, "config.json", revision))
+        _check_model_type(config, repository)
+        weights = _hub_weights(repository, revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"extract.embedder_model: the encoder {name} cannot be had. {Path(name).absolute()} is no folder; {error} "
+            f"Put config.json and {' or '.join(WEIGHT_FILES)} of {repository} into a folder and say "
+            "--extract.embedder_model FOLDER, or say --extract.embedder_model mfcc, which needs no files"
+        ) from error
+    # The named encoders are known to take the wave as it is, and have no such file.
+    preprocessor = {} if name in EMBEDDERS else _hub_preprocessor(repository, revision)
+    return _Source(name, repository, config, preprocessor, _encoder_tensors(read_tensors(weights)))
+
+
+def _read_folder(name: str) -> _Source:
+    folder = Path(name)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"extract.embedder_model: {folder.absolute()} holds {found}; expected config.json (the transformers "
+            f"format) with {' or '.join(WEIGHT_FILES)}"
+        )
+    config = _read_json(folder / "config.json")
+    _check_model_type(config, str(folder))
+    weights = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
+    if weights is None:
+        raise ValueError(
+            f"extract.embedder_model: {folder.absolute()} holds {found}; expected {' or '.join(WEIGHT_FILES)} "
+            "(weights in one file)"
+        )
+    settings = folder / "preprocessor_config.json"
+    preprocessor = _read_json(settings) if settings.is_file() else {}
+    return _Source(name, str(folder), config, preprocessor, _encoder_tensors(read_tensors(weights)))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}, expected a mapping")
+    return content
+
+
+def _check_model_type(config: Mapping[str, Any], where: str) -> None:
+    if config.get("model_type") not in MODEL_CLASSES:
+        raise ValueError(
+            f"extract.embedder_model: {where}/config.json has model_type {config.get('model_type')!r}, expected one of "
+            f"{', '.join(MODEL_CLASSES)}"
+        )
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    """The network of a config.json, with whatever weights it is born with."""
+    make_torchaudio_importable()
+    import transformers
+
+    config_name, model_name = MODEL_CLASSES[config["model_type"]]
+    settings = getattr(transformers, config_name).from_dict(dict(config))
+    if config["model_type"] == "whisper":
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        encoder: nn.Module = WhisperEncoder(settings)
+        return encoder
+    network: nn.Module = getattr(transformers, model_name)(settings)
+    return network
+
+
+def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of the bare encoder, in float32.
+
+    Models with a head keep the encoder under its type's name, Whisper beside its decoder; and weight norm has an old
+    spelling and a new one.
+    """
+    renamed = {}
+    for key, value in tensors.items():
+        for prefix in ("hubert.", "wav2vec2.", "wavlm.", "model.encoder."):
+            key = key.removeprefix(prefix)
+        key = key.replace(".weight_g", ".parametrizations.weight.original0")
+        key = key.replace(".weight_v", ".parametrizations.weight.original1")
+        renamed[key] = value.float()
+    return renamed
+
+
+def _fill(network: nn.Module, source: _Source) -> nn.Module:
+    tensors = source.tensors
+    if source.model_type == "whisper" and "encoder.conv1.weight" in tensors:  # a bare WhisperModel
+        tensors = {key.removeprefix("encoder."): value for key, value in tensors.items()}
+    wanted = network.state_dict()
+    # Only masked in training; many published encoders lack it.
+    missing = [key for key in wanted if key not in tensors and key != "masked_spec_embed"]
+    wrong = [
+        f"{key} {list(tensors[key].shape)}, expected {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if missing or wrong:
+        problems = [f"{key} is missing" for key in missing] + wrong
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"extract.embedder_model: the weights in {source.where} are not those of its config.json: "
+            f"{'; '.join(problems[:5])}{more}"
+        )
+    network.load_state_dict({key: tensors[key] for key in wanted if key in tensors}, strict=False)
+    return network
+
+
+def _no_projection(source: _Source) -> str:
+    return (
+        f"extract.embedder_model: {source.name} ({source.model_type}) has no final_proj layer, which model.version v1 "
+        f"needs to make {V1_WIDTH} features of layer {V1_LAYER}; use model.version v2, or an encoder that has one "
+        "(contentvec)"
+    )
+
+
+def _final_projection(source: _Source, width: int) -> nn.Linear:
+    weight, bias = source.tensors.get("final_proj.weight"), source.tensors.get("final_proj.bias")
+    if weight is None or bias is None:
+        raise ValueError(_no_projection(source))
+    if weight.shape[1] != width or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"extract.embedder_model: final_proj of {source.where} has weight {list(weight.shape)} and bias "
+            f"{list(bias.shape)}, expected [features, {width}] and [features]"
+        )
+    num_layers = int(source.config["num_hidden_layers"])
+    if num_layers < V1_LAYER:
+        raise ValueError(
+            f"extract.embedder_model: {source.name} has {num_layers} layers, model.version v1 takes layer {V1_LAYER}"
+        )
+    layer = nn.Linear(width, weight.shape[0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer.eval().requires_grad_(False)
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].contiguous()
+        digest.update(f"{key} {list(value.shape)}\n".encode())
+        digest.update(value.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file, on the CPU; no code in the file is run.
+
+    Raises ValueError when the file is something else.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a file of weights that torch reads (weights_only): {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds something else than a mapping of names to tensors")
+    return content
+
+
+def hub_file(repository: str, filename: str, revision: str = "") -> Path:
+    """A file of a repository on the Hugging Face hub: from the cache, else downloaded (never under HF_HUB_OFFLINE).
+
+    Raises FileNotFoundError that says where it looked.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, filename, revision=revision or None))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
+        how = (
+            "and HF_HUB_OFFLINE is set, so the hub was not asked."
+            if constants.HF_HUB_OFFLINE
+            else f"and {constants.ENDPOINT} did not give it ({str(error).splitlines()[0]})."
+        )
+        at = f" (revision {revision})" if revision else ""
+        raise FileNotFoundError(f"{filename} of {repository}{at} is not in the cache {where}, {how}") from error
+
+
+def _hub_weights(repository: str, revision: str) -> Path:
+    reasons = []
+    for filename in WEIGHT_FILES:
+        try:
+            return hub_file(repository, filename, revision)
+        except FileNotFoundError as error:
+            reasons.append(str(error))
+    raise FileNotFoundError(" ".join(reasons))
+
+
+def _hub_preprocessor(repository: str, revision: str) -> dict[str, Any]:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    filename = "preprocessor_config.json"
+    try:
+        return _read_json(hub_file(repository, filename, revision))
+    except FileNotFoundError as error:
+        unknown = isinstance(error.__cause__, LocalEntryNotFoundError)
+        if unknown and try_to_load_from_cache(repository, filename, revision=revision or None) is None:
+            logger.warning("%s of %s could not be looked up: the wave is not normalised", filename, repository)
+        return {}
+
+
+def make_torchaudio_importable() -> None:
+    """To be called before importing transformers, torchcrepe or torchfcpe, which import torchaudio.
+
+    torchaudio 2.11, the newest on PyPI, refuses to be imported beside a torch built for another minor version of CUDA,
+    such as torch 2.15 from PyPI (13.2 and 13.0). Its authors have since relaxed the check to the major version
+    (pytorch/audio#4226, not released); this does the same. Nothing here uses torchaudio's compiled part.
+    """
+    try:
+        import torchaudio
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:
+        utils = sys.modules.get("torchaudio._extension.utils")
+        if utils is None or torch.version.cuda is None:
+            raise
+        built_for = int(torch.ops._torchaudio.cuda_version()) // 1000
+        if built_for != int(torch.version.cuda.split(".")[0]):
+            raise
+        utils._check_cuda_version = lambda: None  # type: ignore[attr-defined]
+        import torchaudio  # noqa: F401

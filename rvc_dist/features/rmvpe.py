@@ -1,0 +1,215 @@
+"""RMVPE (Wei et al. 2023, arXiv:2306.15412): a deep U-net over the mel spectrogram, then a recurrent layer.
+
+B clips, T frames at 100 per second, C channels. Key names and shapes are those of the published `rmvpe.pt`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig
+from rvc_dist.features.content import hub_file, read_tensors
+from rvc_dist.features.f0 import PITCH_BINS, F0Method, local_average_hz
+
+NUM_MELS = 128
+N_FFT = 1024
+THRESHOLD = 0.03
+"""Salience at or below which a frame is unvoiced."""
+DEPTH = 5
+BLOCKS = 4
+TOP_CHANNELS = 16
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; [B, in, T, M] -> [B, out, T, M]."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+        )
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x) + self.shortcut(x)
+        return out
+
+
+def _blocks(channels_in: int, channels_out: int) -> nn.Sequential:
+    widths = [channels_in] + [channels_out] * BLOCKS
+    return nn.Sequential(*(_Residual(a, b) for a, b in pairwise(widths)))
+
+
+class _Level(nn.Module):
+    """One level of the encoder, or one stage of the middle, without the pooling."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv = _blocks(channels_in, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+class _Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(1)
+        widths = [1] + [TOP_CHANNELS * 2**level for level in range(DEPTH)]
+        self.layers = nn.ModuleList(_Level(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = self.bn(x)
+        skips = []
+        for layer in self.layers:
+            x = layer(x)
+            skips.append(x)
+            x = F.avg_pool2d(x, 2)
+        return x, skips
+
+
+class _Middle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        wide = TOP_CHANNELS * 2**DEPTH
+        self.layers = nn.ModuleList(_Level(wide if stage else wide // 2, wide) for stage in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class _Up(nn.Module):
+    """Doubles both axes, then joins the encoder's output of that size."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.ConvTranspose2d(channels_in, channels_out, 3, stride=2, padding=1, output_padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+        )
+        self.conv2 = _blocks(2 * channels_out, channels_out)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        out: Tensor = self.conv2(torch.cat([self.conv1(x), skip], dim=1))
+        return out
+
+
+class _Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [TOP_CHANNELS * 2**level for level in range(DEPTH, -1, -1)]
+        self.layers = nn.ModuleList(_Up(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+        for layer, skip in zip(self.layers, reversed(skips), strict=True):
+            x = layer(x, skip)
+        return x
+
+
+class _UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = _Encoder()
+        self.intermediate = _Middle()
+        self.decoder = _Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips = self.encoder(x)
+        out: Tensor = self.decoder(self.intermediate(x), skips)
+        return out
+
+
+class _BiGRU(nn.Module):
+    def __init__(self, width_in: int, hidden: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(width_in, hidden, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.gru(x)[0]
+        return out
+
+
+class RMVPE(nn.Module):
+    """Log-mel [B, 128, T], T a multiple of 32 -> salience [B, T, 360], each within 0..1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = _UNet()
+        self.cnn = nn.Conv2d(TOP_CHANNELS, 3, 3, padding=1)
+        self.fc = nn.Sequential(_BiGRU(3 * NUM_MELS, 256), nn.Linear(512, PITCH_BINS), nn.Sigmoid())
+
+    def forward(self, mel: Tensor) -> Tensor:
+        x = self.cnn(self.unet(mel.transpose(1, 2)[:, None]))
+        out: Tensor = self.fc(x.transpose(1, 2).flatten(2))
+        return out
+
+
+class RmvpePitch(F0Method):
+    """RMVPE as a pitch tracker, with the weights of `extract.f0_model`.
+
+    Raises FileNotFoundError when they cannot be had, ValueError when they are not RMVPE's.
+    """
+
+    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        from librosa.filters import mel
+
+        path = find_weights(config.f0_model)
+        tensors = {key: t.float() if t.is_floating_point() else t for key, t in read_tensors(path).items()}
+        with torch.device("meta"):  # 90 million weights need not be drawn to be overwritten
+            self.network = RMVPE()
+        try:
+            self.network.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"extract.f0_model: {path} does not hold the weights of RMVPE: {error}") from error
+        self.network.eval().requires_grad_(False).to(device)
+        self.window = torch.hann_window(N_FFT, device=device)
+        filters = mel(sr=FEATURE_RATE, n_fft=N_FFT, n_mels=NUM_MELS, fmin=30.0, fmax=8000.0, htk=True, norm="slaney")
+        self.mel_filters = torch.from_numpy(filters).to(device)
+
+    def track(self, wave: Tensor) -> Tensor:
+        num_pad = N_FFT // 2
+        # torch.stft reflects too, but refuses a clip shorter than half its window.
+        wave = F.pad(wave[None], (num_pad, num_pad), mode="reflect" if wave.shape[0] > num_pad else "constant")
+        spectrum = torch.stft(wave, N_FFT, F0_HOP, window=self.window, center=False, return_complex=True).abs()
+        mel = (self.mel_filters @ spectrum).clamp_min(1e-5).log()
+        num_frames = mel.shape[-1]
+        missing = -num_frames % 2**DEPTH
+        mel = F.pad(mel, (0, missing), mode="reflect" if missing < num_frames else "replicate")
+        salience = self.network(mel)[0, :num_frames]
+        peak, centre = salience.max(dim=1)
+        return torch.where(peak > THRESHOLD, local_average_hz(salience, centre), 0.0)
+
+
+def find_weights(name: str) -> Path:
+    """The weights file that `extract.f0_model` names: a local file, or owner/repository/file on the hub."""
+    if Path(name).is_file():
+        return Path(name)
+    owner, _, rest = name.partition("/")
+    repository, _, filename = rest.partition("/")
+    if owner and repository and filename:
+        try:
+            return hub_file(f"{owner}/{repository}", filename)
+        except FileNotFoundError as error:
+            reason = str(error)
+    else:
+        reason = "it is not of the form owner/repository/file either, so the hub was not asked."
+    raise FileNotFoundError(
+        f"extract.f0_model: the weights of rmvpe, {name}, cannot be had. {Path(name).absolute()} is no file; {reason} "
+        "Put rmvpe.pt on this machine and say --extract.f0_model PATH, or take a method that brings its own weights or "
+        "needs none: --extract.f0_method crepe (or crepe-tiny, fcpe, pyin)"
+    )

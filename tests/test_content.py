@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import soundfile
+import torch
+from huggingface_hub import constants
+from torch import Tensor
+
+import rvc_dist
+from rvc_dist.config import ExtractConfig
+from rvc_dist.features.content import Embedder, Version, load_embedder, make_torchaudio_importable
+
+CPU = torch.device("cpu")
+SPEECH = Path(rvc_dist.__file__).parent / "demo_voice" / "voice" / "000.flac"
+RECORDED_STD = 0.50424
+RECORDED = [-0.915, 0.0292, -0.1755, 0.164]
+WHISPER_BASE = os.environ.get("RVC_DIST_WHISPER", "")
+"""Folder of the pretrained whisper-base encoder, which is too large to ship with the tests."""
+
+
+def load(model: str | Path, version: Version = "v2") -> Embedder:
+    return load_embedder(ExtractConfig(embedder_model=str(model)), version, CPU)
+
+
+def speech(num_samples: int = 16000, start: int = 8000) -> Tensor:
+    return torch.from_numpy(soundfile.read(SPEECH, dtype="float32", start=start, frames=num_samples)[0])
+
+
+def make_ssl_folder(folder: Path, kind: str, num_layers: int = 10, projection: bool = True) -> Any:
+    """A random encoder of `kind` with ten layers of 16 channels, saved as transformers does; returns the network."""
+    make_torchaudio_importable()
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=16,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=6,
+    )
+    network = getattr(transformers, f"{kind}Model")(config).eval()
+    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+    if projection:
+        tensors["final_proj.weight"] = torch.randn(6, 16)
+        tensors["final_proj.bias"] = torch.randn(6)
+    folder.mkdir()
+    config.save_pretrained(folder)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return network
+
+
+def make_whisper_folder(folder: Path, whole: bool) -> Any:
+    make_torchaudio_importable()
+    import transformers
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        vocab_size=20,
+        pad_token_id=0,
+    )
+    network = (transformers.WhisperModel if whole else WhisperEncoder)(config).eval()
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tensors = {key: value.clone() for key, value in network.state_dict().items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return network.encoder if whole else network
+
+
+def check_contract(embedder: Embedder, width: int, num_frames: int) -> None:
+    waves = torch.stack([speech(), speech(start=30000)])
+    features = embedder(waves)
+    assert embedder.width == width
+    assert features.shape == (2, num_frames, width)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    assert len(embedder.weights_hash) == 16
+    # Not to the last bit: the order of summation in a matrix product depends on its shape.
+    alone = torch.cat([embedder(wave[None]) for wave in waves])
+    torch.testing.assert_close(features, alone, atol=1e-5, rtol=1e-4)
+    assert embedder(torch.zeros(1, 16000)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["Hubert", "Wav2Vec2", "WavLM"])
+def test_self_supervised_v2_is_the_last_hidden_state(tmp_path: Path, kind: str) -> None:
+    network = make_ssl_folder(tmp_path / "enc", kind)
+    embedder = load(tmp_path / "enc")
+    assert embedder.name == str(tmp_path / "enc")
+    check_contract(embedder, 16, 49)
+    with torch.no_grad():
+        expected = network(speech()[None]).last_hidden_state
+    torch.testing.assert_close(embedder(speech()[None]), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Hubert", "WavLM"])
+def test_self_supervised_v1_projects_layer_9(tmp_path: Path, kind: str) -> None:
+    network = make_ssl_folder(tmp_path / "enc", kind)
+    embedder = load(tmp_path / "enc", "v1")
+    check_contract(embedder, 6, 49)
+    tensors = safetensors.torch.load_file(tmp_path / "enc" / "model.safetensors")
+    heard = []
+    network.encoder.layers[8].register_forward_hook(
+        lambda _module, _inputs, out: heard.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        network(speech()[None])
+        expected = heard[0] @ tensors["final_proj.weight"].T + tensors["final_proj.bias"]
+    torch.testing.assert_close(embedder(speech()[None]), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_v1_needs_the_projection_and_nine_layers(tmp_path: Path) -> None:
+    make_ssl_folder(tmp_path / "bare", "Hubert", projection=False)
+    with pytest.raises(ValueError, match=r"has no final_proj layer, which model\.version v1 needs"):
+        load(tmp_path / "bare", "v1")
+    make_ssl_folder(tmp_path / "short", "Hubert", num_layers=4)
+    with pytest.raises(ValueError, match=r"has 4 layers, model\.version v1 takes layer 9"):
+        load(tmp_path / "short", "v1")
+    make_whisper_folder(tmp_path / "whisper", whole=False)
+    with pytest.raises(ValueError, match="has no final_proj layer"):
+        load(tmp_path / "whisper", "v1")
+
+
+def test_every_spelling_of_the_weights_is_the_same_encoder(tmp_path: Path) -> None:
+    folder = tmp_path / "enc"
+    make_ssl_folder(folder, "Hubert", num_layers=2)
+    first = load(folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    renamed = {}
+    for key, value in tensors.items():
+        old = key.replace("parametrizations.weight.original0", "weight_g")
+        old = old.replace("parametrizations.weight.original1", "weight_v")
+        renamed[f"hubert.{old}"] = value
+    (folder / "model.safetensors").unlink()
+    torch.save(renamed, folder / "pytorch_model.bin")
+    second = load(folder)
+    assert second.weights_hash == first.weights_hash
+    assert torch.equal(second(speech()[None]), first(speech()[None]))
+
+    renamed["hubert.encoder.layers.0.attention.k_proj.bias"] += 0.1
+    torch.save(renamed, folder / "pytorch_model.bin")
+    assert load(folder).weights_hash != first.weights_hash
+
+
+def test_wave_is_normalised_only_where_the_folder_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "enc"
+    make_ssl_folder(folder, "Hubert", num_layers=2)
+    wave = speech()[None]
+    plain = load(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
+    normalising = load(folder)
+    torch.testing.assert_close(normalising(wave), normalising(0.25 * wave + 0.1), atol=1e-4, rtol=1e-3)
+    by_hand = (wave - wave.mean()) / wave.std()
+    torch.testing.assert_close(normalising(wave), plain(by_hand), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_whisper(tmp_path: Path, whole: bool) -> None:
+    from transformers import WhisperFeatureExtractor
+
+    network = make_whisper_folder(tmp_path / "enc", whole)
+    embedder = load(tmp_path / "enc")
+    check_contract(embedder, 16, 50)
+    # Given the whole 30 s, it is what transformers computes.
+    wave = torch.zeros(480000)
+    wave[:32000] = speech(32000)
+    mel = WhisperFeatureExtractor()(wave.numpy(), sampling_rate=16000, return_tensors="pt")["input_features"]
+    with torch.no_grad():
+        expected = network(mel).last_hidden_state
+    torch.testing.assert_close(embedder(wave[None]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_whisper_takes_long_input_in_pieces(tmp_path: Path) -> None:
+    make_whisper_folder(tmp_path / "enc", whole=False)
+    embedder = load(tmp_path / "enc")
+    wave = speech(80000).repeat(7)[None]  # 35 s: two pieces of 17.5 s
+    features = embedder(wave)
+    assert features.shape == (1, 1750, 16)
+    torch.testing.assert_close(features[:, 875:], embedder(wave[:, 280000:]), atol=1e-5, rtol=1e-4)
+    assert embedder(torch.zeros(1, 480001)).isfinite().all()
+
+
+@pytest.mark.skipif(not WHISPER_BASE, reason="needs the whisper-base encoder: set RVC_DIST_WHISPER to its folder")
+def test_cut_positions_hear_what_the_padded_recording_has() -> None:
+    embedder = load(Path(WHISPER_BASE))
+    wave = speech(48000, start=0)
+    padded = torch.zeros(480000)
+    padded[:48000] = wave
+    cut, full = embedder(wave[None])[0], embedder(padded[None])[0, :150]
+    similarity = torch.cosine_similarity(cut - cut.mean(0), full - full.mean(0), dim=-1)
+    assert similarity.mean() > 0.95
+    assert similarity.min() > 0.8
+
+
+@pytest.mark.parametrize(("version", "width"), [("v1", 256), ("v2", 768)])
+def test_mfcc_contract(version: Version, width: int) -> None:
+    embedder = load("mfcc", version)
+    assert embedder.name == "mfcc"
+    check_contract(embedder, width, 50)
+    assert embedder(torch.zeros(1, 16000)).abs().max() < 0.02
+    assert load("mfcc", version).weights_hash == embedder.weights_hash
+    assert load("mfcc", "v1").weights_hash != load("mfcc", "v2").weights_hash
+
+
+def test_mfcc_does_not_change_between_machines_and_versions() -> None:
+    t = torch.arange(16000, dtype=torch.float64) / 16000
+    wave = (0.3 * torch.sin(2 * torch.pi * (200 * t + 300 * t * t))).float()[None]
+    features = load("mfcc")(wave)[0]
+    assert features.std().item() == pytest.approx(RECORDED_STD, rel=1e-3)
+    assert features[25, ::200].tolist() == pytest.approx(RECORDED, abs=2e-3)
+
+
+def test_mfcc_hears_what_and_not_how_loud() -> None:
+    embedder = load("mfcc")
+    wave = speech(32000)[None]
+    features = embedder(wave)[0]
+    louder = embedder(2.0 * wave)[0]
+    assert torch.cosine_similarity(features, louder, dim=-1).mean() > 0.97
+    assert torch.cosine_similarity(features, features.roll(20, 0), dim=-1).mean() < 0.3
+
+
+def test_mfcc_frames_are_where_the_sound_is() -> None:
+    wave = 1e-3 * torch.randn(32000, generator=torch.Generator().manual_seed(0))
+    wave[16000:] += 0.3 * torch.sin(2 * torch.pi * 400 * torch.arange(16000) / 16000)
+    features = load("mfcc")(wave[None])[0]
+    assert features.shape[0] == 100
+    step = (features[1:] - features[:-1]).norm(dim=-1)
+    assert abs(step.argmax().item() - 49) <= 4  # within the context and the slopes around frame 50
+
+
+def test_unfit_folders_say_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds readme\.txt; expected config\.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="model_type 'bert', expected one of hubert, wav2vec2, wavlm, whisper"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
+    with pytest.raises(ValueError, match=r"expected model\.safetensors or pytorch_model\.bin"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load(tmp_path)
+
+
+def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    make_ssl_folder(tmp_path / "enc", "Hubert", num_layers=2)
+    safetensors.torch.save_file({"encoder.layer_norm.weight": torch.zeros(3)}, tmp_path / "enc" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"are not those of its config\.json: .* is missing"):
+        load(tmp_path / "enc")
+
+
+def test_without_files_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name, repository in (("contentvec", "lengyue233/content-vec-best"), ("some/encoder", "some/encoder")):
+        with pytest.raises(FileNotFoundError) as caught:
+            load(name)
+        message = str(caught.value)
+        for part in (name, repository, str(tmp_path), "HF_HUB_OFFLINE", "--extract.embedder_model FOLDER", "mfcc"):
+            assert part in message
+    with pytest.raises(FileNotFoundError, match="/no/such/folder is no folder"):
+        load("/no/such/folder")
