@@ -7,6 +7,7 @@ nothing heavy, so that `--help` and a typo in a key answer at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,7 @@ F0_HOP = 160
 F0_PER_S = FEATURE_RATE // F0_HOP
 MAX_CLIP_FRAMES = 900
 """A training clip is cut to at most this many spectrogram frames."""
-PRETRAINED_SPEAKERS = 109
-"""Rows of the speaker table of every published pretrained generator."""
+MAX_SEED = 2**31 - 1
 
 
 class RateSpec(NamedTuple):
@@ -57,12 +57,12 @@ class ConfigError(ValueError):
 
 
 def _at_least(key: str, value: float | None, low: float) -> Iterator[str]:
-    if value is not None and not value >= low:
+    if value is not None and not low <= value < math.inf:
         yield f"{key}: got {value}, expected at least {low}"
 
 
 def _above(key: str, value: float | None, low: float) -> Iterator[str]:
-    if value is not None and not value > low:
+    if value is not None and not low < value < math.inf:
         yield f"{key}: got {value}, expected more than {low}"
 
 
@@ -106,11 +106,11 @@ class PreprocessConfig:
     """Threads a rank."""
 
     def problems(self) -> Iterator[str]:
-        yield from _within("preprocess.chunk_len", self.chunk_len, 0.5, 9.0)
+        yield from _within("preprocess.chunk_len", self.chunk_len, 1.0, 9.0)
         yield from _at_least("preprocess.overlap_len", self.overlap_len, 0.0)
-        if self.overlap_len >= self.chunk_len:
+        if self.overlap_len > self.chunk_len / 2:
             yield (
-                f"preprocess.overlap_len: got {self.overlap_len}, expected less than "
+                f"preprocess.overlap_len: got {self.overlap_len}, expected at most half of "
                 f"preprocess.chunk_len ({self.chunk_len})"
             )
         yield from _at_least("preprocess.num_workers", self.num_workers, 1)
@@ -120,8 +120,8 @@ class PreprocessConfig:
 class ExtractConfig:
     """How clips become content features and pitch."""
 
-    f0_method: str = "rmvpe"
-    """Pitch tracker: rmvpe, crepe, crepe-tiny, fcpe or pyin."""
+    f0_method: Literal["rmvpe", "crepe", "crepe-tiny", "fcpe", "pyin"] = "rmvpe"
+    """Pitch tracker."""
     f0_model: str = "lj1995/VoiceConversionWebUI/rmvpe.pt"
     """Weights of rmvpe: a local file, or owner/repository/file on the hub. Other methods bring their own."""
     f0_min: float = 50.0
@@ -139,7 +139,7 @@ class ExtractConfig:
 
     def problems(self) -> Iterator[str]:
         yield from _above("extract.f0_min", self.f0_min, 0.0)
-        if self.f0_max <= self.f0_min:
+        if not self.f0_max > self.f0_min:
             yield f"extract.f0_max: got {self.f0_max}, expected more than extract.f0_min ({self.f0_min})"
         if self.f0_max > FEATURE_RATE / 4:
             yield f"extract.f0_max: got {self.f0_max}, expected at most {FEATURE_RATE // 4}"
@@ -291,8 +291,9 @@ class TrainConfig:
         yield from _above("train.learning_rate", self.learning_rate, 0.0)
         yield from _within("train.lr_decay", self.lr_decay, 0.0, 1.0)
         yield from _above("train.max_grad_norm", self.max_grad_norm, 0.0)
-        for name in ("warmup_steps", "num_workers", "seed"):
+        for name in ("warmup_steps", "num_workers"):
             yield from _at_least(f"train.{name}", getattr(self, name), 0)
+        yield from _within("train.seed", self.seed, 0, MAX_SEED)
         if self.bf16_adamw and self.optimizer == "radam":
             yield "train.optimizer: got radam with train.bf16_adamw, which chooses anyprecision_adamw; set only one"
         yield from self.loss.problems()
@@ -336,7 +337,8 @@ class InferConfig:
         yield from _within("infer.index_rate", self.index_rate, 0.0, 1.0)
         yield from _within("infer.protect", self.protect, 0.0, 0.5)
         yield from _at_least("infer.speaker", self.speaker, 0)
-        yield from _at_least("infer.window_s", self.window_s, 2.0)
+        yield from _within("infer.window_s", self.window_s, 2.0, 600.0)
+        yield from _within("infer.seed", self.seed, 0, MAX_SEED)
         if Path(self.output).suffix.lower() not in (".wav", ".flac"):
             yield f"infer.output: got {self.output!r}, expected a name that ends in .wav or .flac"
 
@@ -360,7 +362,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.name or any(c in self.name for c in '/\\\0"') or self.name.startswith("."):
+        if not self.name or not self.name.isprintable() or set(self.name) & set('/\\"') or self.name.startswith("."):
             problems.append(f"name: got {self.name!r}, expected a file name without slashes")
         for section in (self.data, self.preprocess, self.extract, self.index, self.model, self.train, self.infer):
             problems.extend(section.problems())
@@ -436,7 +438,7 @@ def _unknown_keys(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise ConfigError(f"--config: {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: {path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):

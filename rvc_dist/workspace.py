@@ -1,0 +1,309 @@
+"""Every path of a run folder, the work units, their stamps, and the one way to write a file.
+
+A work unit is a fixed slice of the input, chosen by the plan alone. A unit is done when its file exists and carries
+the stamp of the settings and sources that it should have been made from. Files are written under another name and
+renamed, so any rank, any array task and any later run can do any unit, in any order, and be killed at any moment.
+This module imports no torch: the preprocess stage needs none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Part of every stamp: raise it when a stage's output changes for the same settings."""
+HEADER_KEY = "rvc_dist"
+"""All metadata of a safetensors file is one JSON text: the format keeps several keys in no fixed order."""
+MIN_UNIT_S, MAX_UNIT_S, MAX_UNITS = 20.0, 600.0, 512
+"""Bounds of a unit's length in seconds, and the count of units that a dataset is cut towards."""
+STALE_TMP_S = 3600.0
+"""A half-written file that has not grown for so long has no writer any more."""
+
+T = TypeVar("T")
+
+
+class StageError(RuntimeError):
+    """A stage cannot do its work; the message says what is wrong, where, and what to do."""
+
+
+class Stopped(RuntimeError):  # noqa: N818 - no error: the run goes on later
+    """The run was asked to stop and saved a checkpoint; the same command continues it."""
+
+
+class Workspace:
+    """The paths of one run folder. Nothing is created until something is written."""
+
+    def __init__(self, run_dir: str | Path, name: str) -> None:
+        self.root = Path(run_dir)
+        self.name = name
+        self.config_file = self.root / "config.yaml"
+        self.clips_dir = self.root / "clips"
+        self.plan_file = self.clips_dir / "plan.json"
+        self.clips_report_file = self.clips_dir / "report.json"
+        self.features_dir = self.root / "features"
+        self.features_report_file = self.features_dir / "report.json"
+        self.mute_file = self.features_dir / "mute.safetensors"
+        self.index_dir = self.root / "index"
+        self.vectors_file = self.index_dir / "total_fea.npy"
+        self.index_report_file = self.index_dir / "report.json"
+        self.checkpoints_dir = self.root / "checkpoints"
+        self.tensorboard_dir = self.root / "tensorboard"
+        self.voice_dir = self.root / "voice"
+        self.last_voice_file = self.voice_dir / f"{name}_last.pth"
+
+    def clips_file(self, unit: int) -> Path:
+        return self.clips_dir / f"{unit:05d}.safetensors"
+
+    def features_file(self, unit: int) -> Path:
+        return self.features_dir / f"{unit:05d}.safetensors"
+
+    def index_file(self) -> Path | None:
+        """The run's retrieval index, or None when the index stage has not run."""
+        if not self.index_report_file.is_file():
+            return None
+        path = self.index_dir / read_json(self.index_report_file)["file"]
+        return path if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One recording of the dataset; `path` is relative to the dataset folder, `reason` why it is left out."""
+
+    path: str
+    speaker: int
+    size: int
+    mtime_ns: int
+    duration_s: float = 0.0
+    reason: str = ""
+
+    @property
+    def identity(self) -> tuple[str, int, int, int]:
+        """What a changed recording changes, without opening it."""
+        return self.path, self.speaker, self.size, self.mtime_ns
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A fixed slice of the dataset."""
+
+    id: int
+    files: tuple[SourceFile, ...]
+
+    @cached_property
+    def duration_s(self) -> float:
+        return sum(f.duration_s for f in self.files)
+
+    def stamp(self, settings: Mapping[str, Any]) -> str:
+        return stamp(settings, [f.identity for f in self.files])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work list of a run: the same for every rank, since it depends on the dataset folder alone."""
+
+    listing: str
+    """Stamp of the folder's listing."""
+    settings: dict[str, Any]
+    """The settings that the clips depend on, to say what changed."""
+    units: tuple[Unit, ...]
+    excluded: tuple[SourceFile, ...]
+    """Files that no unit holds, each with its reason."""
+
+    def dumps(self) -> str:
+        data = {
+            "version": FORMAT_VERSION,
+            "listing": self.listing,
+            "settings": self.settings,
+            "units": [[asdict(f) for f in unit.files] for unit in self.units],
+            "excluded": [asdict(f) for f in self.excluded],
+        }
+        return to_json(data)
+
+    @classmethod
+    def load(cls, path: Path) -> Plan | None:
+        """The plan in `path`, or None when there is none of this version."""
+        if not path.is_file():
+            return None
+        data = read_json(path)
+        try:
+            if data.get("version") != FORMAT_VERSION:
+                return None
+            return cls(
+                listing=data["listing"],
+                settings=data["settings"],
+                units=tuple(Unit(i, tuple(SourceFile(**f) for f in files)) for i, files in enumerate(data["units"])),
+                excluded=tuple(SourceFile(**f) for f in data["excluded"]),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise StageError(f"{path}: not a plan of ours ({error!r}); delete it and run the stage again") from error
+
+
+def cut_units(files: Sequence[SourceFile]) -> tuple[Unit, ...]:
+    """Consecutive runs of `files` of about equal duration; the world size has no say in it."""
+    total_s = sum(f.duration_s for f in files)
+    target_s = min(MAX_UNIT_S, max(MIN_UNIT_S, total_s / MAX_UNITS))
+    units: list[Unit] = []
+    current: list[SourceFile] = []
+    length_s = 0.0
+    for file in files:
+        current.append(file)
+        length_s += file.duration_s
+        if length_s >= target_s:
+            units.append(Unit(len(units), tuple(current)))
+            current, length_s = [], 0.0
+    if current:
+        units.append(Unit(len(units), tuple(current)))
+    return tuple(units)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a list of units this process does: part `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+    array: bool = False
+    """True for `--shard`: the other parts may run at any time, or never, so nobody is waited for."""
+
+    @classmethod
+    def from_environment(cls) -> Share:
+        """The rank that the launcher gave this process; no process group is needed for it."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """`I/N`, with 0 <= I < N, as `--shard` takes it."""
+        left, _, right = text.partition("/")
+        if not (text.isascii() and left.isdecimal() and right.isdecimal() and int(left) < int(right)):
+            raise ValueError(f"--shard: got {text!r}, expected I/N with 0 <= I < N, such as 0/8")
+        return cls(int(left), int(right), array=True)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    def take(self, units: Sequence[Unit]) -> list[Unit]:
+        """This process's units, the longest first, so that all finish at about the same time."""
+        ordered = sorted(units, key=lambda unit: (-unit.duration_s, unit.id))
+        return ordered[self.index :: self.count]
+
+
+def stamp(*parts: Any) -> str:
+    """A short hash of plain data and FORMAT_VERSION; equal data gives equal stamps on every machine."""
+    text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """`key: old -> new` for every setting that differs, for the line that says why work is redone."""
+    keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    return ", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write `path` whole or not at all, through a file beside it that is synced and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Random, not the process id: array tasks on several hosts may write the same file. Short, whatever path's name is.
+    beside = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(data.encode() if isinstance(data, str) else data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def to_json(data: Any) -> str:
+    """Readable JSON. Bytes of a file name that are no UTF-8 (lone surrogates in Python) become JSON escapes."""
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def printable(name: str) -> str:
+    """A file name for a log line: as it is, or escaped when it has line breaks or bytes that are no UTF-8."""
+    return name if name.isprintable() else ascii(name)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StageError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    atomic_write(path, to_json(data))
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Write numpy `arrays` and a JSON `header` as one safetensors file, atomically."""
+    from safetensors.numpy import save
+
+    text = json.dumps(header, sort_keys=True, ensure_ascii=True)
+    atomic_write(path, save(dict(arrays), metadata={HEADER_KEY: text}))
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The JSON header of a safetensors file of ours; None when it is missing, foreign or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        header = json.loads(metadata[HEADER_KEY])
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        return None
+    return header if isinstance(header, dict) else None
+
+
+def is_done(path: Path, wanted: str) -> bool:
+    header = read_header(path)
+    return header is not None and header.get("stamp") == wanted
+
+
+def wait_for(what: str, probe: Callable[[], T | None], poll_s: float = 0.2) -> T:
+    """Poll `probe` until it returns something.
+
+    Files are the only meeting point of the data stages: a collective would time out on a long stage, and array
+    tasks have no process group. When a rank dies, its launcher ends those that wait.
+    """
+    started_at = reported_at = time.monotonic()
+    while (found := probe()) is None:
+        time.sleep(poll_s)
+        if time.monotonic() - reported_at > 60.0:
+            reported_at = time.monotonic()
+            logger.info("waiting for %s since %.0f s", what, reported_at - started_at)
+    return found
+
+
+def remove_leftovers(folder: Path, num_units: int) -> None:
+    """Remove the unit files of an earlier, longer plan, and what killed processes left half-written."""
+    for path in unit_files(folder):
+        if int(path.stem) >= num_units:
+            path.unlink(missing_ok=True)  # another process that finished at the same time may have been here first
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > STALE_TMP_S:
+                path.unlink()
+
+
+def unit_files(folder: Path) -> Iterator[Path]:
+    """The unit files in `folder`, in the order of their numbers."""
+    found = (p for p in folder.glob("*.safetensors") if p.stem.isascii() and p.stem.isdecimal())
+    return iter(sorted(found, key=lambda p: int(p.stem)))

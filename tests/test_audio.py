@@ -1,0 +1,362 @@
+"""Decoding, resampling, filtering, levelling and cutting, against values worked out by hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from rvc_dist import audio
+
+RATE = 16000
+SLICE_RATE = 1000
+HOP = 15
+"""Samples of a slicer frame at SLICE_RATE."""
+
+
+def sine(hz: float, seconds: float, rate: int = RATE, level: float = 0.5) -> audio.Wave:
+    return (level * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def level(wave: audio.Wave) -> float:
+    """RMS of the middle half, away from the edges of filters."""
+    return float(np.sqrt(np.mean(wave[len(wave) // 4 : -len(wave) // 4].astype(np.float64) ** 2)))
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_decode_reads_every_kind(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, sine(200, 2.0, 44100), 44100)
+    wave, rate = audio.decode(path)
+    assert rate == 44100
+    assert wave.dtype == np.float32
+    assert abs(len(wave) - 88200) <= 1152
+    assert audio.duration(path) == pytest.approx(2.0, abs=0.03)
+    assert level(wave) == pytest.approx(0.5 / 2**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("subtype", "rate", "tolerance"),
+    [("PCM_U8", 8000, 1 / 127), ("PCM_16", 22050, 1e-4), ("PCM_24", 96000, 1e-6), ("DOUBLE", 16000, 1e-7)],
+)
+def test_decode_keeps_the_samples_of_every_depth(tmp_path: Path, subtype: str, rate: int, tolerance: float) -> None:
+    wave = sine(200, 0.5, rate)
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype=subtype)
+    decoded, got_rate = audio.decode(tmp_path / "a.wav")
+    assert got_rate == rate
+    np.testing.assert_allclose(decoded, wave, atol=tolerance)
+
+
+def test_decode_takes_the_mean_of_channels(tmp_path: Path) -> None:
+    left, right = np.full(4000, 0.5), np.full(4000, -0.25)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), RATE, subtype="FLOAT")
+    wave, _ = audio.decode(tmp_path / "a.wav")
+    assert wave.shape == (4000,)
+    assert wave.tolist() == [0.125] * 4000
+
+
+def test_decode_in_blocks_is_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix in ("flac", "wav", "ogg", "mp3"):
+        path = tmp_path / f"a.{suffix}"
+        soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 30000), RATE)
+        with soundfile.SoundFile(path) as file:  # soundfile.read seeks first, which turns the last bits of an mp3
+            whole = file.read(dtype="float32")
+        monkeypatch.setattr(audio, "BLOCK", 1001)
+        np.testing.assert_array_equal(audio.decode(path)[0], whole)
+
+
+def test_decode_accepts_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", sine(200, 0.5), RATE)
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff\n.wav"))
+    (tmp_path / "a.wav").rename(path)
+    assert len(audio.decode(path)[0]) == 8000
+    assert audio.duration(path) == 0.5
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "opus", "aiff"])
+def test_text_is_not_audio(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("these are words " * 500)
+    for read in (audio.duration, audio.decode):
+        with pytest.raises(audio.AudioError, match=r"not readable as audio \(Format not recognised\)"):
+            read(path)
+
+
+def test_decode_refuses_nan_and_a_cut_flac_and_no_samples(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    wave = sine(200, 0.5)
+    wave[7] = np.nan
+    soundfile.write(path, wave, RATE, subtype="FLOAT")
+    with pytest.raises(audio.AudioError, match="not finite"):
+        audio.decode(path)
+
+    soundfile.write(path, np.zeros(0), RATE)
+    for read in (audio.duration, audio.decode):
+        with pytest.raises(audio.AudioError, match="holds no samples"):
+            read(path)
+
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 60000), RATE)
+    path.write_bytes(path.read_bytes()[:50000])
+    with pytest.raises(audio.AudioError, match="not readable"):
+        audio.decode(path)
+
+
+@pytest.mark.parametrize(("nibble", "rest"), [(0x0F, b"\xff" * 4), (0x00, bytes(4))])
+def test_a_flac_header_that_lies_allocates_nothing(tmp_path: Path, nibble: int, rest: bytes) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, sine(200, 1.0), RATE)
+    data = bytearray(path.read_bytes())
+    # The 36 bits of the sample count: all ones, 256 GiB of float32; or zero, as encoders write to a pipe.
+    data[21] = data[21] & 0xF0 | nibble
+    data[22:26] = rest
+    path.write_bytes(data)
+    for read in (audio.duration, audio.decode):
+        with pytest.raises(audio.AudioError, match="damaged header or a stream of unknown length"):
+            read(path)
+
+
+def test_a_sample_rate_that_is_damage_is_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", sine(200, 0.5), RATE)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[24:28] = (1).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(audio.AudioError, match="sample rate of 1 Hz, expected 4000 to 768000"):
+        audio.decode(tmp_path / "a.wav")
+
+
+def write_mp3_without_length(path: Path, wave: audio.Wave, mode: str) -> None:
+    """An mp3 as recorders of streams write it: without the first frame, which tells the length."""
+    options = {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": mode, "compression_level": 0.5}
+    soundfile.write(path, wave, 44100, **options)
+    data = path.read_bytes()
+    path.write_bytes(data[data.index(data[:2], 4) :])
+
+
+def test_an_mp3_whose_length_is_underestimated_is_refused(tmp_path: Path) -> None:
+    # Loud noise first and silence after it: libsndfile takes the noise's bit rate for the whole file's.
+    wave = np.zeros(20 * 44100, np.float32)
+    wave[: 5 * 44100] = np.random.default_rng(0).normal(0.0, 0.2, 5 * 44100)
+    path = tmp_path / "a.mp3"
+    write_mp3_without_length(path, wave, "VARIABLE")
+    with pytest.raises(audio.AudioError, match=r"only \d\.\d of 20\.\d s would be read"):
+        audio.decode(path)
+
+
+def test_an_mp3_of_constant_rate_needs_no_length(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp3"
+    write_mp3_without_length(path, sine(200, 5.0, 44100), "CONSTANT")
+    assert len(audio.decode(path)[0]) == pytest.approx(5.0 * 44100, rel=0.02)
+
+
+# Resampling and filtering
+
+
+@pytest.mark.parametrize(("rate", "new_rate"), [(16000, 48000), (44100, 16000), (48000, 40000), (8000, 44100)])
+def test_resample_keeps_duration_and_level(rate: int, new_rate: int) -> None:
+    wave = audio.resample(sine(200, 1.0, rate), rate, new_rate)
+    assert wave.dtype == np.float32
+    assert abs(len(wave) - new_rate) <= 1
+    np.testing.assert_allclose(
+        wave[new_rate // 4 : new_rate // 2], sine(200, 1.0, new_rate)[new_rate // 4 :][: new_rate // 4], atol=1e-3
+    )
+
+
+def test_resample_to_the_same_rate_changes_nothing() -> None:
+    wave = sine(200, 0.1)
+    assert audio.resample(wave, RATE, RATE) is wave
+
+
+@pytest.mark.parametrize("rate", [24000, 48000])
+def test_highpass_removes_offset_and_rumble_and_keeps_speech(rate: int) -> None:
+    offset = audio.highpass(np.full(rate, 0.5, np.float32), rate)
+    assert np.abs(offset[rate // 2 :]).max() < 1e-3
+    # 5th order: |H| = 1 / sqrt(1 + (48 / f)^10), so 1 / 39 at 23 Hz, 0.7071 at 48 Hz and 0.9999997 at 200 Hz.
+    for hz, gain in ((23.0, 1 / (1 + (48 / 23) ** 10) ** 0.5), (48.0, 0.5**0.5), (200.0, 1.0)):
+        wave = sine(hz, 4.0, rate)
+        assert level(audio.highpass(wave, rate)) == pytest.approx(gain * level(wave), rel=0.01, abs=2e-4)
+
+
+def test_highpass_in_blocks_is_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    wave = np.random.default_rng(0).normal(0.0, 0.1, 10000).astype(np.float32)
+    whole = audio.highpass(wave, RATE)
+    monkeypatch.setattr(audio, "BLOCK", 999)
+    np.testing.assert_array_equal(audio.highpass(wave, RATE), whole)
+    assert whole.dtype == np.float32
+
+
+# Level
+
+
+def test_normalise_by_hand() -> None:
+    # peak 0.5: factor 0.9 * 0.75 / 0.5 + 0.25 = 1.6
+    np.testing.assert_allclose(audio.normalise(np.array([0.5, -0.25, 0.0], np.float32)), [0.8, -0.4, 0.0], rtol=1e-6)
+    # peak 2 (negative): factor 0.675 / 2 + 0.25 = 0.5875
+    np.testing.assert_allclose(audio.normalise(np.array([-2.0, 1.0], np.float32)), [-1.175, 0.5875], rtol=1e-6)
+
+
+def test_normalise_leaves_silence_alone() -> None:
+    quiet = np.array([9e-4, -9e-4], np.float32)
+    assert audio.normalise(quiet).tolist() == quiet.tolist()
+    assert audio.normalise(np.zeros(0, np.float32)).size == 0
+
+
+# Windows
+
+
+def spans(pieces: object) -> list[tuple[int, int]]:
+    return [(start, len(wave)) for start, wave in pieces]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        # chunk 30, step 25; a window as long as more than 35 remain
+        (100, [(0, 30), (25, 30), (50, 30), (75, 25)]),
+        (36, [(0, 30), (25, 11)]),
+        (35, [(0, 35)]),
+        (4, [(0, 4)]),
+    ],
+)
+def test_cut_windows_by_hand(samples: int, expected: list[tuple[int, int]]) -> None:
+    wave = np.arange(samples, dtype=np.float32)
+    pieces = list(audio.cut_windows(wave, 10, 3.0, 0.5))
+    assert spans(pieces) == expected
+    assert all(piece[0] == start for start, piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [(100, [(0, 30), (25, 30), (50, 30)]), (80, [(0, 30), (25, 30), (50, 30)]), (79, [(0, 30), (25, 30)]), (29, [])],
+)
+def test_cut_fixed_by_hand(samples: int, expected: list[tuple[int, int]]) -> None:
+    wave = np.arange(samples, dtype=np.float32)
+    pieces = list(audio.cut_fixed(wave, 10, 3.0, 0.5))
+    assert spans(pieces) == expected
+    assert all(piece[0] == start for start, piece in pieces)
+
+
+def test_window_steps_are_rounded() -> None:
+    # (0.3 - 0.1) * 10 is 1.9999999999999996
+    wave = np.zeros(8, np.float32)
+    assert spans(audio.cut_windows(wave, 10, 0.3, 0.1)) == [(0, 3), (2, 3), (4, 4)]
+    assert spans(audio.cut_fixed(wave, 10, 0.3, 0.1)) == [(0, 3), (2, 3), (4, 3)]
+
+
+def test_an_overlap_of_almost_everything_still_ends() -> None:
+    assert len(list(audio.cut_fixed(np.zeros(100, np.float32), 10, 3.0, 2.9999))) == 71
+
+
+# Silences. At 1000 Hz: frames of 15 samples, windows of 60; 1.5 s are 100 frames, 400 ms 27, 500 ms 33.
+# Frame i hears the hops i - 2 .. i + 1, so silence in the hops a .. b - 1 makes the frames a + 2 .. b - 2 silent:
+# b - a - 3 of them. A recording of n hops has n + 1 frames, and nothing sounds beyond its ends.
+
+
+def pattern(*hops: int) -> audio.Wave:
+    """Tone for the first count of hops, silence for the second, and so on."""
+    parts = [np.full(n * HOP, 0.0 if i % 2 else 0.5, np.float32) for i, n in enumerate(hops)]
+    wave = np.concatenate(parts)
+    wave[::2] *= -1
+    return wave
+
+
+def cuts(wave: audio.Wave) -> list[tuple[float, float]]:
+    """(first, last) of each piece, in hops."""
+    pieces = audio.cut_silences(wave, SLICE_RATE)
+    for start, piece in pieces:
+        np.testing.assert_array_equal(piece, wave[start : start + len(piece)])
+    return [(start / HOP, (start + len(piece)) / HOP) for start, piece in pieces]
+
+
+@pytest.mark.parametrize(
+    ("hops", "expected"),
+    [
+        # a tone, nothing to cut
+        ((200,), [(0, 200)]),
+        # 26 silent frames are too few, 27 are cut at the quietest (the first of equals): nothing is lost
+        ((150, 29, 150), [(0, 329)]),
+        ((150, 30, 150), [(0, 152), (152, 330)]),
+        # 33 frames, the longest that is cut at one place
+        ((150, 36, 150), [(0, 152), (152, 336)]),
+        # 34, 57 (less than twice 500 ms) and 97 frames (more): up to the first quiet one, and 33 before the next tone
+        ((150, 37, 150), [(0, 152), (153, 337)]),
+        ((150, 60, 150), [(0, 152), (176, 360)]),
+        ((150, 100, 150), [(0, 152), (216, 400)]),
+        # the silence ends at frame 99, then 100: too soon after the beginning, then not
+        ((60, 40, 150), [(0, 250)]),
+        ((60, 41, 150), [(0, 62), (67, 251)]),
+        # the second silence ends 95 frames after the cut at frame 176 and is no cut; 101 frames after, it is one
+        ((150, 60, 21, 41, 150), [(0, 152), (176, 422)]),
+        ((150, 60, 27, 41, 150), [(0, 152), (176, 239), (244, 428)]),
+        # leading silence of 33 frames stays, of 34 and of 99 keeps its last 33
+        ((0, 34, 150), [(0, 184)]),
+        ((0, 35, 150), [(1, 185)]),
+        ((0, 100, 150), [(66, 250)]),
+        # trailing silence of 26 frames stays, of 27 and of 99 goes after the first quiet frame
+        ((150, 27), [(0, 177)]),
+        ((150, 28), [(0, 152)]),
+        ((150, 100), [(0, 152)]),
+        # both ends; the tone itself may be short
+        ((0, 100, 10, 100), [(66, 112)]),
+        # a recording of at most 1.5 s stays whole
+        ((50, 50), [(0, 100)]),
+        ((50, 51), [(0, 52)]),
+    ],
+)
+def test_cut_silences_by_hand(hops: tuple[int, ...], expected: list[tuple[float, float]]) -> None:
+    assert cuts(pattern(*hops)) == expected
+
+
+def test_cut_silences_cuts_at_the_quietest_frames() -> None:
+    wave = pattern(150, 100, 150)
+    wave[150 * HOP : 250 * HOP] = 1e-3
+    wave[160 * HOP : 164 * HOP] = 0.0  # frame 162 hears only this
+    wave[240 * HOP : 244 * HOP] = 0.0  # frame 242 hears only this
+    assert cuts(wave) == [(0, 162), (242, 400)]
+    # The last frame that is near enough to the first tone is 33 after the first quiet one.
+    wave = pattern(150, 100, 150)
+    wave[150 * HOP : 250 * HOP] = 1e-3
+    wave[183 * HOP : 187 * HOP] = 0.0
+    assert cuts(wave) == [(0, 185), (216, 400)]
+    # Leading silence of 33 frames stays wherever its quietest is, of 34 it does not.
+    for hops, expected in ((34, [(0, 184)]), (35, [(10, 185)])):
+        wave = pattern(0, hops, 150)
+        wave[: hops * HOP] = 1e-3
+        wave[8 * HOP : 12 * HOP] = 0.0
+        assert cuts(wave) == expected
+    # Further than 500 ms from either tone the quietest place does not count: the level there is the first of equals.
+    wave = pattern(150, 100, 150)
+    wave[150 * HOP : 250 * HOP] = 1e-3
+    wave[198 * HOP : 202 * HOP] = 0.0
+    assert cuts(wave) == [(0, 152), (216, 400)]
+
+
+def test_cut_silences_threshold_is_42_db() -> None:
+    loud_enough, too_quiet = 10 ** (-41.9 / 20), 10 ** (-42.1 / 20)
+    for value, expected in ((loud_enough, [(0, 400)]), (too_quiet, [(0, 152), (216, 400)])):
+        wave = pattern(150, 100, 150)
+        wave[150 * HOP : 250 * HOP] = value
+        assert cuts(wave) == expected
+
+
+def test_cut_silences_of_silence_is_nothing() -> None:
+    assert audio.cut_silences(np.zeros(5000, np.float32), SLICE_RATE) == []
+    assert audio.cut_silences(np.zeros(0, np.float32), SLICE_RATE) == []
+
+
+def test_cut_silences_keeps_a_last_incomplete_hop() -> None:
+    wave = np.full(200 * HOP + 7, 0.5, np.float32)
+    assert spans(audio.cut_silences(wave, SLICE_RATE)) == [(0, 200 * HOP + 7)]
+
+
+def test_frame_rms_is_that_of_zero_padded_windows() -> None:
+    wave = np.random.default_rng(0).normal(0.0, 0.3, 1234).astype(np.float32)
+    padded = np.pad(wave.astype(np.float64), (2 * HOP, 4 * HOP))
+    expected = [np.sqrt(np.mean(padded[i * HOP : i * HOP + 4 * HOP] ** 2)) for i in range(1234 // HOP + 1)]
+    np.testing.assert_allclose(audio._frame_rms(wave, HOP), expected, rtol=1e-12)

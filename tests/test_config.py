@@ -1,0 +1,233 @@
+"""The recipe: what it refuses, and that it says everything that is wrong at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rvc_dist.config import RATES, ConfigError, Recipe, load_recipe, parse_recipe
+
+NAN = math.nan
+
+
+def build(values: dict[str, Any]) -> Recipe:
+    """A recipe with `values` under their full keys."""
+
+    def replaced(node: Any, path: list[str], value: Any) -> Any:
+        # Around __init__, which would refuse the first wrong value before the next is set.
+        copy = object.__new__(type(node))
+        copy.__dict__.update(node.__dict__)
+        copy.__dict__[path[0]] = replaced(getattr(node, path[0]), path[1:], value) if path[1:] else value
+        return copy
+
+    tree = Recipe()
+    for key, value in values.items():
+        tree = replaced(tree, key.split("."), value)
+    return Recipe(**{f.name: getattr(tree, f.name) for f in dataclasses.fields(Recipe)})
+
+
+def test_the_defaults_are_valid_and_documented_ones() -> None:
+    recipe = Recipe()
+    assert (recipe.data.sample_rate, recipe.preprocess.chunk_len, recipe.preprocess.overlap_len) == (48000, 3.0, 0.3)
+    assert (recipe.preprocess.cut_method, recipe.preprocess.normalization) == ("automatic", "post")
+    assert (recipe.train.batch_size, recipe.train.learning_rate, recipe.train.seed) == (4, 1e-4, 1234)
+    assert (recipe.train.loss.mel, recipe.train.loss.kl, recipe.index.nprobe) == (45.0, 1.0, 9)
+
+
+WRONG = [
+    ("name", ""),
+    ("name", "a/b"),
+    ("name", ".hidden"),
+    ("data.sample_rate", 22050),
+    ("data.holdout", -0.01),
+    ("data.holdout", 0.51),
+    ("data.holdout", NAN),
+    ("preprocess.chunk_len", 0.99),
+    ("preprocess.chunk_len", 9.01),
+    ("preprocess.overlap_len", -0.1),
+    ("preprocess.overlap_len", 1.6),
+    ("preprocess.overlap_len", NAN),
+    ("preprocess.num_workers", 0),
+    ("extract.f0_min", 0.0),
+    ("extract.f0_max", 50.0),
+    ("extract.f0_max", 4001.0),
+    ("extract.include_mutes", -1),
+    ("extract.batch_clips", 0),
+    ("extract.num_threads", 0),
+    ("index.nprobe", 0),
+    ("model.inter_channels", 3),
+    ("model.hidden_channels", 0),
+    ("model.num_heads", 5),
+    ("model.num_layers", 0),
+    ("model.filter_channels", 0),
+    ("model.gin_channels", 0),
+    ("model.upsample_initial_channel", 48),
+    ("model.discriminator_channels", 100),
+    ("train.batch_size", 0),
+    ("train.max_epochs", 0),
+    ("train.max_steps", 0),
+    ("train.learning_rate", 0.0),
+    ("train.learning_rate", NAN),
+    ("train.lr_decay", 1.1),
+    ("train.warmup_steps", -1),
+    ("train.max_grad_norm", 0.0),
+    ("train.seed", -1),
+    ("train.save_every_steps", 0),
+    ("train.save_every_epochs", 0),
+    ("train.keep_checkpoints", 0),
+    ("train.eval_every_steps", 0),
+    ("train.log_every_steps", 0),
+    ("train.overtrain_threshold", 0),
+    ("train.num_workers", -1),
+    ("train.loss.mel", -1.0),
+    ("train.loss.adv", -0.1),
+    ("infer.pitch", 49.0),
+    ("infer.index_rate", 1.1),
+    ("infer.protect", 0.6),
+    ("infer.speaker", -1),
+    ("infer.window_s", 1.0),
+    ("infer.output", "a.mp3"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_a_wrong_value_is_refused_under_its_full_key(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build({key: value})
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [key]
+    assert lines[0].startswith(f"{key}: got {value!r}" if isinstance(value, str) else f"{key}: got {value}")
+    assert ", expected " in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("data.sample_rate", rate) for rate in (24000, 32000, 40000, 44100, 48000)),
+        ("data.holdout", 0.0),
+        ("data.holdout", 0.5),
+        ("preprocess.chunk_len", 1.0),
+        ("preprocess.chunk_len", 9.0),
+        ("preprocess.overlap_len", 0.0),
+        ("preprocess.overlap_len", 1.5),
+        ("extract.include_mutes", 0),
+        ("extract.f0_max", 4000.0),
+        ("model.inter_channels", 2),
+        ("model.upsample_initial_channel", 32),
+        ("model.discriminator_channels", 64),
+        ("train.max_steps", None),
+        ("train.max_grad_norm", None),
+        ("train.lr_decay", 1.0),
+        ("train.warmup_steps", 0),
+        ("train.num_workers", 0),
+        ("train.loss.mel", 0.0),
+        ("infer.protect", 0.5),
+        ("infer.index_rate", 0.0),
+        ("infer.output", "b/a.FLAC"),
+        ("name", "Ünï voice 2"),
+    ],
+)
+def test_the_edges_of_every_range_are_accepted(key: str, value: Any) -> None:
+    node: Any = build({key: value})
+    for part in key.split("."):
+        node = getattr(node, part)
+    assert node == value
+
+
+def test_all_problems_are_told_at_once() -> None:
+    wrong = {
+        "name": "a/b",
+        "data.sample_rate": 1,
+        "preprocess.chunk_len": 10.0,
+        "preprocess.overlap_len": 11.0,
+        "extract.f0_min": 0.0,
+        "index.nprobe": 0,
+        "model.num_layers": 0,
+        "train.batch_size": 0,
+        "train.loss.kl": -1.0,
+        "infer.protect": 1.0,
+    }
+    with pytest.raises(ConfigError) as caught:
+        build(wrong)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == list(wrong)
+
+
+def test_two_settings_that_contradict_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.optimizer: got radam with train\.bf16_adamw"):
+        build({"train.optimizer": "radam", "train.bf16_adamw": True})
+    recipe = build({"train.bf16_adamw": True})
+    assert recipe.train.use_bf16
+    assert recipe.train.optimizer_name == "anyprecision_adamw"
+
+
+def test_nothing_can_be_changed_after_loading() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().name = "b"  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().train.loss.mel = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_upsampling_makes_a_hop_and_segments_are_whole_frames(version: str) -> None:
+    assert sorted(RATES[version]) == [24000, 32000, 40000, 44100, 48000]
+    for rate, spec in RATES[version].items():
+        assert math.prod(spec.upsample_rates) == spec.hop
+        assert len(spec.upsample_rates) == len(spec.upsample_kernels)
+        assert spec.segment % spec.hop == 0
+        assert spec.hop == (512 if rate == 44100 else rate // 100)
+        assert build({"data.sample_rate": rate, "model.version": version}).rate_spec is spec
+
+
+# Files and the command line
+
+
+def test_a_recipe_file_comes_back(tmp_path: Path) -> None:
+    recipe = build({"name": "Ünï", "train.loss.mel": 15.0, "train.max_steps": 7, "preprocess.cut_method": "simple"})
+    path = tmp_path / "config.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("name: a\npreprocess: {chunk_len: 2, overlap_len: 0.1}\n")
+    recipe = parse_recipe("preprocess", ["--config", str(path), "--preprocess.chunk_len", "4"])
+    assert (recipe.name, recipe.preprocess.chunk_len, recipe.preprocess.overlap_len) == ("a", 4.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "preprocess: {chunk_length: 2}",
+            r"unknown key preprocess\.chunk_length; did you mean preprocess\.chunk_len\?",
+        ),
+        ("preprocess: {chunk_len: long}", r"preprocess\.chunk_len: "),
+        ("preprocess: {cut_method: random}", r"preprocess\.cut_method: "),
+        ("preprocess: {chunk_len: 10}", r"preprocess\.chunk_len: got 10\.0, expected 0\.5 to 9\.0"),
+        ("[1, 2]", "holds a list"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_recipe(tmp_path / "config.yaml")
+
+
+def test_importing_the_recipe_loads_nothing_heavy() -> None:
+    code = "import sys, rvc_dist.config; print(sorted({'torch', 'numpy', 'jsonargparse'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

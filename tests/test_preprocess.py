@@ -1,0 +1,624 @@
+"""The preprocess stage on small datasets: right clips, the same bytes from any ranks, and nothing silent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from safetensors.numpy import load_file
+
+from rvc_dist import audio, preprocess, workspace
+from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
+from rvc_dist.workspace import Plan, Share, StageError, Workspace
+
+RATE = 24000
+VOICE = Path(preprocess.__file__).parent / "demo_voice" / "voice"
+
+
+def noise(seconds: float, rate: int = RATE, level: float = 0.1) -> audio.Wave:
+    rng = np.random.default_rng(round(seconds * 1000))
+    return np.clip(rng.normal(0.0, level, round(seconds * rate)), -1, 1).astype(np.float32)
+
+
+def write(path: Path, wave: Any, rate: int = RATE, **options: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave, rate, **options)
+
+
+def recipe(tmp_path: Path, **preprocess_options: Any) -> Recipe:
+    return Recipe(
+        run_dir=str(tmp_path / "run"),
+        data=DataConfig(audio_dir=str(tmp_path / "audio"), sample_rate=RATE),
+        preprocess=PreprocessConfig(**preprocess_options),
+    )
+
+
+def clips_dir(config: Recipe) -> Path:
+    return Workspace(config.run_dir, config.name).clips_dir
+
+
+def contents(config: Recipe) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in clips_dir(config).iterdir()}
+
+
+def report(config: Recipe) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((clips_dir(config) / "report.json").read_text(encoding="utf-8"))
+    return data
+
+
+def reasons(config: Recipe) -> dict[str, str]:
+    return {file["path"]: file["reason"] for file in report(config)["files"]}
+
+
+def clips(config: Recipe) -> list[tuple[dict[str, Any], audio.Wave]]:
+    """Every clip of a run with its entry in the header, in order."""
+    found = []
+    for path in workspace.unit_files(clips_dir(config)):
+        header = workspace.read_header(path)
+        assert header is not None
+        arrays = load_file(path)
+        assert sorted(arrays) == [f"{i:05d}" for i in range(len(header["clips"]))]
+        found += [(clip, arrays[f"{i:05d}"]) for i, clip in enumerate(header["clips"])]
+    return found
+
+
+def mtimes(config: Recipe) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in workspace.unit_files(clips_dir(config))}
+
+
+@pytest.fixture
+def units_of_2_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "MIN_UNIT_S", 2.0)
+
+
+@pytest.fixture
+def small(tmp_path: Path, units_of_2_s: None) -> Path:
+    """Six recordings of two speakers, one of them bad: five units."""
+    folder = tmp_path / "audio"
+    for i in range(3):
+        write(folder / f"{i}.wav", noise(2.0 + i / 10))
+    for i in range(2):
+        write(folder / "1" / f"{i}.flac", noise(3.0 + i / 10), RATE)
+    (folder / "bad.wav").write_text("these are words")
+    return folder
+
+
+# Cutting
+
+
+def test_automatic_honours_chunk_and_overlap(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(7.0))
+    config = recipe(tmp_path, chunk_len=2.0, overlap_len=0.5, process_effects=False, normalization="none")
+    preprocess.run(config, Share())
+    # every 1.5 s while more than 2.5 s remain: 7.0, 5.5, 4.0 s do, 2.5 s do not
+    assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [(0.0, 2.0), (1.5, 2.0), (3.0, 2.0), (4.5, 2.5)]
+    whole = soundfile.read(tmp_path / "audio" / "a.wav", dtype="float32")[0]
+    for clip, wave in clips(config):
+        first = round(clip["start_s"] * RATE)
+        np.testing.assert_array_equal(wave, whole[first : first + len(wave)])
+
+
+def test_simple_honours_chunk_and_overlap(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(7.0))
+    config = recipe(tmp_path, cut_method="simple", chunk_len=2.0, overlap_len=0.5)
+    preprocess.run(config, Share())
+    assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [(0.0, 2.0), (1.5, 2.0), (3.0, 2.0), (4.5, 2.0)]
+    config = recipe(tmp_path, cut_method="simple", chunk_len=3.0, overlap_len=0.0)
+    preprocess.run(config, Share())
+    assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [(0.0, 3.0), (3.0, 3.0)]
+
+
+def test_skip_keeps_a_file_whole_and_says_what_training_leaves(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "long.wav", noise(9.5))
+    write(tmp_path / "audio" / "short.wav", noise(4.0))
+    config = recipe(tmp_path, cut_method="skip")
+    preprocess.run(config, Share())
+    assert [(c["source"], len(w) / RATE) for c, w in clips(config)] == [("long.wav", 9.5), ("short.wav", 4.0)]
+    assert reasons(config) == {
+        "long.wav": "1 clip longer than the 9.0 s of which training makes use",
+        "short.wav": "",
+    }
+
+
+def test_automatic_cuts_at_silence(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", np.concatenate([noise(2.0), np.zeros(2 * RATE), noise(1.9)]))
+    config = recipe(tmp_path, process_effects=False)
+    preprocess.run(config, Share())
+    first, second = clips(config)
+    assert len(first[1]) / RATE == pytest.approx(2.0, abs=0.06)
+    # half a second of the silence stays before the second
+    assert second[0]["start_s"] == pytest.approx(3.5, abs=0.06)
+    assert len(second[1]) / RATE == pytest.approx(2.4, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "peaks"),
+    [
+        ("none", [0.5, 0.25]),
+        # each clip to 0.675 + peak / 4
+        ("post", [0.8, 0.7375]),
+        # the whole by 0.675 / 0.5 + 0.25 = 1.6
+        ("pre", [0.8, 0.4]),
+    ],
+)
+def test_normalization_by_hand(tmp_path: Path, normalization: str, peaks: list[float]) -> None:
+    wave = np.concatenate([np.full(RATE, 0.5), np.full(RATE, 0.25)]).astype(np.float32)
+    write(tmp_path / "audio" / "a.wav", wave, subtype="FLOAT")
+    options = {"cut_method": "simple", "chunk_len": 1.0, "overlap_len": 0.0, "process_effects": False}
+    config = recipe(tmp_path, normalization=normalization, **options)
+    preprocess.run(config, Share())
+    assert [float(w.max()) for _, w in clips(config)] == pytest.approx(peaks, rel=1e-5)
+
+
+def test_process_effects_removes_an_offset(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(3.0) + np.float32(0.3), subtype="FLOAT")
+    for effects, mean in ((True, 0.0), (False, 0.3)):
+        config = recipe(tmp_path, cut_method="skip", process_effects=effects, normalization="none")
+        preprocess.run(config, Share())
+        assert float(clips(config)[0][1][RATE:].mean()) == pytest.approx(mean, abs=0.01)
+
+
+def test_every_kind_and_rate_becomes_mono_at_the_voices_rate(tmp_path: Path) -> None:
+    folder = tmp_path / "audio"
+    for suffix in ("mp3", "ogg", "flac", "aiff"):
+        write(folder / f"{suffix}.{suffix}", noise(2.0, 44100), 44100)
+    write(folder / "8k.WAV", noise(2.0, 8000), 8000, subtype="PCM_U8")
+    write(folder / "96k.wav", noise(2.0, 96000), 96000, subtype="PCM_24")
+    write(folder / "stereo.wav", np.stack([noise(2.0), noise(2.0)], axis=1))
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    assert set(reasons(config).values()) == {""}
+    for clip, wave in clips(config):
+        assert wave.dtype == np.float32
+        assert len(wave) / RATE == pytest.approx(2.0, abs=0.06), clip["source"]
+    assert len(clips(config)) == 7
+
+
+def test_the_real_voice(tmp_path: Path) -> None:
+    shutil.copytree(VOICE, tmp_path / "audio")
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    result = report(config)
+    files = list(VOICE.glob("*.flac"))
+    assert result["files_used"] == len(files)
+    assert result["total_seconds"] == pytest.approx(sum(soundfile.info(f).duration for f in files), abs=0.01)
+    assert result["clips"] == len(clips(config))
+    assert result["clip_seconds"] == pytest.approx(sum(len(w) for _, w in clips(config)) / RATE, abs=0.01)
+    for clip, wave in clips(config):
+        assert preprocess.MIN_CLIP_S <= len(wave) / RATE <= 3.3 + 1e-6
+        assert 0.675 < np.abs(wave).max() < 1.0, clip
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_any_number_of_ranks_in_any_order_gives_the_same_bytes(tmp_path: Path, small: Path, array: bool) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    alone = contents(config)
+    assert len([name for name in alone if name.endswith(".safetensors")]) == 5
+    for count in (2, 3, 7):
+        shutil.rmtree(config.run_dir)
+        # Ranks wait for the plan of the first; the parts of an array wait for nobody.
+        indices = list(range(count))
+        random.Random(count).shuffle(indices)
+        if not array:
+            indices.sort(key=bool)
+            random.Random(count).shuffle(rest := indices[1:])
+            indices = [0, *rest]
+        for done, index in enumerate(indices):
+            assert not (clips_dir(config) / "report.json").exists() or done >= 5
+            preprocess.run(config, Share(index, count, array))
+        assert contents(config) == alone
+
+
+def test_ranks_at_once_wait_for_the_plan_and_give_the_same_bytes(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(tmp_path)
+    alone = contents_of_fresh_run(config)
+    shutil.rmtree(config.run_dir)
+    plans: list[int] = []
+    cut_units = preprocess.cut_units
+    monkeypatch.setattr(preprocess, "cut_units", lambda files: plans.append(len(files)) or cut_units(files))
+    with ThreadPoolExecutor(3) as ranks:
+        others = [ranks.submit(preprocess.run, config, Share(index, 3)) for index in (2, 1)]
+        assert not wait(others, timeout=0.3).done
+        preprocess.run(config, Share(0, 3))
+        for other in others:
+            other.result(timeout=30)
+    assert contents(config) == alone
+    assert plans == [5]  # the good files, listed once: only the first made a plan
+
+
+def test_threads_change_no_byte(tmp_path: Path, small: Path) -> None:
+    one, four = recipe(tmp_path, num_workers=1), recipe(tmp_path, num_workers=4)
+    preprocess.run(one, Share())
+    alone = contents(one)
+    shutil.rmtree(one.run_dir)
+    preprocess.run(four, Share())
+    assert contents(four) == alone
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, small: Path) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    whole, before = contents(config), mtimes(config)
+    folder = clips_dir(config)
+    for name in ("00001.safetensors", "00003.safetensors", "report.json"):
+        (folder / name).unlink()
+    (folder / ".0123456789abcdef.tmp").write_bytes(whole["00001.safetensors"][:1000])
+    cut = folder / "00004.safetensors"
+    cut.write_bytes(whole[cut.name][:-10])
+    os.utime(folder / ".0123456789abcdef.tmp", (0, 0))
+    assert preprocess.complete(config) is None
+    preprocess.run(config, Share())
+    assert contents(config) == whole
+    after = mtimes(config)
+    assert {name for name in after if after[name] == before[name]} == {"00000.safetensors", "00002.safetensors"}
+    assert preprocess.complete(config) is True
+
+
+def test_a_second_run_decodes_nothing(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    whole, before = contents(config), mtimes(config)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("opened a recording again")
+
+    monkeypatch.setattr(audio, "decode", fail)
+    monkeypatch.setattr(audio, "duration", fail)
+    preprocess.run(config, Share())
+    assert contents(config) == whole
+    assert mtimes(config) == before
+
+
+def test_an_unfinished_rank_writes_no_report(tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = recipe(tmp_path)
+    with caplog.at_level(logging.INFO):
+        preprocess.run(config, Share(0, 2))
+    assert not (clips_dir(config) / "report.json").exists()
+    assert "this part is done, 2 units are left to others" in caplog.text
+    assert preprocess.complete(config) is None
+
+
+# What changed
+
+
+def test_a_changed_setting_makes_all_again_and_says_why(
+    tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    before = contents(config)
+    changed = recipe(tmp_path, chunk_len=2.0, normalization="none")
+    assert preprocess.complete(changed) is None
+    with caplog.at_level(logging.INFO):
+        preprocess.run(changed, Share())
+    assert "preprocess.chunk_len: 3.0 -> 2.0, preprocess.normalization: post -> none" in caplog.text
+    assert all(before[name] != data for name, data in contents(changed).items() if name.endswith(".safetensors"))
+    shutil.rmtree(config.run_dir)
+    after = contents_of_fresh_run(changed)
+    preprocess.run(config, Share())
+    preprocess.run(changed, Share())
+    assert contents(changed) == after
+
+
+def contents_of_fresh_run(config: Recipe) -> dict[str, bytes]:
+    shutil.rmtree(config.run_dir, ignore_errors=True)
+    preprocess.run(config, Share())
+    return contents(config)
+
+
+def test_settings_of_other_stages_change_nothing(tmp_path: Path, small: Path) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    before = mtimes(config)
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=9))
+    preprocess.run(other, Share())
+    whole = recipe(tmp_path, chunk_len=3)  # 3 is 3.0
+    preprocess.run(whole, Share())
+    assert mtimes(config) == before
+
+
+@pytest.mark.parametrize("change", ["changed", "added", "removed"])
+def test_a_changed_dataset_is_followed(
+    tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    before = mtimes(config)
+    if change == "changed":
+        write(small / "1" / "1.flac", noise(2.5), RATE)
+        told, redone = "1 changed (1/1.flac)", {"00004.safetensors"}
+    elif change == "added":
+        write(small / "1" / "2.flac", noise(2.5), RATE)
+        told, redone = "1 new (1/2.flac)", {"00005.safetensors"}
+    else:
+        (small / "1" / "1.flac").unlink()
+        told, redone = "1 gone (1/1.flac)", set()
+    with caplog.at_level(logging.INFO):
+        preprocess.run(config, Share())
+    assert told in caplog.text
+    # Units that the change does not touch stay; one that is too many goes.
+    after = mtimes(config)
+    assert {name for name, at in after.items() if before.get(name) != at} == redone
+    assert len(after) == {"changed": 5, "added": 6, "removed": 4}[change]
+    assert contents(config) == contents_of_fresh_run(config)
+
+
+def test_the_report_of_an_old_plan_does_not_count(tmp_path: Path, small: Path) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    (small / "bad.wav").unlink()  # the units stay as they are
+    settings = preprocess.clip_settings(config)
+    preprocess.make_plan(config, Workspace(config.run_dir, config.name), settings, Share())
+    assert preprocess.complete(config) is None
+    preprocess.run(config, Share())
+    assert preprocess.complete(config) is True
+    assert "bad.wav" not in reasons(config)
+
+
+# The report
+
+
+def test_report_by_hand(tmp_path: Path) -> None:
+    folder = tmp_path / "audio"
+    write(folder / "0" / "a.wav", noise(2.0))
+    write(folder / "0" / "b.wav", noise(7.0))
+    write(folder / "3" / "c.wav", noise(1.25))
+    (folder / "3" / "bad.wav").write_text("these are words")
+    config = recipe(tmp_path, chunk_len=2.0, overlap_len=0.5)
+    preprocess.run(config, Share())
+    result = report(config)
+    files = {file.pop("path"): file for file in result.pop("files")}
+    assert result == {
+        "total_dataset_duration": "00:00:10",
+        "total_seconds": 10.25,
+        "clips": 6,
+        "clip_seconds": 11.75,
+        "speakers": [0, 3],
+        "files_used": 3,
+        "files_left_out": 1,
+    }
+    assert list(files) == ["0/a.wav", "0/b.wav", "3/bad.wav", "3/c.wav"]
+    assert files["0/b.wav"] == {"speaker": 0, "seconds_in": 7.0, "clips": 4, "seconds_out": 8.5, "reason": ""}
+    assert files["3/bad.wav"] == {
+        "speaker": 3,
+        "seconds_in": 0.0,
+        "clips": 0,
+        "seconds_out": 0.0,
+        "reason": "not readable as audio (Format not recognised)",
+    }
+    assert [(c["source"], c["speaker"]) for c, _ in clips(config)][-1] == ("3/c.wav", 3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "00:00:00"), (59.999, "00:00:59"), (3661.5, "01:01:01"), (360000.0, "100:00:00")],
+)
+def test_format_duration(seconds: float, text: str) -> None:
+    assert preprocess.format_duration(seconds) == text
+
+
+# Bad files
+
+
+def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "audio"
+    write(folder / "good.wav", noise(2.0))
+    (folder / "text.wav").write_text("these are words")
+    (folder / "zero.wav").touch()
+    (folder / "notes.txt").write_text("these are words")
+    (folder / "song.m4a").write_text("these are words")
+    (folder / ".hidden.wav").write_text("these are words")
+    write(folder / ".trash" / "a.wav", noise(2.0))
+    write(folder / "alice" / "a.wav", noise(2.0))
+    write(folder / "silent.wav", np.zeros(RATE))
+    write(folder / "whisper.wav", noise(2.0, level=1e-3))
+    write(folder / "blip.wav", noise(0.3))
+    write(folder / "int16.wav", noise(2.0) * 32768, subtype="FLOAT")
+    broken = noise(2.0)
+    broken[100] = np.inf
+    write(folder / "inf.wav", broken, subtype="FLOAT")
+    write(folder / "cut.flac", noise(5.0))
+    (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:60000])
+    os.mkfifo(folder / "pipe.wav")
+    expected = {
+        "good.wav": "",
+        "text.wav": "not readable as audio (Format not recognised)",
+        "zero.wav": "empty file (0 bytes)",
+        "notes.txt": "not one of wav flac ogg mp3 opus aiff aif",
+        "song.m4a": "m4a is not decoded here; convert it to wav or flac first (ffmpeg -i OLD NEW.flac)",
+        ".hidden.wav": "hidden file",
+        ".trash": "hidden folder",
+        "alice/a.wav": "folder 'alice' is not named by an integer speaker id",
+        "silent.wav": "silent (peak below -60 dB)",
+        "whisper.wav": "silent (no frame above -42 dB RMS)",
+        "blip.wav": "1 clip shorter than 0.5 s dropped",
+        "int16.wav": "1 clip with a peak above 2.5 dropped",
+        "inf.wav": "has samples that are not finite numbers",
+        "cut.flac": "not readable as audio (flac decoder lost sync)",
+        "pipe.wav": "not a regular file",
+    }
+    config = recipe(tmp_path)
+    with caplog.at_level(logging.INFO):
+        preprocess.run(config, Share())
+    assert reasons(config) == expected
+    for path, reason in expected.items():
+        assert not reason or f"preprocess: {path}: {reason}" in caplog.messages
+    assert report(config)["files_left_out"] == len(expected) - 1
+    assert any(f"of {len(expected)} files ({len(expected) - 1} left out)" in line for line in caplog.messages)
+    assert [c["source"] for c, _ in clips(config)] == ["good.wav"]
+
+
+def test_a_cut_mp3_gives_what_there_is_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "audio" / "a.mp3"
+    write(path, noise(6.0, 44100), 44100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    (file,) = report(config)["files"]
+    assert 2.0 < file["seconds_in"] < 4.0
+    assert file["reason"] == f"only {file['seconds_in']:.1f} of the 6.0 s that its header promises can be read"
+    assert report(config)["total_seconds"] == pytest.approx(file["seconds_in"], abs=1e-3)
+
+
+def test_simple_says_when_a_file_is_shorter_than_a_chunk(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(2.0))
+    write(tmp_path / "audio" / "b.wav", noise(4.0))
+    config = recipe(tmp_path, cut_method="simple")
+    preprocess.run(config, Share())
+    assert reasons(config) == {"a.wav": "shorter than one chunk (2.00 of 3.0 s)", "b.wav": ""}
+
+
+def test_odd_names_arrive_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "audio"
+    write(folder / "plain.wav", noise(2.0))
+    names = ["sp ace.wav", "quo'te\".wav", "new\nline.wav", "ünï✓.wav", os.fsdecode(b"b\xff.wav")]
+    for name in names:
+        shutil.copy(folder / "plain.wav", folder / name)
+        bad = folder / f"x{name}"
+        bad.write_text("these are words")
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    assert sorted(c["source"] for c, _ in clips(config)) == sorted([*names, "plain.wav"])
+    assert {path for path, reason in reasons(config).items() if reason} == {f"x{name}" for name in names}
+    assert r"preprocess: 'xnew\nline.wav': not readable" in caplog.text
+    before = mtimes(config)
+    preprocess.run(config, Share())
+    assert mtimes(config) == before
+    for message in caplog.messages:
+        message.encode()  # no lone surrogate reaches a log file
+        assert "\n" not in message
+
+
+def test_links_are_used_once_or_named(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "audio", tmp_path / "elsewhere"
+    write(folder / "a.wav", noise(2.0))
+    write(folder / ".store" / "b.wav", noise(2.0))
+    write(outside / "c.wav", noise(2.0))
+    (folder / "of_a.wav").symlink_to("a.wav")
+    (folder / "of_b.wav").symlink_to(".store/b.wav")
+    (folder / "of_b_too.wav").symlink_to(".store/b.wav")
+    (folder / "of_c.wav").symlink_to(outside / "c.wav")
+    (folder / "of_nothing.wav").symlink_to("nothing.wav")
+    (folder / "1").symlink_to(outside)
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    assert reasons(config) == {
+        "a.wav": "",
+        ".store": "hidden folder",
+        "of_a.wav": "link to the same recording as a.wav",
+        "of_b.wav": "",
+        "of_b_too.wav": "link to the same recording as of_b.wav",
+        "of_c.wav": "link that leads out of the dataset; expected the recording itself",
+        "of_nothing.wav": "broken link",
+        "1": "link to a folder; expected the folder itself",
+    }
+    # The recording counts, not the link.
+    before = Plan.load(clips_dir(config) / "plan.json")
+    write(folder / ".store" / "b.wav", noise(3.0))
+    preprocess.run(config, Share())
+    after = Plan.load(clips_dir(config) / "plan.json")
+    assert before is not None
+    assert after is not None
+    assert after.units[0].duration_s == before.units[0].duration_s + 1.0
+
+
+def test_the_dataset_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    write(tmp_path / "real" / "0" / "a.wav", noise(2.0))
+    (tmp_path / "audio").symlink_to("real")
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    assert reasons(config) == {"0/a.wav": ""}
+
+
+def test_a_run_folder_inside_the_dataset_is_not_part_of_it(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(2.0))
+    config = dataclasses.replace(recipe(tmp_path), run_dir=str(tmp_path / "audio" / "run"))
+    for _ in range(2):
+        preprocess.run(config, Share())
+        assert reasons(config) == {"a.wav": ""}
+
+
+# Nothing usable
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, r"data\.audio_dir: .*audio does not exist"),
+        (lambda folder: folder.write_text("a file"), r"data\.audio_dir: .*audio is a file"),
+        (lambda folder: folder.mkdir(), r"holds no usable recording; expected files of the kinds wav flac"),
+        (lambda folder: write(folder / ".a.wav", noise(1.0)), r"holds no usable recording.*\n  \.a\.wav: hidden file"),
+        (lambda folder: write(folder / "alice" / "a.wav", noise(1.0)), r"\n  alice/a\.wav: folder 'alice' is not"),
+    ],
+)
+def test_a_useless_folder_is_refused(tmp_path: Path, prepare: Any, message: str) -> None:
+    prepare(tmp_path / "audio")
+    with pytest.raises(StageError, match=message):
+        preprocess.run(recipe(tmp_path), Share())
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_clip_at_all_is_an_error_and_leaves_none(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(2.0))
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    assert preprocess.complete(config) is True
+    write(tmp_path / "audio" / "a.wav", np.zeros(2 * RATE))
+    (tmp_path / "audio" / "b.wav").write_text("these are words")
+    with pytest.raises(StageError, match=r"none of the 2 files in .* gave a clip\n  a\.wav: silent.*\n  b\.wav: not"):
+        preprocess.run(config, Share())
+    assert contents(config) == {}
+    assert preprocess.complete(config) is None
+
+
+def test_files_that_are_all_unreadable_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "audio").mkdir()
+    for i in range(25):
+        (tmp_path / "audio" / f"{i}.wav").write_text("these are words")
+    config = recipe(tmp_path)
+    with pytest.raises(StageError, match=r"none of the 25 files [\s\S]*\n  and 5 more$"):
+        preprocess.run(config, Share())
+    assert contents(config) == {}
+
+
+def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(2.0))
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(StageError, match=r"run_dir: .*run is a file"):
+        preprocess.run(recipe(tmp_path), Share())
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_the_stage_needs_no_torch(tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(2.0, 16000), 16000)
+    code = (
+        "import sys\n"
+        "from rvc_dist import preprocess\n"
+        "from rvc_dist.config import DataConfig, Recipe\n"
+        "from rvc_dist.workspace import Share\n"
+        "preprocess.run(Recipe(run_dir=sys.argv[2], data=DataConfig(audio_dir=sys.argv[1])), Share())\n"
+        "print(sorted({'torch', 'librosa', 'transformers', 'accelerate'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "audio"), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
