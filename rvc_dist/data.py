@@ -323,4 +323,6 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=(16 if fast else 4) if num_workers else None,
+        # A loader draws a seed for its workers; drawn from the global state it would change the noise of a resumed run.
+        generator=torch.Generator(),
     )

@@ -66,7 +66,7 @@ class AnyPrecisionAdamW(Optimizer):
         step = float(states[0]["step"])
 
         momenta = [s["exp_avg"] for s in states]
-        exact = [m.to(p.dtype) for m, p in zip(momenta, params, strict=True)]
+        exact = [m.to(p.dtype, copy=True) for m, p in zip(momenta, params, strict=True)]
         torch._foreach_lerp_(exact, grads, 1 - beta1)
         torch._foreach_copy_(momenta, exact)
         variances = [s["exp_avg_sq"].to(p.dtype) for s, p in zip(states, params, strict=True)]

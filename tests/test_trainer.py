@@ -1,0 +1,260 @@
+"""The loop on one rank, in this process, with a very narrow network."""
+
+import logging
+import os
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import make_features, tiny_recipe, with_train
+from torch import nn
+
+from rvc_dist import checkpoint, trainer
+from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.workspace import Share, StageError, Stopped, Workspace
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(recipe) -> checkpoint.Checkpoint:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.run(recipe, Share())
+    return newest(recipe)
+
+
+def newest(recipe) -> checkpoint.Checkpoint:
+    path = checkpoint.latest(Workspace(recipe.run_dir, recipe.name).checkpoints_dir)
+    assert path is not None
+    return checkpoint.load(path)
+
+
+def scalars(recipe, name: str) -> dict[int, float]:
+    events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).tensorboard_dir), {"scalars": 0})
+    events.Reload()
+    return {e.step: e.value for e in events.Scalars(name)}
+
+
+def same(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> bool:
+    pairs = [(a.models[n], b.models[n]) for n in a.models]
+    pairs += [(a.optimizers[n]["tensors"], b.optimizers[n]["tensors"]) for n in a.optimizers]
+    return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
+
+
+def test_a_run_leaves_checkpoints_scalars_pictures_and_sounds(tmp_path):
+    recipe = tiny_recipe(tmp_path, max_steps=4, eval_every_steps=2, save_every_steps=2)
+    make_features(recipe)
+    saved = train(recipe)
+    assert saved.progress.step == 4
+    assert saved.progress.best_metric is not None
+    assert saved.identity["generator.content_channels"] == 16
+    mel = scalars(recipe, "loss/g_mel")
+    assert sorted(mel) == [1, 2, 3, 4]
+    assert all(v > 0 for v in mel.values())
+    assert sorted(scalars(recipe, "eval/mel_distance")) == [2, 4]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert "audio/generated" in events.Tags()["audio"]
+    assert "mel/real_above_generated" in events.Tags()["images"]
+    for name in ("grad/norm_g", "grad/norm_d", "train/lr", "perf/audio_s_per_s", "perf/g_step_s"):
+        assert len(scalars(recipe, name)) == 4
+
+
+def test_the_mel_loss_falls(tmp_path):
+    recipe = tiny_recipe(tmp_path, max_steps=40, learning_rate=3e-3, eval_every_steps=1000)
+    make_features(recipe)
+    train(recipe)
+    mel = list(scalars(recipe, "loss/g_mel").values())
+    assert sum(mel[-10:]) < 0.8 * sum(mel[:10])
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16_adamw": True, "lr_schedule": "cosine"}, {"num_workers": 1}])
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, options):
+    whole = tiny_recipe(tmp_path / "whole", max_steps=7, eval_every_steps=3, **options)
+    halves = tiny_recipe(tmp_path / "halves", max_steps=7, eval_every_steps=3, save_every_steps=3, **options)
+    for recipe in (whole, halves):
+        make_features(recipe)
+    reference = train(whole)
+    # The interrupted run leaves its checkpoint of step 3 and is then cut off after some more steps.
+    train_until(halves, 5)
+    assert newest(halves).progress.step == 3
+    assert same(train(halves), reference)
+    assert scalars(halves, "loss/g_mel") == scalars(whole, "loss/g_mel")
+    assert scalars(halves, "loss/d") == scalars(whole, "loss/d")
+
+
+def train_until(recipe, step: int) -> None:
+    """Train and die at `step` without any goodbye."""
+
+    class DiedError(Exception):
+        pass
+
+    class Dying(trainer.Trainer):
+        def train_step(self, batch):
+            if self.progress.step == step:
+                raise DiedError
+            super().train_step(batch)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dying = Dying(recipe)
+    with pytest.raises(DiedError):
+        dying.train()
+    dying.close()
+
+
+def test_a_finished_run_is_left_alone(tmp_path, caplog):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    reference = train(recipe)
+    with caplog.at_level(logging.INFO):
+        assert same(train(recipe), reference)
+    assert "already trained" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on(tmp_path, monkeypatch, number):
+    recipe = tiny_recipe(tmp_path, max_steps=6)
+    make_features(recipe)
+    step = trainer.Trainer.train_step
+
+    def signalled(self, batch):
+        step(self, batch)
+        if self.progress.step == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", signalled)
+    with pytest.raises(Stopped, match=f"{number.name} at step 3"):
+        train(recipe)
+    assert newest(recipe).progress.step == 3
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    assert train(recipe).progress.step == 6
+
+
+def test_the_generator_step_gives_the_discriminator_no_gradients(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    train_one = trainer.Trainer(recipe)
+    batch = next(train_one._batches())
+    before = {k: v.clone() for k, v in train_one.d.raw.state_dict().items()}
+    train_one.train_step(batch)
+    after_d_step = {k: p.grad.clone() for k, p in train_one.d.raw.named_parameters()}
+    out = train_one._generate(batch)
+    real = torch.zeros_like(out.wave)
+    with trainer.frozen(train_one.d.raw):
+        sum(train_one._generator_terms(out, real, batch).values()).backward()
+    assert all(torch.equal(p.grad, after_d_step[k]) for k, p in train_one.d.raw.named_parameters())
+    assert all(p.requires_grad for p in train_one.d.raw.parameters())
+    assert any(not torch.equal(before[k], v) for k, v in train_one.d.raw.state_dict().items())
+    train_one.close()
+
+
+def test_changed_shapes_are_refused_with_every_mismatch(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    train(recipe)
+    with pytest.raises(StageError, match="optimizer: adamw, now radam"):
+        train(with_train(recipe, optimizer="radam", max_steps=9))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, max_steps=4, save_every_steps=1)
+    make_features(recipe)
+    loss = trainer.losses.multiscale_mel_loss
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(trainer.losses, "multiscale_mel_loss", poisoned)
+    with pytest.raises(StageError, match=r"step 3: .*loss/g_mel"):
+        train(recipe)
+    saved = newest(recipe)
+    assert saved.progress.step == 2
+    assert all(v.isfinite().all() for v in saved.models["generator"].values())
+
+
+def test_overtraining_ends_the_run(tmp_path, monkeypatch, caplog):
+    recipe = tiny_recipe(tmp_path, max_steps=50, eval_every_steps=2, overtrain_detect=True, overtrain_threshold=2)
+    make_features(recipe)
+    monkeypatch.setattr(trainer.F, "l1_loss", lambda a, b: (a - b).abs().mean() * 0 + 1.0)
+    saved = train(recipe)
+    assert saved.progress.best_step == 2
+    assert saved.progress.epoch - saved.progress.best_epoch == 2
+    assert saved.progress.step < 50
+    assert "overtraining" in caplog.text
+
+
+def test_validation_leaves_the_training_noise_where_it_was(tmp_path):
+    often = tiny_recipe(tmp_path / "often", max_steps=5, eval_every_steps=1)
+    never = tiny_recipe(tmp_path / "never", max_steps=5, eval_every_steps=1000)
+    for recipe in (often, never):
+        make_features(recipe)
+    assert torch.equal(train(often).rng[0], train(never).rng[0])
+    assert scalars(often, "loss/g_mel") == scalars(never, "loss/g_mel")
+
+
+def test_pretrained_weights_start_the_run_and_bring_their_speaker_table(tmp_path):
+    recipe = tiny_recipe(tmp_path / "base", max_steps=1)
+    make_features(recipe)
+    saved = train(recipe)
+    generator = dict(saved.models["generator"])
+    generator["emb_g.weight"] = torch.randn(109, 4)
+    for name, state in (("G", generator), ("D", saved.models["discriminator"])):
+        torch.save({"model": to_upstream(state), "iteration": 1}, tmp_path / f"{name}.pth")
+    files = {"pretrained_g": str(tmp_path / "G.pth"), "pretrained_d": str(tmp_path / "D.pth")}
+    tuned = tiny_recipe(tmp_path / "tuned", max_steps=1, learning_rate=1e-12, **files)
+    make_features(tuned)
+    result = train(tuned)
+    assert result.identity["generator.num_speakers"] == 109
+    torch.testing.assert_close(result.models["generator"]["emb_g.weight"], generator["emb_g.weight"])
+    wider = with_train(tuned, max_steps=2)
+    assert train(wider).progress.step == 2  # resumes, although the pretrained files are still named
+
+
+def test_pretrained_weights_of_another_shape_are_refused(tmp_path):
+    file = tmp_path / "G.pth"
+    torch.save({"model": {"emb_g.weight": torch.zeros(1, 4), "x": torch.zeros(2)}}, file)
+    recipe = tiny_recipe(tmp_path / "run", pretrained_g=str(file))
+    make_features(recipe)
+    with pytest.raises(StageError, match=r"train.pretrained_g: .*does not fit"):
+        train(recipe)
+
+
+def test_clipping_bounds_the_gradient_norm(tmp_path):
+    recipe = tiny_recipe(tmp_path, max_grad_norm=0.1)
+    make_features(recipe)
+    bounded = trainer.Trainer(recipe)
+    bounded.train_step(next(bounded._batches()))
+    for network in (bounded.g, bounded.d):
+        norm = nn.utils.get_total_norm([p.grad for p in network.raw.parameters()])
+        assert norm <= 0.1001
+    bounded.close()
+
+
+def test_features_must_be_there(tmp_path):
+    with pytest.raises(StageError, match="run `rvc-dist extract` first"):
+        train(tiny_recipe(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("version", "rate", "pitch"),
+    [("v2", rate, True) for rate in (24000, 32000, 40000, 44100, 48000)]
+    + [("v1", 32000, True), ("v1", 40000, True), ("v1", 48000, True), ("v2", 48000, False), ("v1", 40000, False)],
+)
+def test_every_version_and_rate_trains_a_step(tmp_path, version, rate, pitch):
+    from dataclasses import replace
+
+    recipe = tiny_recipe(tmp_path, max_steps=1, eval_every_steps=1)
+    model = replace(recipe.model, version=version, pitch_guidance=pitch)
+    recipe = replace(recipe, model=model, data=replace(recipe.data, sample_rate=rate))
+    make_features(recipe)
+    saved = train(recipe)
+    assert saved.progress.step == 1
+    assert saved.identity["generator.sample_rate"] == rate
