@@ -1,0 +1,65 @@
+"""Starts rvc_dist and helper scripts as a user does, on one rank or several, and never leaves a process behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 300
+
+
+def environment() -> dict[str, str]:
+    """The caller's, without what an outer launcher may have set; one thread a rank."""
+    outer = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {k: v for k, v in os.environ.items() if k not in outer}
+    path = os.pathsep.join([str(ROOT / "tests"), kept.get("PYTHONPATH", "")])
+    return kept | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, "COLUMNS": "200"}
+
+
+def launcher(num_ranks: int) -> list[str]:
+    """The command before `-m rvc_dist ...`."""
+    if num_ranks == 1:
+        return [sys.executable]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    port = ["--main_process_port", "0"]
+    return [*accelerate, "--num_processes", str(num_ranks), *port, "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def start(command: list[str], **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> str:
+    """The output of a process that is to end by itself; all of its group is ended when it does not."""
+    try:
+        return process.communicate(timeout=timeout_s)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise AssertionError(f"no end after {timeout_s} s:\n{process.communicate()[0][-3000:]}") from None
+
+
+def rvc_dist(num_ranks: int, *arguments: object, code: int = 0) -> str:
+    """Run `rvc-dist ARGUMENTS` on `num_ranks` ranks, expect its exit code, return what it printed."""
+    process = start([*launcher(num_ranks), "-m", "rvc_dist", *map(str, arguments)])
+    output = finish(process)
+    assert process.returncode == code, output[-5000:]
+    return output
+
+
+def torchrun(num_ranks: int, script: str, *arguments: object) -> str:
+    """Run a script of tests/ on `num_ranks` ranks."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    process = start([*run, str(ROOT / "tests" / script), *map(str, arguments)])
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    return output

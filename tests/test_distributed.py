@@ -1,0 +1,159 @@
+"""Ranks, kernel settings, capability rules, and that a step on several ranks equals one on a single rank."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from launching import finish, launcher, rvc_dist, start, torchrun
+from safetensors.torch import load_file
+from tiny import make_features, tiny_recipe
+from torch import nn
+
+from rvc_dist import checkpoint, distributed
+from rvc_dist.config import TrainConfig
+from rvc_dist.workspace import StageError
+
+
+@pytest.fixture
+def _kernel_settings(monkeypatch):
+    """Put every global switch back."""
+    before = (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[:2]
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[2:]
+
+
+@pytest.mark.usefixtures("_kernel_settings")
+def test_fast_train_sets_the_kernel_settings_and_they_read_back():
+    distributed.apply_kernel_settings(TrainConfig(fast_train=True))
+    settings = distributed.kernel_settings()
+    assert settings["tf32 matmul"] is True
+    assert settings["tf32 cudnn"] is True
+    assert settings["cudnn.benchmark"] is True
+    assert settings["cudnn.deterministic"] is False
+    assert settings["allocator"] == "expandable_segments:True,max_split_size_mb:512"
+
+
+@pytest.mark.usefixtures("_kernel_settings")
+def test_deterministic_wins_over_fast_train():
+    distributed.apply_kernel_settings(TrainConfig(fast_train=True, deterministic=True))
+    settings = distributed.kernel_settings()
+    assert settings["cudnn.deterministic"] is True
+    assert settings["cudnn.benchmark"] is False
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    mine = distributed.kernel_settings()
+    monkeypatch.setattr(distributed, "gather_object", lambda _: [mine, mine | {"torch": "1.0"}])
+    with pytest.raises(StageError) as caught:
+        distributed.check_same_settings(Accelerator(cpu=True))
+    assert str({0: torch.__version__, 1: "1.0"}) in str(caught.value)
+
+
+@pytest.mark.parametrize(("capability", "allowed"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bf16_is_refused_below_compute_capability_8(monkeypatch, capability, allowed):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    if allowed:
+        assert distributed.check_bf16(torch.device("cuda", 0)) is None
+    else:
+        with pytest.raises(StageError, match=r"Tesla T4 has compute capability 7\.5"):
+            distributed.check_bf16(torch.device("cuda", 0))
+    assert distributed.check_bf16(torch.device("cpu")) is None
+
+
+def test_frozen_passes_gradients_through_and_leaves_other_flags_alone():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].bias.requires_grad_(False)
+    x = torch.randn(1, 2, requires_grad=True)
+    with distributed.frozen(net):
+        net(x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in net.parameters())
+    assert [p.requires_grad for p in net.parameters()] == [True, False, True, True]
+
+
+def test_random_state_of_a_rank_comes_back():
+    distributed.seed_rank(1, 0)
+    state = distributed.rng_state(torch.device("cpu"))
+    first = torch.randn(3)
+    distributed.seed_rank(1, 1)
+    assert not torch.equal(torch.randn(3), first)
+    distributed.restore_rng_state(state, torch.device("cpu"))
+    assert torch.equal(torch.randn(3), first)
+
+
+def test_a_missing_rank_is_noticed(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alone = Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "Accelerator", lambda **_: alone)
+    with pytest.raises(StageError, match="asked for 2 ranks but 1 joined"):
+        distributed.make_accelerator(TrainConfig())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("num_clips", "step"), [(12, 0), (10, 0)])
+def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path, num_clips, step):
+    """10 clips leave 8 for training and a mute: an epoch's batches include a short one, dealt unevenly."""
+    recipe = tiny_recipe(tmp_path / "run")
+    make_features(recipe, num_clips=num_clips)
+    sizes = {1: 6, 2: 3}
+    for num_ranks, batch_size in sizes.items():
+        torchrun(num_ranks, "step_on_ranks.py", tmp_path / "run", batch_size, step, tmp_path / f"{num_ranks}")
+    one, two = load_file(tmp_path / "1"), load_file(tmp_path / "2")
+    assert one.keys() == two.keys()
+    assert sum(k.startswith("loss.") for k in one) == 6
+    totals = {side: nn.utils.get_total_norm([v for k, v in one.items() if k[0] == side]) for side in "gdl"}
+    for name, value in one.items():
+        # The floor is float32's rounding of the whole gradient, for scalars whose terms nearly cancel.
+        difference, floor = (two[name] - value).norm(), 1e-7 * totals[name[0]]
+        assert difference < 1e-5 * value.norm() + floor, f"{name}: {difference:.1e} of {value.norm():.1e}"
+
+
+@pytest.mark.distributed
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(tmp_path):
+    recipe = tiny_recipe(tmp_path, max_steps=100_000)
+    make_features(recipe)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(recipe.to_yaml())
+    process = start([*launcher(2), "-m", "rvc_dist", "train", "--config", str(config)])
+    try:
+        events = tmp_path / "tensorboard"
+        deadline = time.monotonic() + 120
+        while not (events.is_dir() and any(f.stat().st_size > 20_000 for f in events.iterdir())):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.2)
+        workers = [int(p) for p in os.popen(f"pgrep -P {process.pid}").read().split()]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGUSR1)
+        output = finish(process, 60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode != 0
+    assert "stopped by SIGUSR1 at step" in output
+    path = checkpoint.latest(tmp_path / "checkpoints")
+    assert path is not None
+    saved = checkpoint.load(path)
+    assert len(saved.rng) == 2
+    stopped_at = saved.progress.step
+    rvc_dist(2, "train", "--config", config, "--train.max_steps", stopped_at + 2)
+    assert checkpoint.load(checkpoint.latest(tmp_path / "checkpoints")).progress.step == stopped_at + 2
