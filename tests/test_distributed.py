@@ -121,9 +121,11 @@ def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path, num_
     assert sum(k.startswith("loss.") for k in one) == 6
     totals = {side: nn.utils.get_total_norm([v for k, v in one.items() if k[0] == side]) for side in "gdl"}
     for name, value in one.items():
-        # The floor is float32's rounding of the whole gradient, for scalars whose terms nearly cancel.
+        # An untrained D answers alike to real and fake, so the terms of its gradient nearly cancel and float32's
+        # rounding shows; a term averaged wrongly is off by 1e-2 and more.
         difference, floor = (two[name] - value).norm(), 1e-7 * totals[name[0]]
-        assert difference < 1e-5 * value.norm() + floor, f"{name}: {difference:.1e} of {value.norm():.1e}"
+        bound = 1e-5 if name.startswith("loss.") else 1e-4
+        assert difference < bound * value.norm() + floor, f"{name}: {difference:.1e} of {value.norm():.1e}"
 
 
 @pytest.mark.distributed
