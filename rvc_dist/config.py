@@ -20,6 +20,8 @@ F0_HOP = 160
 F0_PER_S = FEATURE_RATE // F0_HOP
 MAX_CLIP_FRAMES = 900
 """A training clip is cut to at most this many spectrogram frames."""
+MAX_SPEAKERS = 109
+"""Rows of the speaker table of every pretrained generator."""
 MAX_SEED = 2**31 - 1
 
 

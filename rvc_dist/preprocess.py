@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rvc_dist import audio
-from rvc_dist.config import MAX_CLIP_FRAMES, Recipe
+from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
 from rvc_dist.workspace import (
     Plan,
     Share,
@@ -197,7 +197,8 @@ def _speaker_of(relative: Path) -> tuple[int, str]:
         return 0, ""
     top = relative.parts[0]
     if top.isascii() and top.isdecimal():
-        return int(top), ""
+        speaker = int(top)
+        return (speaker, "") if speaker < MAX_SPEAKERS else (0, f"speaker id {top} is above {MAX_SPEAKERS - 1}")
     return 0, f"folder {top!r} is not named by an integer speaker id"
 
 

@@ -430,6 +430,7 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
     (folder / ".hidden.wav").write_text("these are words")
     write(folder / ".trash" / "a.wav", noise(2.0))
     write(folder / "alice" / "a.wav", noise(2.0))
+    write(folder / "500" / "a.wav", noise(2.0))
     write(folder / "silent.wav", np.zeros(RATE))
     write(folder / "whisper.wav", noise(2.0, level=1e-3))
     write(folder / "blip.wav", noise(0.3))
@@ -449,6 +450,7 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
         ".hidden.wav": "hidden file",
         ".trash": "hidden folder",
         "alice/a.wav": "folder 'alice' is not named by an integer speaker id",
+        "500/a.wav": "speaker id 500 is above 108",
         "silent.wav": "silent (peak below -60 dB)",
         "whisper.wav": "silent (no frame above -42 dB RMS)",
         "blip.wav": "1 clip shorter than 0.5 s dropped",
