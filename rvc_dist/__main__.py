@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import importlib
 import logging
-import os
 import sys
 from typing import NamedTuple
 
@@ -14,6 +15,10 @@ from rvc_dist.workspace import Share, StageError, Stopped
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 """75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run."""
+
+
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+"""Errors of the user's disk and folders, which name the file: a traceback would say less."""
 
 
 class Stage(NamedTuple):
@@ -51,13 +56,32 @@ def set_up_logging(share: Share) -> None:
     logging.getLogger("rvc_dist").setLevel(logging.INFO if share.is_first or share.array else logging.WARNING)
 
 
+def take_shards(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The values of --shard, and the other arguments."""
+    shards, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--shard":
+            shards.append(next(rest, ""))
+        elif argument.startswith("--shard="):
+            shards.append(argument.removeprefix("--shard="))
+        else:
+            others.append(argument)
+    return shards, others
+
+
 def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
     """The recipe, and which part of the work this process does."""
     stage, share = STAGES[name], Share.from_environment()
-    if stage.takes_shard and "--shard" in arguments:
-        at = arguments.index("--shard")
-        share = Share.parse(arguments[at + 1] if at + 1 < len(arguments) else "")
-        arguments = arguments[:at] + arguments[at + 2 :]
+    shards, arguments = take_shards(arguments)
+    if shards and not stage.takes_shard:
+        takers = ", ".join(n for n, s in STAGES.items() if s.takes_shard)
+        raise ValueError(f"--shard: {name} is not a stage that can be split so, only {takers}")
+    if len(shards) > 1:
+        raise ValueError(f"--shard: got {', '.join(shards)}, expected one")
+    for part in map(Share.parse, shards):
+        # Under a launcher too, each rank takes its part of the shard.
+        share = Share(part.index * share.count + share.index, part.count * share.count, array=True)
     about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
     if name == "demo":
         from rvc_dist.demo import demo_arguments
@@ -76,7 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name = arguments[0]
     if name not in STAGES:
-        print(f"rvc-dist: unknown stage {name!r}, expected one of {', '.join(STAGES)}", file=sys.stderr)
+        near = difflib.get_close_matches(name, STAGES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(STAGES)}"
+        print(f"rvc-dist: unknown stage {name!r}; {hint}", file=sys.stderr)
         return EXIT_USAGE
     try:
         recipe, share = parse(name, arguments[1:])
@@ -92,6 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
     except StageError as error:
         print(f"rvc-dist {name}: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        print(f"rvc-dist {name}: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"rvc-dist {name}: interrupted; the same command continues", file=sys.stderr)
         return EXIT_STOPPED
@@ -99,5 +130,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rvc_dist import pipeline
-from rvc_dist.config import Recipe
+from rvc_dist.config import Recipe, load_recipe
 from rvc_dist.workspace import Share, Workspace
 
 VOICE_DIR = Path(__file__).parent / "demo_voice"
 COMPARED_STEPS = 20
+MEL_LOSS = "loss/g_mel"
 
 
 def recipe_file() -> Path:
@@ -31,31 +33,52 @@ def demo_arguments() -> list[str]:
 
 
 def run(recipe: Recipe, share: Share) -> None:
-    """Every stage, then a conversion; the first rank prints where things are."""
+    """Every stage, then a conversion; the first rank prints where things are.
+
+    Raises:
+        StageError, Stopped: as the stages do.
+    """
     began_at = time.monotonic()
+    recipe = with_output_in_run_dir(recipe)
     pipeline.run(recipe, share)
     importlib.import_module("rvc_dist.infer").run(recipe, share)
     if share.is_first:
         report(recipe, time.monotonic() - began_at)
 
 
+def with_output_in_run_dir(recipe: Recipe) -> Recipe:
+    """Unless the user says where the result goes, it follows run_dir: nothing else is written elsewhere."""
+    if recipe.infer.output != load_recipe(recipe_file()).infer.output:
+        return recipe
+    return replace(recipe, infer=replace(recipe.infer, output=str(Path(recipe.run_dir) / "converted.wav")))
+
+
 def report(recipe: Recipe, seconds: float) -> None:
     """Print what the run made; every number is read from its files."""
-    from rich import print as show
+    from rich.console import Console
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     work = Workspace(recipe.run_dir, recipe.name)
     events = EventAccumulator(str(work.tensorboard_dir), size_guidance={"scalars": 0})
     events.Reload()
-    mel = [e.value for e in events.Scalars("loss/g_mel")]
+    logged = MEL_LOSS in events.Tags()["scalars"]
+    mel = [e.value for e in events.Scalars(MEL_LOSS)] if logged else []
     first, last = mel[:COMPARED_STEPS], mel[-COMPARED_STEPS:]
-    show(
-        f"\n[bold]The demo is done[/bold] in {seconds:.0f} s.\n"
-        f"mel loss      {statistics.mean(first):.3f} over the first {len(first)} steps, "
-        f"{statistics.mean(last):.3f} over the last {len(last)}\n"
+    compared = (
+        f"{statistics.mean(first):.3f} over the first {len(first)} logged steps, "
+        f"{statistics.mean(last):.3f} over the last {len(last)}"
+        if mel
+        else "not logged (train.log_every_steps)"
+    )
+    # Plain and unwrapped: paths are there to be copied.
+    Console(soft_wrap=True).print(
+        f"\nThe demo is done in {seconds:.0f} s.\n"
+        f"mel loss      {compared}\n"
         f"voice         {work.last_voice_file}\n"
         f"index         {work.index_file()}\n"
         f"converted     {recipe.infer.output}\n"
         f"  from        {recipe.infer.input}\n"
-        f"TensorBoard   tensorboard --logdir {work.tensorboard_dir}"
+        f"TensorBoard   tensorboard --logdir {work.tensorboard_dir}",
+        markup=False,
+        highlight=False,
     )

@@ -30,7 +30,8 @@ def run(recipe: Recipe, share: Share) -> None:
     """Write NAME_{epoch}e_{step}s.pth for every checkpoint, NAME_last.pth and, when there is one, NAME_best.pth.
 
     Raises:
-        StageError: there is no checkpoint, or it is damaged.
+        StageError: there is no checkpoint, it is damaged or has weights that are not finite, or the run folder lacks
+            what the voice files tell of its dataset.
     """
     if not share.is_first:
         return
@@ -38,30 +39,48 @@ def run(recipe: Recipe, share: Share) -> None:
     found = checkpoint.all_in(work.checkpoints_dir)
     if not found:
         raise StageError(f"{work.checkpoints_dir} has no checkpoint: run `rvc-dist train` first")
+    if not work.clips_report_file.is_file():
+        raise StageError(f"{work.clips_report_file} is missing: run `rvc-dist preprocess` first")
     dataset_length = read_json(work.clips_report_file)["total_dataset_duration"]
     num_speakers = ClipTable.load(recipe).num_speakers
+    files: dict[int, Path] = {}
     for path in found:
         saved = checkpoint.load(path)
         voice = voice_dict(recipe, saved, dataset_length, num_speakers)
         step, epoch = saved.progress.step, saved.progress.epoch
-        file = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
-        write_voice(file, voice)
-        logger.info("export: %s", file)
-    _copy(file, work.last_voice_file)
-    if saved.progress.best_metric is not None:
-        best, epoch = saved.progress.best_step, saved.progress.best_epoch
-        _copy(work.voice_dir / f"{recipe.name}_{epoch}e_{best}s.pth", work.voice_dir / f"{recipe.name}_best.pth")
+        files[step] = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
+        write_voice(files[step], voice)
+        logger.info("export: %s", files[step])
+    _copy(files[step], work.last_voice_file)
+    if saved.progress.best_metric is None:
+        return
+    best = saved.progress.best_step
+    if best in files:
+        _copy(files[best], work.voice_dir / f"{recipe.name}_best.pth")
+    else:
+        logger.warning("export: no %s_best.pth, since the checkpoint of step %d is gone", recipe.name, best)
 
 
 def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str, num_speakers: int) -> dict[str, Any]:
-    """The contents of a voice file: float16 weights without the posterior encoder, in the old weight-norm spelling."""
+    """The contents of a voice file: float16 weights without the posterior encoder, in the old weight-norm spelling.
+
+    Raises:
+        StageError: a weight is not a finite number of float16.
+    """
     weight = {
         k: v.half().contiguous()
         for k, v in to_upstream(saved.models["generator"]).items()
         if not k.startswith("enc_q.")
     }
-    shape = _shape(saved.identity)
     progress = saved.progress
+    wrong = [k for k, v in weight.items() if not v.isfinite().all()]
+    if wrong:
+        raise StageError(
+            f"the checkpoint of step {progress.step} has weights that are not finite numbers of 16 bits "
+            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}): remove it, and train on with a lower "
+            "train.learning_rate or train.max_grad_norm set"
+        )
+    shape = _shape(saved.identity)
     overtrain_info = (
         f"best validation mel distance {progress.best_metric:.4f} at step {progress.best_step}, "
         f"epoch {progress.best_epoch}"

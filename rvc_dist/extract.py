@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rvc_dist import audio
-from rvc_dist.config import FEATURE_RATE, Recipe
+from rvc_dist.config import F0_HOP, FEATURE_RATE, Recipe
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0Method, load_f0
 from rvc_dist.workspace import (
@@ -26,6 +27,7 @@ from rvc_dist.workspace import (
     StageError,
     Unit,
     Workspace,
+    changes,
     is_done,
     read_header,
     read_json,
@@ -42,11 +44,12 @@ class Extractor(NamedTuple):
     """What turns a wave into features; loaded once a rank, and by the infer stage alike."""
 
     embedder: Embedder
-    f0_method: F0Method
+    f0_method: F0Method | None
+    """None where nobody asks for pitch: all is unvoiced then."""
     batch_clips: int
 
     @classmethod
-    def load(cls, recipe: Recipe) -> Extractor:
+    def load(cls, recipe: Recipe, with_pitch: bool = True) -> Extractor:
         """Load the encoder and the pitch tracker of the recipe.
 
         Raises:
@@ -56,7 +59,7 @@ class Extractor(NamedTuple):
         try:
             return cls(
                 load_embedder(recipe.extract, recipe.model.version, device),
-                load_f0(recipe.extract, device),
+                load_f0(recipe.extract, device) if with_pitch else None,
                 recipe.extract.batch_clips,
             )
         except (ValueError, OSError, ImportError) as error:
@@ -78,9 +81,15 @@ class Extractor(NamedTuple):
             for at in range(0, len(indices), self.batch_clips):
                 batch = indices[at : at + self.batch_clips]
                 stacked = torch.from_numpy(np.stack([waves[i] for i in batch]))
-                content, f0 = self.embedder(stacked).cpu().numpy(), self.f0_method(stacked).cpu().numpy()
+                content, f0 = self.embedder(stacked).cpu().numpy(), self._pitch(stacked).cpu().numpy()
                 for row, i in enumerate(batch):
                     yield i, content[row], f0[row]
+
+    def _pitch(self, waves: Tensor) -> Tensor:
+        """[B, S] -> f0 [B, T100]."""
+        if self.f0_method is None:
+            return torch.zeros(waves.shape[0], waves.shape[1] // F0_HOP)
+        return self.f0_method(waves)
 
 
 def local_device() -> torch.device:
@@ -105,10 +114,9 @@ def run(recipe: Recipe, share: Share) -> None:
 def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Share) -> None:
     extractor = Extractor.load(recipe)
     settings = feature_settings(recipe) | {"embedder": extractor.describe()}
-    if share.is_first and work.features_report_file.is_file():
-        before = read_json(work.features_report_file)["settings"]
-        if before != settings:
-            logger.info("extract: making all features again: %s -> %s", before, settings)
+    withdraw_report(work, settings, clips, share)
+    if recipe.extract.include_mutes and (share.is_first or share.array):
+        save_mute(recipe, work, extractor, settings)
     todo = [
         u for u in share.take(list(clips)) if not is_done(work.features_file(u.id), feature_stamp(settings, clips[u]))
     ]
@@ -121,9 +129,22 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
             pending += [reader.submit(read_unit, work.clips_file(u.id)) for u in todo[i + 1 : i + 2]]
             save_unit(work, unit, header, waves, extractor, feature_stamp(settings, clips[unit]))
             logger.info("extract: unit %d of %d", i + 1, len(todo))
-    if recipe.extract.include_mutes and (share.is_first or share.array):
-        save_mute(recipe, work, extractor, settings)
-    finish(work, settings, clips)
+    finish(recipe, work, settings, clips)
+
+
+def withdraw_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
+    """Remove a report of other features, and say what made them stale.
+
+    While units are being made again the folder holds old and new ones, which nobody may take for a whole.
+    """
+    before = read_report(work)
+    if before is None:
+        return
+    if before["settings"] == settings and before["clips"] == stamp(list(clips.values())):
+        return
+    if share.is_first:
+        logger.info("extract: making features again: %s", changes(before["settings"], settings) or "other clips")
+    work.features_report_file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -140,12 +161,20 @@ def fixed_threads(count: int) -> Iterator[None]:
 def complete(recipe: Recipe) -> bool | None:
     """True when the report says that all of this recipe's features are made of the present clips, else None."""
     work = Workspace(recipe.run_dir, recipe.name)
-    if not work.features_report_file.is_file():
+    report = read_report(work)
+    if report is None:
         return None
-    report = read_json(work.features_report_file)
     settings = {k: v for k, v in report["settings"].items() if k != "embedder"}
     done = settings == feature_settings(recipe) and report["clips"] == stamp(list(clip_stamps(work).values()))
-    return done or None
+    return (done and mute_done(recipe, work, report["settings"])) or None
+
+
+def read_report(work: Workspace) -> dict[str, Any] | None:
+    try:
+        report: dict[str, Any] = read_json(work.features_report_file)
+    except FileNotFoundError:  # another rank may withdraw it at any moment
+        return None
+    return report
 
 
 def feature_settings(recipe: Recipe) -> dict[str, Any]:
@@ -214,14 +243,13 @@ def save_unit(
 
 def save_mute(recipe: Recipe, work: Workspace, extractor: Extractor, settings: dict[str, Any]) -> None:
     """Write the features of silence, for the mute clips that teach the voice to be silent."""
-    chunk_len = recipe.preprocess.chunk_len
-    wanted = stamp(settings, chunk_len, recipe.data.sample_rate)
-    if is_done(work.mute_file, wanted):
+    if mute_done(recipe, work, settings):
         return
+    chunk_len = recipe.preprocess.chunk_len
     silence = np.zeros(int(chunk_len * FEATURE_RATE), dtype=np.float32)
     ((_, content, f0),) = extractor([silence])
     header = {
-        "stamp": wanted,
+        "stamp": mute_stamp(recipe, settings),
         "num_samples": int(chunk_len * recipe.data.sample_rate),
         "num_content": len(content),
         "num_f0": len(f0),
@@ -229,13 +257,24 @@ def save_mute(recipe: Recipe, work: Workspace, extractor: Extractor, settings: d
     save_arrays(work.mute_file, {"00000.content": content, "00000.f0": np.zeros_like(f0)}, header)
 
 
-def finish(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str]) -> None:
+def mute_stamp(recipe: Recipe, settings: dict[str, Any]) -> str:
+    return stamp(settings, recipe.preprocess.chunk_len, recipe.data.sample_rate)
+
+
+def mute_done(recipe: Recipe, work: Workspace, settings: dict[str, Any]) -> bool:
+    return not recipe.extract.include_mutes or is_done(work.mute_file, mute_stamp(recipe, settings))
+
+
+def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dict[Unit, str]) -> None:
     """Write the report once every unit is done, whoever did it."""
     headers = [read_header(work.features_file(u.id)) for u in clips]
     wanted = [feature_stamp(settings, s) for s in clips.values()]
     done = [h for h, w in zip(headers, wanted, strict=True) if h and h["stamp"] == w]
     if len(done) < len(clips):
         logger.info("extract: this part is done, %d units are left to others", len(clips) - len(done))
+        return
+    if not mute_done(recipe, work, settings):
+        logger.info("extract: this part is done, the silent clip is left to another")
         return
     remove_leftovers(work.features_dir, len(clips))
     frames = sum(c["num_content"] for h in done for c in h["clips"])

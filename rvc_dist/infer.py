@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rvc_dist import audio
-from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, Recipe
+from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
 from rvc_dist.data import covered_frames, feature_frames
 from rvc_dist.extract import Extractor, local_device
 from rvc_dist.features.f0 import coarse_pitch
@@ -36,6 +36,13 @@ SEARCH_SHARE = 0.25
 """The join is put at the quietest place of this last part of a window."""
 READ_BLOCK_S = 4.0
 MAX_PEAK = 0.99
+VOCODER_ALIASES = {"Default": "HiFi-GAN"}
+"""Names that other tools write into voice files -> the names known here."""
+UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError),
+    *(AttributeError, TypeError, ArithmeticError, AssertionError),
+)
+"""What torch.load raises on damaged files and on files of another kind."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +65,23 @@ class Voice:
         Raises:
             StageError: no such file, or not a voice that this package can build.
         """
-        if not path.is_file():
-            raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth")
-        try:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise StageError(f"infer.model: {path} is not a voice file ({reason})") from error
-        if not isinstance(data, dict) or not {"weight", "config"} <= data.keys():
-            raise StageError(f"infer.model: {path} is not a voice file: expected `weight` and `config` in it")
-        state = from_upstream(data["weight"])
+        data = _read_voice_file(path)
         version = data.get("version", "v1")
+        vocoder = data.get("vocoder") or "HiFi-GAN"
         try:
+            state = from_upstream(data["weight"])
             shape = GeneratorShape.from_export_config(
                 data["config"],
                 version=version,
-                f0=bool(data.get("f0", 1)),
+                f0=bool(int(data.get("f0", 1))),
                 content_channels=state["enc_p.emb_phone.weight"].shape[1],
-                vocoder=data.get("vocoder", "HiFi-GAN"),
+                vocoder=VOCODER_ALIASES.get(vocoder, vocoder),
             )
             # The list carries one row a speaker of the network it was made from; the table itself is what counts.
             generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
-        except (KeyError, ValueError) as error:
-            raise StageError(f"infer.model: {path} holds no voice that can be built here ({error})") from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise StageError(f"infer.model: {path} holds no voice that can be built here ({reason})") from error
         wanted = {k: v.shape for k, v in generator.state_dict().items() if not k.startswith("enc_q.")}
         got = {k: v.shape for k, v in state.items() if not k.startswith("enc_q.")}
         if wanted != got:
@@ -90,6 +91,26 @@ class Voice:
         return cls(
             generator.to(device).eval(), data.get("embedder_model", "contentvec"), data.get("embedder_hash"), version
         )
+
+
+def _read_voice_file(path: Path) -> dict[str, Any]:
+    """The contents of a voice file; nothing in it is run.
+
+    Raises:
+        StageError: no such file, or not one with `weight` and `config`.
+    """
+    if not path.is_file():
+        raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        # torch's own message advises to load the file without weights_only, which would run whatever is in it.
+        why = "damaged, or with more in it than tensors and plain data"
+        raise StageError(f"infer.model: {path} is not a voice file ({why}: {type(error).__name__})") from error
+    if isinstance(data, dict) and {"weight", "config"} <= data.keys():
+        return data
+    hint = "; it looks like a training checkpoint" if isinstance(data, dict) and "model" in data else ""
+    raise StageError(f"infer.model: {path} is not a voice file: expected `weight` and `config` in it{hint}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,12 @@ class Converter:
             extract=replace(recipe.extract, embedder_model=config.embedder_model or voice.embedder_model),
             model=replace(recipe.model, version=voice.version),
         )
-        extractor = Extractor.load(used)
+        guided = voice.generator.shape.pitch_guidance
+        try:
+            extractor = Extractor.load(used, with_pitch=guided)
+        except StageError as error:  # here the encoder is chosen under another key
+            message = str(error).replace("extract.embedder_model", "infer.embedder_model")
+            raise StageError(message) from error
         width = voice.generator.shape.content_channels
         if extractor.embedder.width != width:
             raise StageError(
@@ -131,13 +157,15 @@ class Converter:
                 "infer.embedder_model: the weights of %s are not those that the voice was trained with",
                 extractor.embedder.name,
             )
-        index = Path(config.index) if config.index else work.index_file() if config.model is None else None
-        retriever = Retriever(index, width) if index is not None and config.index_rate > 0 else None
-        return cls(voice, extractor, retriever, recipe, device)
+        return cls(voice, extractor, _retriever(config, work, width), recipe, device)
 
     @torch.no_grad()
     def __call__(self, wave: audio.Wave) -> audio.Wave:
-        """One window [S] at 16 kHz -> [S / 16000 * rate] at the voice's rate; its last frames may be silent."""
+        """One window [S] at 16 kHz -> [S / 16000 * rate] at the voice's rate; its last frames may be silent.
+
+        Raises:
+            StageError: the network gives something else than finite numbers.
+        """
         config, shape = self.recipe.infer, self.voice.generator.shape
         ((_, content, f0),) = self.extractor([wave])
         f0 = f0 * 2.0 ** (config.pitch / 12.0)
@@ -150,11 +178,18 @@ class Converter:
         content_t = torch.from_numpy(content)[feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S // 2)]
         f0_t = torch.from_numpy(f0)[feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S)]
         made = self._generate(content_t, f0_t).cpu().numpy()
+        if not np.isfinite(made).all():
+            raise StageError(
+                "infer.model: the voice gives samples that are not finite numbers; its weights are damaged"
+            )
         return np.pad(made[:wanted], (0, max(0, wanted - len(made))))
 
     def _kept_share(self, f0: Any, num_content: int) -> Any:
-        """How much of the retrieval each content frame [T50] keeps: unvoiced consonants are easily smeared by it."""
-        protect = self.recipe.infer.protect
+        """How much of the retrieval each content frame [T50] keeps: unvoiced consonants are easily smeared by it.
+
+        A voice without pitch guidance does not know what is voiced, and keeps all of it.
+        """
+        protect = self.recipe.infer.protect if self.voice.generator.shape.pitch_guidance else 0.5
         voiced = f0[np.minimum(np.arange(num_content) * 2, len(f0) - 1)] > 0
         return np.where(voiced | (protect >= 0.5), 1.0, protect).astype(np.float32)
 
@@ -168,11 +203,21 @@ class Converter:
         return self.voice.generator.infer(content, lengths, coarse, f0 if guided else None, speaker)[0, 0].float()
 
 
+def _retriever(config: InferConfig, work: Workspace, width: int) -> Retriever | None:
+    """infer.index, or the run's own index for a voice of that run; None when there is none or it is not wanted."""
+    if config.index_rate == 0:
+        return None
+    is_own = config.model is None or Path(config.model).resolve().parent == work.voice_dir.resolve()
+    index = Path(config.index) if config.index else work.index_file() if is_own else None
+    logger.info("infer: index %s", index or "none, so infer.index_rate has no effect")
+    return Retriever(index, width) if index is not None else None
+
+
 def run(recipe: Recipe, share: Share) -> None:
     """Convert infer.input to infer.output.
 
     Raises:
-        StageError: the input cannot be read, or `Converter.load` fails.
+        StageError: the input cannot be read, the output not be written, or `Converter.load` fails.
     """
     if not share.is_first:
         return
@@ -183,18 +228,58 @@ def run(recipe: Recipe, share: Share) -> None:
         seconds = audio.duration(source)
     except audio.AudioError as error:
         raise StageError(f"infer.input: {source}: {error}") from error
+    check_output(source, target)
     converter = Converter.load(recipe)
     torch.manual_seed(recipe.infer.seed)
     logger.info("infer: %s, %.1f s", source, seconds)
+    rate = converter.voice.rate
     try:
-        write(target, convert(converter, audio.stream(source, FEATURE_RATE, READ_BLOCK_S)), converter.voice.rate)
+        write(target, convert(converter, recording(source), round(seconds * rate)), rate)
     except audio.AudioError as error:
         raise StageError(f"infer.input: {source}: {error}") from error
     logger.info("infer: %s", target)
 
 
-def convert(converter: Converter, blocks: Iterator[audio.Wave]) -> Iterator[audio.Wave]:
+def check_output(source: Path, target: Path) -> None:
+    """Find out now whether `target` can be written, not after the conversion.
+
+    Raises:
+        StageError: it cannot, or it is the recording itself.
+    """
+    if target.is_dir():
+        raise StageError(f"infer.output: {target} is a folder, expected a file name that ends in .wav or .flac")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.with_name(f".{target.name}.tmp")
+        probe.touch()
+        probe.unlink()
+        is_source = target.exists() and target.samefile(source)
+    except OSError as error:
+        raise StageError(f"infer.output: {target} cannot be written ({error.strerror})") from error
+    if is_source:
+        raise StageError(f"infer.output: {target} is infer.input itself; give the result another name")
+
+
+def recording(path: Path) -> Iterator[audio.Wave]:
+    """A recording as 16 kHz blocks [S].
+
+    Raises:
+        AudioError: the file is damaged, or has samples that are not numbers.
+    """
+    import soundfile
+
+    if soundfile.info(str(path)).format in ("MP3", "OGG"):
+        # These do not survive the seek between two reads: an mp3 read in blocks clicks at each of them.
+        wave, rate = audio.decode(path)
+        yield audio.resample(wave, rate, FEATURE_RATE)
+    else:
+        yield from audio.stream(path, FEATURE_RATE, READ_BLOCK_S)
+
+
+def convert(converter: Converter, blocks: Iterator[audio.Wave], num_samples: int | None = None) -> Iterator[audio.Wave]:
     """Convert a stream of 16 kHz blocks [S] into a stream of blocks at the voice's rate, of the same total length.
+
+    `num_samples` is that length where it is known better than 16 kHz tell it: to the sample of the voice's rate.
 
     Each window is converted with a second of context on both sides; windows meet where the input is quietest and are
     cross-faded there, so that no join clicks. At most two windows are in memory.
@@ -203,12 +288,19 @@ def convert(converter: Converter, blocks: Iterator[audio.Wave]) -> Iterator[audi
     window = int(converter.recipe.infer.window_s * F0_PER_S)
     ramp = (0.5 - 0.5 * np.cos(np.pi * (np.arange(FADE * per_frame) + 0.5) / (FADE * per_frame))).astype(np.float32)
     tail = np.zeros(FADE * per_frame, dtype=np.float32)
-    joined = False
+    joined, done = False, 0
     for piece, length, last in windows(blocks, window):
         # piece spans CONTEXT frames before and after the `length` samples that it stands for.
         made = converter(piece)
         begin = CONTEXT * per_frame
-        end = begin + length * converter.voice.rate // FEATURE_RATE
+        size = length * converter.voice.rate // FEATURE_RATE
+        if last and num_samples is not None:
+            if abs(num_samples - done - size) < per_frame:
+                size = num_samples - done
+            else:
+                logger.warning("infer: %d samples were promised, %d were found", num_samples, done + size)
+        end = begin + size
+        done += size
         half = FADE // 2 * per_frame
         if joined:
             head = made[begin - half : begin + half]
@@ -254,11 +346,16 @@ def windows(blocks: Iterator[audio.Wave], window: int) -> Iterator[tuple[audio.W
 
 
 def quietest_frame(wave: audio.Wave) -> int:
-    """The 10 ms frame with the least energy around it in the last part of `wave`; at least 1."""
+    """The 10 ms frame in the last part of `wave` before and after which a fade would meet the least energy.
+
+    At least one fade is left on either side of it.
+    """
     energy = np.square(wave[: len(wave) // F0_HOP * F0_HOP].reshape(-1, F0_HOP)).sum(axis=1)
-    smooth = np.convolve(energy, np.ones(FADE + 1), mode="same")
-    first = max(1, int(len(smooth) * (1 - SEARCH_SHARE)))
-    return first + int(np.argmin(smooth[first:]))
+    # faded[i] is the energy of the frames i .. i + FADE - 1, which a cut at frame i + FADE // 2 fades over.
+    faded = np.convolve(energy, np.ones(FADE), mode="valid")
+    first = max(FADE, int(len(energy) * (1 - SEARCH_SHARE)))
+    candidates = faded[first - FADE // 2 : len(energy) - FADE - FADE // 2 + 1]
+    return first + int(np.argmin(candidates))
 
 
 def write(path: Path, blocks: Iterator[audio.Wave], rate: int) -> None:

@@ -1,0 +1,137 @@
+"""What several tests need: a narrow voice, run folders without the stages before, and stand-ins for slow parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rvc_dist import checkpoint, export
+from rvc_dist.audio import Wave
+from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe
+from rvc_dist.features.f0 import F0Method
+from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.workspace import Plan, Unit, Workspace, save_arrays, stamp, write_json
+
+RATE = 24000
+NARROW = ModelConfig(
+    inter_channels=16,
+    hidden_channels=16,
+    filter_channels=32,
+    num_layers=1,
+    upsample_initial_channel=32,
+    gin_channels=8,
+    discriminator_channels=64,
+)
+"""The smallest networks that a recipe allows, nearly: a step takes milliseconds."""
+EMBEDDER = {"name": "mfcc", "width": 768, "hash": "0123456789abcdef"}
+
+
+def narrow_recipe(folder: Path, **sections: Any) -> Recipe:
+    """A recipe for a narrow 24 kHz voice in `folder`/run, with features that need no download; sections replace."""
+    defaults: dict[str, Any] = {
+        "data": DataConfig(audio_dir=str(folder / "audio"), sample_rate=RATE),
+        "extract": ExtractConfig(f0_method="pyin", embedder_model="mfcc"),
+        "model": NARROW,
+    }
+    return Recipe(name="tiny", run_dir=str(folder / "run"), **(defaults | sections))
+
+
+def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    """`recipe` with other values in one section."""
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
+
+
+def workspace_of(recipe: Recipe) -> Workspace:
+    return Workspace(recipe.run_dir, recipe.name)
+
+
+def tone(seconds: float, rate: int = RATE, f0_hz: float = 150.0, level: float = 0.2) -> Wave:
+    """A buzz of ten harmonics, swelling four times a second: something voiced to cut, track and convert."""
+    time = np.arange(round(seconds * rate)) / rate
+    buzz = sum(np.sin(2 * np.pi * f0_hz * k * time) / k for k in range(1, 11))
+    return (level * buzz * (0.6 + 0.4 * np.sin(2 * np.pi * 4 * time))).astype(np.float32)
+
+
+def noise(seconds: float, rate: int = RATE, level: float = 0.1, seed: int = 0) -> Wave:
+    return np.random.default_rng(seed).normal(0.0, level, round(seconds * rate)).astype(np.float32)
+
+
+class SteadyPitch(F0Method):
+    """A tracker that takes everything that sounds for `HZ`: put it into F0_METHODS in the place of a slow one."""
+
+    HZ = 220.0
+
+    def track(self, wave: Tensor) -> Tensor:
+        return torch.full((wave.shape[0] // 160,), self.HZ)
+
+
+def write_features(recipe: Recipe, units: Sequence[Sequence[npt.NDArray[np.float32]]]) -> None:
+    """A finished features folder: for each unit its clips' content [T50, C]; f0 is 150 Hz throughout.
+
+    Each clip counts as a source file of its own. Beside it lie the plan and the report of the clips, but no clips.
+    """
+    work = workspace_of(recipe)
+    seconds = 0.0
+    for number, contents in enumerate(units):
+        arrays: dict[str, Any] = {}
+        clips = []
+        for i, content in enumerate(contents):
+            num_f0 = 2 * len(content)
+            arrays[f"{i:05d}.content"] = content
+            arrays[f"{i:05d}.f0"] = np.full(num_f0, 150.0, np.float32)
+            num_samples = len(content) * recipe.data.sample_rate // 50
+            seconds += len(content) / 50
+            sizes = {"num_samples": num_samples, "num_content": len(content), "num_f0": num_f0}
+            clips.append({"source": f"{number}_{i}.wav", "speaker": 0, "start_s": 0.0} | sizes)
+        width = contents[0].shape[1] if contents else EMBEDDER["width"]
+        header = {
+            "stamp": stamp(number),
+            "sample_rate": recipe.data.sample_rate,
+            "embedder": EMBEDDER | {"width": width},
+            "clips": clips,
+        }
+        save_arrays(work.features_file(number), arrays, header)
+    frames = sum(len(c) for contents in units for c in contents)
+    total = sum(float(c.sum()) for contents in units for c in contents)
+    write_json(work.features_report_file, {"settings": {}, "clips": stamp(total), "content_frames": frames})
+    plan = Plan(stamp("listing"), {}, tuple(Unit(i, ()) for i in range(len(units))), ())
+    work.clips_dir.mkdir(parents=True, exist_ok=True)
+    work.plan_file.write_text(plan.dumps(), encoding="utf-8")
+    write_json(work.clips_report_file, {"total_dataset_duration": f"00:00:{round(seconds):02d}"})
+
+
+def make_generator(recipe: Recipe, *, content_channels: int = 768, num_speakers: int = 1) -> Generator:
+    """The recipe's generator with random weights, of a seed with which the narrow ones are neither silent nor clip."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        return Generator(GeneratorShape.from_recipe(recipe, content_channels, num_speakers))
+
+
+def make_checkpoint(
+    recipe: Recipe, generator: Generator, progress: checkpoint.Progress | None = None
+) -> checkpoint.Checkpoint:
+    """A checkpoint as the trainer makes them, but for the discriminator and the optimizers, which are empty."""
+    identity = {f"generator.{k}": v for k, v in dataclasses.asdict(generator.shape).items()}
+    identity["discriminator.version"] = recipe.model.version
+    identity["embedder"] = EMBEDDER | {"width": generator.shape.content_channels}
+    return checkpoint.Checkpoint(
+        progress=progress or checkpoint.Progress(step=10, epoch=2),
+        identity=json.loads(json.dumps(identity)),
+        models={"generator": generator.state_dict(), "discriminator": {}},
+        optimizers={f"optimizer_{name}": {"tensors": {}} for name in ("generator", "discriminator")},
+    )
+
+
+def voice_contents(recipe: Recipe, generator: Generator) -> dict[str, Any]:
+    """What a voice file of `generator` holds."""
+    voice = export.voice_dict(recipe, make_checkpoint(recipe, generator), "00:01:00", generator.shape.num_speakers)
+    del voice["embedder_hash"]  # made up, and would be warned of
+    return voice

@@ -1,0 +1,280 @@
+"""The command line as a user meets it: exit codes, quick answers, and a sentence for each mistake."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import soundfile
+from helpers import RATE, changed, tone
+
+from rvc_dist import __main__ as cli
+from rvc_dist import __version__, demo
+from rvc_dist.config import Recipe
+from rvc_dist.workspace import Share, StageError, Stopped
+
+SCRIPT = Path(sys.executable).with_name("rvc-dist")
+HEAVY = ("torch", "numpy", "librosa", "accelerate", "transformers", "faiss", "soundfile", "tensorboard")
+
+
+def rvc_dist(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rvc_dist", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment or None)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+
+
+# Help
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in ([], 2), (["--help"], 0), (["-h"], 0):
+        assert cli.main(arguments) == code
+        text = capsys.readouterr().out
+        assert text.startswith("usage: rvc-dist STAGE")
+        for name, stage in cli.STAGES.items():
+            assert f"  {name} " in text
+            assert stage.about in text
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("name", cli.STAGES)
+def test_the_help_of_a_stage_lists_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: rvc-dist {name}" in text
+    assert cli.STAGES[name].about in " ".join(text.split())
+    for section, values in Recipe().to_dict().items():
+        for key in values if isinstance(values, dict) else ():
+            assert f"--{section}.{key}" in text
+    assert "Length of a clip in seconds" in text
+    assert ("--shard I/N" in text) is cli.STAGES[name].takes_shard
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom rvc_dist.__main__ import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
+    )
+    for arguments in ["--help"], ["train", "--help"], ["demo", "--help"], ["infer", "--train.x", "1"]:
+        times = []
+        for _ in range(3):  # the machine may be busy
+            began_at = time.monotonic()
+            done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+            times.append(time.monotonic() - began_at)
+            if times[-1] < 1.5:
+                break
+        assert done.stdout.splitlines()[-1] == "HEAVY []", arguments
+        assert min(times) < 1.5, arguments
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["trian"], ["infer", "--help"], ["train", "--nmae", "x"]])
+def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
+    module = rvc_dist(*arguments)
+    script = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    assert (script.returncode, script.stdout, script.stderr) == (module.returncode, module.stdout, module.stderr)
+    assert script.stdout + script.stderr
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "rvc-dist: unknown stage 'trian'; did you mean train?"),
+        (["help"], "rvc-dist: unknown stage 'help'; expected one of preprocess, extract, index, train, "),
+        (["train", "--train.batchsize", "3"], "unknown key train.batchsize; did you mean train.batch_size?"),
+        (["train", "--trian.batch_size=3"], "unknown key trian.batch_size; did you mean train.batch_size?"),
+        (["train", "--train.batch_size", "many"], "train.batch_size: got many, expected int"),
+        (["train", "--train.batch_size", "0"], "train.batch_size: got 0, expected at least 1"),
+        (["train", "--train.precision", "fp16"], "train.precision: got fp16, expected "),
+        (["train", "--name", "a/b"], "name: got 'a/b', expected a file name"),
+        (["train", "--config", "/none/recipe.yaml"], "--config: /none/recipe.yaml does not exist"),
+        (["train", "surplus"], "surplus"),
+        (["train", "--config"], "--config"),
+        (["extract", "--shard", "2/2"], "--shard: got '2/2', expected I/N with 0 <= I < N"),
+        (["extract", "--shard=-1/2"], "--shard: got '-1/2'"),
+        (["extract", "--shard", "half"], "--shard: got 'half'"),
+        (["extract", "--shard"], "--shard: got ''"),
+        (["extract", "--shard", "0/2", "--shard", "1/2"], "--shard: got 0/2, 1/2, expected one"),
+        (["train", "--shard", "0/2"], "--shard: train is not a stage that can be split so, only preprocess, extract"),
+    ],
+)
+def test_a_mistake_is_told_and_exits_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib, "import_module", None)  # no stage is as much as imported
+    assert cli.main(arguments) == cli.EXIT_USAGE == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rvc-dist")
+    assert message in err
+
+
+def test_a_recipe_with_a_typo_is_told_at_once_with_all_its_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: a\ntrian:\n  batch_size: 2\ntrain:\n  batchsize: 2\n")
+    began_at = time.monotonic()
+    done = rvc_dist("train", "--config", str(path))
+    assert time.monotonic() - began_at < 2.0
+    assert done.returncode == 2
+    assert f"{path}: unknown key trian; did you mean train?" in done.stderr
+    assert f"{path}: unknown key train.batchsize; did you mean train.batch_size?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Running a stage
+
+
+def stage_that(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> list[tuple[Recipe, Share]]:
+    """Put a stage in the place of preprocess that raises `error`; returns what it was called with."""
+    calls = []
+    module = ModuleType("stand_in")
+
+    def run(recipe: Recipe, share: Share) -> None:
+        calls.append((recipe, share))
+        if error is not None:
+            raise error
+
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setitem(cli.STAGES, "preprocess", cli.Stage("stand_in", "", takes_shard=True))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (None, 0, ""),
+        (StageError("no audio: /a/b"), 1, "rvc-dist preprocess: no audio: /a/b\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, "Permission denied: '/a/b'\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "No space left on device: '/a/b'\n"),
+        (Stopped("stopped at step 3"), 75, ""),
+        (KeyboardInterrupt(), 75, "interrupted; the same command continues\n"),
+    ],
+)
+def test_the_exit_code_says_how_it_went(
+    error: BaseException | None,
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = stage_that(monkeypatch, error)
+    assert cli.main(["preprocess", "--name", "x"]) == code
+    assert [(recipe.name, share) for recipe, share in calls] == [("x", Share(0, 1))]
+    assert capsys.readouterr().err.endswith(message)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file"), ValueError("a bug"), TypeError()])
+def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_that(monkeypatch, error)
+    with pytest.raises(type(error)):
+        cli.main(["preprocess"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank", "share"),
+    [
+        ([], None, Share(0, 1)),
+        ([], (1, 4), Share(1, 4)),
+        (["--shard", "2/5"], None, Share(2, 5, array=True)),
+        (["--shard=2/5"], None, Share(2, 5, array=True)),
+        # Two ranks in each of five array tasks: ten parts.
+        (["--shard", "2/5"], (1, 2), Share(5, 10, array=True)),
+    ],
+)
+def test_the_share_of_the_work(
+    arguments: list[str], rank: tuple[int, int] | None, share: Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("RANK", str(rank[0]))
+        monkeypatch.setenv("WORLD_SIZE", str(rank[1]))
+    calls = stage_that(monkeypatch, None)
+    assert cli.main(["preprocess", "--name", "x", *arguments, "--run_dir", "y"]) == 0
+    ((recipe, given),) = calls
+    assert given == share
+    assert (recipe.name, recipe.run_dir) == ("x", "y")
+
+
+def test_a_stage_by_hand(tmp_path: Path) -> None:
+    """Fails with 1 and a sentence, works with 0 and a log, and an array task does its part."""
+    options = ["--data.audio_dir", str(tmp_path / "audio"), "--data.sample_rate", "24000"]
+    options += ["--run_dir", str(tmp_path / "run"), "--preprocess.cut_method", "simple"]
+    failed = rvc_dist("preprocess", *options)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("rvc-dist preprocess: ")
+    assert str(tmp_path / "audio") in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "a.wav", tone(4.0), RATE)
+    done = rvc_dist("preprocess", *options, "--shard", "0/1")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "preprocess" in done.stderr
+    assert (tmp_path / "run" / "clips" / "00000.safetensors").is_file()
+
+    (tmp_path / "run2").write_text("a file in the place of the run folder")
+    blocked = rvc_dist("preprocess", *options, "--run_dir", str(tmp_path / "run2"))
+    assert blocked.returncode == 1
+    assert "run2" in blocked.stderr
+    assert "Traceback" not in blocked.stderr
+
+
+# The demo
+
+
+def test_the_demo_takes_its_recipe_and_the_users_changes() -> None:
+    recipe, _ = cli.parse("demo", ["--train.max_steps", "3"])
+    assert (recipe.name, recipe.train.max_steps, recipe.data.sample_rate) == ("demo", 3, 24000)
+    assert Path(recipe.data.audio_dir).is_dir()
+    assert Path(recipe.infer.input).is_file()
+    # It runs from any folder: what it reads is found, what it writes is below run_dir.
+    assert Path(recipe.data.audio_dir).is_absolute()
+    assert Path(recipe.infer.input).is_absolute()
+
+
+def test_the_demos_result_follows_the_run_folder() -> None:
+    recipe, _ = cli.parse("demo", [])
+    assert demo.with_output_in_run_dir(recipe) == recipe
+    moved = demo.with_output_in_run_dir(replace(recipe, run_dir="/elsewhere"))
+    assert moved.infer.output == "/elsewhere/converted.wav"
+    chosen = changed(replace(recipe, run_dir="/elsewhere"), "infer", output="/mine/a.wav")
+    assert demo.with_output_in_run_dir(chosen) == chosen
+
+
+def test_the_demos_report_reads_what_was_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    long_name = "a_folder_with_a_name_of_more_than_eighty_letters_[which_rich_would_wrap_or_take_for_markup]"
+    recipe = Recipe(name="demo", run_dir=str(tmp_path / long_name))
+    with SummaryWriter(str(tmp_path / long_name / "tensorboard")) as writer:
+        writer.add_scalar("train/lr", 1.0, 1)
+    demo.report(recipe, 12.0)
+    assert "not logged" in capsys.readouterr().out
+    with SummaryWriter(str(tmp_path / long_name / "tensorboard")) as writer:
+        for step in range(40):
+            writer.add_scalar("loss/g_mel", 3.0 if step < 20 else 2.0, step)
+    demo.report(recipe, 12.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert "The demo is done in 12 s." in lines
+    assert "mel loss      3.000 over the first 20 logged steps, 2.000 over the last 20" in lines
+    assert f"voice         {tmp_path / long_name / 'voice' / 'demo_last.pth'}" in lines
+    assert f"TensorBoard   tensorboard --logdir {tmp_path / long_name / 'tensorboard'}" in lines

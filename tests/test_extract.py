@@ -1,0 +1,358 @@
+"""The extract stage: whole or not at all, the same bytes from any number of ranks, and stale features made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers import RATE, SteadyPitch, changed, narrow_recipe, noise, tone, workspace_of
+from safetensors.numpy import load_file
+
+from rvc_dist import extract, index, preprocess, workspace
+from rvc_dist.config import PreprocessConfig, Recipe
+from rvc_dist.extract import Extractor
+from rvc_dist.features.f0 import F0_METHODS
+from rvc_dist.workspace import Share, StageError, read_header, read_json, unit_files
+
+ALONE = Share(0, 1)
+
+
+@pytest.fixture
+def quick_pitch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """Six recordings cut into clips of three lengths, in three units."""
+    monkeypatch.setattr(workspace, "MIN_UNIT_S", 2.0)
+    (tmp_path / "audio").mkdir()
+    for i in range(6):
+        wave = np.concatenate([tone(0.8 + 0.1 * (i % 3), f0_hz=100.0 + 20 * i), noise(0.2, seed=i)])
+        soundfile.write(tmp_path / "audio" / f"{i}.wav", wave, RATE)
+    recipe = narrow_recipe(tmp_path, preprocess=PreprocessConfig(chunk_len=1.0, overlap_len=0.2))
+    preprocess.run(recipe, ALONE)
+    assert len(list(unit_files(workspace_of(recipe).clips_dir))) == 3
+    return recipe
+
+
+def folder(recipe: Recipe) -> Path:
+    return workspace_of(recipe).features_dir
+
+
+def contents(recipe: Recipe) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder(recipe).iterdir()}
+
+
+def mtimes(recipe: Recipe) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in folder(recipe).glob("*.safetensors")}
+
+
+def elsewhere(recipe: Recipe, tmp_path: Path, name: str) -> Recipe:
+    """The same clips in another run folder."""
+    other = dataclasses.replace(recipe, run_dir=str(tmp_path / name))
+    workspace_of(other).root.mkdir()
+    workspace_of(other).clips_dir.symlink_to(workspace_of(recipe).clips_dir)
+    return other
+
+
+# What is written
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_each_clip_has_content_and_pitch_and_their_sizes(recipe: Recipe) -> None:
+    extract.run(recipe, ALONE)
+    work = workspace_of(recipe)
+    assert sorted(contents(recipe)) == [f"{i:05d}.safetensors" for i in range(3)] + ["mute.safetensors", "report.json"]
+    total = 0
+    for unit in range(3):
+        clips_header, header = read_header(work.clips_file(unit)), read_header(work.features_file(unit))
+        assert clips_header is not None
+        assert header is not None
+        waves, arrays = load_file(work.clips_file(unit)), load_file(work.features_file(unit))
+        assert len(arrays) == 2 * len(waves)
+        assert header["sample_rate"] == RATE
+        assert (header["embedder"]["name"], header["embedder"]["width"]) == ("mfcc", 768)
+        for i, clip in enumerate(header["clips"]):
+            wave, content, f0 = waves[f"{i:05d}"], arrays[f"{i:05d}.content"], arrays[f"{i:05d}.f0"]
+            assert clip.items() > clips_header["clips"][i].items()
+            assert (clip["num_samples"], clip["num_content"], clip["num_f0"]) == (len(wave), len(content), len(f0))
+            num_16k = round(len(wave) * 16000 / RATE)
+            assert content.shape == (num_16k // 320, 768)
+            assert f0.shape == (num_16k // 160,)
+            assert content.dtype == f0.dtype == np.float32
+            assert np.isfinite(content).all()
+            assert set(f0.tolist()) <= {0.0, SteadyPitch.HZ}
+            total += len(content)
+    assert read_json(work.features_report_file)["content_frames"] == total
+    assert extract.complete(recipe) is True
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_the_silent_clip(recipe: Recipe) -> None:
+    extract.run(recipe, ALONE)
+    work = workspace_of(recipe)
+    header, arrays = read_header(work.mute_file), load_file(work.mute_file)
+    assert header is not None
+    assert (header["num_samples"], header["num_content"], header["num_f0"]) == (RATE, 50, 100)
+    assert arrays["00000.content"].shape == (50, 768)
+    assert not arrays["00000.f0"].any()
+    assert arrays["00000.f0"].shape == (100,)
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_no_silent_clip_unless_it_is_asked_for(recipe: Recipe) -> None:
+    without = changed(recipe, "extract", include_mutes=0)
+    extract.run(without, ALONE)
+    assert not workspace_of(recipe).mute_file.exists()
+    assert extract.complete(without) is True
+    # A rank that waits may not go on before the first has made it.
+    assert extract.complete(recipe) is None
+    before = mtimes(recipe)
+    extract.run(recipe, ALONE)
+    assert extract.complete(recipe) is True
+    assert {k: v for k, v in mtimes(recipe).items() if k != "mute.safetensors"} == before
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_the_index_takes_them_in_the_order_of_the_units(recipe: Recipe) -> None:
+    extract.run(recipe, ALONE)
+    vectors = index.gather(workspace_of(recipe))
+    first = load_file(workspace_of(recipe).features_file(0))["00000.content"]
+    last_unit = load_file(workspace_of(recipe).features_file(2))
+    last = last_unit[max(k for k in last_unit if k.endswith("content"))]
+    assert len(vectors) == read_json(workspace_of(recipe).features_report_file)["content_frames"]
+    assert np.array_equal(vectors[: len(first)], first)
+    assert np.array_equal(vectors[-len(last) :], last)
+
+
+# Any number of ranks, any interruption
+
+
+@pytest.mark.parametrize("f0_method", ["pyin", "crepe-tiny"])
+def test_the_bytes_do_not_depend_on_the_ranks(f0_method: str, recipe: Recipe, tmp_path: Path) -> None:
+    recipe = changed(recipe, "extract", f0_method=f0_method)
+    extract.run(recipe, ALONE)
+    halves = elsewhere(recipe, tmp_path, "halves")
+    torch.set_num_threads(2)  # what a launcher chooses has no effect
+    try:
+        extract.run(halves, Share(1, 2))
+        assert not workspace_of(halves).features_report_file.exists()
+        assert extract.complete(halves) is None
+        extract.run(halves, Share(0, 2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert contents(halves) == contents(recipe)
+    voiced = load_file(workspace_of(recipe).features_file(0))["00000.f0"]
+    voiced = voiced[voiced > 0]
+    assert abs(np.median(voiced) - 100.0) < 3.0
+
+
+def test_the_threads_are_the_recipes_and_not_the_launchers(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Watching(SteadyPitch):
+        def track(self, wave: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            return super().track(wave)
+
+    monkeypatch.setitem(F0_METHODS, "pyin", Watching)
+    extract.run(changed(recipe, "extract", num_threads=2), ALONE)
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_array_tasks_need_no_first_rank(recipe: Recipe, tmp_path: Path) -> None:
+    extract.run(recipe, ALONE)
+    tasks = elsewhere(recipe, tmp_path, "tasks")
+    for i in (3, 1, 2, 0):  # the last has no unit left
+        extract.run(tasks, Share(i, 4, array=True))
+    assert contents(tasks) == contents(recipe)
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_the_last_rank_waits_with_the_report_for_the_silent_clip(recipe: Recipe) -> None:
+    extract.run(recipe, ALONE)
+    workspace_of(recipe).mute_file.unlink()
+    workspace_of(recipe).features_report_file.unlink()
+    extract.run(recipe, Share(1, 2))
+    assert not workspace_of(recipe).features_report_file.exists()
+    extract.run(recipe, Share(0, 2))
+    assert extract.complete(recipe) is True
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_only_what_is_missing_or_damaged_is_made_again(recipe: Recipe) -> None:
+    extract.run(recipe, ALONE)
+    whole, before = contents(recipe), mtimes(recipe)
+    extract.run(recipe, ALONE)
+    assert mtimes(recipe) == before
+    work = workspace_of(recipe)
+    work.features_file(0).unlink()
+    work.features_file(2).write_bytes(b"damaged")
+    extract.run(recipe, ALONE)
+    assert contents(recipe) == whole
+    assert mtimes(recipe)["00001.safetensors"] == before["00001.safetensors"]
+
+
+@pytest.mark.usefixtures("quick_pitch")
+@pytest.mark.parametrize(
+    ("section", "values", "why"),
+    [
+        ("extract", {"f0_method": "fcpe"}, "extract.f0_method: pyin -> fcpe"),
+        ("extract", {"f0_max": 800.0}, "extract.f0_max: 1100.0 -> 800.0"),
+        ("model", {"version": "v1"}, "model.version: v2 -> v1"),
+    ],
+)
+def test_a_changed_setting_makes_all_again(
+    section: str,
+    values: dict[str, Any],
+    why: str,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(F0_METHODS, "fcpe", SteadyPitch)
+    extract.run(recipe, ALONE)
+    before = mtimes(recipe)
+    other = changed(recipe, section, **values)
+    assert extract.complete(other) is None
+    with caplog.at_level(logging.INFO, logger="rvc_dist"):
+        extract.run(other, ALONE)
+    assert why in caplog.text
+    assert all(mtimes(recipe)[name] != at for name, at in before.items())
+    assert extract.complete(other) is True
+    assert extract.complete(recipe) is None
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_old_and_new_features_together_are_never_a_whole(recipe: Recipe) -> None:
+    """Stopped while all is made again: the report of the old ones must not vouch for the mixture."""
+    extract.run(recipe, ALONE)
+    extract.run(changed(recipe, "extract", f0_max=800.0), Share(1, 2))
+    with pytest.raises(StageError, match=r"has no features: run `rvc-dist extract` first"):
+        index.run(recipe, ALONE)
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_changed_clips_make_their_features_again(recipe: Recipe, tmp_path: Path) -> None:
+    extract.run(recipe, ALONE)
+    soundfile.write(tmp_path / "audio" / "5.wav", tone(1.1, f0_hz=90.0), RATE)
+    before = mtimes(recipe)
+    preprocess.run(recipe, ALONE)
+    assert extract.complete(recipe) is None
+    extract.run(recipe, ALONE)
+    assert extract.complete(recipe) is True
+    redone = [name for name, at in mtimes(recipe).items() if before.get(name) != at]
+    assert redone == ["00002.safetensors"]
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_units_of_a_longer_plan_are_removed(recipe: Recipe, tmp_path: Path) -> None:
+    extract.run(recipe, ALONE)
+    for i in range(2, 6):
+        (tmp_path / "audio" / f"{i}.wav").unlink()
+    preprocess.run(recipe, ALONE)
+    extract.run(recipe, ALONE)
+    assert [p.name for p in unit_files(folder(recipe))] == ["00000.safetensors"]
+
+
+# Batches
+
+
+def test_clips_in_a_batch_agree_with_clips_alone(recipe: Recipe) -> None:
+    waves = [tone(0.5, 16000, 110.0), tone(0.7, 16000), noise(0.5, 16000), tone(0.5, 16000, 300.0)]
+    batched = {i: (content, f0) for i, content, f0 in Extractor.load(recipe)(waves)}
+    assert sorted(batched) == [0, 1, 2, 3]
+    alone = Extractor.load(changed(recipe, "extract", batch_clips=1))
+    for i, content, f0 in alone(waves):
+        np.testing.assert_allclose(batched[i][0], content, atol=1e-5)
+        assert np.array_equal(batched[i][1], f0)
+    assert not np.allclose(batched[0][0], batched[3][0], atol=1e-2)
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_only_clips_of_one_length_share_a_batch_and_never_too_many(recipe: Recipe) -> None:
+    extractor = Extractor.load(changed(recipe, "extract", batch_clips=2))
+    shapes = []
+    embedder = extractor.embedder
+
+    def spy(wave: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(wave.shape))
+        return embedder(wave)
+
+    watched = extractor._replace(embedder=spy)  # type: ignore[arg-type]
+    waves = [noise(0.1 * n, 16000) for n in (3, 4, 3, 3, 4, 3, 3)]
+    assert sorted(i for i, _, _ in watched(waves)) == list(range(7))
+    assert sorted(shapes) == [(1, 4800), (2, 4800), (2, 4800), (2, 6400)]
+
+
+# What is wrong
+
+
+def test_without_clips(tmp_path: Path) -> None:
+    recipe = narrow_recipe(tmp_path)
+    with pytest.raises(StageError, match=r"run/clips has no clips: run `rvc-dist preprocess` first"):
+        extract.run(recipe, ALONE)
+    assert not Path(recipe.run_dir).exists()
+
+
+def test_with_only_some_of_the_clips(recipe: Recipe) -> None:
+    workspace_of(recipe).clips_file(1).unlink()
+    with pytest.raises(
+        StageError, match=r"1 of 3 units are missing or stale \(00001\.safetensors\): run `rvc-dist preprocess` to its"
+    ):
+        extract.run(recipe, ALONE)
+    assert not folder(recipe).exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"f0_method": "harvest"}, r"extract\.f0_method: got 'harvest', expected one of rmvpe, "),
+        ({"f0_method": "rmvpe", "f0_model": "/none/rmvpe.pt"}, r"extract\.f0_model: .*--extract\.f0_method crepe"),
+        ({"embedder_model": "/none/encoder"}, r"extract\.embedder_model: /none/encoder is no folder"),
+        (
+            {"embedder_model": "contentvec"},
+            r"the encoder contentvec cannot be had\..*HF_HUB_OFFLINE.*--extract\.embedder_model FOLDER, or say "
+            r"--extract\.embedder_model mfcc",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_with_the_remedy(
+    values: dict[str, str], message: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(StageError, match=message):
+        extract.run(changed(recipe, "extract", **values), ALONE)
+    assert not folder(recipe).exists()
+
+
+def test_a_missing_package_is_told_with_the_command_that_helps(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchfcpe", None)
+    with pytest.raises(StageError, match=r"pip install torchfcpe"):
+        extract.run(changed(recipe, "extract", f0_method="fcpe"), ALONE)
+
+
+def test_an_extractor_describes_its_encoder_and_can_do_without_pitch(tmp_path: Path) -> None:
+    recipe = narrow_recipe(tmp_path)
+    extractor = Extractor.load(recipe)
+    described = extractor.describe()
+    assert (described["name"], described["width"]) == ("mfcc", 768)
+    assert len(described["hash"]) == 16
+    without = Extractor.load(recipe, with_pitch=False)
+    ((_, _, f0),) = without([tone(0.5, 16000)])
+    assert f0.shape == (50,)
+    assert not f0.any()

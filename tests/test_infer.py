@@ -1,0 +1,627 @@
+"""Conversion: any input, any length, no clicks, and a sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers import NARROW, RATE, SteadyPitch, changed, make_generator, narrow_recipe, noise, tone, voice_contents
+from torch import Tensor
+
+from rvc_dist import audio, extract, infer
+from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, InferConfig, Recipe
+from rvc_dist.export import write_voice
+from rvc_dist.features.content import Embedder
+from rvc_dist.features.f0 import F0_METHODS
+from rvc_dist.models.generator import Generator
+from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.workspace import Share, StageError
+
+ALONE = Share(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def _quick_pitch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+
+
+@pytest.fixture(scope="session")
+def voice_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("voice")
+    config = narrow_recipe(folder)
+    path = folder / "tiny.pth"
+    write_voice(path, voice_contents(config, make_generator(config, num_speakers=2)))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, voice_file: Path) -> Recipe:
+    """A conversion of one second of tone that works."""
+    soundfile.write(tmp_path / "in.wav", tone(1.0), RATE)
+    config = InferConfig(
+        input=str(tmp_path / "in.wav"), output=str(tmp_path / "out.wav"), model=str(voice_file), index_rate=0.0
+    )
+    return narrow_recipe(tmp_path, infer=config)
+
+
+def convert_file(recipe: Recipe) -> audio.Wave:
+    infer.run(recipe, ALONE)
+    wave, _ = soundfile.read(recipe.infer.output, dtype="float32")
+    result: audio.Wave = wave
+    return result
+
+
+def new_voice(recipe: Recipe, path: Path, **shape: Any) -> dict[str, Any]:
+    """Write a voice made of `recipe` and return its contents."""
+    contents = voice_contents(recipe, make_generator(recipe, **shape))
+    write_voice(path, contents)
+    return contents
+
+
+def write_index(path: Path, vectors: Any) -> None:
+    index = faiss.index_factory(vectors.shape[1], "IVF1,Flat")
+    index.train(vectors if len(vectors) else noise(0.1, 768 * 100).reshape(-1, vectors.shape[1]))
+    index.add(vectors)
+    faiss.write_index(index, str(path))
+
+
+# Windows
+
+
+def blocks_of(wave: audio.Wave, size: int) -> Iterator[audio.Wave]:
+    return (wave[at : at + size] for at in range(0, len(wave), size))
+
+
+WINDOW = 200
+"""Frames: the shortest window that a recipe allows."""
+WINDOW_SAMPLES = WINDOW * F0_HOP
+LENGTHS = [
+    *(1, 159, 160, 800, WINDOW_SAMPLES - 1, WINDOW_SAMPLES, WINDOW_SAMPLES + 1, WINDOW_SAMPLES + 161),
+    *(3 * WINDOW_SAMPLES, 4 * WINDOW_SAMPLES + 12345),
+]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("block", [701, 64000])
+def test_windows_tile_the_recording_and_carry_their_true_context(length: int, block: int) -> None:
+    wave = noise(length / FEATURE_RATE, FEATURE_RATE)
+    context = infer.CONTEXT * F0_HOP
+    padded = np.pad(wave, (context, context + F0_HOP))
+    at = 0
+    cuts = list(infer.windows(blocks_of(wave, block), WINDOW))
+    for piece, stands_for, last in cuts:
+        assert len(piece) % F0_HOP == 0
+        assert stands_for <= WINDOW_SAMPLES
+        assert last or stands_for % F0_HOP == 0
+        assert np.array_equal(piece, padded[at : at + len(piece)])
+        assert len(piece) >= stands_for + 2 * context
+        at += stands_for
+    assert at == length
+    assert [last for *_, last in cuts] == [False] * (len(cuts) - 1) + [True]
+
+
+def test_windows_do_not_read_ahead_more_than_a_window() -> None:
+    taken = 0
+
+    def endless() -> Iterator[audio.Wave]:
+        nonlocal taken
+        while True:
+            taken += 16000
+            yield noise(1.0, FEATURE_RATE, seed=taken)
+
+    done = 0
+    for _, stands_for, _ in itertools.islice(infer.windows(endless(), WINDOW), 50):
+        done += stands_for
+        assert taken - done < WINDOW_SAMPLES + 2 * infer.CONTEXT * F0_HOP + 16000
+    assert done > 50 * 0.7 * WINDOW_SAMPLES
+
+
+def test_a_window_ends_where_it_is_quietest_and_leaves_room_for_the_fades() -> None:
+    wave = np.ones(WINDOW_SAMPLES, np.float32)
+    wave[170 * F0_HOP : 174 * F0_HOP] = 0.1  # four frames: what a fade around frame 172 covers
+    wave[20 * F0_HOP : 40 * F0_HOP] = 0.0  # too early to count
+    assert infer.quietest_frame(wave) == 172
+    wave[170 * F0_HOP : 174 * F0_HOP] = 1.0
+    wave[-2 * F0_HOP :] = 0.0  # too late: what is left would be shorter than its fades
+    assert infer.quietest_frame(wave) == 150
+    loud_end = np.linspace(0.1, 1.0, WINDOW_SAMPLES, dtype=np.float32)
+    assert infer.quietest_frame(loud_end) == 150
+
+
+class Repeater:
+    """In the place of a Converter: repeats each 16 kHz sample, so that every window agrees with every other."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+        self.voice = SimpleNamespace(rate=factor * FEATURE_RATE)
+        self.recipe = Recipe(infer=InferConfig(window_s=WINDOW / 100))
+
+    def __call__(self, wave: audio.Wave) -> audio.Wave:
+        return np.repeat(wave, self.factor)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_joined_windows_are_the_whole(length: int) -> None:
+    wave = noise(length / FEATURE_RATE, FEATURE_RATE)
+    converter: Any = Repeater(3)
+    made = np.concatenate(list(infer.convert(converter, blocks_of(wave, 16000))))
+    assert len(made) == 3 * length
+    np.testing.assert_allclose(made, np.repeat(wave, 3), atol=1e-6)
+
+
+def test_the_length_is_exact_where_16_khz_cannot_tell_it(caplog: pytest.LogCaptureFixture) -> None:
+    wave = noise(1.0, FEATURE_RATE)
+    converter: Any = Repeater(3)
+    for wanted in (47998, 48000, 48002):
+        made = np.concatenate(list(infer.convert(converter, blocks_of(wave, 16000), wanted)))
+        assert len(made) == wanted
+        shared = min(wanted, 48000)
+        assert np.array_equal(made[:shared], np.repeat(wave, 3)[:shared])
+    assert not caplog.records
+    # A header that promises something else than a rounding error is not believed.
+    assert len(np.concatenate(list(infer.convert(converter, blocks_of(wave, 16000), 90000)))) == 48000
+    assert "90000 samples were promised, 48000 were found" in caplog.text
+
+
+def test_windows_that_disagree_are_faded_into_each_other() -> None:
+    count = itertools.count()
+
+    class Counter(Repeater):
+        def __call__(self, wave: audio.Wave) -> audio.Wave:
+            return np.full(len(wave) * self.factor, next(count), np.float32)
+
+    converter: Any = Counter(3)
+    length = 4 * WINDOW_SAMPLES
+    made = np.concatenate(list(infer.convert(converter, blocks_of(noise(8.0, FEATURE_RATE), 16000))))
+    num_windows = next(count)
+    assert num_windows >= 4
+    assert len(made) == 3 * length
+    assert (made[0], made[-1]) == (0.0, num_windows - 1)
+    steps = np.diff(made)
+    assert steps.min() >= -1e-6
+    # A raised cosine over FADE frames of 10 ms: its steepest step is pi / 2 over its length.
+    fade = infer.FADE * 480
+    assert steps.max() == pytest.approx(np.pi / 2 / fade, rel=0.01)
+    assert np.count_nonzero(steps) == pytest.approx((num_windows - 1) * fade, rel=0.01)
+
+
+class LocalEmbedder(Embedder):
+    """Features of each 20 ms alone, unlike mfcc, which knows the mean of its window."""
+
+    name, width, weights_hash = "local", 768, "0"
+
+    def encode(self, wave: Tensor) -> Tensor:
+        frames = wave[:, : wave.shape[1] // 320 * 320].reshape(len(wave), -1, 320)
+        return torch.nn.functional.pad(torch.fft.rfft(frames).abs().log1p(), (0, 768 - 161))
+
+
+def speech_like(seconds: float) -> audio.Wave:
+    """Noise in syllables at 16 kHz, with pauses."""
+    time = np.arange(round(seconds * FEATURE_RATE)) / FEATURE_RATE
+    swell = np.clip(np.sin(2 * np.pi * 3 * time), 0, 1) * (0.6 + 0.4 * np.sin(2 * np.pi * 0.37 * time))
+    return (noise(seconds, FEATURE_RATE) * swell).astype(np.float32)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_joins_do_not_click(guided: bool, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extract, "load_embedder", lambda _config, _version, device: LocalEmbedder(device))
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(NARROW, pitch_guidance=guided))
+    recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
+    new_voice(recipe, tmp_path / "v.pth")
+    wave = speech_like(9.0)
+    cuts: list[int] = []
+
+    def made(window_s: float) -> audio.Wave:
+        converter = infer.Converter.load(changed(recipe, "infer", window_s=window_s))
+        pieces = infer.windows(blocks_of(wave, 16000), int(window_s * 100))
+        cuts[:] = np.cumsum([length for _, length, _ in pieces])[:-1] * 3 // 2
+        return np.concatenate(list(infer.convert(converter, blocks_of(wave, 16000))))
+
+    whole = made(30.0)
+    assert not cuts
+    joined = made(2.0)
+    assert len(cuts) >= 4
+    assert len(joined) == len(whole) == 9 * RATE
+    assert whole.std() > 0.003
+    steps = np.abs(np.diff(joined, n=2))  # a click is a jump: it shows in the second difference
+    near = np.zeros(len(steps), bool)
+    for cut in cuts:
+        near[cut - 600 : cut + 600] = True
+    assert steps[near].max() <= 1.1 * steps[~near].max()
+    # What is left is the attention, which sees a window instead of all, and with pitch the phase of the sine.
+    difference = (joined - whole)[1:-1]
+    assert difference.std() < 0.03 * whole.std()
+    assert difference[near].std() < 0.03 * whole.std()
+
+
+# Inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "channels", "seconds"),
+    [
+        ("mono.wav", 24000, 1, 1.0),
+        ("stereo.wav", 44100, 2, 1.2345),
+        ("phone.wav", 8000, 1, 1.0),
+        ("studio.flac", 48000, 2, 1.00003),
+        ("odd.wav", 11025, 1, 0.777),
+        ("a.ogg", 44100, 1, 1.0),
+        ("a.mp3", 44100, 2, 1.0),
+        ("short.wav", 48000, 1, 0.05),
+        ("one_sample.wav", 16000, 1, 1 / 16000),
+    ],
+)
+def test_any_recording_is_converted_to_its_own_length(
+    name: str, rate: int, channels: int, seconds: float, recipe: Recipe, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    soundfile.write(path, np.stack([tone(seconds, rate)] * channels, axis=1), rate)
+    made = convert_file(changed(recipe, "infer", input=str(path)))
+    info = soundfile.info(recipe.infer.output)
+    assert (info.samplerate, info.channels, info.subtype) == (RATE, 1, "PCM_16")
+    assert len(made) == round(soundfile.info(path).frames * RATE / rate)
+    assert np.abs(made).max() > 1e-3
+
+
+def test_the_channels_are_averaged(recipe: Recipe, tmp_path: Path) -> None:
+    wave = tone(0.5)
+    for name, left, right in (("a.wav", wave, wave), ("b.wav", wave * 1.5, wave * 0.5)):
+        soundfile.write(tmp_path / name, np.stack([left, right], axis=1), RATE, subtype="FLOAT")
+    same, other = (convert_file(changed(recipe, "infer", input=str(tmp_path / n))) for n in ("a.wav", "b.wav"))
+    np.testing.assert_allclose(other, same, atol=2e-3)
+
+
+def test_an_mp3_is_read_without_clicks_between_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "long.mp3"
+    seconds = 2.5 * infer.READ_BLOCK_S
+    soundfile.write(path, tone(seconds, 44100), 44100)
+    wave = np.concatenate(list(infer.recording(path)))
+    decoded, rate = audio.decode(path)
+    assert rate == 44100
+    np.testing.assert_allclose(wave, audio.resample(decoded, rate, FEATURE_RATE), atol=1e-5)
+
+
+def test_a_wav_is_read_in_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "long.wav"
+    soundfile.write(path, tone(10.0, 44100), 44100)
+    blocks = list(infer.recording(path))
+    assert max(map(len, blocks)) <= 1.1 * infer.READ_BLOCK_S * FEATURE_RATE
+    whole = audio.resample(audio.decode(path)[0], 44100, FEATURE_RATE)
+    np.testing.assert_allclose(np.concatenate(blocks), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello, this is text\n" * 10, r"in\.wav: not readable as audio"),
+        (b"", r"in\.wav: not readable as audio"),
+        (None, r"in\.wav does not exist"),
+    ],
+)
+def test_an_unreadable_input_is_named(content: bytes | None, message: str, recipe: Recipe, tmp_path: Path) -> None:
+    Path(recipe.infer.input).unlink()
+    if content is not None:
+        Path(recipe.infer.input).write_bytes(content)
+    with pytest.raises(StageError, match=r"infer\.input: .*" + message):
+        infer.run(recipe, ALONE)
+    assert not Path(recipe.infer.output).exists()
+
+
+def test_a_folder_is_no_input(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"infer\.input: .* is not a file"):
+        infer.run(changed(recipe, "infer", input=str(tmp_path)), ALONE)
+
+
+def test_samples_that_are_not_numbers_leave_no_output_behind(recipe: Recipe, tmp_path: Path) -> None:
+    wave = tone(1.0)
+    wave[12345] = np.nan
+    soundfile.write(recipe.infer.input, wave, RATE, subtype="FLOAT")
+    Path(recipe.infer.output).write_bytes(b"of an earlier conversion")
+    with pytest.raises(StageError, match=r"infer\.input: .*not finite"):
+        infer.run(recipe, ALONE)
+    assert Path(recipe.infer.output).read_bytes() == b"of an earlier conversion"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.wav", "out.wav"]
+
+
+# Outputs
+
+
+def test_a_missing_output_folder_is_made(recipe: Recipe, tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "out.flac"
+    infer.run(changed(recipe, "infer", output=str(target)), ALONE)
+    assert soundfile.info(target).format == "FLAC"
+    assert [p.name for p in target.parent.iterdir()] == ["out.flac"]
+
+
+def test_an_impossible_output_is_refused_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.wav").mkdir()
+    nowhere = changed(recipe, "infer", model=str(tmp_path / "none.pth"))
+    for output, message in [
+        (tmp_path / "file" / "out.wav", r"infer\.output: .*out\.wav cannot be written"),
+        (tmp_path / "folder.wav", r"infer\.output: .*folder\.wav is a folder"),
+        (tmp_path / "in.wav", r"infer\.output: .*in\.wav is infer\.input itself"),
+    ]:
+        with pytest.raises(StageError, match=message):
+            infer.run(changed(nowhere, "infer", output=str(output)), ALONE)
+
+
+def test_what_would_clip_is_turned_down_as_a_whole(tmp_path: Path) -> None:
+    loud = tone(1.0, level=1.0) * 3
+    assert np.abs(loud).max() > 2
+    infer.write(tmp_path / "a.wav", iter([loud[:10000], loud[10000:]]), RATE)
+    made, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
+    np.testing.assert_allclose(made, loud * (infer.MAX_PEAK / np.abs(loud).max()), atol=1 / 32768)
+    quiet = tone(1.0, level=0.1)
+    infer.write(tmp_path / "b.wav", iter([quiet]), RATE)
+    made, _ = soundfile.read(tmp_path / "b.wav", dtype="float32")
+    np.testing.assert_allclose(made, quiet, atol=1 / 32768)
+
+
+def test_the_seed_decides_the_noise(recipe: Recipe) -> None:
+    first = convert_file(recipe)
+    assert np.array_equal(convert_file(recipe), first)
+    assert not np.array_equal(convert_file(changed(recipe, "infer", seed=5)), first)
+
+
+def test_only_the_first_rank_converts(recipe: Recipe) -> None:
+    infer.run(recipe, Share(1, 2))
+    assert not Path(recipe.infer.output).exists()
+
+
+# Voices
+
+
+@pytest.mark.parametrize("rate", sorted(RATES["v2"]))
+@pytest.mark.parametrize("seconds", [0.05, 2.71828])
+def test_a_voice_of_any_rate(rate: int, seconds: float, recipe: Recipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, data=DataConfig(sample_rate=rate))
+    recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"), window_s=2.0)
+    new_voice(recipe, tmp_path / "v.pth")
+    soundfile.write(recipe.infer.input, tone(seconds), RATE)
+    made = convert_file(recipe)
+    assert soundfile.info(recipe.infer.output).samplerate == rate
+    assert len(made) == round(round(seconds * RATE) / RATE * rate)
+    # Sound to the very end: at 44.1 kHz a window is no whole number of frames, which must not show.
+    assert np.abs(made[-rate // 50 :]).max() > 1e-3
+
+
+def test_both_spellings_of_weight_norm_are_the_same_voice(recipe: Recipe, tmp_path: Path, voice_file: Path) -> None:
+    old = torch.load(voice_file, weights_only=True)
+    new = old | {"weight": from_upstream(old["weight"])}
+    assert old["weight"].keys() != new["weight"].keys()
+    write_voice(tmp_path / "new.pth", new)
+    expected = convert_file(recipe)
+    assert np.array_equal(convert_file(changed(recipe, "infer", model=str(tmp_path / "new.pth"))), expected)
+
+
+def test_a_voice_of_another_tool(recipe: Recipe, tmp_path: Path, voice_file: Path) -> None:
+    """Only what all tools write, the posterior still in it, a config whose speakers are not those of the table."""
+    ours = torch.load(voice_file, weights_only=True)
+    theirs = {k: ours[k] for k in ("weight", "config", "f0", "version")} | {"vocoder": "Default", "sr": "24k"}
+    theirs["weight"]["enc_q.pre.bias"] = torch.zeros(16)
+    theirs["config"][15] = 109
+    write_voice(tmp_path / "theirs.pth", theirs)
+    expected = convert_file(recipe)
+    there = changed(recipe, "infer", model=str(tmp_path / "theirs.pth"), embedder_model="mfcc")
+    assert np.array_equal(convert_file(there), expected)
+
+
+def test_a_voice_without_pitch_needs_no_tracker(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(NARROW, pitch_guidance=False))
+    write_index(tmp_path / "i.index", noise(1.0, 768 * 50).reshape(-1, 768))
+    recipe = changed(
+        recipe, "infer", model=str(tmp_path / "v.pth"), index=str(tmp_path / "i.index"), index_rate=1.0, protect=0.0
+    )
+    assert new_voice(recipe, tmp_path / "v.pth")["f0"] == 0
+    monkeypatch.delitem(F0_METHODS, "pyin")
+    assert len(convert_file(recipe)) == RATE
+    # What is voiced is not known, so protection does not apply: all frames are retrieved ones.
+    converter = infer.Converter.load(recipe)
+    assert (converter._kept_share(np.zeros(20), 10) == 1).all()
+
+
+def test_a_v1_voice(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(NARROW, version="v1"))
+    recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
+    assert new_voice(recipe, tmp_path / "v.pth", content_channels=256)["version"] == "v1"
+    assert len(convert_file(recipe)) == RATE
+
+
+def test_the_speaker_counts(recipe: Recipe) -> None:
+    first = convert_file(recipe)
+    assert not np.array_equal(convert_file(changed(recipe, "infer", speaker=1)), first)
+    with pytest.raises(StageError, match=r"infer\.speaker: got 2, this voice has 2 \(0 to 1\)"):
+        infer.run(changed(recipe, "infer", speaker=2), ALONE)
+
+
+def damaged(contents: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return {k: v for k, v in {**contents, **values}.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": None}, "is not a voice file: expected `weight` and `config`"),
+        ({"weight": None, "model": {}}, "it looks like a training checkpoint"),
+        ({"weight": {}}, r"holds no voice that can be built here \(it has no 'enc_p.emb_phone.weight'\)"),
+        ({"weight": 3}, "holds no voice that can be built here"),
+        ({"config": [1, 2]}, r"got 2 entries, expected 18"),
+        ({"config": 3}, "holds no voice that can be built here"),
+        ({"version": "v9"}, "version 'v9'"),
+        ({"f0": 0}, r"does not fit its own config: .*(emb_pitch|noise_convs|m_source)"),
+        ({"vocoder": "RefineGAN"}, "refinegan"),
+    ],
+)
+def test_a_voice_that_cannot_be_built_is_refused(
+    change: dict[str, Any], message: str, recipe: Recipe, tmp_path: Path, voice_file: Path
+) -> None:
+    write_voice(tmp_path / "v.pth", damaged(torch.load(voice_file, weights_only=True), **change))
+    with pytest.raises(StageError, match=rf"infer\.model: .*{message}"):
+        infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
+
+
+def test_a_damaged_voice_file_is_refused(recipe: Recipe, tmp_path: Path, voice_file: Path) -> None:
+    whole = voice_file.read_bytes()
+    path = tmp_path / "v.pth"
+    for content in (b"", b"\x80", b"hello", b"PK\x03\x04", b"\x80\x02cos\nsystem\n.", whole[:1000], whole[:-1000]):
+        path.write_bytes(content)
+        with pytest.raises(StageError, match=r"infer\.model: .*v\.pth is not a voice file") as caught:
+            infer.run(changed(recipe, "infer", model=str(path)), ALONE)
+        assert "weights_only" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(StageError, match=r"infer\.model: .*v\.pth does not exist"):
+        infer.run(changed(recipe, "infer", model=str(path)), ALONE)
+    with pytest.raises(StageError, match=r"infer\.model: .*tiny_last\.pth does not exist"):
+        infer.run(changed(recipe, "infer", model=None), ALONE)
+
+
+def test_a_voice_that_gives_no_numbers_is_refused(recipe: Recipe, tmp_path: Path, voice_file: Path) -> None:
+    contents = torch.load(voice_file, weights_only=True)
+    contents["weight"]["emb_g.weight"][0, 0] = torch.nan
+    write_voice(tmp_path / "v.pth", contents)
+    with pytest.raises(StageError, match="not finite"):
+        infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
+    assert not Path(recipe.infer.output).exists()
+
+
+def test_the_encoder_must_fit_the_voice(recipe: Recipe, tmp_path: Path) -> None:
+    new_voice(recipe, tmp_path / "v.pth", content_channels=256)
+    recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
+    with pytest.raises(StageError, match=r"mfcc gives features 768 wide, the voice was trained on 256 \(mfcc\)"):
+        infer.run(recipe, ALONE)
+    with pytest.raises(StageError, match=r"infer\.embedder_model: .*/none is no folder"):
+        infer.run(changed(recipe, "infer", embedder_model=str(tmp_path / "none")), ALONE)
+
+
+def test_other_weights_of_the_encoder_are_warned_of(
+    recipe: Recipe, tmp_path: Path, voice_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    infer.run(recipe, ALONE)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    write_voice(tmp_path / "v.pth", torch.load(voice_file, weights_only=True) | {"embedder_hash": "0" * 16})
+    infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
+    assert "the weights of mfcc are not those that the voice was trained with" in caplog.text
+
+
+# Pitch, index and protection: what reaches the generator
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The inputs of every call of Generator.infer."""
+    calls: list[dict[str, Tensor]] = []
+    original = Generator.infer
+
+    def spy(self: Generator, content: Tensor, lengths: Tensor, coarse: Any, f0: Any, speaker: Tensor) -> Tensor:
+        calls.append({"content": content, "coarse": coarse, "f0": f0})
+        return original(self, content, lengths, coarse, f0, speaker)
+
+    monkeypatch.setattr(Generator, "infer", spy)
+    return calls
+
+
+def test_twelve_semitones_double_the_pitch(recipe: Recipe, heard: list[dict[str, Tensor]]) -> None:
+    for pitch in (0.0, 12.0, -12.0, 7.0):
+        infer.run(changed(recipe, "infer", pitch=pitch), ALONE)
+    plain, up, down, fifth = (call["f0"] for call in heard)
+    voiced = plain > 0
+    assert voiced.any()
+    assert not voiced.all()  # the context around the recording is silent
+    assert set(plain[voiced].tolist()) == {220.0}
+    torch.testing.assert_close(up, 2 * plain)
+    torch.testing.assert_close(down, plain / 2)
+    torch.testing.assert_close(fifth, plain * 2 ** (7 / 12))
+    # 220, 440 and 110 Hz are 308.0, 549.6 and 164.5 mel; row 1 is at 77.76 mel and a row is 986.65 / 254 = 3.884.
+    rows = [sorted(set(call["coarse"][voiced].tolist())) for call in heard[:3]]
+    assert rows == [[60], [122], [23]]
+    assert set(heard[0]["coarse"][~voiced].tolist()) == {1}
+
+
+def half_silent(recipe: Recipe) -> Recipe:
+    """One second of tone, then one of silence."""
+    soundfile.write(recipe.infer.input, np.concatenate([tone(1.0), np.zeros(RATE, np.float32)]), RATE)
+    return recipe
+
+
+@pytest.mark.parametrize(("protect", "kept"), [(0.0, 0.0), (0.33, 0.33), (0.5, 1.0)])
+def test_the_index_is_mixed_in_and_unvoiced_frames_are_protected(
+    protect: float, kept: float, recipe: Recipe, tmp_path: Path, heard: list[dict[str, Tensor]]
+) -> None:
+    far = np.full((8, 768), 3.0, np.float32)  # eight neighbours at one place: what is retrieved is that place
+    write_index(tmp_path / "i.index", far)
+    recipe = half_silent(changed(recipe, "infer", protect=protect))
+    infer.run(recipe, ALONE)
+    infer.run(changed(recipe, "infer", index=str(tmp_path / "i.index"), index_rate=0.5), ALONE)
+    plain, mixed = (call["content"][0] for call in heard)
+    voiced = heard[0]["f0"][0] > 0
+    expected = 0.5 * torch.full_like(plain, 3.0) + 0.5 * plain
+    inside = torch.zeros_like(voiced)
+    inside[110:190], inside[210:290] = True, True  # away from where sound begins and ends
+    for where, share in ((inside & voiced, 1.0), (inside & ~voiced, kept)):
+        assert where.sum() >= 70
+        torch.testing.assert_close(mixed[where], share * expected[where] + (1 - share) * plain[where])
+
+
+def test_index_rate_zero_is_no_index_and_one_gives_back_what_it_knows(
+    recipe: Recipe, tmp_path: Path, heard: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer.run(recipe, ALONE)
+    known = heard[0]["content"][0, ::2].numpy()
+    write_index(tmp_path / "i.index", np.ascontiguousarray(known))
+    recipe = changed(recipe, "infer", index=str(tmp_path / "i.index"), protect=0.5)
+    infer.run(changed(recipe, "infer", index_rate=1.0), ALONE)
+    # Every frame is in the index: an exact hit, without division by zero.
+    torch.testing.assert_close(heard[1]["content"], heard[0]["content"], rtol=1e-4, atol=1e-4)
+    (tmp_path / "i.index").unlink()
+    infer.run(changed(recipe, "infer", index_rate=0.0), ALONE)
+    assert torch.equal(heard[2]["content"], heard[0]["content"])
+
+
+def test_the_index_must_fit_the_voice(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "i.index"
+    recipe = changed(recipe, "infer", index=str(path), index_rate=0.5)
+    with pytest.raises(StageError, match=r"infer\.index: .*i\.index does not exist"):
+        infer.run(recipe, ALONE)
+    path.write_text("hello")
+    with pytest.raises(StageError, match=r"infer\.index: .*i\.index is not a FAISS index"):
+        infer.run(recipe, ALONE)
+    write_index(path, noise(1.0, 256 * 50).reshape(-1, 256))
+    with pytest.raises(StageError, match=r"i\.index holds features 256 wide, the voice's are 768 wide"):
+        infer.run(recipe, ALONE)
+    write_index(path, np.zeros((0, 768), np.float32))
+    with pytest.raises(StageError, match=r"i\.index is empty"):
+        infer.run(recipe, ALONE)
+
+
+def test_a_voice_of_the_run_takes_the_index_of_the_run(
+    recipe: Recipe, voice_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="rvc_dist")
+    run_dir = Path(recipe.run_dir)
+    for folder in ("voice", "index"):
+        (run_dir / folder).mkdir(parents=True)
+    for name in ("tiny_last.pth", "tiny_best.pth"):
+        shutil.copyfile(voice_file, run_dir / "voice" / name)
+    write_index(run_dir / "index" / "added.index", noise(1.0, 768 * 50).reshape(-1, 768))
+    (run_dir / "index" / "report.json").write_text('{"file": "added.index"}')
+    recipe = changed(recipe, "infer", index_rate=0.5)
+    for model, has_index in [(None, True), (str(run_dir / "voice" / "tiny_best.pth"), True), (str(voice_file), False)]:
+        caplog.clear()
+        infer.run(changed(recipe, "infer", model=model), ALONE)
+        assert ("added.index" in caplog.text) is has_index
+        assert ("infer.index_rate has no effect" in caplog.text) is not has_index
