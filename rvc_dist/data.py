@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +278,9 @@ class ClipDataset(Dataset[Batch]):
         return wave, content, f0, clip.speaker
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _open(path: Path) -> Any:
-    """A memory-mapped safetensors file, opened once a process."""
+    """A memory-mapped safetensors file; the system bounds how many a process may have."""
     from safetensors import safe_open
 
     return safe_open(path, framework="pt")

@@ -108,8 +108,6 @@ class Trainer:
         self.meter, self.timer = Meter(), PhaseTimer(self.device)
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.accelerator.is_main_process)
 
-    # -- set-up ------------------------------------------------------------------------------------------------------
-
     def _num_speakers(self) -> int:
         """One row a speaker; with pretrained weights, as many as they have."""
         if self.config.pretrained_g is None:
@@ -194,8 +192,6 @@ class Trainer:
                 self.steps_per_epoch,
             )
         return total
-
-    # -- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         if self.progress.step >= self.total_steps:
@@ -338,8 +334,6 @@ class Trainer:
         at_epoch_end = self.step_in_epoch == 0 and self.progress.epoch % every_epochs == 0
         return at_epoch_end or self.progress.step == self.total_steps
 
-    # -- what is written -----------------------------------------------------------------------------------------------
-
     def log(self, audio_s_per_s: float, bar: ProgressBar) -> None:
         """Read the meters (the host waits for the device here and nowhere else) and write them down.
 
@@ -350,10 +344,7 @@ class Trainer:
         phases = self.timer.read()
         wrong = [k for k, v in values.items() if not math.isfinite(v)]
         if wrong:
-            raise StageError(
-                f"step {self.progress.step}: {', '.join(wrong)} is not finite; lower train.learning_rate or set "
-                f"train.max_grad_norm. The checkpoints in {self.work.checkpoints_dir} are from before"
-            )
+            raise StageError(self._not_finite(", ".join(wrong)))
         values["train/lr"] = self.g.optimizer.param_groups[0]["lr"]
         values["train/epoch"] = self.progress.epoch + self.step_in_epoch / self.steps_per_epoch
         values["perf/audio_s_per_s"] = audio_s_per_s
@@ -370,6 +361,12 @@ class Trainer:
             shown,
             audio_s_per_s,
             parts,
+        )
+
+    def _not_finite(self, what: str) -> str:
+        return (
+            f"step {self.progress.step}: {what} is not finite; lower train.learning_rate or set train.max_grad_norm. "
+            f"The checkpoints in {self.work.checkpoints_dir} are from before"
         )
 
     @torch.no_grad()
@@ -430,7 +427,14 @@ class Trainer:
         self.tracker.sound("audio/real", real, rate, step)
 
     def save(self) -> None:
-        """Write a checkpoint: the main rank alone touches the disk."""
+        """Write a checkpoint: the main rank alone touches the disk.
+
+        Raises:
+            StageError: the weights are not finite numbers (on every rank alike), or the disk refuses.
+        """
+        weights = [*self.g.raw.parameters(), *self.d.raw.parameters()]
+        if not torch.stack([w.detach().isfinite().all() for w in weights]).all():
+            raise StageError(self._not_finite("a weight"))
         states = self.accelerator.gather(rng_state(self.device).to(self.device).unsqueeze(0)).cpu()
         if self.accelerator.is_main_process:
             saved = checkpoint.Checkpoint(

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import make_features, tiny_recipe, with_train
 from torch import nn
 
-from rvc_dist import checkpoint, trainer
+from rvc_dist import checkpoint, export, trainer
+from rvc_dist.infer import Voice
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace
 
@@ -180,6 +182,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_pa
     assert all(v.isfinite().all() for v in saved.models["generator"].values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, max_steps=4, save_every_steps=1, log_every_steps=1000)
+    make_features(recipe)
+    loss = trainer.losses.discriminator_loss
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(trainer.losses, "discriminator_loss", poisoned)
+    with pytest.raises(StageError, match="step 3: a weight is not finite"):
+        train(recipe)
+    assert newest(recipe).progress.step == 2
+
+
 def test_overtraining_ends_the_run(tmp_path, monkeypatch, caplog):
     recipe = tiny_recipe(tmp_path, max_steps=50, eval_every_steps=2, overtrain_detect=True, overtrain_threshold=2)
     make_features(recipe)
@@ -248,13 +266,18 @@ def test_features_must_be_there(tmp_path):
     [("v2", rate, True) for rate in (24000, 32000, 40000, 44100, 48000)]
     + [("v1", 32000, True), ("v1", 40000, True), ("v1", 48000, True), ("v2", 48000, False), ("v1", 40000, False)],
 )
-def test_every_version_and_rate_trains_a_step(tmp_path, version, rate, pitch):
-    from dataclasses import replace
-
+def test_every_version_and_rate_trains_a_step_and_exports(tmp_path, version, rate, pitch):
     recipe = tiny_recipe(tmp_path, max_steps=1, eval_every_steps=1)
     model = replace(recipe.model, version=version, pitch_guidance=pitch)
     recipe = replace(recipe, model=model, data=replace(recipe.data, sample_rate=rate))
     make_features(recipe)
-    saved = train(recipe)
-    assert saved.progress.step == 1
-    assert saved.identity["generator.sample_rate"] == rate
+    assert train(recipe).progress.step == 1
+    export.run(recipe, Share())
+    voice = Voice.load(Workspace(recipe.run_dir, recipe.name).last_voice_file, torch.device("cpu"))
+    assert (voice.version, voice.rate, voice.generator.shape.pitch_guidance) == (version, rate, pitch)
+    f0 = torch.full((1, 40), 150.0) if pitch else None
+    coarse = torch.full((1, 40), 50) if pitch else None
+    speaker = torch.tensor([0])
+    wave = voice.generator.infer(torch.randn(1, 40, 16), torch.tensor([40]), coarse, f0, speaker)
+    assert wave.shape == (1, 1, 40 * recipe.rate_spec.hop)
+    assert wave.isfinite().all()
