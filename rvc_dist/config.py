@@ -395,7 +395,9 @@ def parse_recipe(stage: str, arguments: list[str], about: str = "") -> Recipe:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=f"rvc-dist {stage}", description=about, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"rvc-dist {stage}", description=about, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="Recipe file (YAML); later options override it.")
     parser.add_class_arguments(Recipe, as_group=False)
     problems = [p for file in _config_files(arguments) for p in _unknown_keys(file)]
@@ -446,14 +448,22 @@ def _unknown_keys(path: Path) -> Iterator[str]:
     if not isinstance(tree, dict):
         raise ConfigError(f"--config: {path} holds a {type(tree).__name__}, expected keys such as name: and train:")
 
+    # A key may be null exactly when it is null by default.
+    optional = {key for key, value in _leaves(Recipe().to_dict()) if value is None}
+
     def walk(values: dict[str, Any], known: dict[str, Any], prefix: str) -> Iterator[str]:
         for key, value in values.items():
             if key not in known:
                 near = difflib.get_close_matches(str(key), list(known), n=1)
                 hint = f"; did you mean {prefix}{near[0]}?" if near else f"; expected one of {', '.join(known)}"
                 yield f"{path}: unknown key {prefix}{key}{hint}"
-            elif isinstance(known[key], dict) and isinstance(value, dict):
-                yield from walk(value, known[key], f"{prefix}{key}.")
+            elif isinstance(known[key], dict):
+                if isinstance(value, dict):
+                    yield from walk(value, known[key], f"{prefix}{key}.")
+                else:
+                    yield f"{path}: {prefix}{key}: got {value!r}, expected keys such as {next(iter(known[key]))}: ..."
+            elif value is None and f"{prefix}{key}" not in optional:
+                yield f"{path}: {prefix}{key}: got null, expected a value"
 
     yield from walk(tree, Recipe().to_dict(), "")
 
@@ -465,12 +475,15 @@ def _readable(message: str) -> str:
 
     unknown = re.fullmatch(r"unrecognized arguments: --([\w.]+).*", message, re.DOTALL)
     if unknown:
-        near = difflib.get_close_matches(unknown[1], _all_keys(), n=1)
+        near = difflib.get_close_matches(unknown[1], [key for key, _ in _leaves(Recipe().to_dict())], n=1)
         return f"unknown key {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; --help lists every key")
     found = re.search(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL)
     if not found:
         return message
     key, rest = found[1], " ".join(found[2].split())
+    union = re.search(r"Expected a <class '(\w+)'>.*Given value: (.*)", rest)  # of a key that may be null
+    if union:
+        return f"{key}: got {union[2]}, expected {union[1]} or null"
     typed = re.search(r"Expected an? (.+?)\. Got value: (.*)", rest)
     if not typed:
         return f"{key}: {rest}"
@@ -478,9 +491,10 @@ def _readable(message: str) -> str:
     return f"{key}: got {typed[2]}, expected {kind}"
 
 
-def _all_keys() -> list[str]:
-    def walk(tree: dict[str, Any], prefix: str) -> Iterator[str]:
-        for key, value in tree.items():
-            yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-
-    return list(walk(Recipe().to_dict(), ""))
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a nested dict with its full path, and its value."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

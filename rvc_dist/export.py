@@ -80,6 +80,7 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
             f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}): remove it, and train on with a lower "
             "train.learning_rate or train.max_grad_norm set"
         )
+    trained_with = Workspace(recipe.run_dir, recipe.name).config_file
     shape = _shape(saved.identity)
     overtrain_info = (
         f"best validation mel distance {progress.best_metric:.4f} at step {progress.best_step}, "
@@ -108,7 +109,7 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
         "embedder_hash": saved.identity["embedder"]["hash"],
         "dataset_length": dataset_length,
         "overtrain_info": overtrain_info,
-        "recipe": recipe.to_yaml(),
+        "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
     }
 
 

@@ -107,6 +107,8 @@ def run(recipe: Recipe, share: Share) -> None:
     """
     work = Workspace(recipe.run_dir, recipe.name)
     clips = clip_stamps(work)
+    if share.is_first:
+        work.save_recipe(recipe.to_yaml())
     with fixed_threads(recipe.extract.num_threads):
         extract(recipe, work, clips, share)
 

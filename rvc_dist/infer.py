@@ -167,6 +167,10 @@ class Converter:
             StageError: the network gives something else than finite numbers.
         """
         config, shape = self.recipe.infer, self.voice.generator.shape
+        # Input and output as the clips were in training: without it a young voice hums a constant that no mel loss
+        # hears. The context swallows the filter's onset.
+        effects = self.recipe.preprocess.process_effects
+        wave = audio.highpass(wave, FEATURE_RATE) if effects else wave
         ((_, content, f0),) = self.extractor([wave])
         f0 = f0 * 2.0 ** (config.pitch / 12.0)
         if self.retriever is not None:
@@ -182,7 +186,8 @@ class Converter:
             raise StageError(
                 "infer.model: the voice gives samples that are not finite numbers; its weights are damaged"
             )
-        return np.pad(made[:wanted], (0, max(0, wanted - len(made))))
+        made = audio.highpass(made[:wanted], shape.sample_rate) if effects else made[:wanted]
+        return np.pad(made, (0, wanted - len(made)))
 
     def _kept_share(self, f0: Any, num_content: int) -> Any:
         """How much of the retrieval each content frame [T50] keeps: unvoiced consonants are easily smeared by it.

@@ -6,7 +6,7 @@ import importlib
 from functools import partial
 
 from rvc_dist.config import Recipe
-from rvc_dist.workspace import Share, Workspace, atomic_write, wait_for
+from rvc_dist.workspace import Share, wait_for
 
 DATA_STAGES = ("preprocess", "extract", "index")
 
@@ -17,16 +17,9 @@ def run(recipe: Recipe, share: Share) -> None:
     Raises:
         StageError, Stopped: as the stages do.
     """
-    save_recipe(recipe, share)
     for name in DATA_STAGES:
         stage = importlib.import_module(f"rvc_dist.{name}")
         stage.run(recipe, share)
         wait_for(f"the {name} stage of the other ranks", partial(stage.complete, recipe))
     for name in ("trainer", "export"):
         importlib.import_module(f"rvc_dist.{name}").run(recipe, share)
-
-
-def save_recipe(recipe: Recipe, share: Share) -> None:
-    """Write the resolved recipe, every value of it, into the run folder."""
-    if share.is_first:
-        atomic_write(Workspace(recipe.run_dir, recipe.name).config_file, recipe.to_yaml())

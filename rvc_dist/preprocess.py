@@ -65,6 +65,8 @@ def run(recipe: Recipe, share: Share) -> None:
     work = Workspace(recipe.run_dir, recipe.name)
     settings = clip_settings(recipe)
     plan = make_plan(recipe, work, settings, share)
+    if share.is_first:
+        work.save_recipe(recipe.to_yaml())
     todo = [u for u in share.take(plan.units) if not is_done(work.clips_file(u.id), u.stamp(settings))]
     logger.info(
         "preprocess: %d units of %.1f min, %d to do here",

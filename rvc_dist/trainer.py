@@ -78,6 +78,8 @@ class Trainer:
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.table = ClipTable.load(recipe)
         self.accelerator = make_accelerator(self.config)
+        if self.accelerator.is_main_process:
+            self.work.save_recipe(recipe.to_yaml())
         self.device = self.accelerator.device
 
         shape = GeneratorShape.from_recipe(recipe, self.table.content_channels, self._num_speakers())

@@ -70,6 +70,10 @@ class Workspace:
     def features_file(self, unit: int) -> Path:
         return self.features_dir / f"{unit:05d}.safetensors"
 
+    def save_recipe(self, text: str) -> None:
+        """Keep the resolved recipe with the run; the stages that make what the run consists of do so."""
+        atomic_write(self.config_file, text)
+
     def index_file(self) -> Path | None:
         """The run's retrieval index, or None when the index stage has not run."""
         if not self.index_report_file.is_file():
