@@ -47,11 +47,18 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+class StderrHandler(logging.Handler):
+    """Writes to where sys.stderr points now: a live progress bar takes it over to print lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def set_up_logging(share: Share) -> None:
     """INFO on the first rank, warnings on the others, each line with its rank when there are several."""
     rank = f"[rank {share.index}] " if share.count > 1 else ""
     logging.basicConfig(
-        level=logging.WARNING, format=f"%(asctime)s {rank}%(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=logging.WARNING, format=f"%(asctime)s {rank}%(message)s", datefmt="%H:%M:%S", handlers=[StderrHandler()]
     )
     logging.getLogger("rvc_dist").setLevel(logging.INFO if share.is_first or share.array else logging.WARNING)
 

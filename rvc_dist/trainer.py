@@ -415,7 +415,7 @@ class Trainer:
         frames = len(read[1])
         batch = collate([read], frames, 1.0, frames, self.spec.hop).to(self.device)
         assert isinstance(self.g.raw, Generator)
-        fake = self.g.raw.infer(batch.content, batch.lengths, *self._pitch(batch.f0), batch.speaker, noise_scale=0.0)
+        fake = self.g.raw.infer(batch.content, batch.lengths, *self._pitch(batch.f0), batch.speaker)
         return batch.wave[0, 0], fake[0, 0].float()
 
     def _log_mel(self, wave: Tensor) -> Tensor:

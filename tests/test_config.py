@@ -210,7 +210,7 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ),
         ("preprocess: {chunk_len: long}", r"preprocess\.chunk_len: "),
         ("preprocess: {cut_method: random}", r"preprocess\.cut_method: "),
-        ("preprocess: {chunk_len: 10}", r"preprocess\.chunk_len: got 10\.0, expected 0\.5 to 9\.0"),
+        ("preprocess: {chunk_len: 10}", r"preprocess\.chunk_len: got 10\.0, expected 1\.0 to 9\.0"),
         ("[1, 2]", "holds a list"),
         ("a: [", "not valid YAML"),
     ],
