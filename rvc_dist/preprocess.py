@@ -215,6 +215,12 @@ def _listed(reasons: Iterable[tuple[str, str]], most: int = 20) -> str:
     return "".join(lines[:most]) + more
 
 
+def _no_clip(recipe: Recipe, reasons: list[tuple[str, str]]) -> StageError:
+    return StageError(
+        f"preprocess: none of the {len(reasons)} files in {recipe.data.audio_dir} gave a clip{_listed(reasons)}"
+    )
+
+
 def make_plan(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: Share) -> Plan:
     """The work list: read when it is current, else made by the first rank (by every array task alike)."""
     audio_dir = Path(recipe.data.audio_dir)
@@ -232,11 +238,13 @@ def make_plan(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: 
     if not (share.is_first or share.array):
         return wait_for("the plan of rank 0", current)
 
+    measured = [f if f.reason else _measure(audio_dir, f) for f in sources]
+    if all(f.reason for f in measured):  # before anything of an earlier dataset in this run folder is touched
+        raise _no_clip(recipe, [(f.path, f.reason) for f in measured])
     old = Plan.load(work.plan_file)
     if old is not None:
         why = changes(old.settings, settings) or _source_changes(old, sources)
         logger.info("preprocess: making stale clips again: %s", why)
-    measured = [f if f.reason else _measure(audio_dir, f) for f in sources]
     plan = Plan(
         listing=listing,
         settings=settings,
@@ -396,8 +404,7 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         # The report and the plan too: nothing may look like a finished stage.
         for path in [*unit_files(work.clips_dir), work.clips_report_file, work.plan_file]:
             path.unlink(missing_ok=True)
-        listed = _listed((f["path"], f["reason"]) for f in files)
-        raise StageError(f"preprocess: none of the {len(files)} files in {recipe.data.audio_dir} gave a clip{listed}")
+        raise _no_clip(recipe, [(f["path"], f["reason"]) for f in files])
     write_json(work.clips_report_file, report)
     logger.info(
         "preprocess: %d clips, %s, of %d files (%d left out); %s",

@@ -600,7 +600,20 @@ def test_files_that_are_all_unreadable_are_an_error(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     with pytest.raises(StageError, match=r"none of the 25 files [\s\S]*\n  and 5 more$"):
         preprocess.run(config, Share())
-    assert contents(config) == {}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_unreadable_files_leaves_the_clips_of_an_earlier_one_alone(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    write(Path(config.data.audio_dir) / "a.wav", noise(2.0))
+    preprocess.run(config, Share())
+    before = {p.name: p.read_bytes() for p in Path(config.run_dir, "clips").iterdir()}
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "a.wav").write_text("these are words")
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, audio_dir=str(tmp_path / "wrong")))
+    with pytest.raises(StageError, match="none of the 1 files"):
+        preprocess.run(wrong, Share())
+    assert {p.name: p.read_bytes() for p in Path(config.run_dir, "clips").iterdir()} == before
 
 
 def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
