@@ -8,4 +8,5 @@ if [[ ! -x $VENV/bin/python ]]; then
   "${PYTHON:-python3}" -m venv "$VENV"
 fi
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
-export PATH="$PWD/$VENV/bin:$PATH"
+PATH="$(cd "$VENV/bin" && pwd):$PATH" # VENV may be absolute or relative
+export PATH
