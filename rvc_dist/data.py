@@ -106,7 +106,6 @@ class ClipTable:
     content_channels: int
     embedder: dict[str, Any]
     num_speakers: int
-    total_seconds: float
 
     @classmethod
     def load(cls, recipe: Recipe) -> ClipTable:
@@ -152,7 +151,6 @@ class ClipTable:
             content_channels=embedder["width"],
             embedder=embedder,
             num_speakers=speakers[-1] + 1,
-            total_seconds=sum(c.num_frames for c in clips) * spec.hop / recipe.data.sample_rate,
         )
 
 
