@@ -19,6 +19,8 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
 """What libsndfile decodes."""
 OTHER_SUFFIXES = (".m4a", ".mp4", ".aac", ".alac", ".wma", ".webm", ".ac3", ".mka", ".mkv", ".mov", ".amr", ".ape")
 """Audio that libsndfile does not decode: named as such, since it is worth converting."""
+SEEK_INEXACTLY = ("MP3", "OGG")
+"""Formats of libsndfile that click where a second read begins."""
 MIN_RATE, MAX_RATE = 4000, 768000
 """Sample rates in Hz outside these are damage."""
 BLOCK = 1 << 20
@@ -88,12 +90,10 @@ def decode(path: Path) -> tuple[Wave, int]:
         frames = int(file.frames) if is_mp3 else BLOCK
         parts = []
         while len(part := file.read(frames, dtype="float32", always_2d=True)):
-            parts.append(part[:, 0] if part.shape[1] == 1 else part.mean(axis=1, dtype=np.float32))
+            parts.append(_mono(part))
     wave: Wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     if not len(wave):
         raise AudioError("holds no samples")
-    if not np.isfinite(wave).all():
-        raise AudioError("has samples that are not finite numbers")
     if is_mp3 and (actual := _mp3_samples(path)) > len(wave) + rate // 2:
         # Without a length in its first frame libsndfile guesses one, and stops there.
         raise AudioError(
@@ -101,6 +101,14 @@ def decode(path: Path) -> tuple[Wave, int]:
             "would be read; convert it to wav or flac first"
         )
     return wave, rate
+
+
+def _mono(samples: npt.NDArray[np.float32]) -> Wave:
+    """The mean of all channels: [S, channels] -> [S]. Raises AudioError for samples that are not numbers."""
+    if not np.isfinite(samples).all():
+        raise AudioError("has samples that are not finite numbers")
+    wave: Wave = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    return wave
 
 
 def _mp3_samples(path: Path) -> int:
@@ -256,23 +264,22 @@ def _sounding(
 def stream(path: Path, rate: int, block_s: float) -> Iterator[Wave]:
     """Decode a recording of any length block by block: mono [S] float32 at `rate`, about block_s seconds a block.
 
+    An mp3 or ogg is one block, since it does not survive the seek between two reads.
+
     Raises:
         AudioError: the file is damaged, or has samples that are not numbers.
     """
-    import soundfile
     import soxr
 
-    try:
-        with soundfile.SoundFile(str(path)) as file:
+    with _opened(path) as file:
+        if file.format not in SEEK_INEXACTLY:
             resampler = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32", quality="VHQ")
             length = int(block_s * file.samplerate)
-            while True:
-                samples = file.read(length, dtype="float32", always_2d=True)
-                wave = samples.mean(axis=1, dtype=np.float32)
-                if not np.isfinite(wave).all():
-                    raise AudioError("has samples that are not finite numbers")
-                yield resampler.resample_chunk(wave, last=len(wave) < length)
-                if len(wave) < length:
-                    return
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"not readable as audio ({error.error_string})") from error
+            last = False
+            while not last:
+                wave = _mono(file.read(length, dtype="float32", always_2d=True))
+                last = len(wave) < length
+                yield resampler.resample_chunk(wave, last=last)
+            return
+    whole, own_rate = decode(path)
+    yield resample(whole, own_rate, rate)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.models.state_dict import from_upstream, load_pth
 from rvc_dist.workspace import StageError, atomic_write, read_json
 
 logger = logging.getLogger(__name__)
@@ -199,13 +199,12 @@ def load(path: Path, identity: Mapping[str, Any] | None = None) -> Checkpoint:
     )
 
 
-def load_pretrained(path: Path, module: nn.Module, key: str) -> None:
-    """Fill `module` with the weights of another tool's `G_*.pth` or `D_*.pth`, in either weight-norm spelling.
+def load_pretrained(path: Path, state: Mapping[str, Tensor], module: nn.Module, key: str) -> None:
+    """Fill `module` with `state`, which `read_pretrained` found in `path`.
 
     Raises:
-        StageError: no such file, not a weights file, or keys and shapes that do not fit, all of them listed.
+        StageError: keys or shapes do not fit, all of them listed.
     """
-    state = read_pretrained(path, key)
     wanted = module.state_dict()
     problems = [f"{k}: missing" for k in wanted if k not in state]
     problems += [f"{k}: not part of this network" for k in state if k not in wanted]
@@ -226,20 +225,17 @@ def load_pretrained(path: Path, module: nn.Module, key: str) -> None:
 
 
 def read_pretrained(path: Path, key: str) -> dict[str, Tensor]:
-    """The state dict of a `.pth`, in this package's spelling.
+    """The state dict of another tool's `G_*.pth` or `D_*.pth`, in this package's spelling of weight norm.
 
     Raises:
         StageError: no such file, or not one that holds weights alone.
     """
-    import pickle
-
     if not path.is_file():
         raise StageError(f"{key}: {path} does not exist")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StageError(f"{key}: {path} is not a file of plain weights ({reason})") from error
+        data = load_pth(path)
+    except ValueError as error:
+        raise StageError(f"{key}: {path} is not a file of plain weights ({error})") from error
     state = data.get("model", data.get("weight", data)) if isinstance(data, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise StageError(f"{key}: {path} holds no state dict; expected a dict with `model`, as G_*.pth and D_*.pth")

@@ -6,7 +6,6 @@ Shapes: S samples, T frames, C channels. Positions in the input are counted in f
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from rvc_dist.extract import Extractor, local_device
 from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.index import Retriever
 from rvc_dist.models.generator import Generator, GeneratorShape
-from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.models.state_dict import from_upstream, load_pth
 from rvc_dist.workspace import Share, StageError, Workspace
 
 logger = logging.getLogger(__name__)
@@ -38,11 +37,6 @@ READ_BLOCK_S = 4.0
 MAX_PEAK = 0.99
 VOCODER_ALIASES = {"Default": "HiFi-GAN"}
 """Names that other tools write into voice files -> the names known here."""
-UNREADABLE = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError),
-    *(AttributeError, TypeError, ArithmeticError, AssertionError),
-)
-"""What torch.load raises on damaged files and on files of another kind."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +96,9 @@ def _read_voice_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        # torch's own message advises to load the file without weights_only, which would run whatever is in it.
-        why = "damaged, or with more in it than tensors and plain data"
-        raise StageError(f"infer.model: {path} is not a voice file ({why}: {type(error).__name__})") from error
+        data = load_pth(path)
+    except ValueError as error:
+        raise StageError(f"infer.model: {path} is not a voice file ({error})") from error
     if isinstance(data, dict) and {"weight", "config"} <= data.keys():
         return data
     hint = "; it looks like a training checkpoint" if isinstance(data, dict) and "model" in data else ""
@@ -237,9 +229,9 @@ def run(recipe: Recipe, share: Share) -> None:
     converter = Converter.load(recipe)
     torch.manual_seed(recipe.infer.seed)
     logger.info("infer: %s, %.1f s", source, seconds)
-    rate = converter.voice.rate
+    rate, blocks = converter.voice.rate, audio.stream(source, FEATURE_RATE, READ_BLOCK_S)
     try:
-        write(target, convert(converter, recording(source), round(seconds * rate)), rate)
+        write(target, convert(converter, blocks, round(seconds * rate)), rate)
     except audio.AudioError as error:
         raise StageError(f"infer.input: {source}: {error}") from error
     logger.info("infer: %s", target)
@@ -263,22 +255,6 @@ def check_output(source: Path, target: Path) -> None:
         raise StageError(f"infer.output: {target} cannot be written ({error.strerror})") from error
     if is_source:
         raise StageError(f"infer.output: {target} is infer.input itself; give the result another name")
-
-
-def recording(path: Path) -> Iterator[audio.Wave]:
-    """A recording as 16 kHz blocks [S].
-
-    Raises:
-        AudioError: the file is damaged, or has samples that are not numbers.
-    """
-    import soundfile
-
-    if soundfile.info(str(path)).format in ("MP3", "OGG"):
-        # These do not survive the seek between two reads: an mp3 read in blocks clicks at each of them.
-        wave, rate = audio.decode(path)
-        yield audio.resample(wave, rate, FEATURE_RATE)
-    else:
-        yield from audio.stream(path, FEATURE_RATE, READ_BLOCK_S)
 
 
 def convert(converter: Converter, blocks: Iterator[audio.Wave], num_samples: int | None = None) -> Iterator[audio.Wave]:

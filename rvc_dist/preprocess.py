@@ -83,12 +83,13 @@ def run(recipe: Recipe, share: Share) -> None:
 def complete(recipe: Recipe) -> bool | None:
     """True when every clip of the recipe's dataset is made and reported, else None (for `wait_for`)."""
     work = Workspace(recipe.run_dir, recipe.name)
+    if not work.clips_report_file.is_file():  # written last: ranks that poll read nothing else until then
+        return None
     settings = clip_settings(recipe)
     plan = Plan.load(work.plan_file)
     done = (
         plan is not None
         and plan.settings == settings
-        and work.clips_report_file.is_file()
         and all(is_done(work.clips_file(u.id), u.stamp(settings)) for u in plan.units)
     )
     return done or None

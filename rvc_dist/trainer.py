@@ -78,18 +78,24 @@ class Trainer:
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.table = ClipTable.load(recipe)
         self.accelerator = make_accelerator(self.config)
-        if self.accelerator.is_main_process:
-            self.work.save_recipe(recipe.to_yaml())
         self.device = self.accelerator.device
 
-        shape = GeneratorShape.from_recipe(recipe, self.table.content_channels, self._num_speakers())
+        resume_from = checkpoint.latest(self.work.checkpoints_dir)
+        # A resumed run needs of the pretrained files only the number of speakers.
+        pretrained = {
+            key: checkpoint.read_pretrained(Path(file), f"train.{key}")
+            for key in (("pretrained_g", "pretrained_d") if resume_from is None else ("pretrained_g",))
+            if (file := getattr(self.config, key)) is not None
+        }
+        num_speakers = self._num_speakers(pretrained.get("pretrained_g"))
+        shape = GeneratorShape.from_recipe(recipe, self.table.content_channels, num_speakers)
         self.identity = self._identity(shape)
         torch.manual_seed(self.config.seed)
         generator = Generator(shape)
         discriminator = MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels)
-        resume_from = checkpoint.latest(self.work.checkpoints_dir)
         if resume_from is None:
-            self._load_pretrained(generator, discriminator)
+            self._load_pretrained(pretrained, {"pretrained_g": generator, "pretrained_d": discriminator})
+        del pretrained
         self.g, self.d = self._prepare(generator), self._prepare(discriminator)
 
         self.sampler = BucketBatchSampler(
@@ -103,6 +109,8 @@ class Trainer:
         seed_rank(self.config.seed, self.accelerator.process_index)
         if resume_from is not None:
             self._resume(checkpoint.load(resume_from, self.identity))
+        if self.accelerator.is_main_process:  # not before the checkpoint has accepted it
+            self.work.save_recipe(recipe.to_yaml())
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.step_in_epoch = self.progress.clips_in_epoch // self.sampler.global_batch_size
         self.total_steps = self._total_steps()
@@ -110,11 +118,10 @@ class Trainer:
         self.meter, self.timer = Meter(), PhaseTimer(self.device)
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.accelerator.is_main_process)
 
-    def _num_speakers(self) -> int:
-        """One row a speaker; with pretrained weights, as many as they have."""
-        if self.config.pretrained_g is None:
+    def _num_speakers(self, state: Mapping[str, Tensor] | None) -> int:
+        """One row a speaker; with a pretrained generator's `state`, as many as it has."""
+        if state is None:
             return self.table.num_speakers
-        state = checkpoint.read_pretrained(Path(self.config.pretrained_g), "train.pretrained_g")
         if "emb_g.weight" not in state:
             raise StageError(f"train.pretrained_g: {self.config.pretrained_g} holds no generator (no emb_g.weight)")
         rows = state["emb_g.weight"].shape[0]
@@ -135,11 +142,10 @@ class Trainer:
         plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain
 
-    def _load_pretrained(self, generator: nn.Module, discriminator: nn.Module) -> None:
-        for key, module in (("pretrained_g", generator), ("pretrained_d", discriminator)):
-            file = getattr(self.config, key)
-            if file is not None:
-                checkpoint.load_pretrained(Path(file), module, f"train.{key}")
+    def _load_pretrained(self, states: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]) -> None:
+        for key, module in modules.items():
+            if key in states:
+                checkpoint.load_pretrained(Path(getattr(self.config, key)), states[key], module, f"train.{key}")
             else:
                 logger.info("train.%s is not set: these weights start from random numbers", key)
 

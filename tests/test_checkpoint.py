@@ -115,15 +115,17 @@ def test_pretrained_weights_load_in_both_spellings(tmp_path, spelling):
     torch.save({"model": spelling(net.state_dict()), "iteration": 1, "learning_rate": 1e-4}, file)
     torch.manual_seed(9)
     fresh = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Linear(4, 1))
-    checkpoint.load_pretrained(file, fresh, "train.pretrained_g")
+    state = checkpoint.read_pretrained(file, "train.pretrained_g")
+    checkpoint.load_pretrained(file, state, fresh, "train.pretrained_g")
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), fresh.parameters(), strict=True))
 
 
 def test_pretrained_weights_that_do_not_fit_are_listed(tmp_path):
     file = tmp_path / "G.pth"
     torch.save({"model": {"0.weight": torch.zeros(5, 3), "other": torch.zeros(1)}}, file)
+    state = checkpoint.read_pretrained(file, "train.pretrained_g")
     with pytest.raises(StageError) as caught:
-        checkpoint.load_pretrained(file, nn.Sequential(nn.Linear(3, 4)), "train.pretrained_g")
+        checkpoint.load_pretrained(file, state, nn.Sequential(nn.Linear(3, 4)), "train.pretrained_g")
     message = str(caught.value)
     assert "0.weight: [5, 3], this network has [4, 3]" in message
     assert "0.bias: missing" in message

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -171,3 +172,7 @@ def test_viterbi_prefers_a_smooth_path() -> None:
     assert viterbi(score).tolist() == [100] * 5
     score[:, 100] = -np.inf
     assert 100 not in viterbi(score)
+
+
+def test_the_recipe_knows_every_method() -> None:
+    assert set(get_args(get_type_hints(ExtractConfig)["f0_method"])) == set(F0_METHODS)

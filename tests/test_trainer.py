@@ -13,6 +13,7 @@ from tiny import make_features, tiny_recipe, with_train
 from torch import nn
 
 from rvc_dist import checkpoint, export, trainer
+from rvc_dist.config import load_recipe
 from rvc_dist.infer import Voice
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace
@@ -162,6 +163,7 @@ def test_changed_shapes_are_refused_with_every_mismatch(tmp_path):
     train(recipe)
     with pytest.raises(StageError, match="optimizer: adamw, now radam"):
         train(with_train(recipe, optimizer="radam", max_steps=9))
+    assert load_recipe(tmp_path / "config.yaml") == recipe
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):

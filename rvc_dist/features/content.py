@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import pickle
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import FEATURE_RATE, ExtractConfig
+from rvc_dist.models.state_dict import load_pth
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -450,8 +450,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        content = load_pth(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not a file of weights that torch reads (weights_only): {error}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds something else than a mapping of names to tensors")
