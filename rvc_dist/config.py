@@ -219,12 +219,45 @@ class LossConfig:
             yield from _at_least(f"train.loss.{name}", getattr(self, name), 0.0)
 
 
+# fmt: off
+OptimizerName = Literal[
+    "adamw", "radam", "anyprecision_adamw", "adamw_8bit",
+    "adabelief", "adan", "ademamix", "adopt", "came", "lamb", "lion", "prodigy", "ranger", "ranger21",
+]
+# fmt: on
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Settings of the optimizers; each takes those that it has."""
+
+    beta1: float = 0.8
+    """Decay of the momentum. RVC's betas and eps are those of VITS (arXiv 2106.06103)."""
+    beta2: float = 0.99
+    """Decay of the variance."""
+    eps: float = 1e-9
+    weight_decay: float = 0.01
+    variance_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of anyprecision_adamw, whose momentum is always bfloat16."""
+    kahan_summation: bool = False
+    """Of anyprecision_adamw: carry the rounding error of each update to the next."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                yield f"train.optim.{name}: got {getattr(self, name)}, expected at least 0.0 and less than 1.0"
+        yield from _above("train.optim.eps", self.eps, 0.0)
+        yield from _at_least("train.optim.weight_decay", self.weight_decay, 0.0)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop. A run ends at max_epochs or max_steps, whichever comes first."""
 
     batch_size: int = 4
-    """Clips a rank and step; the global batch is this times the number of ranks."""
+    """Clips a rank and micro-batch; the global batch is this times grad_accum_steps times the number of ranks."""
+    grad_accum_steps: int = 1
+    """Micro-batches a step. All but one run the generator's forward pass twice, so that D's step precedes all of G's."""
     max_epochs: int = 200
     """Times that every clip is seen."""
     max_steps: int | None = None
@@ -239,17 +272,28 @@ class TrainConfig:
     """Factor of the exponential schedule, an epoch."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from zero."""
+    kl_warmup_steps: int = 0
+    """Steps over which the weight of the KL loss rises linearly from zero."""
     max_grad_norm: float | None = None
     """Clip the gradient norm of G and of D to this."""
-    optimizer: Literal["adamw", "radam", "anyprecision_adamw"] = "adamw"
+    optimizer: OptimizerName = "adamw"
+    """The first three are built in; adamw_8bit needs bitsandbytes, the others pytorch-optimizer (extra: optim)."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; parameters, losses and spectrograms stay float32."""
     fast_train: bool = False
     """TF32, cuDNN benchmark, allocator, compile and loader settings on every rank; changes no formula."""
     bf16_adamw: bool = False
     """Shortcut for precision bf16 and optimizer anyprecision_adamw; needs a GPU with bf16, or a CPU."""
-    compile: bool = False
-    """torch.compile of G and D (fast_train asks for it too, on CUDA)."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile of G and of D. auto: with fast_train, each where the plan repays it and a trial on this device shows
+    that it gains."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a quarter more time."""
+    grad_compression: Literal["none", "bf16"] = "none"
+    """Send gradients between ranks as bf16: half the bytes."""
+    cache_on_device: bool = False
+    """Keep the whole dataset in the device's memory, where it fits."""
     deterministic: bool = False
     """Deterministic CUDA kernels, for bit-exact resume; the CPU's always are."""
     seed: int = 1234
@@ -272,6 +316,8 @@ class TrainConfig:
     """Stop when validation has not improved for overtrain_threshold epochs."""
     overtrain_threshold: int = 50
     """Epochs without improvement that end the run."""
+    max_bad_steps: int = 3
+    """Steps in a row without finite gradients after which the run goes back to its last checkpoint, or stops."""
     log_every_steps: int = 10
     """Steps between log lines; only then does the host wait for the device."""
     num_workers: int = 1
@@ -286,18 +332,29 @@ class TrainConfig:
         return "anyprecision_adamw" if self.bf16_adamw else self.optimizer
 
     def problems(self) -> Iterator[str]:
-        for name in ("batch_size", "max_epochs", "max_steps", "save_every_steps", "save_every_epochs"):
+        for name in ("batch_size", "grad_accum_steps", "max_epochs", "max_steps", "save_every_steps"):
             yield from _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("keep_checkpoints", "eval_every_steps", "log_every_steps", "overtrain_threshold"):
+        for name in ("save_every_epochs", "keep_checkpoints", "eval_every_steps", "log_every_steps"):
+            yield from _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("overtrain_threshold", "max_bad_steps"):
             yield from _at_least(f"train.{name}", getattr(self, name), 1)
         yield from _above("train.learning_rate", self.learning_rate, 0.0)
         yield from _within("train.lr_decay", self.lr_decay, 0.0, 1.0)
         yield from _above("train.max_grad_norm", self.max_grad_norm, 0.0)
-        for name in ("warmup_steps", "num_workers"):
+        for name in ("warmup_steps", "kl_warmup_steps", "num_workers"):
             yield from _at_least(f"train.{name}", getattr(self, name), 0)
         yield from _within("train.seed", self.seed, 0, MAX_SEED)
-        if self.bf16_adamw and self.optimizer == "radam":
-            yield "train.optimizer: got radam with train.bf16_adamw, which chooses anyprecision_adamw; set only one"
+        if self.bf16_adamw and self.optimizer not in ("adamw", "anyprecision_adamw"):
+            yield (
+                f"train.optimizer: got {self.optimizer} with train.bf16_adamw, which chooses anyprecision_adamw; "
+                "set only one"
+            )
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            yield (
+                f"train.learning_rate: got {self.learning_rate} with prodigy, which finds the rate by itself and "
+                "multiplies it by this; expected 1.0 or near it"
+            )
+        yield from self.optim.problems()
         yield from self.loss.problems()
 
 
