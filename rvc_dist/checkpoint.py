@@ -11,37 +11,47 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rvc_dist.models.state_dict import from_upstream, load_pth
+from rvc_dist.optim import OptimizerState
 from rvc_dist.workspace import StageError, atomic_write, read_json
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+FORMAT = 2
+"""Raised when a checkpoint of before can no longer be continued."""
+MANIFEST, STATE = "manifest.json", "state.json"
+MODELS = ("generator", "discriminator")
+FILES = (*(f"{name}.safetensors" for n in MODELS for name in (n, f"optimizer_{n}")), STATE)
+SPARE_BYTES = 16 << 20
+"""Free space beyond the tensors themselves that a checkpoint asks for."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """Where a run stands. All of it is in the checkpoint, none of it in a file name."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Steps done, those without an update included."""
     epoch: int = 0
     """Epochs completed."""
-    clips_in_epoch: int = 0
-    """Clips of the current epoch already trained on, over all ranks: the position in the data on any world size."""
+    seen: tuple[tuple[int, int], ...] = ()
+    """Of the current epoch: (clips of a global batch, steps of that size), one entry a change of size."""
     best_metric: float | None = None
     best_step: int = 0
     best_epoch: int = 0
+    bad_streak: int = 0
+    """Last steps in a row whose gradients were not finite."""
+    rolled_back_at: int | None = None
+    """The step at which such a row last made the run go back to a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -52,56 +62,134 @@ class Checkpoint:
     identity: dict[str, Any]
     """What must match for the weights to mean the same: shapes, rates, embedder, optimizer."""
     models: dict[str, dict[str, Tensor]]
-    optimizers: dict[str, dict[str, Any]]
-    rng: list[Tensor] = field(default_factory=list)
-    """Random state of each rank."""
+    """State dicts by MODELS."""
+    optimizers: dict[str, OptimizerState]
+    """By MODELS."""
+    meter: dict[str, Any] = field(default_factory=lambda: {"names": [], "ranks": []})
+    """`Meter.state` of a run that stopped between two log lines."""
+    num_ranks: int = 1
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """File stem to what it holds."""
+        states = {f"optimizer_{name}": state.tensors for name, state in self.optimizers.items()}
+        return {**self.models, **states}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for tensors in self.tensors().values() for t in tensors.values())
+
+    def to_host(self) -> Checkpoint:
+        """A copy in host memory, which training cannot change any more."""
+
+        def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
+
+        return replace(
+            self,
+            models={name: copy(tensors) for name, tensors in self.models.items()},
+            optimizers={name: replace(s, tensors=copy(s.tensors)) for name, s in self.optimizers.items()},
+        )
 
 
-def optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """`tensors`: NAME.KEY of every state tensor, by parameter name; `groups`: the plain options of each group."""
-    names = {id(p): n for n, p in module.named_parameters()}
-    tensors = {
-        f"{names[id(p)]}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-    return {"tensors": tensors}
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time: training waits only for the copy to host memory."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.error: StageError | None = None
+        """Why the last one could not be written."""
+        self._thread: threading.Thread | None = None
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        """Copy `checkpoint` and begin to write it, after the one before is written."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(checkpoint.to_host(),), name="checkpoint writer")
+        self._thread.start()
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            path = save(self.folder, checkpoint)
+            prune(self.folder, self.keep, checkpoint.progress.best_step)
+        except StageError as error:
+            self.error = error
+        except OSError as error:
+            self.error = StageError(f"{self.folder}: old checkpoints cannot be removed ({error})")
+        else:
+            logger.info("saved %s", path)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
 
-def load_optimizer_state(optimizer: Optimizer, module: nn.Module, state: Mapping[str, Any]) -> None:
-    parameters = dict(module.named_parameters())
-    optimizer.state.clear()
-    for name, value in state["tensors"].items():
-        parameter, _, key = name.rpartition("/")
-        target = parameters[parameter]
-        # Step counts stay where the optimizer made them (on the host, for all but fused ones).
-        moved = value.to(target.device) if value.numel() > 1 or value.shape == target.shape else value
-        optimizer.state[target][key] = moved.clone()
+def prepare_folder(folder: Path, num_bytes: int) -> None:
+    """Make sure, before any step, that a checkpoint of `num_bytes` can be written; remove what killed runs left.
+
+    Raises:
+        StageError: the folder cannot be written to, or its disk is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / ".probe", "")
+        (folder / ".probe").unlink()
+        for path in folder.glob(".step_*.tmp"):
+            shutil.rmtree(path)
+    except OSError as error:
+        raise StageError(
+            f"{folder}: checkpoints cannot be written there ({error.strerror}); nothing was trained. Make the folder "
+            "writable or choose another run_dir"
+        ) from error
+    _check_space(folder, num_bytes)
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + SPARE_BYTES:
+        raise StageError(
+            f"{folder}: a checkpoint needs {(num_bytes + SPARE_BYTES) / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB "
+            "free; earlier checkpoints are untouched. Free some space (or lower train.keep_checkpoints) and run the "
+            "same command"
+        )
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` below `folder` and return its directory."""
+    """Write `checkpoint` below `folder` and return its directory.
+
+    Raises:
+        StageError: the disk is full or refuses; what was there before is untouched.
+    """
     final = folder / f"step_{checkpoint.progress.step:08d}"
-    beside = folder / f".{final.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside, replaced = folder / f".{final.name}.tmp", folder / f".{final.name}.old.tmp"
+    for path in (beside, replaced):
+        shutil.rmtree(path, ignore_errors=True)
     try:
-        for name, tensors in checkpoint.models.items():
+        beside.mkdir(parents=True)
+        _check_space(folder, checkpoint.num_bytes)
+        for name, tensors in checkpoint.tensors().items():
             _save_tensors(beside / f"{name}.safetensors", tensors)
-        for name, state in checkpoint.optimizers.items():
-            _save_tensors(beside / f"{name}.safetensors", state["tensors"])
-        _save_tensors(beside / "rng.safetensors", {f"{i:05d}": s for i, s in enumerate(checkpoint.rng)})
-        state = {"progress": asdict(checkpoint.progress), "identity": checkpoint.identity}
-        atomic_write(beside / "state.json", json.dumps(state, indent=1))
+        state = {
+            "format": FORMAT,
+            "progress": asdict(checkpoint.progress),
+            "identity": checkpoint.identity,
+            "optimizer_groups": {name: s.groups for name, s in checkpoint.optimizers.items()},
+            "meter": checkpoint.meter,
+            "num_ranks": checkpoint.num_ranks,
+        }
+        atomic_write(beside / STATE, json.dumps(state, indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(beside.iterdir())}
         atomic_write(beside / MANIFEST, json.dumps(manifest, indent=1))
+        _sync_folder(beside)
+        if final.exists():
+            final.rename(replaced)
+        beside.rename(final)
+        _sync_folder(folder)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise StageError(f"{final}: cannot be written ({error.strerror}); earlier checkpoints are untouched") from error
-    if final.exists():
-        shutil.rmtree(final)
-    beside.rename(final)
-    _sync_folder(folder)
+    finally:
+        for path in (beside, replaced):
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -149,24 +237,29 @@ def damage(path: Path) -> list[str]:
     """What is wrong with a checkpoint's files; empty when all are as they were written."""
     if not (path / MANIFEST).is_file():
         return [f"{MANIFEST} is missing"]
-    problems = []
-    for name, wanted in read_json(path / MANIFEST).items():
+    try:
+        wanted_files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        wanted_files = {name: (wanted["bytes"], wanted["sha256"]) for name, wanted in wanted_files.items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return [f"{MANIFEST} is not what was written"]
+    problems = [f"{name} is not in {MANIFEST}" for name in FILES if name not in wanted_files]
+    for name, (size, digest) in wanted_files.items():
         file = path / name
         if not file.is_file():
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != wanted["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, expected {wanted['bytes']}")
-        elif _sha256(file) != wanted["sha256"]:
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes, expected {size}")
+        elif _sha256(file) != digest:
             problems.append(f"{name} was changed (its SHA-256 differs)")
     return problems
 
 
-def load(path: Path, identity: Mapping[str, Any] | None = None) -> Checkpoint:
-    """The checkpoint in `path`, verified.
+def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
+    """Nothing, if the checkpoint in `path` is as it was written and belongs to this run.
 
     Raises:
         StageError: files are damaged, or `identity` differs from the checkpoint's; every mismatch is listed, and the
-            newest whole checkpoint before it is named.
+            newest whole checkpoint besides it is named.
     """
     problems = damage(path)
     if problems:
@@ -177,25 +270,35 @@ def load(path: Path, identity: Mapping[str, Any] | None = None) -> Checkpoint:
             else "no other whole checkpoint is left; remove the folder to start over"
         )
         raise StageError(f"{path} is damaged and was not used; {remedy}" + "".join(f"\n  {p}" for p in problems))
-    state = read_json(path / "state.json")
-    if identity is not None:
-        keys = dict.fromkeys([*state["identity"], *identity])
-        differ = [k for k in keys if state["identity"].get(k) != identity.get(k)]
-        if differ:
-            listed = "".join(f"\n  {k}: {state['identity'].get(k)}, now {identity.get(k)}" for k in differ)
-            raise StageError(
-                f"{path} was made with other settings; change them back, or give the run another run_dir{listed}"
-            )
-    rng = load_file(path / "rng.safetensors")
+    state = read_json(path / STATE)
+    if state.get("format") != FORMAT:
+        raise StageError(
+            f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}: continue it with "
+            "the version that made it, or give the run another run_dir"
+        )
+    if identity is None:
+        return
+    keys = dict.fromkeys([*state["identity"], *identity])
+    differ = [k for k in keys if state["identity"].get(k) != identity.get(k)]
+    if differ:
+        listed = "".join(f"\n  {k}: {state['identity'].get(k)}, now {identity.get(k)}" for k in differ)
+        raise StageError(
+            f"{path} was made with other settings; change them back, or give the run another run_dir{listed}"
+        )
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, which `verify` has accepted."""
+    state = read_json(path / STATE)
+    progress = state["progress"] | {"seen": tuple((size, steps) for size, steps in state["progress"]["seen"])}
+    groups = state["optimizer_groups"]
     return Checkpoint(
-        progress=Progress(**state["progress"]),
+        progress=Progress(**progress),
         identity=state["identity"],
-        models={name: load_file(path / f"{name}.safetensors") for name in ("generator", "discriminator")},
-        optimizers={
-            name: {"tensors": load_file(path / f"{name}.safetensors")}
-            for name in ("optimizer_generator", "optimizer_discriminator")
-        },
-        rng=[rng[k] for k in sorted(rng)],
+        models={name: load_file(path / f"{name}.safetensors") for name in MODELS},
+        optimizers={n: OptimizerState(load_file(path / f"optimizer_{n}.safetensors"), groups[n]) for n in MODELS},
+        meter=state["meter"],
+        num_ranks=state["num_ranks"],
     )
 
 

@@ -257,7 +257,7 @@ class TrainConfig:
     batch_size: int = 4
     """Clips a rank and micro-batch; the global batch is this times grad_accum_steps times the number of ranks."""
     grad_accum_steps: int = 1
-    """Micro-batches a step. All but one run the generator's forward pass twice, so that D's step precedes all of G's."""
+    """Micro-batches a step. All but one run G's forward pass twice, so that D's step precedes all of G's."""
     max_epochs: int = 200
     """Times that every clip is seen."""
     max_steps: int | None = None
@@ -286,10 +286,9 @@ class TrainConfig:
     bf16_adamw: bool = False
     """Shortcut for precision bf16 and optimizer anyprecision_adamw; needs a GPU with bf16, or a CPU."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile of G and of D. auto: with fast_train, each where the plan repays it and a trial on this device shows
-    that it gains."""
+    """torch.compile of G and of D. auto: with fast_train, where the plan repays it and a trial on this device gains."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a quarter more time."""
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     grad_compression: Literal["none", "bf16"] = "none"
     """Send gradients between ranks as bf16: half the bytes."""
     cache_on_device: bool = False

@@ -6,18 +6,19 @@ Shapes: B clips, T spectrogram frames, S = T * hop samples, C content channels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, Recipe
+from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, Recipe, TrainConfig
 from rvc_dist.workspace import StageError, Workspace, read_header, unit_files
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,11 @@ BUCKET_FRAMES = 50
 """Clips are padded to a multiple of this many frames: at most 900 / 50 = 18 shapes."""
 MUTE_SOURCE = ""
 """The source of the silent clips, which belong to no recording."""
+
+Clips = np.ndarray[Any, np.dtype[np.int64]]
+"""Numbers of clips in the training list."""
+Seen = Sequence[tuple[int, int]]
+"""What of an epoch was trained on: (size of the global batch, steps of that size), one entry a change of size."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,24 @@ class Batch:
     """[B] int64, valid frames"""
     speaker: Tensor
     """[B] int64"""
+    clips: tuple[int, ...]
+    """Each clip's number in the training list."""
+    seeds: tuple[int, ...]
+    """Each clip's seed for the noise of this epoch."""
     share: float
-    """This rank's clips over the mean number of clips a rank: 1 but in an epoch's last batch. Losses that are means
-    over clips are multiplied by it, so that the average over ranks is the mean over the global batch."""
+    """This micro-batch's clips times the number of ranks, over those of the global batch: 1 over the micro-batches a
+    step when the batch is full. Losses that are means over clips are multiplied by it, so that their sum over
+    micro-batches, averaged over ranks, is the mean over the global batch."""
     mean_frames: float
     """Valid frames of the global batch over the number of ranks: what the KL divergence is divided by."""
 
     def _map(self, function: Any) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def first(self, count: int) -> Batch:
+        """The first `count` clips."""
+        return replace(self._map(lambda t: t[:count]), clips=self.clips[:count], seeds=self.seeds[:count])
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -72,7 +87,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One rank's part of one global batch, before anything is read."""
+    """One micro-batch of one rank, before anything is read."""
 
     clips: tuple[int, ...]
     epoch: int
@@ -81,13 +96,25 @@ class BatchPlan:
     mean_frames: float
 
 
-def feature_frames(num_frames: int, rate: int, hop: int, per_s: int) -> Tensor:
+class ClipData(NamedTuple):
+    """One clip as it is trained on."""
+
+    wave: Tensor
+    """[S] float32"""
+    content: Tensor
+    """[T, C] float32"""
+    f0: Tensor
+    """[T] float32 in Hz"""
+    speaker: int
+
+
+def feature_frames(num_frames: int, rate: int, hop: int, per_s: int, device: torch.device | str = "cpu") -> Tensor:
     """For each spectrogram frame, the index of the feature frame that holds its start: [T] int64.
 
     At 100 frames a second this is the identity for f0 and repeats each of the 50 content frames twice, as RVC does;
     at 44.1 kHz (86.13 frames a second) it is the nearest-neighbour interpolation.
     """
-    return torch.arange(num_frames) * (hop * per_s) // rate
+    return torch.arange(num_frames, device=device) * (hop * per_s) // rate
 
 
 def covered_frames(rate: int, hop: int, num_samples: int, num_content: int, num_f0: int) -> int:
@@ -173,85 +200,109 @@ def held_out_sources(sources: set[str], share: float, seed: int) -> set[str]:
     return {ordered[i] for i in chosen}
 
 
-class BucketBatchSampler(Sampler[BatchPlan]):
+class BucketBatchSampler(Sampler[tuple[BatchPlan, ...]]):
     """Global batches of clips of like length, and this rank's part of each: a pure function of its arguments.
 
-    Clips are shuffled, put into buckets by padded length, and cut into global batches of batch_size * num_ranks; what
-    is left of a bucket moves up into the next one, so only one batch an epoch, the last of the largest bucket, can be
-    short. A short batch is dealt evenly; a rank that gets none takes one clip with a share of 0. Thus every clip is
-    seen exactly once an epoch on any number of ranks.
+    Clips are shuffled, put into buckets by padded length, and cut into global batches of batch_size * accum_steps *
+    num_ranks; what is left of a bucket moves up into the next one, so only one batch an epoch, the last of the largest
+    bucket, can be short. A short batch is dealt evenly; a rank that gets none borrows one clip with a share of 0. Thus
+    every clip is seen exactly once an epoch on any number of ranks. One item is one step: its micro-batches.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, num_ranks: int, rank: int, seed: int) -> None:
+    def __init__(
+        self, lengths: list[int], batch_size: int, num_ranks: int, rank: int, seed: int, accum_steps: int = 1
+    ) -> None:
         self.lengths = np.minimum(np.asarray(lengths, dtype=np.int64), MAX_CLIP_FRAMES)
         self.batch_size, self.num_ranks, self.rank, self.seed = batch_size, num_ranks, rank, seed
-        self.start = (0, 0)
+        self.accum_steps = accum_steps
+        self._start: tuple[int, Seen] = (0, ())
 
     @property
     def global_batch_size(self) -> int:
-        return self.batch_size * self.num_ranks
+        return self.batch_size * self.accum_steps * self.num_ranks
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.lengths) // self.global_batch_size)
 
-    def start_at(self, epoch: int, step_in_epoch: int) -> None:
-        """Where the next iteration begins."""
-        self.start = (epoch, step_in_epoch)
+    @property
+    def num_borrowed(self) -> int:
+        """Clips an epoch that a rank computes for nothing, because the short batch has none for it."""
+        short = len(self.lengths) % self.global_batch_size
+        num_micro = -(-short // (self.batch_size * self.num_ranks))
+        return max(0, self.num_ranks * num_micro - short)
 
-    def global_batches(self, epoch: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """The clip numbers of every global batch of an epoch, in order; the same on all ranks."""
-        rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        order = rng.permutation(len(self.lengths))
+    def start_at(self, epoch: int, seen: Seen) -> None:
+        """Where the next iteration begins: in `epoch`, after the steps that `seen` counts."""
+        self._start = (epoch, seen)
+
+    def global_batches(self, epoch: int, seen: Seen = ()) -> list[Clips]:
+        """The clip numbers of every global batch of an epoch that is left, in order; the same on all ranks.
+
+        When the size of the global batch changed within the epoch (a run resumed on another number of ranks), the clips
+        that were not yet seen are cut anew, and none is seen twice.
+        """
+        left = self._generator(epoch).permutation(len(self.lengths))
+        for part, (size, num_steps) in enumerate(seen):
+            batches = self._cut(left, size, self._generator(epoch, part))
+            if size == self.global_batch_size and part == len(seen) - 1:
+                return batches[num_steps:]
+            left = left[~np.isin(left, np.concatenate(batches[:num_steps]))]
+        return self._cut(left, self.global_batch_size, self._generator(epoch, len(seen)))
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, *key]))
+
+    def _cut(self, order: Clips, size: int, rng: np.random.Generator) -> list[Clips]:
         buckets = -(-self.lengths[order] // BUCKET_FRAMES)
         batches, carried = [], order[:0]
         for bucket in np.unique(buckets):
             clips = np.concatenate([carried, order[buckets == bucket]])
-            full = len(clips) // self.global_batch_size * self.global_batch_size
-            batches += list(clips[:full].reshape(-1, self.global_batch_size))
+            full = len(clips) // size * size
+            batches += list(clips[:full].reshape(-1, size))
             carried = clips[full:]
         if len(carried):
             batches.append(carried)
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def part(self, clips: np.ndarray[Any, np.dtype[np.int64]], epoch: int) -> BatchPlan:
-        """This rank's part of a global batch."""
-        mine = np.array_split(clips, self.num_ranks)[self.rank]
-        share = len(mine) * self.num_ranks / len(clips)
+    def part(self, clips: Clips, epoch: int) -> tuple[BatchPlan, ...]:
+        """This rank's micro-batches of a global batch: as many as are needed, the same number on every rank."""
+        num_micro = -(-len(clips) // (self.batch_size * self.num_ranks))
         lengths = self.lengths[clips]
-        return BatchPlan(
-            clips=tuple((mine if len(mine) else clips[:1]).tolist()),
-            epoch=epoch,
-            padded_frames=int(-(-lengths.max() // BUCKET_FRAMES) * BUCKET_FRAMES),
-            share=share,
-            mean_frames=float(lengths.sum()) / self.num_ranks,
+        return tuple(
+            BatchPlan(
+                clips=tuple((mine if len(mine) else clips[:1]).tolist()),
+                epoch=epoch,
+                padded_frames=int(-(-lengths.max() // BUCKET_FRAMES) * BUCKET_FRAMES),
+                share=len(mine) * self.num_ranks / len(clips),
+                mean_frames=float(lengths.sum()) / self.num_ranks,
+            )
+            for mine in np.array_split(clips, self.num_ranks * num_micro)[self.rank :: self.num_ranks]
         )
 
-    def __iter__(self) -> Iterator[BatchPlan]:
-        """Endless: epoch after epoch, from `start` on."""
-        epoch, step = self.start
+    def __iter__(self) -> Iterator[tuple[BatchPlan, ...]]:
+        """Endless: epoch after epoch, from the start that was set."""
+        epoch, seen = self._start
         while True:
-            for clips in self.global_batches(epoch)[step:]:
+            for clips in self.global_batches(epoch, seen):
                 yield self.part(clips, epoch)
-            epoch, step = epoch + 1, 0
+            epoch, seen = epoch + 1, ()
 
 
-class ClipDataset(Dataset[Batch]):
-    """Reads whole batches: one item is one BatchPlan."""
+class ClipDataset(Dataset[list[Batch]]):
+    """Reads whole steps: one item is the micro-batches of one rank."""
 
     def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...]) -> None:
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.clips = clips
         self.rate, self.hop, self.seed = recipe.data.sample_rate, recipe.rate_spec.hop, recipe.train.seed
 
-    def __getitem__(self, plan: BatchPlan) -> Batch:
-        return collate(
-            [self.read(self.clips[i], self._first_frame(i, plan.epoch)) for i in plan.clips],
-            plan.padded_frames,
-            plan.share,
-            plan.mean_frames,
-            self.hop,
-        )
+    def __getitem__(self, plans: tuple[BatchPlan, ...]) -> list[Batch]:
+        return [self.read_batch(plan) for plan in plans]
+
+    def read_batch(self, plan: BatchPlan) -> Batch:
+        clips = [self.read(self.clips[i], self._first_frame(i, plan.epoch)) for i in plan.clips]
+        return collate(clips, plan, self.hop, tuple(self._noise_seed(i, plan.epoch) for i in plan.clips))
 
     def _first_frame(self, index: int, epoch: int) -> int:
         """Long clips show another part of at most 900 frames each epoch; the choice needs no state."""
@@ -260,20 +311,51 @@ class ClipDataset(Dataset[Batch]):
             return 0
         return int(np.random.Generator(np.random.PCG64([self.seed, epoch, index])).integers(spare + 1))
 
-    def read(self, clip: ClipRef, first: int = 0) -> tuple[Tensor, Tensor, Tensor, int]:
-        """wave [S], content [T, C], f0 [T], speaker: aligned, trimmed, from frame `first` on."""
+    def _noise_seed(self, index: int, epoch: int) -> int:
+        """The noise of a clip in an epoch is the same on any rank of any number: nothing of it needs saving."""
+        return int(np.random.SeedSequence([self.seed, epoch, index, 1]).generate_state(1, np.uint64)[0])
+
+    def read(self, clip: ClipRef, first: int = 0) -> ClipData:
+        """A clip from frame `first` on, at most MAX_CLIP_FRAMES of it: aligned and trimmed."""
         last = min(clip.num_frames, first + MAX_CLIP_FRAMES)
-        features = _open(self.work.mute_file if clip.unit < 0 else self.work.features_file(clip.unit))
-        content, f0 = features.get_tensor(f"{clip.key}.content"), features.get_tensor(f"{clip.key}.f0")
-        if clip.unit < 0:
-            wave = torch.zeros((last - first) * self.hop)
-        else:
-            waves = _open(self.work.clips_file(clip.unit)).get_slice(clip.key)
-            wave = waves[first * self.hop : last * self.hop]
+        wave, content, f0 = self._tensors(clip)
         frames = slice(first, last)
-        content = content[feature_frames(last, self.rate, self.hop, F0_PER_S // 2)[frames]]
-        f0 = f0[feature_frames(last, self.rate, self.hop, F0_PER_S)[frames]]
-        return wave, content, f0, clip.speaker
+        return ClipData(
+            wave=wave[first * self.hop : last * self.hop],
+            content=content[feature_frames(last, self.rate, self.hop, F0_PER_S // 2, content.device)[frames]],
+            f0=f0[feature_frames(last, self.rate, self.hop, F0_PER_S, f0.device)[frames]],
+            speaker=clip.speaker,
+        )
+
+    def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor]:
+        """The whole wave, or what reads a part of it; content [T50, C]; f0 [T100]."""
+        features = _open(self.work.mute_file if clip.unit < 0 else self.work.features_file(clip.unit))
+        if clip.unit < 0:
+            wave = torch.zeros(clip.num_frames * self.hop)
+        else:
+            wave = _open(self.work.clips_file(clip.unit)).get_slice(clip.key)
+        return wave, features.get_tensor(f"{clip.key}.content"), features.get_tensor(f"{clip.key}.f0")
+
+
+class CachedClips(ClipDataset):
+    """A dataset that lies in a device's memory: read once, never copied again."""
+
+    def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...], device: torch.device) -> None:
+        super().__init__(recipe, clips)
+        self._cache = {clip: self._load(clip, device) for clip in dict.fromkeys(clips)}
+
+    def _load(self, clip: ClipRef, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        wave, content, f0 = super()._tensors(clip)
+        return wave[: clip.num_frames * self.hop].to(device), content.to(device), f0.to(device)
+
+    def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor]:
+        return self._cache[clip] if clip in self._cache else super()._tensors(clip)
+
+
+def cached_bytes(recipe: Recipe, clips: tuple[ClipRef, ...], content_channels: int) -> int:
+    """Device memory that `CachedClips` takes: wave, content at 50 frames a second, f0 at 100, all float32."""
+    seconds = sum(c.num_frames for c in dict.fromkeys(clips)) * recipe.rate_spec.hop / recipe.data.sample_rate
+    return round(seconds * 4 * (recipe.data.sample_rate + content_channels * F0_PER_S / 2 + F0_PER_S))
 
 
 @lru_cache(maxsize=1024)
@@ -284,43 +366,50 @@ def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
-def collate(
-    clips: list[tuple[Tensor, Tensor, Tensor, int]], padded_frames: int, share: float, mean_frames: float, hop: int
-) -> Batch:
-    """Pad clips (wave [S], content [T, C], f0 [T], speaker) with zeros to `padded_frames`."""
-    size, width = len(clips), clips[0][1].shape[1]
-    wave = torch.zeros(size, 1, padded_frames * hop)
-    content = torch.zeros(size, padded_frames, width)
-    f0 = torch.zeros(size, padded_frames)
-    for i, (w, c, f, _) in enumerate(clips):
-        wave[i, 0, : len(w)] = w
-        content[i, : len(c)] = c
-        f0[i, : len(f)] = f
+def collate(clips: list[ClipData], plan: BatchPlan, hop: int, seeds: tuple[int, ...]) -> Batch:
+    """Pad clips with zeros to the plan's frames, on the device that they are on."""
+    size, width, padded, device = len(clips), clips[0].content.shape[1], plan.padded_frames, clips[0].wave.device
+    wave = torch.zeros(size, 1, padded * hop, device=device)
+    content = torch.zeros(size, padded, width, device=device)
+    f0 = torch.zeros(size, padded, device=device)
+    for i, clip in enumerate(clips):
+        wave[i, 0, : len(clip.wave)] = clip.wave
+        content[i, : len(clip.content)] = clip.content
+        f0[i, : len(clip.f0)] = clip.f0
     return Batch(
         wave=wave,
         content=content,
         f0=f0,
-        lengths=torch.tensor([len(c) for _, c, _, _ in clips]),
-        speaker=torch.tensor([s for *_, s in clips]),
-        share=share,
-        mean_frames=mean_frames,
+        lengths=torch.tensor([len(c.content) for c in clips]),
+        speaker=torch.tensor([c.speaker for c in clips]),
+        clips=plan.clips,
+        seeds=seeds,
+        share=plan.share,
+        mean_frames=plan.mean_frames,
     )
+
+
+def loader_settings(config: TrainConfig, device: torch.device, cached: bool) -> dict[str, Any]:
+    """The DataLoader options of a rank.
+
+    Those of `fast_train` are the reference's: as many workers as half of the cores, at most 8, 16 batches ahead, pinned
+    memory, workers that persist. The ranks of a machine share its cores.
+    """
+    workers = 0 if cached else config.num_workers
+    if config.fast_train and workers:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = max(1, min(8, (os.cpu_count() or 1) // 2 // local_ranks))
+    return {
+        "num_workers": workers,
+        "prefetch_factor": (16 if config.fast_train else 4) if workers else None,
+        "pin_memory": device.type == "cuda" and not cached,
+        "persistent_workers": workers > 0,
+    }
 
 
 def make_loader(
-    dataset: ClipDataset, sampler: BucketBatchSampler, num_workers: int, pin_memory: bool, fast: bool
-) -> DataLoader[Batch]:
-    """Batches as the sampler plans them; nothing else shards or shuffles."""
-    if fast and num_workers:
-        num_workers = max(num_workers, min(8, (torch.multiprocessing.cpu_count() or 1) // 2))
-    return DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        prefetch_factor=(16 if fast else 4) if num_workers else None,
-        # A loader draws a seed for its workers; drawn from the global state it would change the noise of a resumed run.
-        generator=torch.Generator(),
-    )
+    dataset: ClipDataset, sampler: BucketBatchSampler, settings: Mapping[str, Any]
+) -> DataLoader[list[Batch]]:
+    """Steps as the sampler plans them; nothing else shards or shuffles."""
+    # A loader draws a seed for its workers; drawn from the global state it would depend on what ran before.
+    return DataLoader(dataset, sampler=sampler, batch_size=None, generator=torch.Generator(), **settings)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.workspace import StageError
@@ -25,7 +27,7 @@ COLLECTIVE_TIMEOUT_S = 600
 """A rank that hears nothing for this long gives up, and its launcher ends the job."""
 ALLOCATOR_SETTINGS = "expandable_segments:True,max_split_size_mb:512"
 MIN_BF16_CAPABILITY = (8, 0)
-"""Ampere: older GPUs emulate bf16, slower than float32."""
+"""Ampere: older GPUs emulate bf16, slower than float32, and have no TF32."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -41,11 +43,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     apply_kernel_settings(config)
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.use_bf16 else "no",
+        # Its bf16 would convert every output of the networks, features too, to float32: the step has its own autocast.
+        mixed_precision="no",
         # The learning rate is a function of the step; Accelerate is not to step anything by itself.
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=True),
+            # With accumulation the first backward passes are local, and a static graph would be recorded from those.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.grad_accum_steps == 1),
             InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)),
         ],
     )
@@ -56,12 +60,60 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     if config.use_bf16:
         check_bf16(accelerator.device)
-    check_same_settings(accelerator)
     return accelerator
 
 
+class Wire:
+    """DDP's communication hook: averages gradients over ranks, as bf16 if asked to, and counts what it sends."""
+
+    def __init__(self, compress: bool) -> None:
+        self.compress = compress
+        self.num_bytes = 0
+        """Bytes of gradients that this rank gave to all-reduce."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Nothing on one rank, where `module` is not wrapped."""
+        if isinstance(module, DistributedDataParallel):
+            # Not the method itself: DDP refuses annotations that are text.
+            module.register_comm_hook(self, lambda wire, bucket: wire.send(bucket))
+
+    def send(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        self.num_bytes += bucket.buffer().numel() * (2 if self.compress else bucket.buffer().element_size())
+        hook = default_hooks.bf16_compress_hook if self.compress else default_hooks.allreduce_hook
+        assert dist.group.WORLD is not None
+        future: torch.futures.Future[Tensor] = hook(dist.group.WORLD, bucket)
+        return future
+
+
+def local_gradients(module: nn.Module, local: bool) -> AbstractContextManager[None]:
+    """Inside, if `local`, forward and backward passes of `module` add to this rank's gradients and send nothing."""
+    if local and isinstance(module, DistributedDataParallel):
+        context: AbstractContextManager[None] = module.no_sync()
+        return context
+    return nullcontext()
+
+
+def on_first_rank(accelerator: Accelerator, function: Callable[[], None]) -> None:
+    """Run `function` on the main rank, while the others wait; its StageError is every rank's.
+
+    Raises:
+        StageError: that of `function` on the main rank, and one that points to it on the others.
+    """
+    error: StageError | None = None
+    if accelerator.is_main_process:
+        try:
+            function()
+        except StageError as failed:
+            error = failed
+    if accelerator.reduce(torch.tensor([int(error is not None)], device=accelerator.device)).item():
+        raise error or StageError("rank 0 failed; its message says why")
+
+
 def apply_kernel_settings(config: TrainConfig) -> None:
-    """The kernel settings of `fast_train`: TF32, cuDNN's search for the fastest kernels, the allocator."""
+    """The kernel settings of `fast_train`: TF32, cuDNN's search for the fastest kernels, the allocator.
+
+    The flags are set on any hardware; without tensor cores for TF32 (before Ampere) they change nothing.
+    """
     if config.fast_train:
         for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             os.environ.setdefault(variable, ALLOCATOR_SETTINGS)
@@ -75,26 +127,30 @@ def apply_kernel_settings(config: TrainConfig) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def kernel_settings() -> dict[str, Any]:
+def kernel_settings(device: torch.device) -> dict[str, Any]:
     """What this rank really has, read back."""
+    tf32 = "not in this hardware"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY:
+        tf32 = "used"
     return {
+        "tf32": tf32 if torch.backends.cuda.matmul.allow_tf32 else "off",
         "tf32 matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32 cudnn": torch.backends.cudnn.allow_tf32,
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "cudnn.deterministic": torch.backends.cudnn.deterministic,
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default"),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
 
 
-def check_same_settings(accelerator: Accelerator) -> None:
-    """Print the kernel settings once; ranks that differ are an error.
+def check_same_settings(accelerator: Accelerator, more: Mapping[str, Any]) -> None:
+    """Print the kernel settings, and `more` of the trainer's, once; ranks that differ are an error.
 
     Raises:
         StageError: naming every setting that differs and its value on each rank.
     """
-    every = gather_object([kernel_settings()])
+    every = gather_object([kernel_settings(accelerator.device) | dict(more)])
     differ = {key: [s[key] for s in every] for key in every[0] if any(s[key] != every[0][key] for s in every)}
     if differ:
         listed = "".join(f"\n  {key}: {dict(enumerate(values))}" for key, values in differ.items())
@@ -132,37 +188,22 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def seed_rank(seed: int, rank: int) -> None:
-    """Noise and slices differ by rank: called after the networks are built, which are the same on all ranks."""
-    torch.manual_seed(seed * 100_003 + rank)
-
-
-def rng_state(device: torch.device) -> Tensor:
-    """The random state of this rank, CPU and device, as one byte tensor."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
-
-
-def restore_rng_state(state: Tensor, device: torch.device) -> None:
-    length = torch.get_rng_state().numel()
-    torch.set_rng_state(state[:length].clone())
-    if device.type == "cuda" and state.numel() > length:
-        torch.cuda.set_rng_state(state[length:].clone(), device)
-
-
 class StopSignal:
     """SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an end; all ranks agree on the step.
 
-    The handler only sets a flag. Each step sums the flags of all ranks over gloo on the host, without waiting: the sum
-    of one step is read at the next, so the device is never waited for. A second signal acts as it would have.
+    The handler only sets a flag. Each step takes the maximum of the flags of all ranks over gloo on the host, without
+    waiting: the maximum of one step is read at the next, so the device is never waited for. A second signal acts as it
+    would have. FAILED, which is more than any signal, tells the others that a rank cannot go on.
     """
+
+    FAILED = 1000
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._received = 0
         self._pending: tuple[Tensor, Any] | None = None
-        self._group: Any = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._group: Any = None
+        if accelerator.num_processes > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -179,8 +220,10 @@ class StopSignal:
         self._received = number
         signal.signal(number, self._previous[signal.Signals(number)])
 
-    def poll(self) -> int:
-        """The number of a signal that some rank got, the same on every rank at the same step; 0 if none did."""
+    def poll(self, failed: bool = False) -> int:
+        """The number of a signal that some rank got, or FAILED, the same on every rank at the same step; 0 if none."""
+        if failed:
+            self._received = self.FAILED
         if self._group is None:
             return self._received
         flag = torch.tensor([self._received])

@@ -45,6 +45,7 @@ def run(recipe: Recipe, share: Share) -> None:
     num_speakers = ClipTable.load(recipe).num_speakers
     files: dict[int, Path] = {}
     for path in found:
+        checkpoint.verify(path)
         saved = checkpoint.load(path)
         voice = voice_dict(recipe, saved, dataset_length, num_speakers)
         step, epoch = saved.progress.step, saved.progress.epoch

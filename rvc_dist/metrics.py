@@ -17,24 +17,36 @@ class Meter:
     """Running means of scalar tensors, kept on the device until they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
+        """[N + 1]: the sum of every value, and last the count of steps."""
 
-    def update(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            detached = value.detach().float()
-            self._sums[name] = self._sums[name] + detached if name in self._sums else detached
-            self._counts[name] = self._counts.get(name, 0) + 1
+    def update(self, values: Mapping[str, Tensor], good: Tensor) -> None:
+        """Add one step's values, scalars of the same names every time; nothing when `good` [] is false."""
+        row = torch.stack([*(v.detach().float() for v in values.values()), torch.ones_like(good, dtype=torch.float32)])
+        row = row.where(good, 0.0)
+        self._names, self._sums = tuple(values), row if self._sums is None else self._sums + row
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means since the last read, over all ranks; the one place where the host waits for the device."""
-        if not self._sums:
+        """The means since the last read, over all ranks; empty without a good step. The host waits for the device."""
+        if self._sums is None:
             return {}
-        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
-        reduced = accelerator.reduce(means, reduction="mean").tolist()
-        names = list(self._sums)
-        self._sums, self._counts = {}, {}
-        return dict(zip(names, reduced, strict=True))
+        sums, self._sums = self._sums, None
+        *reduced, count = accelerator.reduce(torch.cat([sums[:-1] / sums[-1], sums[-1:]]), reduction="mean").tolist()
+        return dict(zip(self._names, reduced, strict=True)) if count else {}
+
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """What a checkpoint keeps, plain data: the sums of every rank, for a run that stops between two reads."""
+        if self._sums is None:
+            return {"names": [], "ranks": []}
+        return {"names": list(self._names), "ranks": accelerator.gather(self._sums.unsqueeze(0)).tolist()}
+
+    def load(self, state: Mapping[str, Any], rank: int, num_ranks: int, device: torch.device) -> None:
+        """Go on from `state`; another number of ranks goes on from the mean over the ranks that there were."""
+        self._names, self._sums = tuple(state["names"]), None
+        if self._names:
+            ranks = torch.tensor(state["ranks"], device=device)
+            self._sums = ranks[rank] if len(ranks) == num_ranks else ranks.mean(0)
 
 
 class PhaseTimer:

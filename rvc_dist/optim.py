@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,6 +108,47 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], Optimizer]] = {
 
 def make_optimizer(config: TrainConfig, module: nn.Module) -> Optimizer:
     return OPTIMIZERS[config.optimizer_name](list(module.parameters()), config.learning_rate)
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    tensors: dict[str, Tensor]
+    groups: list[dict[str, Any]]
+
+
+def optimizer_state(optimizer: Optimizer, module: nn.Module) -> OptimizerState:
+    names = {id(p): n for n, p in module.named_parameters()}
+    return OptimizerState(
+        {
+            f"{names[id(p)]}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+        },
+        [],
+    )
+
+
+def load_optimizer_state(optimizer: Optimizer, module: nn.Module, state: OptimizerState) -> None:
+    parameters = dict(module.named_parameters())
+    optimizer.state.clear()
+    for name, value in state.tensors.items():
+        parameter, _, key = name.rpartition("/")
+        target = parameters[parameter]
+        # Step counts stay where the optimizer made them (on the host, for all but fused ones).
+        moved = value.to(target.device) if value.numel() > 1 or value.shape == target.shape else value
+        optimizer.state[target][key] = moved.clone()
+
+
+def step_if(optimizer: Optimizer, good: Tensor) -> None:
+    """One step if `good` [] is true, else none; the host waits for the device only where the optimizer cannot decide.
+
+    Optimizers that can (fused AdamW, ours) do so by the protocol of torch.amp.GradScaler: `found_inf` is set.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif good:
+        optimizer.step()
 
 
 def learning_rate(config: TrainConfig, step: int, epoch: int, total_steps: int, num_ranks: int) -> float:

@@ -7,43 +7,59 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rvc_dist import checkpoint, losses
+from rvc_dist import checkpoint, compilation, losses, memory
 from rvc_dist.config import LossConfig, Recipe
-from rvc_dist.data import Batch, BucketBatchSampler, ClipDataset, ClipTable, collate, make_loader
+from rvc_dist.data import (
+    Batch,
+    BatchPlan,
+    BucketBatchSampler,
+    CachedClips,
+    ClipDataset,
+    ClipTable,
+    cached_bytes,
+    collate,
+    loader_settings,
+    make_loader,
+)
 from rvc_dist.distributed import (
     StopSignal,
+    Wire,
+    check_same_settings,
     frozen,
+    local_gradients,
     make_accelerator,
-    restore_rng_state,
-    rng_state,
-    seed_rank,
+    on_first_rank,
 )
 from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.metrics import Meter, PhaseTimer, Tracker
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
-from rvc_dist.models.generator import Generator, GeneratorOutput, GeneratorShape
+from rvc_dist.models.generator import Generator, GeneratorOutput, GeneratorShape, Noise
 from rvc_dist.models.modules import slice_samples
-from rvc_dist.optim import learning_rate, make_optimizer
+from rvc_dist.optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, step_if
 from rvc_dist.spectral import log_mel, spectrogram
-from rvc_dist.workspace import Share, StageError, Stopped, Workspace
+from rvc_dist.workspace import Share, StageError, Stopped, Workspace, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 MAX_EVAL_CLIPS = 32
+CACHE_SHARE = 0.5
+"""Of the device's free memory, what the cached dataset may take: the rest is for the step."""
 
 
 def run(recipe: Recipe, share: Share) -> None:
@@ -63,12 +79,14 @@ def run(recipe: Recipe, share: Share) -> None:
 
 @dataclass
 class Network:
-    """A network in its three guises, and what optimizes it."""
+    """A network in its guises, and what optimizes it."""
 
     raw: nn.Module
-    """The module itself: for D in the generator's step, validation and checkpoints."""
+    """The module itself: for validation and checkpoints."""
+    call: nn.Module
+    """The module as it is computed, compiled or not: for passes whose gradients are not this network's."""
     ddp: nn.Module
-    """Prepared by Accelerate: gradients of a backward pass through it are averaged over ranks."""
+    """`call`, prepared by Accelerate: gradients of a backward pass through it are averaged over ranks."""
     optimizer: Optimizer
 
 
@@ -80,7 +98,7 @@ class Trainer:
         self.accelerator = make_accelerator(self.config)
         self.device = self.accelerator.device
 
-        resume_from = checkpoint.latest(self.work.checkpoints_dir)
+        (resume_from,) = broadcast_object_list([checkpoint.latest(self.work.checkpoints_dir)])
         # A resumed run needs of the pretrained files only the number of speakers.
         pretrained = {
             key: checkpoint.read_pretrained(Path(file), f"train.{key}")
@@ -88,35 +106,52 @@ class Trainer:
             if (file := getattr(self.config, key)) is not None
         }
         num_speakers = self._num_speakers(pretrained.get("pretrained_g"))
-        shape = GeneratorShape.from_recipe(recipe, self.table.content_channels, num_speakers)
-        self.identity = self._identity(shape)
+        self.shape = GeneratorShape.from_recipe(recipe, self.table.content_channels, num_speakers)
+        self.identity = self._identity(self.shape)
         torch.manual_seed(self.config.seed)
-        generator = Generator(shape)
+        generator = Generator(self.shape)
         discriminator = MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels)
         if resume_from is None:
             self._load_pretrained(pretrained, {"pretrained_g": generator, "pretrained_d": discriminator})
         del pretrained
-        self.g, self.d = self._prepare(generator), self._prepare(discriminator)
-
         self.sampler = BucketBatchSampler(
             [c.num_frames for c in self.table.train],
             self.config.batch_size,
             self.accelerator.num_processes,
             self.accelerator.process_index,
             self.config.seed,
+            self.config.grad_accum_steps,
         )
         self.progress = checkpoint.Progress()
-        seed_rank(self.config.seed, self.accelerator.process_index)
-        if resume_from is not None:
-            self._resume(checkpoint.load(resume_from, self.identity))
-        if self.accelerator.is_main_process:  # not before the checkpoint has accepted it
-            self.work.save_recipe(recipe.to_yaml())
-        self.steps_per_epoch = self.sampler.steps_per_epoch
-        self.step_in_epoch = self.progress.clips_in_epoch // self.sampler.global_batch_size
-        self.total_steps = self._total_steps()
-        self.dataset = ClipDataset(recipe, self.table.train)
         self.meter, self.timer = Meter(), PhaseTimer(self.device)
+        self.recent: list[Step] = []
+        saved = None
+        if resume_from is not None:
+            on_first_rank(self.accelerator, partial(checkpoint.verify, resume_from, self.identity))
+            saved = checkpoint.load(resume_from)
+            self.progress = saved.progress
+        self.left_in_epoch = len(self.sampler.global_batches(self.progress.epoch, self.progress.seen))
+        self.total_steps = self._total_steps()
+        self.dataset = self._dataset()
+        self.loader_settings = loader_settings(self.config, self.device, isinstance(self.dataset, CachedClips))
+
+        modules = {
+            name: m.to(self.device) for name, m in zip(checkpoint.MODELS, (generator, discriminator), strict=True)
+        }
+        self.compiled = self._choose_compiled(modules)
+        self.wire = Wire(compress=self.config.grad_compression == "bf16")
+        self.g, self.d = (self._prepare(name, module) for name, module in modules.items())
+        if saved is not None:
+            self._resume(saved)
+        self.writer = checkpoint.Writer(self.work.checkpoints_dir, self.config.keep_checkpoints)
+        on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
+        check_same_settings(self.accelerator, {f"compiled {name}": yes for name, yes in self.compiled.items()})
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.accelerator.is_main_process)
+
+    def _prepare_run_folder(self) -> None:
+        weights = sum(p.nbytes for n in self.networks.values() for p in n.raw.parameters())
+        checkpoint.prepare_folder(self.work.checkpoints_dir, 3 * weights)  # and two moments of each
+        self.work.save_recipe(self.recipe.to_yaml())
 
     def _num_speakers(self, state: Mapping[str, Tensor] | None) -> int:
         """One row a speaker; with a pretrained generator's `state`, as many as it has."""
@@ -149,55 +184,157 @@ class Trainer:
             else:
                 logger.info("train.%s is not set: these weights start from random numbers", key)
 
-    def _prepare(self, module: nn.Module) -> Network:
-        module.to(self.device)
-        optimizer = make_optimizer(self.config, module)
-        if self.config.compile or (self.config.fast_train and self.device.type == "cuda"):
-            # In place: the state dict keeps its keys, and D is compiled inside DDP and outside it alike.
-            module.compile()
-        return Network(module, self.accelerator.prepare_model(module), optimizer)
+    def _dataset(self) -> ClipDataset:
+        clips = self.table.train
+        if not self.config.cache_on_device:
+            return ClipDataset(self.recipe, clips)
+        needed = cached_bytes(self.recipe, clips, self.table.content_channels)
+        free = memory.free_memory(self.device)
+        if needed > free * CACHE_SHARE:
+            logger.warning(
+                "train.cache_on_device: the dataset needs %.1f GB, %s has %.1f GB free of which it may take %.0f%%; "
+                "it is read from the disk instead",
+                needed / 1e9,
+                self.device,
+                free / 1e9,
+                100 * CACHE_SHARE,
+            )
+            return ClipDataset(self.recipe, clips)
+        logger.info("the dataset lies in the memory of %s: %.2f GB", self.device, needed / 1e9)
+        return CachedClips(self.recipe, clips, self.device)
+
+    def _choose_compiled(self, modules: Mapping[str, nn.Module]) -> dict[str, bool]:
+        """Which networks to compile: as the run did before, else by a trial with the next batch."""
+        key = compilation.key(self.config, self.device, self.total_steps)
+        kept = read_json(self.work.compile_file) if self.work.compile_file.is_file() else {}
+        (kept,) = broadcast_object_list([kept])
+        if kept.get("key") == key:
+            chosen: dict[str, bool] = kept["compiled"]
+            return chosen
+        compiled = {name: compilation.compiled(module, self.device) for name, module in modules.items()}
+        self.sampler.start_at(self.progress.epoch, self.progress.seen)
+        batch = self.dataset[next(iter(self.sampler))][0].to(self.device)
+
+        def step(which: Mapping[str, bool]) -> None:
+            self._compute_alone({name: compiled[name] if which[name] else m for name, m in modules.items()}, batch)
+
+        self.g, self.d = (Network(m, m, m, make_optimizer(self.config, m)) for m in modules.values())
+        steps_left = self.total_steps - self.progress.step
+        with self._memory_advice(batch):
+            chosen = compilation.choose(self.config, self.accelerator, checkpoint.MODELS, step, steps_left)
+        if self.accelerator.is_main_process:
+            write_json(self.work.compile_file, {"key": key, "compiled": chosen})
+        return chosen
+
+    def _compute_alone(self, calls: Mapping[str, nn.Module], batch: Batch) -> None:
+        """What a step computes, on this rank alone and without updates; the networks are computed as `calls`."""
+        networks = self.networks
+        alone = (replace(network, call=calls[name], ddp=calls[name]) for name, network in networks.items())
+        self.g, self.d = alone
+        try:
+            out, real = self._generate(batch, local=False)
+            self._learn_to_tell_apart(real, out.wave.detach(), batch)
+            with frozen(self.d.raw):
+                self._learn_to_deceive(out, real, batch)
+        finally:
+            self.g, self.d = networks.values()
+            for network in networks.values():
+                network.raw.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _memory_advice(self, batch: Batch) -> Iterator[None]:
+        """Turns running out of device memory into a sentence that says which batch size would fit.
+
+        Raises:
+            StageError: in the place of torch.OutOfMemoryError.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            size = self.config.batch_size
+            fits = self._batch_that_fits(batch)
+            remedy = f"train.batch_size {fits} would fit" if fits else "not even one clip fits"
+            keep = f" (with train.grad_accum_steps {-(-size // fits)} the steps stay as large)" if fits else ""
+            raise StageError(
+                f"rank {self.accelerator.process_index}: {self.device} has not enough memory for train.batch_size "
+                f"{size} with clips of {batch.content.shape[1]} frames; {remedy}{keep}. "
+                "train.activation_checkpointing and train.precision bf16 need less"
+            ) from error
+
+    def _batch_that_fits(self, batch: Batch) -> int:
+        """The largest batch size of clips as long as these, from the peak memory of one clip and of two."""
+        raw = {name: network.raw for name, network in self.networks.items()}
+        for network in self.networks.values():
+            network.optimizer.zero_grad(set_to_none=True)
+        one, two = (
+            memory.peak_of(partial(self._compute_alone, raw, batch.first(count)), self.device) for count in (1, 2)
+        )
+        if one is None or len(batch.clips) == 1:
+            return 0
+        weights = sum(p.nbytes for module in raw.values() for p in module.parameters())
+        has_state = any(network.optimizer.state for network in self.networks.values())
+        # Two moments a weight are still to come; the gradients of both networks were never there together.
+        more = 0 if has_state else 2 * weights
+        return memory.largest_batch(one, two, more, memory.capacity(self.device)) if two is not None else 1
+
+    def _prepare(self, name: str, module: nn.Module) -> Network:
+        call = compilation.compiled(module, self.device) if self.compiled[name] else module
+        network = Network(module, call, self.accelerator.prepare_model(call), make_optimizer(self.config, module))
+        self.wire.attach(network.ddp)
+        return network
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        return dict(zip(checkpoint.MODELS, (self.g, self.d), strict=True))
+
+    def _load_weights(self, saved: checkpoint.Checkpoint) -> None:
+        for name, network in self.networks.items():
+            network.raw.load_state_dict(saved.models[name])
+            load_optimizer_state(network.optimizer, network.raw, saved.optimizers[name])
 
     def _resume(self, saved: checkpoint.Checkpoint) -> None:
-        self.g.raw.load_state_dict(saved.models["generator"])
-        self.d.raw.load_state_dict(saved.models["discriminator"])
-        checkpoint.load_optimizer_state(self.g.optimizer, self.g.raw, saved.optimizers["optimizer_generator"])
-        checkpoint.load_optimizer_state(self.d.optimizer, self.d.raw, saved.optimizers["optimizer_discriminator"])
-        self.progress = saved.progress
-        if len(saved.rng) == self.accelerator.num_processes:
-            restore_rng_state(saved.rng[self.accelerator.process_index], self.device)
-        else:
-            seed_rank(self.config.seed + saved.progress.step, self.accelerator.process_index)
-            logger.warning(
-                "the checkpoint was made on %d ranks, this run has %d: it continues from the same weights, optimizer "
-                "and place in the data, with new noise",
-                len(saved.rng),
-                self.accelerator.num_processes,
-            )
+        self._load_weights(saved)
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self.meter.load(saved.meter, rank, num_ranks, self.device)
         logger.info("continuing from step %d, epoch %d", self.progress.step, self.progress.epoch)
+        if saved.num_ranks != num_ranks:
+            logger.warning(
+                "the checkpoint was made on %d ranks, this run has %d: it continues from the same weights, optimizers "
+                "and place in the data, with steps of %d clips",
+                saved.num_ranks,
+                num_ranks,
+                self.sampler.global_batch_size,
+            )
 
     def _total_steps(self) -> int:
         """Steps of the whole run; the log says what that is in epochs and clips."""
-        left_in_epochs = (self.config.max_epochs - self.progress.epoch) * self.steps_per_epoch - self.step_in_epoch
-        by_epochs = self.progress.step + left_in_epochs
+        sampler, num_clips = self.sampler, len(self.table.train)
+        epochs_after = self.config.max_epochs - self.progress.epoch - 1
+        by_epochs = self.progress.step + (self.left_in_epoch + epochs_after * sampler.steps_per_epoch)
         total = by_epochs if self.config.max_steps is None else min(by_epochs, self.config.max_steps)
-        num_clips, global_batch = len(self.table.train), self.sampler.global_batch_size
         logger.info(
             "budget: %d steps, %.1f epochs of %d steps, %d clips seen of %d (%d held out); global batch %d",
             total,
-            total / self.steps_per_epoch,
-            self.steps_per_epoch,
-            round(total / self.steps_per_epoch * num_clips),
+            total / sampler.steps_per_epoch,
+            sampler.steps_per_epoch,
+            round(total / sampler.steps_per_epoch * num_clips),
             num_clips,
             len(self.table.holdout),
-            global_batch,
+            sampler.global_batch_size,
         )
-        if global_batch * 4 > num_clips:
+        logger.info(
+            "every clip is seen once an epoch; ranks without one in the last batch of an epoch borrow %d (%.1f%%), "
+            "which count for nothing",
+            sampler.num_borrowed,
+            100 * sampler.num_borrowed / num_clips,
+        )
+        if sampler.global_batch_size * 4 > num_clips:
             logger.warning(
                 "the global batch of %d is more than a quarter of the %d clips: an epoch has only %d steps; "
                 "fewer ranks or a smaller train.batch_size would learn more from the same data",
-                global_batch,
+                sampler.global_batch_size,
                 num_clips,
-                self.steps_per_epoch,
+                sampler.steps_per_epoch,
             )
         return total
 
@@ -205,28 +342,33 @@ class Trainer:
         if self.progress.step >= self.total_steps:
             logger.info("already trained to step %d of %d", self.progress.step, self.total_steps)
             return
-        batches = self._batches()
+        steps = self._steps()
         with StopSignal(self.accelerator) as stop, self._progress_bar() as bar:
-            began_at, seconds_seen = time.monotonic(), 0.0
+            began_at, frames_seen = time.monotonic(), 0.0
             while self.progress.step < self.total_steps and not self.overtrained:
                 with self.timer.phase("data"):
-                    batch = next(batches)
-                self.train_step(batch)
-                seconds_seen += batch.mean_frames * self.accelerator.num_processes * self.spec.hop
+                    batches = next(steps)
+                with self._memory_advice(batches[0]):
+                    self.train_step(batches)
+                frames_seen += batches[0].mean_frames * self.accelerator.num_processes
                 self._advance()
                 if self._due(self.config.log_every_steps):
-                    audio_s = seconds_seen / self.recipe.data.sample_rate
+                    audio_s = frames_seen * self.spec.hop / self.recipe.data.sample_rate
                     self.log(audio_s / (time.monotonic() - began_at), bar)
-                    began_at, seconds_seen = time.monotonic(), 0.0
+                    began_at, frames_seen = time.monotonic(), 0.0
                 is_best = self._due(self.config.eval_every_steps) and self.validate()
-                signalled = stop.poll()
-                if signalled or is_best or self._save_due() or self.overtrained:
+                asked = stop.poll(failed=self.writer.error is not None)
+                if asked == StopSignal.FAILED:
+                    break
+                if asked or is_best or self._save_due() or self.overtrained:
                     self.save()
-                if signalled and self.progress.step < self.total_steps:
+                if asked and self.progress.step < self.total_steps:
+                    self._finish_writing()
                     raise Stopped(
-                        f"stopped by {signal.Signals(signalled).name} at step {self.progress.step} of "
+                        f"stopped by {signal.Signals(asked).name} at step {self.progress.step} of "
                         f"{self.total_steps}; a checkpoint was written and the same command continues"
                     )
+        self._finish_writing()
         if self.overtrained:
             logger.warning(
                 "overtraining: no improvement for %d epochs; the best checkpoint is step %d",
@@ -235,41 +377,83 @@ class Trainer:
             )
         logger.info("trained to step %d; checkpoints in %s", self.progress.step, self.work.checkpoints_dir)
 
-    def train_step(self, batch: Batch) -> None:
-        """One update of D, then one of G."""
+    def train_step(self, batches: list[Batch]) -> None:
+        """One update of D, then one of G, from all micro-batches: what one batch as large as all of them would do."""
         self._set_learning_rate()
-        logging_step = (self.progress.step + 1) % self.config.log_every_steps == 0
         self.timer.num_steps += 1
-        with self.timer.phase("g_forward"):
-            out = self._generate(batch)
-            real = slice_samples(batch.wave, out.start, self.spec.segment // self.spec.hop, self.spec.hop)
+        last = len(batches) - 1
+        values: dict[str, Tensor] = {}
+        finite = torch.ones(len(batches), dtype=torch.bool, device=self.device)
+        self.d.optimizer.zero_grad(set_to_none=True)
+        for i, batch in enumerate(batches):
+            # G sees each micro-batch again after D's update; only the last pass of this loop is kept for that.
+            with self.timer.phase("g_forward"), torch.set_grad_enabled(i == last):
+                out, real = self._generate(batch, local=last > 0)
+            with self.timer.phase("d_step"), local_gradients(self.d.ddp, i < last):
+                loss_d = self._learn_to_tell_apart(real, out.wave.detach(), batch)
+            add_to(values, {"loss/d": loss_d})
+            finite[i] &= loss_d.isfinite()
         with self.timer.phase("d_step"):
-            scores = self.d.ddp(torch.cat([real, out.wave.detach()])).scores
-            real_scores, fake_scores = zip(*(s.chunk(2) for s in scores), strict=True)
-            loss_d = losses.discriminator_loss(real_scores, fake_scores) * batch.share
-            norm_d = self._optimize(self.d, loss_d, logging_step)
+            good = self._update(self.d, values)
+        self.g.optimizer.zero_grad(set_to_none=True)
         # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
-        with self.timer.phase("g_step"), frozen(self.d.raw):
-            terms = self._generator_terms(out, real, batch)
-            loss_g = weighted_sum(terms, self.config.loss)
-            norm_g = self._optimize(self.g, loss_g, logging_step)
-        values = {f"loss/g_{k}": v for k, v in terms.items()} | {"loss/g_total": loss_g, "loss/d": loss_d}
-        self.meter.update(values | norm_g | norm_d)
+        with frozen(self.d.raw):
+            for i, batch in reversed(list(enumerate(batches))):
+                if i < last:
+                    with self.timer.phase("g_forward"):
+                        out, real = self._generate(batch, local=i > 0)
+                with self.timer.phase("g_step"), local_gradients(self.g.ddp, i > 0):
+                    terms = self._learn_to_deceive(out, real, batch)
+                add_to(values, terms)
+                finite[i] &= terms["loss/g_total"].isfinite()
+        with self.timer.phase("g_step"):
+            good = good & self._update(self.g, values)
+        self.meter.update(values, good)
+        self.recent.append(Step(self.progress.step + 1, [b.clips for b in batches], good, finite))
 
-    def _generate(self, batch: Batch) -> GeneratorOutput:
+    def _generate(self, batch: Batch, local: bool) -> tuple[GeneratorOutput, Tensor]:
+        """G's output for a batch, and the real slice [B, 1, segment] that it imitates."""
         spec = spectrogram(batch.wave.squeeze(1), self.spec.n_fft, self.spec.hop)
         coarse, f0 = self._pitch(batch.f0)
-        out: GeneratorOutput = self.g.ddp(batch.content, batch.lengths, coarse, f0, spec, batch.speaker)
-        return out
+        compilation.begin_pass()
+        noise = Noise.draw(self.shape, batch.seeds, batch.content.shape[1], self.device)
+        network = self.g.ddp if torch.is_grad_enabled() else self.g.call
+        with local_gradients(network, local), self._autocast():
+            out: GeneratorOutput = network(batch.content, batch.lengths, coarse, f0, spec, batch.speaker, noise)
+        return out, slice_samples(batch.wave, out.start, self.shape.segment_frames, self.spec.hop)
+
+    def _learn_to_tell_apart(self, real: Tensor, fake: Tensor, batch: Batch) -> Tensor:
+        """Add D's gradients of one micro-batch; its loss."""
+        with self._autocast():
+            scores = self.d.ddp(torch.cat([real, fake])).scores
+        real_scores, fake_scores = zip(*(s.chunk(2) for s in scores), strict=True)
+        loss = losses.discriminator_loss(real_scores, fake_scores) * batch.share
+        self.accelerator.backward(loss)
+        return loss
+
+    def _learn_to_deceive(self, out: GeneratorOutput, real: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Add G's gradients of one micro-batch; its losses."""
+        terms = self._generator_terms(out, real, batch)
+        loss = weighted_sum(terms, self.config.loss, self._kl_warmup())
+        self.accelerator.backward(loss)
+        return {f"loss/g_{k}": v for k, v in terms.items()} | {"loss/g_total": loss}
+
+    def _kl_warmup(self) -> float:
+        return min(1.0, (self.progress.step + 1) / max(1, self.config.kl_warmup_steps))
+
+    def _autocast(self) -> torch.autocast:
+        """Parameters, losses and spectrograms stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.use_bf16)
 
     def _pitch(self, f0: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return (coarse_pitch(f0), f0) if self.recipe.model.pitch_guidance else (None, None)
 
     def _generator_terms(self, out: GeneratorOutput, real: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The generator's losses, unweighted, each scaled so that its mean over ranks is the global batch's."""
-        with torch.no_grad():
-            real_features = self.d.raw(real).features
-        fake = self.d.raw(out.wave)
+        with self._autocast():
+            with torch.no_grad():
+                real_features = self.d.call(real).features
+            fake = self.d.call(out.wave)
         means = {
             "mel": self._mel_loss(real, out.wave),
             "fm": losses.feature_matching_loss(real_features, fake.features),
@@ -285,19 +469,15 @@ class Trainer:
             return losses.multiscale_mel_loss(real, fake, rate)
         return losses.mel_loss(real, fake, rate=rate, n_fft=spec.n_fft, hop=spec.hop, num_mels=spec.num_mels)
 
-    def _optimize(self, network: Network, loss: Tensor, logging_step: bool) -> dict[str, Tensor]:
-        """One backward pass and one update; the gradient norm when it is wanted."""
-        network.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        gradients = [p.grad for p in network.raw.parameters() if p.grad is not None]
-        norm: dict[str, Tensor] = {}
-        if logging_step or self.config.max_grad_norm is not None:
-            total = nn.utils.get_total_norm(gradients)
-            norm = {f"grad/norm_{'g' if network is self.g else 'd'}": total}
-            if self.config.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(network.raw.parameters(), self.config.max_grad_norm, total)
-        network.optimizer.step()
-        return norm
+    def _update(self, network: Network, values: dict[str, Tensor]) -> Tensor:
+        """One update from the gradients, unless they are not finite: true [] if they are, the same on all ranks."""
+        norm = nn.utils.get_total_norm([p.grad for p in network.raw.parameters() if p.grad is not None])
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(network.raw.parameters(), self.config.max_grad_norm, norm)
+        good = norm.isfinite()
+        step_if(network.optimizer, good)
+        add_to(values, {f"grad/norm_{'g' if network is self.g else 'd'}": norm})
+        return good
 
     def _set_learning_rate(self) -> None:
         rate = learning_rate(
@@ -307,20 +487,28 @@ class Trainer:
             for group in network.optimizer.param_groups:
                 group["lr"] = rate
 
-    def _batches(self) -> Iterator[Batch]:
-        self.sampler.start_at(self.progress.epoch, self.step_in_epoch)
-        cuda = self.device.type == "cuda"
-        loader = make_loader(self.dataset, self.sampler, self.config.num_workers, cuda, self.config.fast_train)
-        for batch in loader:
-            yield batch.to(self.device)
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from here on."""
+        self.sampler.start_at(self.progress.epoch, self.progress.seen)
+        for batches in make_loader(self.dataset, self.sampler, self.loader_settings):
+            yield [batch.to(self.device) for batch in batches]
 
     def _advance(self) -> None:
-        self.progress.step += 1
-        self.step_in_epoch += 1
-        if self.step_in_epoch == self.steps_per_epoch:
-            self.progress.epoch += 1
-            self.step_in_epoch = 0
-        self.progress.clips_in_epoch = self.step_in_epoch * self.sampler.global_batch_size
+        size, seen = self.sampler.global_batch_size, list(self.progress.seen)
+        if seen and seen[-1][0] == size:
+            seen[-1] = (size, seen[-1][1] + 1)
+        else:
+            seen.append((size, 1))
+        self.left_in_epoch -= 1
+        self.progress = replace(self.progress, step=self.progress.step + 1, seen=tuple(seen))
+        if self.left_in_epoch == 0:
+            self.progress = replace(self.progress, epoch=self.progress.epoch + 1, seen=())
+            self.left_in_epoch = self.sampler.steps_per_epoch
+
+    @property
+    def epochs_done(self) -> float:
+        clips_seen = sum(size * num_steps for size, num_steps in self.progress.seen)
+        return self.progress.epoch + clips_seen / len(self.table.train)
 
     @property
     def overtrained(self) -> bool:
@@ -339,22 +527,22 @@ class Trainer:
         every_epochs = self.config.save_every_epochs
         if every_epochs is None:
             return self._due(self.config.save_every_steps)
-        at_epoch_end = self.step_in_epoch == 0 and self.progress.epoch % every_epochs == 0
+        at_epoch_end = not self.progress.seen and self.progress.epoch % every_epochs == 0
         return at_epoch_end or self.progress.step == self.total_steps
 
     def log(self, audio_s_per_s: float, bar: ProgressBar) -> None:
         """Read the meters (the host waits for the device here and nowhere else) and write them down.
 
         Raises:
-            StageError: a loss is not a finite number; the checkpoints before it are untouched.
+            StageError: too many steps in a row had no finite gradients; the checkpoints before it are untouched.
         """
         values = self.meter.read(self.accelerator)
         phases = self.timer.read()
-        wrong = [k for k, v in values.items() if not math.isfinite(v)]
-        if wrong:
-            raise StageError(self._not_finite(", ".join(wrong)))
+        self._review()
+        if not values:
+            return  # of steps that all were bad, the review has said so
         values["train/lr"] = self.g.optimizer.param_groups[0]["lr"]
-        values["train/epoch"] = self.progress.epoch + self.step_in_epoch / self.steps_per_epoch
+        values["train/epoch"] = self.epochs_done
         values["perf/audio_s_per_s"] = audio_s_per_s
         values |= {f"perf/{name}_s": seconds for name, seconds in phases.items()}
         self.tracker.scalars(values, self.progress.step)
@@ -371,28 +559,76 @@ class Trainer:
             parts,
         )
 
-    def _not_finite(self, what: str) -> str:
-        return (
-            f"step {self.progress.step}: {what} is not finite; lower train.learning_rate or set train.max_grad_norm. "
-            f"The checkpoints in {self.work.checkpoints_dir} are from before"
+    def _review(self) -> None:
+        """Name the clips of steps that made no update since the last review; go back when they were too many in a row.
+
+        Raises:
+            StageError: there is nothing to go back to, or going back did not help.
+        """
+        steps, self.recent = self.recent, []
+        flags = torch.cat([torch.cat([s.good.reshape(1), s.finite]) for s in steps]).tolist() if steps else []
+        streak, too_many = self.progress.bad_streak, False
+        for step in steps:
+            good, *finite = flags[: 1 + len(step.clips)]
+            del flags[: 1 + len(step.clips)]
+            streak = 0 if good else streak + 1
+            too_many = too_many or streak >= self.config.max_bad_steps
+            if not good:
+                clips = [
+                    self.table.train[c]
+                    for micro, fine in zip(step.clips, finite, strict=True)
+                    if not fine
+                    for c in micro
+                ]
+                named = ", ".join(dict.fromkeys(f"{c.source or 'silence'} (unit {c.unit}, {c.key})" for c in clips))
+                logger.warning(
+                    "step %d: no update, since a gradient was not finite; %s",
+                    step.number,
+                    f"clips with a loss that is not finite here: {named}"
+                    if clips
+                    else "every loss of this rank was finite",
+                )
+        self.progress = replace(self.progress, bad_streak=streak)
+        if too_many:
+            self._go_back()
+
+    def _go_back(self) -> None:
+        """Take weights and optimizers from the newest checkpoint and go on with the data that comes next."""
+        on_first_rank(self.accelerator, self._written)
+        (newest,) = broadcast_object_list([checkpoint.latest(self.work.checkpoints_dir)])
+        saved = checkpoint.load(newest) if newest is not None else None
+        before = self.progress.rolled_back_at
+        if saved is None or (before is not None and saved.progress.step <= before):
+            raise StageError(
+                f"step {self.progress.step}: {self.config.max_bad_steps} steps in a row had no finite gradients"
+                f"{', also after going back to a checkpoint' if saved else ' before the first checkpoint'}; lower "
+                "train.learning_rate, set train.max_grad_norm, or leave out the recordings named above. "
+                f"The checkpoints in {self.work.checkpoints_dir} are from before"
+            )
+        logger.warning(
+            "step %d: %d steps in a row had no finite gradients; going on from the weights of step %d",
+            self.progress.step,
+            self.config.max_bad_steps,
+            saved.progress.step,
         )
+        self._load_weights(saved)
+        self.progress = replace(self.progress, bad_streak=0, rolled_back_at=self.progress.step)
 
     @torch.no_grad()
     def validate(self) -> bool:
         """Mel distance on held-out clips, a picture and a sound; True when it is the smallest so far.
 
-        The noise is drawn from a fixed seed and the training noise is left where it was, so that validations compare
-        and a run is the same with and without them.
+        Each clip's noise has a fixed seed, so that validations compare, on any number of ranks.
         """
         clips = self.table.holdout[:MAX_EVAL_CLIPS]
-        mine = clips[self.accelerator.process_index :: self.accelerator.num_processes]
+        numbered = list(enumerate(clips))[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = torch.zeros(2, device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(self.config.seed)
-            for i, clip in enumerate(mine or self.table.train[:1]):
+            for i, clip in numbered or [(0, self.table.train[0])]:
+                torch.manual_seed(self.config.seed + i)
                 real, fake = self._resynthesise(clip)
-                if mine:
+                if numbered:
                     distance = F.l1_loss(self._log_mel(fake), self._log_mel(real))
                     sums += torch.stack([distance, torch.ones_like(distance)])
                 if i == 0:
@@ -404,8 +640,8 @@ class Trainer:
         self.tracker.scalars({"eval/mel_distance": mean}, self.progress.step)
         is_best = self.progress.best_metric is None or mean < self.progress.best_metric
         if is_best:
-            self.progress.best_metric = mean
-            self.progress.best_step, self.progress.best_epoch = self.progress.step, self.progress.epoch
+            step, epoch = self.progress.step, self.progress.epoch
+            self.progress = replace(self.progress, best_metric=mean, best_step=step, best_epoch=epoch)
         logger.info(
             "validation at step %d: mel distance %.4f (best %.4f at step %d)",
             self.progress.step,
@@ -418,8 +654,9 @@ class Trainer:
     def _resynthesise(self, clip: Any) -> tuple[Tensor, Tensor]:
         """A clip [S] and what the voice makes of its content and pitch [S]."""
         read = self.dataset.read(clip)
-        frames = len(read[1])
-        batch = collate([read], frames, 1.0, frames, self.spec.hop).to(self.device)
+        frames = len(read.content)
+        plan = BatchPlan(clips=(0,), epoch=0, padded_frames=frames, share=1.0, mean_frames=frames)
+        batch = collate([read], plan, self.spec.hop, seeds=(0,)).to(self.device)
         assert isinstance(self.g.raw, Generator)
         fake = self.g.raw.infer(batch.content, batch.lengths, *self._pitch(batch.f0), batch.speaker)
         return batch.wave[0, 0], fake[0, 0].float()
@@ -435,36 +672,66 @@ class Trainer:
         self.tracker.sound("audio/real", real, rate, step)
 
     def save(self) -> None:
-        """Write a checkpoint: the main rank alone touches the disk.
+        """Write a checkpoint: the main rank alone touches the disk, and goes on as soon as it has copied the tensors.
 
         Raises:
-            StageError: the weights are not finite numbers (on every rank alike), or the disk refuses.
+            StageError: the weights are not finite numbers (on every rank alike).
         """
+        self._review()
         weights = [*self.g.raw.parameters(), *self.d.raw.parameters()]
         if not torch.stack([w.detach().isfinite().all() for w in weights]).all():
-            raise StageError(self._not_finite("a weight"))
-        states = self.accelerator.gather(rng_state(self.device).to(self.device).unsqueeze(0)).cpu()
-        if self.accelerator.is_main_process:
-            saved = checkpoint.Checkpoint(
-                progress=self.progress,
-                identity=self.identity,
-                models={"generator": self.g.raw.state_dict(), "discriminator": self.d.raw.state_dict()},
-                optimizers={
-                    "optimizer_generator": checkpoint.optimizer_state(self.g.optimizer, self.g.raw),
-                    "optimizer_discriminator": checkpoint.optimizer_state(self.d.optimizer, self.d.raw),
-                },
-                rng=list(states),
+            raise StageError(
+                f"step {self.progress.step}: a weight is not finite; lower train.learning_rate or set "
+                f"train.max_grad_norm. The checkpoints in {self.work.checkpoints_dir} are from before"
             )
+        meter = self.meter.state(self.accelerator)
+        if self.accelerator.is_main_process:
             self.tracker.flush()
-            path = checkpoint.save(self.work.checkpoints_dir, saved)
-            checkpoint.prune(self.work.checkpoints_dir, self.config.keep_checkpoints, self.progress.best_step)
-            logger.info("saved %s", path)
+            self.writer.start(self._snapshot(meter))
+
+    def _snapshot(self, meter: dict[str, Any]) -> checkpoint.Checkpoint:
+        """This moment as a checkpoint that shares the memory of the networks."""
+        return checkpoint.Checkpoint(
+            progress=self.progress,
+            identity=self.identity,
+            models={name: network.raw.state_dict() for name, network in self.networks.items()},
+            optimizers={name: optimizer_state(n.optimizer, n.raw) for name, n in self.networks.items()},
+            meter=meter,
+            num_ranks=self.accelerator.num_processes,
+        )
+
+    def _written(self) -> None:
+        self.writer.wait()
+        if self.writer.error is not None:
+            raise self.writer.error
+
+    def _finish_writing(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            StageError: it could not be written; on all ranks.
+        """
+        on_first_rank(self.accelerator, self._written)
 
     def _progress_bar(self) -> ProgressBar:
         return ProgressBar(self.total_steps, self.progress.step, self.accelerator.is_main_process)
 
     def close(self) -> None:
+        self.writer.wait()
         self.tracker.close()
+
+
+@dataclass
+class Step:
+    """What is remembered of a step until the host next waits for the device."""
+
+    number: int
+    clips: list[tuple[int, ...]]
+    """Of each micro-batch of this rank."""
+    good: Tensor
+    """[] bool: it made its updates; the same on all ranks."""
+    finite: Tensor
+    """[micro-batches] bool: the losses of this rank's micro-batch were finite."""
 
 
 class ProgressBar:
@@ -488,6 +755,13 @@ class ProgressBar:
         self._bar.update(self._task, completed=step, description=text)
 
 
-def weighted_sum(terms: Mapping[str, Tensor], weights: LossConfig) -> Tensor:
-    """The generator's loss."""
-    return weights.mel * terms["mel"] + weights.kl * terms["kl"] + weights.fm * terms["fm"] + weights.adv * terms["adv"]
+def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Sum scalars by name, on the device."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: LossConfig, kl_warmup: float) -> Tensor:
+    """The generator's loss; `kl_warmup` in 0..1 scales the weight of the KL term."""
+    kl = weights.kl * kl_warmup
+    return weights.mel * terms["mel"] + kl * terms["kl"] + weights.fm * terms["fm"] + weights.adv * terms["adv"]

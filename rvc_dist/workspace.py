@@ -60,6 +60,7 @@ class Workspace:
         self.vectors_file = self.index_dir / "total_fea.npy"
         self.index_report_file = self.index_dir / "report.json"
         self.checkpoints_dir = self.root / "checkpoints"
+        self.compile_file = self.root / "compile.json"
         self.tensorboard_dir = self.root / "tensorboard"
         self.voice_dir = self.root / "voice"
         self.last_voice_file = self.voice_dir / f"{name}_last.pth"

@@ -18,6 +18,7 @@ from rvc_dist.audio import Wave
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe
 from rvc_dist.features.f0 import F0Method
 from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.optim import OptimizerState
 from rvc_dist.workspace import Plan, Unit, Workspace, save_arrays, stamp, write_json
 
 RATE = 24000
@@ -126,7 +127,7 @@ def make_checkpoint(
         progress=progress or checkpoint.Progress(step=10, epoch=2),
         identity=json.loads(json.dumps(identity)),
         models={"generator": generator.state_dict(), "discriminator": {}},
-        optimizers={f"optimizer_{name}": {"tensors": {}} for name in ("generator", "discriminator")},
+        optimizers={name: OptimizerState({}, []) for name in checkpoint.MODELS},
     )
 
 

@@ -35,6 +35,10 @@ class RelativeAttention(nn.Module):
         depth = channels // num_heads
         self.conv_q = nn.Conv1d(channels, channels, 1)
         self.conv_k = nn.Conv1d(channels, channels, 1)
+        # It moves all scores of a query alike, which softmax does not see. Its gradient would be rounding noise alone,
+        # of which Adam makes full steps, different ones on every number of ranks.
+        assert self.conv_k.bias is not None
+        self.conv_k.bias.requires_grad_(False)
         self.conv_v = nn.Conv1d(channels, channels, 1)
         self.conv_o = nn.Conv1d(channels, channels, 1)
         self.emb_rel_k = nn.Parameter(torch.randn(1, 2 * ATTENTION_WINDOW + 1, depth) * depth**-0.5)
@@ -141,7 +145,10 @@ class TextEncoder(nn.Module):
 
 
 class PosteriorEncoder(nn.Module):
-    """Posterior `enc_q`: linear spectrogram [B, F, T] to a sample z, its mean and log deviation, each [B, inter, T]."""
+    """Posterior `enc_q`: linear spectrogram [B, F, T] to a sample z, its mean and log deviation, each [B, inter, T].
+
+    `noise` [B, inter, T], standard normal, makes the sample.
+    """
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__()
@@ -149,7 +156,7 @@ class PosteriorEncoder(nn.Module):
         self.enc = WaveNet(shape.hidden_channels, kernel_size=5, num_layers=16, gin_channels=shape.gin_channels)
         self.proj = nn.Conv1d(shape.hidden_channels, 2 * shape.inter_channels, 1)
 
-    def forward(self, spec: Tensor, mask: Tensor, speaker: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, spec: Tensor, mask: Tensor, speaker: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.enc(self.pre(spec) * mask, mask, speaker)
         mean, log_deviation = (self.proj(x) * mask).chunk(2, dim=1)
-        return (mean + torch.randn_like(mean) * log_deviation.exp()) * mask, mean, log_deviation
+        return (mean + noise * log_deviation.exp()) * mask, mean, log_deviation

@@ -150,6 +150,31 @@ class GeneratorShape:
         )
 
 
+class Noise(NamedTuple):
+    """The random numbers of one training pass: inputs like any other, so that they do not depend on who draws when."""
+
+    posterior: Tensor
+    """[B, inter, T] standard normal."""
+    start: Tensor
+    """[B] uniform in 0..1: which slice of the clip is decoded."""
+    source: Tensor | None
+    """[B, segment_frames, hop] standard normal, for the excitation; None without pitch guidance."""
+
+    @classmethod
+    def draw(cls, shape: GeneratorShape, seeds: Sequence[int], num_frames: int, device: torch.device) -> Noise:
+        """The noise of clips of `num_frames` frames, each from its own seed: the same in any batch, on any rank."""
+        generator = torch.Generator(device)
+        rows = []
+        for seed in seeds:
+            generator.manual_seed(seed)
+            options: dict[str, Any] = {"generator": generator, "device": device}
+            start = torch.rand((), **options)
+            source = torch.randn(shape.segment_frames, shape.hop, **options) if shape.pitch_guidance else None
+            rows.append((torch.randn(shape.inter_channels, num_frames, **options), start, source))
+        posterior, starts, sources = zip(*rows, strict=True)
+        return cls(torch.stack(posterior), torch.stack(starts), torch.stack(sources) if shape.pitch_guidance else None)
+
+
 class GeneratorOutput(NamedTuple):
     """What a training step needs; latents are [B, inter, T] and zero outside `mask`."""
 
@@ -193,18 +218,19 @@ class Generator(nn.Module):
         f0: Tensor | None,
         spec: Tensor,
         speaker: Tensor,
+        noise: Noise,
     ) -> GeneratorOutput:
         """Decode a random slice of every clip from its spectrogram. Clips are padded to T >= segment_frames."""
         segment = self.shape.segment_frames
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)
         m_p, logs_p = self.enc_p(content, coarse, mask)
-        z, m_q, logs_q = self.enc_q(spec, mask, voice)
+        z, m_q, logs_q = self.enc_q(spec, mask, voice, noise.posterior)
         z_p = self.flow(z, mask, voice)
         num_starts = (lengths - segment + 1).clamp(min=1)
-        start = (torch.rand(lengths.shape, device=lengths.device) * num_starts).long()
+        start = (noise.start * num_starts).long()
         f0_slice = None if f0 is None else slice_frames(f0.unsqueeze(1), start, segment).squeeze(1)
-        wave = self.dec(slice_frames(z, start, segment), f0_slice, voice)
+        wave = self.dec(slice_frames(z, start, segment), f0_slice, voice, noise.source)
         return GeneratorOutput(wave, start, mask, z_p, m_p, logs_p, m_q, logs_q)
 
     @torch.no_grad()
@@ -217,11 +243,15 @@ class Generator(nn.Module):
         speaker: Tensor,
         noise_scale: float = 0.66666,
     ) -> Tensor:
-        """Convert whole clips: a wave [B, 1, S], with the prior's noise scaled by `noise_scale`."""
+        """Convert whole clips: a wave [B, 1, S], with the prior's noise scaled by `noise_scale`.
+
+        Noise comes from PyTorch's own generator of the device.
+        """
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)
         m_p, logs_p = self.enc_p(content, coarse, mask)
-        z_p = (m_p + torch.randn_like(m_p) * logs_p.exp() * noise_scale) * mask
+        z_p = (m_p + torch.randn(m_p.shape, device=m_p.device) * logs_p.exp() * noise_scale) * mask
         z = self.flow(z_p, mask, voice, reverse=True)
-        wave: Tensor = self.dec(z * mask, f0, voice)
+        source = None if f0 is None else torch.randn(*f0.shape, self.shape.hop, device=f0.device)
+        wave: Tensor = self.dec(z * mask, f0, voice, source)
         return wave

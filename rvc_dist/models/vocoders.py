@@ -26,7 +26,8 @@ NOISE_DEVIATION = 0.003
 class SineGenerator(nn.Module):
     """Excitation of the neural source-filter model (NSF, arXiv 1904.12088): f0 [B, T] in Hz to [B, 1, S], float32.
 
-    A sine of amplitude 0.1 with a little noise where f0 > 0, louder noise alone where it is 0.
+    A sine of amplitude 0.1 with a little noise where f0 > 0, louder noise alone where it is 0. `noise` [B, T, hop] is
+    standard normal.
     """
 
     def __init__(self, sample_rate: int, hop: int) -> None:
@@ -35,7 +36,7 @@ class SineGenerator(nn.Module):
         self.hop = hop
 
     @torch.no_grad()
-    def forward(self, f0: Tensor) -> Tensor:
+    def forward(self, f0: Tensor, noise: Tensor) -> Tensor:
         # The phase at a frame's start is summed in float64 and kept modulo one cycle, so that its error does not grow
         # with the length of the recording; within a frame it stays below a few cycles, which float32 holds well.
         cycles = f0.double() / self.sample_rate
@@ -46,7 +47,7 @@ class SineGenerator(nn.Module):
         sine = SINE_AMPLITUDE * torch.sin(2 * math.pi * phase)
         voiced = (f0 > 0).float().unsqueeze(2)
         deviation = voiced * NOISE_DEVIATION + (1 - voiced) * SINE_AMPLITUDE / 3
-        return (sine * voiced + deviation * torch.randn_like(sine)).flatten(1).unsqueeze(1)
+        return (sine * voiced + deviation * noise).flatten(1).unsqueeze(1)
 
 
 class SineSource(nn.Module):
@@ -57,15 +58,16 @@ class SineSource(nn.Module):
         self.sine = SineGenerator(sample_rate, hop)
         self.l_linear = nn.Linear(1, 1)
 
-    def forward(self, f0: Tensor) -> Tensor:
+    def forward(self, f0: Tensor, noise: Tensor) -> Tensor:
         with torch.autocast(f0.device.type, enabled=False):
-            return torch.tanh(self.sine(f0) * self.l_linear.weight + self.l_linear.bias)
+            return torch.tanh(self.sine(f0, noise) * self.l_linear.weight + self.l_linear.bias)
 
 
 class HiFiGAN(nn.Module):
     """HiFi-GAN decoder (arXiv 2010.05646): z [B, inter, T], speaker [B, gin, 1] to a wave [B, 1, S] in -1..1.
 
-    The base class of vocoders: they take f0 [B, T] in Hz, or None without pitch guidance, and return float32. Weights
+    The base class of vocoders: they take f0 [B, T] in Hz and the noise of its excitation [B, T, hop], both None without
+    pitch guidance, and return float32. Weights
     start from PyTorch's defaults, as in effect upstream: its normal(0, 0.01) is written to a tensor that weight norm
     recomputes. Made effective, 120 steps reached less than 24 did without it (mel loss of a narrow decoder, one run).
     """
@@ -88,8 +90,8 @@ class HiFiGAN(nn.Module):
             )
         self.conv_post = nn.Conv1d(channels, 1, 7, padding=3, bias=False)
 
-    def forward(self, z: Tensor, f0: Tensor | None, speaker: Tensor) -> Tensor:
-        source = self.source(f0)
+    def forward(self, z: Tensor, f0: Tensor | None, speaker: Tensor, noise: Tensor | None) -> Tensor:
+        source = self.source(f0, noise)
         x: Tensor = self.conv_pre(z) + self.cond(speaker)
         for stage, up in enumerate(self.ups):
             x = self.excite(up(F.leaky_relu(x, LEAKY_SLOPE)), source, stage)
@@ -100,7 +102,7 @@ class HiFiGAN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return torch.tanh(self.conv_post(x.float()))
 
-    def source(self, f0: Tensor | None) -> Tensor | None:
+    def source(self, f0: Tensor | None, noise: Tensor | None) -> Tensor | None:
         """The excitation [B, 1, S], if this vocoder has one."""
         return None
 
@@ -122,9 +124,9 @@ class NSFHiFiGAN(HiFiGAN):
             kernel_size = 1 if stride == 1 else 2 * stride
             self.noise_convs.append(nn.Conv1d(1, channels, kernel_size, stride, padding=stride // 2))
 
-    def source(self, f0: Tensor | None) -> Tensor | None:
+    def source(self, f0: Tensor | None, noise: Tensor | None) -> Tensor | None:
         assert f0 is not None
-        source: Tensor = self.m_source(f0)
+        source: Tensor = self.m_source(f0, noise)
         return source
 
     def excite(self, x: Tensor, source: Tensor | None, stage: int) -> Tensor:

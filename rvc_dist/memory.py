@@ -1,0 +1,48 @@
+"""Device memory: what is free, what a piece of work needs at its peak, and which batch would fit."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import psutil
+import torch
+
+RESERVE = 0.08
+"""Share of a device's memory left to fragments, cuDNN's workspaces and NCCL."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated; of a CPU, the system's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes that this process may count on in all, its own included."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - RESERVE * total)
+    return int(psutil.virtual_memory().available)
+
+
+def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
+    """Most bytes allocated at once on a CUDA device while `work` runs; None when even that does not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        return None
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def largest_batch(peak_of_one: int, peak_of_two: int, more: int, available: int) -> int:
+    """Clips of a batch that fit into `available` bytes, when memory grows by the clip and `more` comes on top of it.
+
+    0 when not even one fits.
+    """
+    each = max(1, peak_of_two - peak_of_one)
+    return max(0, 1 + (available - more - peak_of_one) // each)
