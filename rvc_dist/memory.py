@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 import psutil
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 RESERVE = 0.08
 """Share of a device's memory left to fragments, cuDNN's workspaces and NCCL."""
@@ -46,3 +49,13 @@ def largest_batch(peak_of_one: int, peak_of_two: int, more: int, available: int)
     """
     each = max(1, peak_of_two - peak_of_one)
     return max(0, 1 + (available - more - peak_of_one) // each)
+
+
+def recompute(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Let parts of `network` of these kinds keep their inputs only, and compute the rest again in the backward pass.
+
+    Activation checkpointing (Chen et al., arXiv 1604.06174). The parts draw no random numbers.
+    """
+    for part in network.modules():
+        if isinstance(part, kinds):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)

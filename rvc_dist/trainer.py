@@ -48,9 +48,10 @@ from rvc_dist.distributed import (
 )
 from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.metrics import Meter, PhaseTimer, Tracker
-from rvc_dist.models.discriminator import MultiPeriodDiscriminator
+from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
+from rvc_dist.models.encoders import Transformer
 from rvc_dist.models.generator import Generator, GeneratorOutput, GeneratorShape, Noise
-from rvc_dist.models.modules import slice_samples
+from rvc_dist.models.modules import ResBlock, WaveNet, slice_samples
 from rvc_dist.optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, step_if
 from rvc_dist.spectral import log_mel, spectrogram
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace, read_json, write_json
@@ -58,6 +59,8 @@ from rvc_dist.workspace import Share, StageError, Stopped, Workspace, read_json,
 logger = logging.getLogger(__name__)
 
 MAX_EVAL_CLIPS = 32
+RECOMPUTED = (ResBlock, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscriminator)
+"""What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
 CACHE_SHARE = 0.5
 """Of the device's free memory, what the cached dataset may take: the rest is for the step."""
 
@@ -111,6 +114,9 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         generator = Generator(self.shape)
         discriminator = MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels)
+        if self.config.activation_checkpointing:
+            for module in (generator, discriminator):
+                memory.recompute(module, RECOMPUTED)
         if resume_from is None:
             self._load_pretrained(pretrained, {"pretrained_g": generator, "pretrained_d": discriminator})
         del pretrained

@@ -1,18 +1,28 @@
 """The sampler, the alignment of features to frames, and batches."""
 
+import os
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from tiny import make_features, tiny_recipe
 
-from rvc_dist.config import RATES
+from rvc_dist.config import RATES, TrainConfig
 from rvc_dist.data import (
+    BatchPlan,
     BucketBatchSampler,
+    CachedClips,
+    ClipData,
+    ClipDataset,
+    ClipTable,
+    cached_bytes,
     collate,
     covered_frames,
     feature_frames,
     held_out_sources,
+    loader_settings,
 )
 
 
@@ -22,25 +32,52 @@ def speech_lengths(count: int) -> list[int]:
     return [298 if rng.random() < 0.6 else int(rng.integers(50, 330)) for _ in range(count)]
 
 
-def parts(lengths: list[int], batch_size: int, num_ranks: int, epoch: int = 0) -> list[list]:
-    """plans[step][rank] of one epoch."""
-    samplers = [BucketBatchSampler(lengths, batch_size, num_ranks, r, seed=7) for r in range(num_ranks)]
-    batches = samplers[0].global_batches(epoch)
-    return [[s.part(clips, epoch) for s in samplers] for clips in batches]
+def parts(lengths: list[int], batch_size: int, num_ranks: int, accum_steps: int = 1) -> list[list]:
+    """plans[step][rank * micro-batch] of one epoch."""
+    samplers = [BucketBatchSampler(lengths, batch_size, num_ranks, r, 7, accum_steps) for r in range(num_ranks)]
+    batches = samplers[0].global_batches(0)
+    return [[plan for s in samplers for plan in s.part(clips, 0)] for clips in batches]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3, 8, 64])
+@pytest.mark.parametrize(("num_ranks", "accum_steps"), [(1, 1), (3, 1), (8, 1), (2, 3), (64, 1), (64, 2), (1024, 1)])
 @pytest.mark.parametrize("count", [7, 252, 1000])
-def test_every_clip_is_seen_exactly_once_an_epoch_on_any_number_of_ranks(num_ranks, count):
-    seen = [c for step in parts(speech_lengths(count), 8, num_ranks) for p in step if p.share > 0 for c in p.clips]
-    assert sorted(seen) == list(range(count))
+def test_every_clip_is_seen_exactly_once_an_epoch_on_any_number_of_ranks(num_ranks, accum_steps, count):
+    steps = parts(speech_lengths(count), 8, num_ranks, accum_steps)
+    assert sorted(c for step in steps for p in step if p.share > 0 for c in p.clips) == list(range(count))
+    for step in steps:
+        assert sum(p.share for p in step) == pytest.approx(num_ranks), "the mean over ranks is that of the global batch"
+        assert len(step) % num_ranks == 0, "every rank has as many micro-batches"
+        assert max(len(p.clips) for p in step) <= 8
+    borrowed = sum(p.share == 0 for step in steps for p in step)
+    assert borrowed == BucketBatchSampler(speech_lengths(count), 8, num_ranks, 0, 7, accum_steps).num_borrowed
 
 
-def test_all_ranks_have_the_same_shape_and_their_shares_sum_to_the_ranks():
+def test_eight_ranks_compute_less_than_a_twentieth_of_a_small_epoch_for_nothing():
+    """252 clips are ten minutes of speech; samplers that fill up by repeating clips repeat half of them and more."""
+    for batch_size in (1, 2, 4, 8):
+        sampler = BucketBatchSampler(speech_lengths(252), batch_size, 8, 0, seed=7)
+        assert sampler.num_borrowed / 252 < 0.05
+
+
+def test_an_epoch_goes_on_with_the_clips_left_on_another_number_of_ranks():
+    lengths = speech_lengths(252)
+    before, after = (BucketBatchSampler(lengths, 4, ranks, 0, seed=7) for ranks in (2, 3))
+    seen = [c for clips in before.global_batches(5)[:10] for c in clips.tolist()]
+    first = after.global_batches(5, seen=[(8, 10)])
+    assert sorted(seen + [c for clips in first for c in clips.tolist()]) == list(range(252))
+    # It stops again after four steps of 12, and goes on as it would have, or on 2 ranks with what is left then.
+    rest = after.global_batches(5, seen=[(8, 10), (12, 4)])
+    assert [c.tolist() for c in rest] == [c.tolist() for c in first[4:]]
+    seen += [c for clips in first[:4] for c in clips.tolist()]
+    again = before.global_batches(5, seen=[(8, 10), (12, 4)])
+    assert sorted(seen + [c for clips in again for c in clips.tolist()]) == list(range(252))
+    assert sum(len(c) != 8 for c in again) <= 1
+
+
+def test_all_ranks_have_the_same_shape():
     for step in parts(speech_lengths(252), 8, 8):
         assert len({p.padded_frames for p in step}) == 1
         assert len({p.mean_frames for p in step}) == 1
-        assert sum(p.share for p in step) == pytest.approx(8)
 
 
 def test_a_rank_without_clips_of_its_own_borrows_one_that_counts_for_nothing():
@@ -61,7 +98,7 @@ def test_only_one_batch_an_epoch_is_short_and_shapes_are_bounded():
     batches = sampler.global_batches(0)
     assert len(batches) == sampler.steps_per_epoch == -(-1003 // 8)
     assert sorted(len(b) for b in batches)[:2] == [1003 % 8, 8]
-    assert {sampler.part(b, 0).padded_frames for b in batches} <= {50, 100, 150, 200, 250, 300, 350}
+    assert {plan.padded_frames for b in batches for plan in sampler.part(b, 0)} <= {50, 100, 150, 200, 250, 300, 350}
 
 
 def test_epochs_differ_and_are_reproducible():
@@ -78,19 +115,25 @@ def test_iteration_continues_where_it_is_told_to():
     sampler = BucketBatchSampler(speech_lengths(50), 4, 2, 1, seed=3)
     stream = iter(sampler)
     whole = [next(stream) for _ in range(30)]
-    sampler.start_at(1, 2)
+    sampler.start_at(1, [(8, 2)])
     stream = iter(sampler)
     assert [next(stream) for _ in range(10)] == whole[sampler.steps_per_epoch + 2 :][:10]
 
 
-def test_a_million_clips_on_a_thousand_ranks_are_planned_in_seconds():
+def test_a_million_clips_on_a_thousand_ranks_are_planned_in_seconds_and_in_the_same_memory():
     lengths = speech_lengths(1000) * 1000
-    began_at = time.monotonic()
-    sampler = BucketBatchSampler(lengths, 4, 1024, 1000, seed=1)
-    batches = sampler.global_batches(0)
-    sampler.part(batches[0], 0)
-    assert time.monotonic() - began_at < 10
-    assert sum(len(b) for b in batches) == 1_000_000
+    peaks = {}
+    for num_ranks in (1, 1024):
+        began_at = time.monotonic()
+        tracemalloc.start()
+        sampler = BucketBatchSampler(lengths, 4, num_ranks, num_ranks - 1, seed=1)
+        batches = sampler.global_batches(0)
+        sampler.part(batches[0], 0)
+        peaks[num_ranks] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert time.monotonic() - began_at < 10
+        assert sum(len(b) for b in batches) == 1_000_000
+    assert peaks[1024] <= peaks[1] < 250e6
 
 
 @pytest.mark.parametrize("rate", RATES["v2"])
@@ -128,8 +171,12 @@ def test_holdout_is_by_source_and_never_everything():
 
 
 def test_collate_pads_with_zeros():
-    clips = [(torch.ones(6), torch.ones(3, 2), torch.ones(3), 0), (torch.ones(4), torch.ones(2, 2), torch.ones(2), 5)]
-    batch = collate(clips, padded_frames=4, share=1.0, mean_frames=2.5, hop=2)
+    clips = [
+        ClipData(torch.ones(6), torch.ones(3, 2), torch.ones(3), 0),
+        ClipData(torch.ones(4), torch.ones(2, 2), torch.ones(2), 5),
+    ]
+    plan = BatchPlan(clips=(7, 3), epoch=0, padded_frames=4, share=1.0, mean_frames=2.5)
+    batch = collate(clips, plan, hop=2, seeds=(70, 30))
     assert batch.wave.shape == (2, 1, 8)
     assert batch.content.shape == (2, 4, 2)
     assert batch.wave.sum() == 10
@@ -137,3 +184,52 @@ def test_collate_pads_with_zeros():
     assert batch.lengths.tolist() == [3, 2]
     assert batch.speaker.tolist() == [0, 5]
     assert batch.to(torch.device("cpu")).mean_frames == 2.5
+    first = batch.first(1)
+    assert (first.clips, first.seeds, first.lengths.tolist()) == ((7,), (70,), [3])
+
+
+def test_a_clips_noise_is_its_own_and_another_one_each_epoch(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    dataset = ClipDataset(recipe, ClipTable.load(recipe).train)
+    (one,) = dataset[(BatchPlan((2,), 0, 100, 1.0, 1.0),)]
+    (two,) = dataset[(BatchPlan((1, 2), 0, 100, 1.0, 1.0),)]
+    (later,) = dataset[(BatchPlan((2,), 1, 100, 1.0, 1.0),)]
+    assert one.seeds == two.seeds[1:]
+    assert len({*two.seeds, *later.seeds}) == 3
+
+
+def test_a_cached_dataset_gives_the_same_batches(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    table = ClipTable.load(recipe)
+    plans = (BatchPlan(tuple(range(len(table.train))), 0, 100, 1.0, 1.0),)
+    (read,) = ClipDataset(recipe, table.train)[plans]
+    (cached,) = CachedClips(recipe, table.train, torch.device("cpu"))[plans]
+    for name in ("wave", "content", "f0", "lengths", "speaker"):
+        assert torch.equal(getattr(read, name), getattr(cached, name))
+    seconds = 24000 * 4 + 50 * 16 * 4 + 100 * 4
+    frames = sum(c.num_frames for c in dict.fromkeys(table.train))
+    assert cached_bytes(recipe, table.train, 16) == round(frames / 100 * seconds)
+
+
+def test_fast_train_sets_the_loader_as_the_reference_does(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    cuda, fast = torch.device("cuda"), TrainConfig(fast_train=True)
+    assert loader_settings(fast, cuda, cached=False) == {
+        "num_workers": 6,
+        "prefetch_factor": 16,
+        "pin_memory": True,
+        "persistent_workers": True,
+    }
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert loader_settings(fast, cuda, cached=False)["num_workers"] == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert loader_settings(fast, cuda, cached=False)["num_workers"] == 4
+    assert loader_settings(TrainConfig(), cuda, cached=False)["num_workers"] == 1
+    assert loader_settings(fast, cuda, cached=True) == {
+        "num_workers": 0,
+        "prefetch_factor": None,
+        "pin_memory": False,
+        "persistent_workers": False,
+    }

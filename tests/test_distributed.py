@@ -8,8 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from launching import finish, launcher, rvc_dist, start, torchrun
-from safetensors.torch import load_file
+from launching import finish, launcher, rvc_dist, start
 from tiny import make_features, tiny_recipe
 from torch import nn
 
@@ -39,7 +38,7 @@ def _kernel_settings(monkeypatch):
 @pytest.mark.usefixtures("_kernel_settings")
 def test_fast_train_sets_the_kernel_settings_and_they_read_back():
     distributed.apply_kernel_settings(TrainConfig(fast_train=True))
-    settings = distributed.kernel_settings()
+    settings = distributed.kernel_settings(torch.device("cpu"))
     assert settings["tf32 matmul"] is True
     assert settings["tf32 cudnn"] is True
     assert settings["cudnn.benchmark"] is True
@@ -50,7 +49,7 @@ def test_fast_train_sets_the_kernel_settings_and_they_read_back():
 @pytest.mark.usefixtures("_kernel_settings")
 def test_deterministic_wins_over_fast_train():
     distributed.apply_kernel_settings(TrainConfig(fast_train=True, deterministic=True))
-    settings = distributed.kernel_settings()
+    settings = distributed.kernel_settings(torch.device("cpu"))
     assert settings["cudnn.deterministic"] is True
     assert settings["cudnn.benchmark"] is False
     assert torch.are_deterministic_algorithms_enabled()
@@ -58,10 +57,10 @@ def test_deterministic_wins_over_fast_train():
 
 def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
-    mine = distributed.kernel_settings()
+    mine = distributed.kernel_settings(torch.device("cpu"))
     monkeypatch.setattr(distributed, "gather_object", lambda _: [mine, mine | {"torch": "1.0"}])
     with pytest.raises(StageError) as caught:
-        distributed.check_same_settings(Accelerator(cpu=True))
+        distributed.check_same_settings(Accelerator(cpu=True), {})
     assert str({0: torch.__version__, 1: "1.0"}) in str(caught.value)
 
 
@@ -88,16 +87,6 @@ def test_frozen_passes_gradients_through_and_leaves_other_flags_alone():
     assert [p.requires_grad for p in net.parameters()] == [True, False, True, True]
 
 
-def test_random_state_of_a_rank_comes_back():
-    distributed.seed_rank(1, 0)
-    state = distributed.rng_state(torch.device("cpu"))
-    first = torch.randn(3)
-    distributed.seed_rank(1, 1)
-    assert not torch.equal(torch.randn(3), first)
-    distributed.restore_rng_state(state, torch.device("cpu"))
-    assert torch.equal(torch.randn(3), first)
-
-
 def test_a_missing_rank_is_noticed(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     alone = Accelerator(cpu=True)
@@ -105,27 +94,6 @@ def test_a_missing_rank_is_noticed(monkeypatch):
     monkeypatch.setattr(distributed, "Accelerator", lambda **_: alone)
     with pytest.raises(StageError, match="asked for 2 ranks but 1 joined"):
         distributed.make_accelerator(TrainConfig())
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("step", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path, step):
-    """12 clips, a mute and global batches of 6: the third has one clip, and the second rank borrows it for nothing."""
-    recipe = tiny_recipe(tmp_path / "run")
-    make_features(recipe, num_clips=15)
-    sizes = {1: 6, 2: 3}
-    for num_ranks, batch_size in sizes.items():
-        torchrun(num_ranks, "step_on_ranks.py", tmp_path / "run", batch_size, step, tmp_path / f"{num_ranks}")
-    one, two = load_file(tmp_path / "1"), load_file(tmp_path / "2")
-    assert one.keys() == two.keys()
-    assert sum(k.startswith("loss.") for k in one) == 6
-    totals = {side: nn.utils.get_total_norm([v for k, v in one.items() if k[0] == side]) for side in "gdl"}
-    for name, value in one.items():
-        # An untrained D answers alike to real and fake, so the terms of its gradient nearly cancel and float32's
-        # rounding shows; a term averaged wrongly is off by 1e-2 and more.
-        difference, floor = (two[name] - value).norm(), 1e-7 * totals[name[0]]
-        bound = 1e-5 if name.startswith("loss.") else 1e-4
-        assert difference < bound * value.norm() + floor, f"{name}: {difference:.1e} of {value.norm():.1e}"
 
 
 @pytest.mark.slow
@@ -156,7 +124,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(tmp_path
     path = checkpoint.latest(tmp_path / "checkpoints")
     assert path is not None
     saved = checkpoint.load(path)
-    assert len(saved.rng) == 2
+    assert saved.num_ranks == 2
     stopped_at = saved.progress.step
     rvc_dist(2, "train", "--config", config, "--train.max_steps", stopped_at + 2)
     assert checkpoint.load(checkpoint.latest(tmp_path / "checkpoints")).progress.step == stopped_at + 2

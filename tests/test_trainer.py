@@ -78,7 +78,16 @@ def test_the_mel_loss_falls(tmp_path):
     assert sum(mel[-10:]) < 0.8 * sum(mel[:10])
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16_adamw": True, "lr_schedule": "cosine"}, {"num_workers": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bf16_adamw": True, "lr_schedule": "cosine"},
+        {"num_workers": 1},
+        {"grad_accum_steps": 2, "batch_size": 1, "log_every_steps": 5},
+        {"cache_on_device": True, "kl_warmup_steps": 6, "warmup_steps": 3},
+    ],
+)
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path, options):
     whole = tiny_recipe(tmp_path / "whole", max_steps=7, eval_every_steps=3, **options)
     halves = tiny_recipe(tmp_path / "halves", max_steps=7, eval_every_steps=3, save_every_steps=3, **options)
@@ -166,38 +175,165 @@ def test_changed_shapes_are_refused_with_every_mismatch(tmp_path):
     assert load_recipe(tmp_path / "config.yaml") == recipe
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tmp_path, max_steps=4, save_every_steps=1)
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(NAME, STEPS): in these steps (from 1), counted over all runs of the test, a loss of that name is NaN."""
+
+    def install(name: str, steps: set[int]) -> None:
+        loss, calls = getattr(trainer.losses, name), []
+
+        def poisoned(*args):
+            calls.append(1)
+            return loss(*args) * (float("nan") if len(calls) in steps else 1.0)
+
+        monkeypatch.setattr(trainer.losses, name, poisoned)
+
+    return install
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "radam", "anyprecision_adamw"])
+@pytest.mark.parametrize("loss", ["multiscale_mel_loss", "discriminator_loss"])
+def test_a_step_without_finite_gradients_changes_nothing_and_its_clips_are_named(
+    tmp_path, poison, caplog, loss, optimizer
+):
+    recipe = tiny_recipe(tmp_path, optimizer=optimizer, save_every_steps=1, keep_checkpoints=9, eval_every_steps=99)
     make_features(recipe)
-    loss = trainer.losses.multiscale_mel_loss
-    calls = []
+    poison(loss, {3})
+    final = train(recipe)
+    before, after = (checkpoint.load(tmp_path / "checkpoints" / f"step_0000000{step}") for step in (2, 3))
+    poisoned, other = ("generator", "discriminator")[:: 1 if loss == "multiscale_mel_loss" else -1]
+    assert all(torch.equal(v, after.models[poisoned][k]) for k, v in before.models[poisoned].items())
+    tensors = before.optimizers[poisoned].tensors
+    assert all(torch.equal(v, after.optimizers[poisoned].tensors[k]) for k, v in tensors.items())
+    assert before.optimizers[poisoned].groups == after.optimizers[poisoned].groups
+    assert any(not torch.equal(v, after.models[other][k]) for k, v in before.models[other].items())
+    assert all(v.isfinite().all() for v in final.models["generator"].values())
+    assert final.progress.step == 4
+    assert sorted(scalars(recipe, "loss/g_mel")) == [1, 2, 4], "a bad step has no losses, and spoils no mean"
+    (line,) = [r.message for r in caplog.records if "no update" in r.message]
+    assert line.startswith("step 3:")
+    assert ".wav (unit " in line
 
-    def poisoned(*args):
-        calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(trainer.losses, "multiscale_mel_loss", poisoned)
-    with pytest.raises(StageError, match=r"step 3: .*loss/g_mel"):
+def test_too_many_bad_steps_in_a_row_go_back_to_the_checkpoint_and_then_stop(tmp_path, poison, caplog):
+    recipe = tiny_recipe(tmp_path, max_steps=20, save_every_steps=5, log_every_steps=1, max_bad_steps=2)
+    make_features(recipe)
+    poison("multiscale_mel_loss", {6, 7, 8, 9})
+    with pytest.raises(StageError, match=r"step 9: 2 steps in a row .*also after going back.*max_grad_norm"):
         train(recipe)
+    assert "step 7: 2 steps in a row had no finite gradients; going on from the weights of step 5" in caplog.text
     saved = newest(recipe)
-    assert saved.progress.step == 2
+    assert saved.progress.step == 5
     assert all(v.isfinite().all() for v in saved.models["generator"].values())
+
+
+def test_bad_steps_before_the_first_checkpoint_stop_the_run(tmp_path, poison):
+    recipe = tiny_recipe(tmp_path, max_steps=9, save_every_steps=9, log_every_steps=4)
+    make_features(recipe)
+    poison("multiscale_mel_loss", {1, 2, 3})
+    with pytest.raises(StageError, match=r"step 4: 3 steps in a row .* before the first checkpoint"):
+        train(recipe)
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, max_steps=4, save_every_steps=1, log_every_steps=1000)
     make_features(recipe)
-    loss = trainer.losses.discriminator_loss
-    calls = []
+    update = trainer.Trainer._update
 
-    def poisoned(*args):
-        calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 3 else 1.0)
+    def overflow(self, network, values):
+        if self.progress.step == 2:
+            next(network.raw.parameters()).data.mul_(float("inf"))
+        return update(self, network, values)
 
-    monkeypatch.setattr(trainer.losses, "discriminator_loss", poisoned)
+    monkeypatch.setattr(trainer.Trainer, "_update", overflow)
     with pytest.raises(StageError, match="step 3: a weight is not finite"):
         train(recipe)
     assert newest(recipe).progress.step == 2
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, max_steps=9, save_every_steps=2, eval_every_steps=99)
+    make_features(recipe)
+    usage = checkpoint.shutil.disk_usage
+    asked = []
+
+    def filling(folder):
+        asked.append(1)
+        return usage(folder)._replace(free=10**6 if len(asked) > 2 else 10**12)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", filling)
+    with pytest.raises(StageError, match=r"a checkpoint needs \d+ MB, the disk has 1 MB free"):
+        train(recipe)
+    assert newest(recipe).progress.step == 2
+
+
+def test_a_folder_that_cannot_hold_checkpoints_is_refused_before_any_step(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(StageError, match=r"checkpoints cannot be written there .* nothing was trained"):
+        train(recipe)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_no_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, batch_size=7)
+    make_features(recipe)
+    used = []
+
+    def out_of_memory(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def peak_of(work, device):
+        work()
+        used.append(1)
+        return 1000 + 1000 * len(used)  # 1000 bytes, and 1000 a clip
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", out_of_memory)
+    monkeypatch.setattr(trainer.memory, "peak_of", peak_of)
+    net = trainer.Trainer(recipe)
+    weights = sum(p.nbytes for n in net.networks.values() for p in n.raw.parameters())
+    net.close()
+    monkeypatch.setattr(trainer.memory, "capacity", lambda _: 2 * weights + 5500)
+    with pytest.raises(StageError, match=r"rank 0: cpu has not enough memory for train.batch_size 7 ") as caught:
+        train(recipe)
+    assert "train.batch_size 4 would fit (with train.grad_accum_steps 2 " in str(caught.value)
+
+
+def test_largest_batch_by_hand():
+    fits = trainer.memory.largest_batch
+    assert fits(3, 5, more=10, available=20) == 1 + (20 - 10 - 3) // 2 == 4
+    assert fits(3, 5, more=10, available=13) == 1
+    assert fits(3, 5, more=10, available=12) == 0
+
+
+def test_accumulated_micro_batches_are_the_larger_batch(tmp_path):
+    """To the same bounds as ranks (test_exactness.py); here also the epoch's short batch, of 1 clip in 7."""
+    options = {"log_every_steps": 1, "eval_every_steps": 99, "max_steps": 8}
+    whole, micro = (
+        tiny_recipe(tmp_path / name, **options, **sizes)
+        for name, sizes in {"whole": {"batch_size": 6}, "micro": {"batch_size": 2, "grad_accum_steps": 3}}.items()
+    )
+    results = []
+    for recipe in (whole, micro):
+        make_features(recipe)
+        results.append(train(recipe).models)
+    for name in checkpoint.MODELS:
+        for key, value in results[0][name].items():
+            assert (results[1][name][key] - value).norm() <= 1e-4 * value.norm(), key
+    assert scalars(whole, "loss/g_mel") == pytest.approx(scalars(micro, "loss/g_mel"), rel=1e-4)
+    assert sorted(scalars(micro, "loss/d")) == list(range(1, 9))
+
+
+def test_kl_warmup_raises_the_weight_linearly(tmp_path):
+    recipe = tiny_recipe(tmp_path, kl_warmup_steps=4, eval_every_steps=99)
+    make_features(recipe)
+    train(recipe)
+    by_name = {name: scalars(recipe, f"loss/g_{name}") for name in ("mel", "kl", "fm", "adv", "total")}
+    for step in range(1, 5):
+        others = 45 * by_name["mel"][step] + by_name["fm"][step] + by_name["adv"][step]
+        assert by_name["total"][step] - others == pytest.approx(step / 4 * by_name["kl"][step], rel=1e-3)
 
 
 def test_overtraining_ends_the_run(tmp_path, monkeypatch, caplog):
