@@ -1,57 +1,59 @@
-"""Run by a launcher: the first steps of a run on the ranks it finds; rank 0 saves what came of them.
+"""Run by a launcher: the first steps of several runs on the ranks it finds; rank 0 saves what came of each.
 
-Usage: step_on_ranks.py RECIPE STEPS OUTPUT [LAST_STEP_OF_EPOCH]
-OUTPUT (safetensors) gets the gradients and losses of the first step, the weights after the last, and the bytes sent.
+Usage: step_on_ranks.py FOLDER BATCH_SIZE STEPS OUTPUT
+Every FOLDER/*.yaml is a recipe, of which BATCH_SIZE replaces the batch size (times its grad_accum_steps); one whose
+name begins with `short` starts with the epoch's short batch. OUTPUT/NAME.safetensors gets the gradients and losses of
+the first step, the weights after the last, and the bytes sent in the first.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from rvc_dist import trainer
-from rvc_dist.config import load_recipe
-from rvc_dist.workspace import StageError
+from rvc_dist.config import Recipe, load_recipe
 
 
-def main() -> None:
-    recipe, num_steps, output = load_recipe(Path(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
+def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> None:
     run = trainer.Trainer(recipe)
-    if sys.argv[4:]:  # begin with the epoch's short batch
-        size, steps = run.sampler.global_batch_size, run.sampler.global_batches(0)
-        short = next(i for i, clips in enumerate(steps) if len(clips) < size)
-        run.progress = trainer.replace(run.progress, seen=((size, short),))
-        run.left_in_epoch -= short
+    if short:
+        size, batches = run.sampler.global_batch_size, run.sampler.global_batches(0)
+        position = next(i for i, clips in enumerate(batches) if len(clips) < size)
+        if position:
+            run.progress = replace(run.progress, seen=((size, position),))
+        run.left_in_epoch -= position
     tensors = {}
     steps = run._steps()
     for step in range(num_steps):
         run.train_step(next(steps))
         run._advance()
         if step == 0:
-            tensors = {
-                f"grad.{name}.{key}": p.grad.clone()
-                for name, network in run.networks.items()
-                for key, p in network.raw.named_parameters()
-                if p.grad is not None
-            }
+            for name, network in run.networks.items():
+                gradients = {k: p.grad for k, p in network.raw.named_parameters() if p.grad is not None}
+                tensors |= {f"grad.{name}.{k}": gradient.clone() for k, gradient in gradients.items()}
             losses = run.meter.read(run.accelerator)
-            tensors |= {f"loss.{k}": torch.tensor(v) for k, v in losses.items()}
+            tensors |= {f"loss.{k}": torch.tensor(v) for k, v in losses.items() if k.startswith("loss/")}
             tensors["bytes"] = torch.tensor(run.wire.num_bytes)
-    tensors |= {
-        f"weight.{name}.{key}": p.detach()
-        for name, network in run.networks.items()
-        for key, p in network.raw.named_parameters()
-    }
+    for name, network in run.networks.items():
+        tensors |= {f"weight.{name}.{k}": p.detach() for k, p in network.raw.named_parameters()}
     if run.accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in tensors.items()}, output)
     run.close()
-    run.accelerator.end_training()
+
+
+def main() -> None:
+    folder, batch_size, num_steps, output = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    output.mkdir(exist_ok=True)
+    for file in sorted(folder.glob("*.yaml")):
+        recipe = load_recipe(file)
+        size = batch_size // recipe.train.grad_accum_steps
+        recipe = replace(recipe, train=replace(recipe.train, batch_size=size))
+        first_steps(recipe, num_steps, output / f"{file.stem}.safetensors", file.stem.startswith("short"))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except StageError as error:
-        sys.exit(str(error))
+    main()

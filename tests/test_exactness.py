@@ -1,0 +1,96 @@
+"""A step on W ranks with batch B is a step on one rank with batch W * B: for every loss and every optimizer."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from launching import torchrun
+from safetensors.torch import load_file
+from tiny import make_features, tiny_recipe, with_train
+from torch import nn
+
+from rvc_dist.config import OptimizerName
+
+STEPS = 5
+GLOBAL_BATCH = 4
+LEARNING_RATES = {"prodigy": 1.0}
+
+
+def cases(names: list[str]) -> dict[str, dict]:
+    """Train settings by the name of the case."""
+    return {n: {"optimizer": n, "learning_rate": LEARNING_RATES.get(n, 1e-4)} for n in names}
+
+
+def first_steps(folder: Path, settings: dict[str, dict], num_ranks: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What rank 0 saved of each case, on this many ranks, with the same global batch on any number."""
+    recipes = folder / f"recipes{num_ranks}"
+    recipes.mkdir()
+    # 22 clips of training and a mute: five batches of 4, and a short one of 3.
+    recipe = tiny_recipe(folder / "run", save_every_steps=10_000)
+    if not (folder / "run").exists():
+        make_features(recipe, num_clips=27)
+    for name, train in settings.items():
+        (recipes / f"{name}.yaml").write_text(with_train(recipe, **train).to_yaml())
+    output = folder / f"output{num_ranks}"
+    torchrun(num_ranks, "step_on_ranks.py", recipes, GLOBAL_BATCH // num_ranks, STEPS, output)
+    return {name: load_file(output / f"{name}.safetensors") for name in settings}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, weights: float, case: str) -> None:
+    """Gradients to 1e-5 of each tensor's norm, weights to `weights` of it.
+
+    Besides, two roundings of float32 in the whole gradient are allowed: where the terms of a sum nearly cancel (real
+    and fake in an untrained D's first bias), the norm of what is left is less than the rounding of the terms. A term
+    that is averaged wrongly is off by 1e-2 and more.
+    """
+    assert one.keys() == other.keys()
+    rounding = 2 * torch.finfo(torch.float32).eps
+    totals = {
+        net: nn.utils.get_total_norm([v for k, v in one.items() if k.startswith(f"grad.{net}.")])
+        for net in ("generator", "discriminator")
+    }
+    for name, value in one.items():
+        if name == "bytes":
+            continue
+        kind, net = name.split(".")[:2]
+        difference, norm = (other[name].double() - value.double()).norm(), value.double().norm()
+        bound = {"grad": 1e-5, "loss": 1e-5, "weight": weights}[kind] * norm
+        if kind == "grad":
+            bound = bound + rounding * totals[net]
+        assert difference <= bound, f"{case}, {name}: {difference:.1e} of {norm:.1e}"
+
+
+@pytest.mark.distributed
+def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
+    settings = {
+        "adamw": {},
+        "short": {},
+        "compressed": {"grad_compression": "bf16"},
+        "accumulated": {"grad_accum_steps": 2},
+    }
+    one, two = (first_steps(tmp_path, settings, num_ranks) for num_ranks in (1, 2))
+    for name in ("adamw", "short", "accumulated"):
+        assert_same(one[name], two[name], weights=1e-4, case=name)
+    assert_same(one["adamw"], two["accumulated"], weights=1e-4, case="accumulated on ranks")
+    # Each gradient goes over the wire once a step, G's and D's; as bf16 in half the bytes.
+    gradient_bytes = sum(v.nbytes for k, v in two["adamw"].items() if k.startswith("grad."))
+    sent = {name: int(tensors["bytes"]) for name, tensors in two.items()}
+    assert sent == {name: gradient_bytes // (2 if name == "compressed" else 1) for name in settings}
+    norms = [
+        nn.utils.get_total_norm([v for k, v in tensors.items() if k.startswith("grad.")])
+        for tensors in (two["adamw"], two["compressed"])
+    ]
+    assert norms[0] != norms[1]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_optimizer_takes_the_same_steps_on_one_two_and_four_ranks(tmp_path):
+    names = [name for name in get_args(OptimizerName) if name != "adamw_8bit"]
+    settings = cases(names) | {"short": {"max_grad_norm": 1.0}, "accumulated": {"grad_accum_steps": 1}}
+    results = {num_ranks: first_steps(tmp_path, settings, num_ranks) for num_ranks in (1, 2, 4)}
+    for num_ranks in (2, 4):
+        for name in settings:
+            assert_same(results[1][name], results[num_ranks][name], weights=1e-4, case=f"{name} on {num_ranks} ranks")

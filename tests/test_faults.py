@@ -1,0 +1,96 @@
+"""What goes wrong on one rank ends all of them soon, with its reason, and loses nothing that was saved."""
+
+import os
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from launching import ROOT, finish, launcher, rvc_dist, start
+from tiny import make_features, tiny_recipe
+
+from rvc_dist import checkpoint
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["raise", "kill"])
+def test_a_rank_that_fails_ends_all_within_seconds_and_the_checkpoint_stays(tmp_path, monkeypatch, kind):
+    recipe = tiny_recipe(tmp_path, max_steps=1000, save_every_steps=2, eval_every_steps=1000)
+    make_features(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    monkeypatch.setenv("FAULT", f"1:8:{kind}")
+    process = start([*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)])
+    assert process.stdout is not None
+    output, failed_at = [], None
+    for line in process.stdout:
+        output.append(line)
+        if "step 7/" in line:
+            failed_at = time.monotonic()
+    finish(process, 60)
+    assert failed_at is not None
+    assert time.monotonic() - failed_at < 30
+    assert process.returncode == 1
+    assert ("this rank was made to fail" if kind == "raise" else "Signal 9 (SIGKILL)") in "".join(output)
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert newest is not None
+    assert newest.name in ("step_00000004", "step_00000006")  # the writer of the last one may have been killed
+    checkpoint.verify(newest)
+    monkeypatch.delenv("FAULT")
+    rvc_dist(2, "train", "--config", file, "--train.max_steps", 9)
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int):
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@needs_root
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp_path, num_ranks):
+    recipe = tiny_recipe(
+        tmp_path / "run", max_steps=1000, save_every_steps=3, keep_checkpoints=99, eval_every_steps=999
+    )
+    make_features(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    with small_disk(tmp_path / "run" / "checkpoints", 48) as disk:
+        output = rvc_dist(num_ranks, "train", "--config", file, code=1)
+        assert output.count("a checkpoint needs") == 1
+        assert "earlier checkpoints are untouched" in output
+        saved = checkpoint.all_in(disk)
+        assert len(saved) >= 2
+        for folder in saved:
+            checkpoint.verify(folder)
+        assert not list(disk.glob(".step_*")), "no half of a checkpoint stays"
+        for folder in saved[:-1]:
+            shutil.rmtree(folder)
+        last = int(saved[-1].name.removeprefix("step_"))
+        assert "continuing from step" in rvc_dist(num_ranks, "train", "--config", file, "--train.max_steps", last + 1)
+
+
+@needs_root
+@pytest.mark.distributed
+def test_a_folder_without_write_permission_is_refused_before_the_first_step(tmp_path):
+    """Root may write anywhere but to a file system that is mounted read-only."""
+    recipe = tiny_recipe(tmp_path / "run")
+    make_features(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    with small_disk(tmp_path / "run" / "checkpoints", 1) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        output = rvc_dist(2, "train", "--config", file, code=1)
+    assert output.count("checkpoints cannot be written there (Read-only file system); nothing was trained") == 1
+    assert "step 1/" not in output

@@ -1,0 +1,104 @@
+"""A run that is killed and started again ends as one that never was: the same bits, the same curves."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from launching import finish, launcher, rvc_dist, start
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import make_features, tiny_recipe, with_train
+
+from rvc_dist import checkpoint
+from rvc_dist.config import Recipe
+
+
+def prepared(folder: Path, **train: object) -> Path:
+    """A recipe file of a run whose features exist."""
+    recipe = tiny_recipe(folder / "run", **train)
+    make_features(recipe, num_clips=12)
+    file = folder / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    return file
+
+
+def kill_at(recipe: Path, num_ranks: int, step: int) -> bool:
+    """Run until the log shows `step`, then kill every process at once; False when the run ended before."""
+    process = start([*launcher(num_ranks), "-m", "rvc_dist", "train", "--config", str(recipe)])
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            shown = line.partition("step ")[2].partition("/")[0]
+            if shown.isdecimal() and int(shown) >= step:
+                break
+        else:
+            return False
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        finish(process, 30)
+    return True
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar that does not measure time."""
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("perf/")]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+CASES = {
+    "float32": {"num_workers": 1, "cache_on_device": False},
+    "bf16, accumulated": {"bf16_adamw": True, "grad_accum_steps": 2, "batch_size": 1, "lr_schedule": "cosine"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_killed_at_random_steps_ends_in_the_same_bits(tmp_path, case, num_ranks):
+    """Checkpoints fall inside epochs and inside log windows."""
+    options = {"max_steps": 31, "save_every_steps": 4, "log_every_steps": 3, "eval_every_steps": 10} | CASES[case]
+    whole, killed = (prepared(tmp_path / name, **options) for name in ("whole", "killed"))
+    rvc_dist(num_ranks, "train", "--config", whole)
+    rng = random.Random(f"{case} {num_ranks}")
+    for step in sorted(rng.sample(range(3, 30), 3)):
+        assert kill_at(killed, num_ranks, step)
+    rvc_dist(num_ranks, "train", "--config", killed)
+    folders = [checkpoint.latest(file.parent / "run" / "checkpoints") for file in (whole, killed)]
+    assert [folder.name for folder in folders] == ["step_00000031"] * 2
+    for name in checkpoint.FILES:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+    reference, resumed = (curves(file.parent / "run") for file in (whole, killed))
+    assert reference == resumed
+    assert [step for step, _ in resumed["loss/g_mel"]] == [*range(3, 31, 3), 31], "no step twice, none missing"
+
+
+def train_to(file: Path, recipe: Recipe, num_ranks: int, step: int) -> dict[str, object]:
+    batch_size = 4 // num_ranks
+    file.write_text(with_train(recipe, batch_size=batch_size).to_yaml())
+    output = rvc_dist(num_ranks, "train", "--config", file, "--train.max_steps", step)
+    folder = checkpoint.latest(Path(recipe.run_dir) / "checkpoints")
+    assert folder is not None
+    assert folder.name == f"step_{step:08d}"
+    return {"output": output} | {name: load_file(folder / f"{name}.safetensors") for name in checkpoint.MODELS}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_goes_on_from_the_same_state_on_another_number_of_ranks(tmp_path):
+    """The global batch stays the same here, so that the weights have to."""
+    results = {}
+    for name, ranks in {"steady": (2, 2, 2), "moved": (2, 1, 2)}.items():
+        recipe = tiny_recipe(tmp_path / name, lr_schedule="constant", eval_every_steps=100)
+        make_features(recipe, num_clips=12)
+        for num_ranks, step in zip(ranks, (3, 5, 8), strict=True):
+            results[name] = train_to(tmp_path / f"{name}.yaml", recipe, num_ranks, step)
+    assert "was made on 1 ranks, this run has 2" in results["moved"]["output"]
+    for network in checkpoint.MODELS:
+        for key, value in results["steady"][network].items():
+            difference = (results["moved"][network][key] - value).norm()
+            assert difference <= 1e-4 * value.norm(), f"{network}.{key}: {difference:.1e} of {value.norm():.1e}"
