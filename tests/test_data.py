@@ -1,6 +1,5 @@
 """The sampler, the alignment of features to frames, and batches."""
 
-import os
 import time
 import tracemalloc
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from tiny import make_features, tiny_recipe
 
-from rvc_dist.config import RATES, TrainConfig
+from rvc_dist.config import RATES
 from rvc_dist.data import (
     BatchPlan,
     BucketBatchSampler,
@@ -22,7 +21,6 @@ from rvc_dist.data import (
     covered_frames,
     feature_frames,
     held_out_sources,
-    loader_settings,
 )
 
 
@@ -211,25 +209,3 @@ def test_a_cached_dataset_gives_the_same_batches(tmp_path):
     seconds = 24000 * 4 + 50 * 16 * 4 + 100 * 4
     frames = sum(c.num_frames for c in dict.fromkeys(table.train))
     assert cached_bytes(recipe, table.train, 16) == round(frames / 100 * seconds)
-
-
-def test_fast_train_sets_the_loader_as_the_reference_does(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    cuda, fast = torch.device("cuda"), TrainConfig(fast_train=True)
-    assert loader_settings(fast, cuda, cached=False) == {
-        "num_workers": 6,
-        "prefetch_factor": 16,
-        "pin_memory": True,
-        "persistent_workers": True,
-    }
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert loader_settings(fast, cuda, cached=False)["num_workers"] == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert loader_settings(fast, cuda, cached=False)["num_workers"] == 4
-    assert loader_settings(TrainConfig(), cuda, cached=False)["num_workers"] == 1
-    assert loader_settings(fast, cuda, cached=True) == {
-        "num_workers": 0,
-        "prefetch_factor": None,
-        "pin_memory": False,
-        "persistent_workers": False,
-    }

@@ -17,44 +17,6 @@ from rvc_dist.config import TrainConfig
 from rvc_dist.workspace import StageError
 
 
-@pytest.fixture
-def _kernel_settings(monkeypatch):
-    """Put every global switch back."""
-    before = (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-    )
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[:2]
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[2:]
-
-
-@pytest.mark.usefixtures("_kernel_settings")
-def test_fast_train_sets_the_kernel_settings_and_they_read_back():
-    distributed.apply_kernel_settings(TrainConfig(fast_train=True))
-    settings = distributed.kernel_settings(torch.device("cpu"))
-    assert settings["tf32 matmul"] is True
-    assert settings["tf32 cudnn"] is True
-    assert settings["cudnn.benchmark"] is True
-    assert settings["cudnn.deterministic"] is False
-    assert settings["allocator"] == "expandable_segments:True,max_split_size_mb:512"
-
-
-@pytest.mark.usefixtures("_kernel_settings")
-def test_deterministic_wins_over_fast_train():
-    distributed.apply_kernel_settings(TrainConfig(fast_train=True, deterministic=True))
-    settings = distributed.kernel_settings(torch.device("cpu"))
-    assert settings["cudnn.deterministic"] is True
-    assert settings["cudnn.benchmark"] is False
-    assert torch.are_deterministic_algorithms_enabled()
-
-
 def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     mine = distributed.kernel_settings(torch.device("cpu"))

@@ -1,0 +1,154 @@
+"""`fast_train`: each of the six rows of the reference table, by what it sets and what can be seen of it.
+
+What only a GPU shows is in test_gpu.py.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from launching import ROOT, environment, rvc_dist
+from tiny import make_features, tiny_recipe
+
+from rvc_dist import compilation, data, distributed
+from rvc_dist.config import TrainConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+FAST = TrainConfig(fast_train=True)
+
+
+@pytest.fixture(autouse=True)
+def _switches_put_back(monkeypatch):
+    before = (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[:2]
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[2:]
+
+
+def fake_gpu(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "tf32"),
+    [
+        ((7, 5), "Tesla T4", "not in this hardware"),
+        ((8, 0), "NVIDIA A100", "used"),
+        ((9, 0), "NVIDIA H100", "used"),
+    ],
+)
+def test_row_1_tf32_on_ampere_and_newer(monkeypatch, capability, name, tf32):
+    fake_gpu(monkeypatch, capability, name)
+    assert distributed.kernel_settings(CUDA)["tf32"] == "off"
+    distributed.apply_kernel_settings(FAST)
+    settings = distributed.kernel_settings(CUDA)
+    assert settings["tf32 matmul"] is settings["tf32 cudnn"] is True
+    assert (settings["tf32"], settings["device"]) == (tf32, name)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_row_2_cudnn_searches_for_the_fastest_kernels():
+    distributed.apply_kernel_settings(FAST)
+    assert distributed.kernel_settings(CPU)["cudnn.benchmark"] is torch.backends.cudnn.benchmark is True
+
+
+def test_row_3_kernels_are_not_deterministic_unless_asked_for():
+    distributed.apply_kernel_settings(FAST)
+    assert distributed.kernel_settings(CPU)["cudnn.deterministic"] is False
+    assert not torch.are_deterministic_algorithms_enabled()
+    distributed.apply_kernel_settings(TrainConfig(fast_train=True, deterministic=True))
+    settings = distributed.kernel_settings(CPU)
+    assert settings["cudnn.deterministic"] is True
+    assert settings["cudnn.benchmark"] is False
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_row_4_the_allocator_is_set_before_cuda_starts():
+    """In a process of its own: importing the trainer must not have started CUDA by then."""
+    script = (
+        "import os, torch, rvc_dist.trainer as t\n"
+        "from rvc_dist.config import TrainConfig\n"
+        "from rvc_dist.distributed import make_accelerator, kernel_settings\n"
+        "started = torch.cuda.is_initialized()\n"
+        "device = make_accelerator(TrainConfig(fast_train=True)).device\n"
+        "print(started, kernel_settings(device)['allocator'])\n"
+    )
+    command = [sys.executable, "-c", script]
+    shown = subprocess.run(command, env=environment(), cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert shown.split() == ["False", "expandable_segments:True,max_split_size_mb:512"]
+
+
+def test_row_4_what_the_user_set_stays(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    distributed.apply_kernel_settings(FAST)
+    assert distributed.kernel_settings(CPU)["allocator"] == "backend:native"
+
+
+def test_row_5_both_networks_are_compiled_with_cuda_graphs_on_cuda(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda module, mode: modes.append(mode) or module)
+    for device in (CUDA, CPU):
+        compilation.compiled(torch.nn.Linear(1, 1), device)
+    assert modes == ["reduce-overhead", "default"]
+    # That it tries both, and keeps what gains: test_compilation.py.
+
+
+def test_row_6_the_loader(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    settings = data.loader_settings(FAST, CUDA, cached=False)
+    assert settings == {"num_workers": 6, "prefetch_factor": 16, "pin_memory": True, "persistent_workers": True}
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert data.loader_settings(FAST, CUDA, cached=False)["num_workers"] == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert data.loader_settings(FAST, CUDA, cached=False)["num_workers"] == 4, "the ranks share the machine's cores"
+    assert data.loader_settings(TrainConfig(), CUDA, cached=False)["num_workers"] == 1
+    cached = {"num_workers": 0, "prefetch_factor": None, "pin_memory": False, "persistent_workers": False}
+    assert data.loader_settings(FAST, CUDA, cached=True) == cached
+    settings |= {"num_workers": 1}  # so many as this machine has
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    dataset = data.ClipDataset(recipe, data.ClipTable.load(recipe).train)
+    sampler = data.BucketBatchSampler([80] * len(dataset.clips), 2, 1, 0, seed=1)
+    loader = data.make_loader(dataset, sampler, settings)
+    assert {name: getattr(loader, name) for name in settings} == settings
+
+
+@pytest.mark.distributed
+def test_every_rank_has_the_settings_and_they_are_printed_once(tmp_path):
+    recipe = tiny_recipe(tmp_path, fast_train=True, max_steps=2)
+    make_features(recipe)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    output = rvc_dist(2, "train", "--config", tmp_path / "recipe.yaml")
+    (line,) = [line for line in output.splitlines() if "2 ranks: tf32" in line]
+    for setting in (
+        "tf32 matmul True",
+        "tf32 cudnn True",
+        "cudnn.benchmark True",
+        "cudnn.deterministic False",
+        "allocator expandable_segments:True,max_split_size_mb:512",
+        "compiled generator False",
+        "compiled discriminator False",
+    ):
+        assert setting in line
+    assert output.count("compile: not for 2 steps of") == 1
+
+
+def test_without_fast_train_nothing_is_touched():
+    before = distributed.kernel_settings(CPU)
+    distributed.apply_kernel_settings(TrainConfig())
+    assert distributed.kernel_settings(CPU) == before
+    AcceleratorState._reset_state(reset_partial_state=True)

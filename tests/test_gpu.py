@@ -1,0 +1,149 @@
+"""What only a CUDA device shows. Skipped where there is none; `pytest -m gpu` runs these alone."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tiny import make_features, tiny_recipe
+
+from rvc_dist import checkpoint, compilation, distributed, trainer
+from rvc_dist.config import TrainConfig
+from rvc_dist.workspace import Share, StageError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+needs_bf16 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < distributed.MIN_BF16_CAPABILITY,
+    reason="needs compute capability 8.0",
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = False
+
+
+def losses_of(recipe, num_steps: int) -> list[dict[str, float]]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run, values = trainer.Trainer(recipe), []
+    steps = run._steps()
+    for _ in range(num_steps):
+        run.train_step(next(steps))
+        run._advance()
+        values.append(run.meter.read(run.accelerator))
+    run.close()
+    return values
+
+
+@needs_bf16
+def test_tf32_changes_a_product_in_its_last_bits_only():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 512, 512, device="cuda").unbind()
+    exact = a @ b
+    distributed.apply_kernel_settings(TrainConfig(fast_train=True))
+    difference = ((a @ b) - exact).norm() / exact.norm()
+    assert 1e-6 < difference < 2e-3
+
+
+def test_the_allocator_has_the_settings_of_fast_train():
+    """In a process of its own, since the allocator reads them once."""
+    import subprocess
+    import sys
+
+    script = (
+        "import torch\nfrom rvc_dist.config import TrainConfig\nfrom rvc_dist.distributed import make_accelerator\n"
+        "make_accelerator(TrainConfig(fast_train=True))\ntorch.zeros(1, device='cuda')\n"
+        "settings = torch.cuda.memory._snapshot()['allocator_settings']\n"
+        "print(settings['expandable_segments'], settings['max_split_size'])\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=True).stdout
+    assert shown.split() == ["True", str(512 << 20)]
+
+
+@pytest.mark.slow
+def test_cuda_graphs_of_two_networks_do_not_overwrite_each_others_outputs(tmp_path):
+    """G's output feeds D, D's features feed G's loss: values over several steps, two lengths and micro-batches."""
+    for accum in (1, 2):
+        runs = []
+        for mode in ("never", "always"):
+            recipe = tiny_recipe(tmp_path / f"{mode}{accum}", compile=mode, grad_accum_steps=accum, learning_rate=1e-5)
+            make_features(recipe, num_clips=15)
+            runs.append(losses_of(recipe, 8))
+        for eager, compiled in zip(*runs, strict=True):
+            assert compiled == pytest.approx(eager, rel=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16_adamw": True, "max_grad_norm": 1.0}, {"grad_accum_steps": 2}])
+def test_a_step_never_waits_for_the_device(tmp_path, options):
+    recipe = tiny_recipe(tmp_path, log_every_steps=1000, **options)
+    make_features(recipe, num_clips=15)
+    run = trainer.Trainer(recipe)
+    steps = run._steps()
+    run.train_step(next(steps))
+    batches = [next(steps) for _ in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            run.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        run.close()
+
+
+@pytest.mark.parametrize("options", [{"deterministic": True}, {"deterministic": True, "bf16_adamw": True}])
+def test_resume_is_exact_with_deterministic_kernels(tmp_path, options):
+    ends = []
+    for name, stops in {"whole": (6,), "halves": (3, 6)}.items():
+        for stop in stops:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            recipe = tiny_recipe(tmp_path / name, max_steps=stop, lr_schedule="constant", **options)
+            if stop == stops[0]:
+                make_features(recipe)
+            trainer.run(recipe, Share())
+        ends.append(checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints")))
+    for name in checkpoint.MODELS:
+        assert all(torch.equal(value, ends[1].models[name][key]) for key, value in ends[0].models[name].items())
+
+
+def test_bad_steps_change_nothing_on_the_device(tmp_path):
+    for optimizer in ("adamw", "anyprecision_adamw"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        recipe = tiny_recipe(tmp_path / optimizer, optimizer=optimizer)
+        make_features(recipe)
+        run = trainer.Trainer(recipe)
+        steps = run._steps()
+        run.train_step(next(steps))
+        before = {n: {k: v.clone() for k, v in net.raw.state_dict().items()} for n, net in run.networks.items()}
+        (batch,) = next(steps)
+        batch.wave.mul_(float("nan"))
+        run.train_step([batch])
+        for name, network in run.networks.items():
+            assert all(torch.equal(v, before[name][k]) for k, v in network.raw.state_dict().items())
+        run.close()
+
+
+def test_out_of_memory_names_a_batch_that_fits(tmp_path):
+    recipe = tiny_recipe(tmp_path, batch_size=64, cache_on_device=True)
+    make_features(recipe, num_clips=90)
+    limit = 300e6 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit)
+    try:
+        with pytest.raises(StageError, match="has not enough memory for train.batch_size 64"):
+            trainer.run(recipe, Share())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_compiling_is_judged_by_a_trial(tmp_path):
+    recipe = tiny_recipe(tmp_path, fast_train=True, max_steps=2)
+    make_features(recipe)
+    run = trainer.Trainer(recipe)
+    assert run.compiled == {"generator": False, "discriminator": False}, "two steps do not repay it"
+    assert compilation.key(recipe.train, run.device, 2)["device"] == torch.cuda.get_device_name()
+    run.close()
