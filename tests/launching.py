@@ -1,9 +1,12 @@
 """Starts rvc_dist and helper scripts as a user does, on one rank or several, and never leaves a process behind."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
@@ -40,12 +43,21 @@ def start(command: list[str], **options: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> str:
-    """The output of a process that is to end by itself; all of its group is ended when it does not."""
+    """The output of a process that is to end by itself; it and its ranks are ended when it does not."""
     try:
         return process.communicate(timeout=timeout_s)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        kill(process)
         raise AssertionError(f"no end after {timeout_s} s:\n{process.communicate()[0][-3000:]}") from None
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a process and all that it started: launchers give their ranks sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher_process = psutil.Process(process.pid)
+        for each in [launcher_process, *launcher_process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def rvc_dist(num_ranks: int, *arguments: object, code: int = 0) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from launching import finish, launcher, rvc_dist, start
+from launching import finish, kill, launcher, rvc_dist, start
 from tiny import make_features, tiny_recipe
 from torch import nn
 
@@ -79,7 +79,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(tmp_path
         output = finish(process, 60)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
             process.communicate()
     assert process.returncode != 0
     assert "stopped by SIGUSR1 at step" in output

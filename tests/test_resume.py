@@ -1,12 +1,10 @@
 """A run that is killed and started again ends as one that never was: the same bits, the same curves."""
 
-import os
 import random
-import signal
 from pathlib import Path
 
 import pytest
-from launching import finish, launcher, rvc_dist, start
+from launching import finish, kill, launcher, rvc_dist, start
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_features, tiny_recipe, with_train
@@ -36,7 +34,7 @@ def kill_at(recipe: Path, num_ranks: int, step: int) -> bool:
         else:
             return False
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         finish(process, 30)
     return True
 
