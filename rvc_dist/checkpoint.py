@@ -79,16 +79,9 @@ class Checkpoint:
         return sum(t.nbytes for tensors in self.tensors().values() for t in tensors.values())
 
     def to_host(self) -> Checkpoint:
-        """A copy in host memory, which training cannot change any more."""
-
-        def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()}
-
-        return replace(
-            self,
-            models={name: copy(tensors) for name, tensors in self.models.items()},
-            optimizers={name: replace(s, tensors=copy(s.tensors)) for name, s in self.optimizers.items()},
-        )
+        """With the weights copied to host memory, where training cannot change them; optimizer states are there."""
+        copies = {n: {k: t.detach().to("cpu", copy=True) for k, t in w.items()} for n, w in self.models.items()}
+        return replace(self, models=copies)
 
 
 class Writer:

@@ -296,7 +296,13 @@ class Trainer:
     def _load_weights(self, saved: checkpoint.Checkpoint) -> None:
         for name, network in self.networks.items():
             network.raw.load_state_dict(saved.models[name])
-            load_optimizer_state(network.optimizer, network.raw, saved.optimizers[name])
+            try:
+                load_optimizer_state(network.optimizer, network.raw, saved.optimizers[name])
+            except ValueError as error:
+                raise StageError(
+                    f"{self.work.checkpoints_dir}: step {saved.progress.step} does not fit the optimizer of the {name}; "
+                    f"change train.optim back, or give the run another run_dir: {error}"
+                ) from error
 
     def _resume(self, saved: checkpoint.Checkpoint) -> None:
         self._load_weights(saved)
@@ -696,7 +702,7 @@ class Trainer:
             self.writer.start(self._snapshot(meter))
 
     def _snapshot(self, meter: dict[str, Any]) -> checkpoint.Checkpoint:
-        """This moment as a checkpoint that shares the memory of the networks."""
+        """This moment as a checkpoint; its weights share the memory of the networks."""
         return checkpoint.Checkpoint(
             progress=self.progress,
             identity=self.identity,

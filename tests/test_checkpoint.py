@@ -1,6 +1,7 @@
 """Checkpoints are whole or refused; pretrained weights fit or every misfit is listed."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from rvc_dist import checkpoint
 from rvc_dist.models.state_dict import to_upstream
-from rvc_dist.optim import AnyPrecisionAdamW
+from rvc_dist.optim import AnyPrecisionAdamW, OptimizerState, load_optimizer_state, optimizer_state
 from rvc_dist.workspace import StageError
 
 IDENTITY = {"rate": 48000, "embedder": {"name": "mfcc"}}
@@ -25,13 +26,13 @@ def net_and_optimizer(kind=AnyPrecisionAdamW):
 
 
 def make(step: int, net, optimizer) -> checkpoint.Checkpoint:
-    state = checkpoint.optimizer_state(optimizer, net)
     return checkpoint.Checkpoint(
-        progress=checkpoint.Progress(step=step, epoch=2, clips_in_epoch=8, best_metric=1.5, best_step=3),
+        progress=checkpoint.Progress(step=step, epoch=2, seen=((8, 1), (4, 2)), best_metric=1.5, best_step=3),
         identity=IDENTITY,
         models={"generator": net.state_dict(), "discriminator": {}},
-        optimizers={"optimizer_generator": state, "optimizer_discriminator": {"tensors": {}}},
-        rng=[torch.get_rng_state(), torch.get_rng_state()],
+        optimizers={"generator": optimizer_state(optimizer, net), "discriminator": OptimizerState({}, [])},
+        meter={"names": ["loss/d"], "ranks": [[0.1, 1.0], [1 / 3, 1.0]]},
+        num_ranks=2,
     )
 
 
@@ -40,20 +41,83 @@ def test_what_is_saved_comes_back_and_continues_to_the_bit(tmp_path, kind):
     net, optimizer = net_and_optimizer(kind)
     saved = make(7, net, optimizer)
     path = checkpoint.save(tmp_path, saved)
-    assert path.name == "step_00000007"
-    loaded = checkpoint.load(path, IDENTITY)
-    assert loaded.progress == saved.progress
-    assert torch.equal(loaded.rng[1], saved.rng[1])
+    assert path == checkpoint.latest(tmp_path) == tmp_path / "step_00000007"
+    checkpoint.verify(path, IDENTITY)
+    loaded = checkpoint.load(path)
+    assert (loaded.progress, loaded.meter, loaded.num_ranks) == (saved.progress, saved.meter, 2)
 
     other, fresh = net_and_optimizer(kind)
     other.load_state_dict(loaded.models["generator"])
-    checkpoint.load_optimizer_state(fresh, other, loaded.optimizers["optimizer_generator"])
+    load_optimizer_state(fresh, other, loaded.optimizers["generator"])
     for n, o in ((net, optimizer), (other, fresh)):
         for _ in range(3):
             o.zero_grad()
             n(torch.ones(2, 3)).square().sum().backward()
             o.step()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
+    """The bytes on the disk are those of the moment of saving; the next one waits for the one before."""
+    net, optimizer = net_and_optimizer()
+    writer, release, order = checkpoint.Writer(tmp_path, keep=9), threading.Event(), []
+    save = checkpoint.save
+
+    def slow(folder, saved):
+        order.append(f"begin {saved.progress.step}")
+        release.wait(30)
+        save(folder, saved)
+        order.append(f"end {saved.progress.step}")
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    writer.start(make(1, net, optimizer))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1.0)
+    assert not checkpoint.all_in(tmp_path), "still waiting"
+    threading.Timer(0.2, release.set).start()
+    writer.start(make(2, net, optimizer))
+    writer.wait()
+    assert order == ["begin 1", "end 1", "begin 2", "end 2"]
+    assert writer.error is None
+    first, second = (checkpoint.load(path).models["generator"] for path in checkpoint.all_in(tmp_path))
+    assert all(torch.equal(first[k], v) for k, v in before.items())
+    assert all(torch.equal(second[k], v + 1) for k, v in before.items())
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_as_a_whole(tmp_path):
+    net, optimizer = net_and_optimizer()
+    checkpoint.save(tmp_path, make(1, net, optimizer))
+    with torch.no_grad():
+        net[1].bias.fill_(5.0)
+    path = checkpoint.save(tmp_path, make(1, net, optimizer))
+    checkpoint.verify(path)
+    assert checkpoint.load(path).models["generator"]["1.bias"].item() == 5.0
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_space_is_checked_before_anything_is_written(tmp_path, monkeypatch):
+    net, optimizer = net_and_optimizer()
+    first = checkpoint.save(tmp_path, make(1, net, optimizer))
+    saved = make(2, net, optimizer)
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    free = saved.num_bytes + checkpoint.SPARE_BYTES
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=free - 1))
+    with pytest.raises(StageError, match=r"a checkpoint needs 17 MB, the disk has 17 MB free"):
+        checkpoint.save(tmp_path, saved)
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=free))
+    checkpoint.save(tmp_path, saved)
+
+
+def test_leftovers_of_killed_runs_are_removed_and_a_folder_in_the_way_is_named(tmp_path):
+    (tmp_path / "run" / ".step_00000003.tmp").mkdir(parents=True)
+    checkpoint.prepare_folder(tmp_path / "run", 1)
+    assert not list((tmp_path / "run").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StageError, match=r"checkpoints cannot be written there .*nothing was trained"):
+        checkpoint.prepare_folder(tmp_path / "file", 1)
 
 
 def test_damage_is_refused_with_every_file_named_and_the_previous_checkpoint_offered(tmp_path):
@@ -64,13 +128,13 @@ def test_damage_is_refused_with_every_file_named_and_the_previous_checkpoint_off
     weights.write_bytes(weights.read_bytes()[:-10])
     state = path / "state.json"
     state.write_text(state.read_text().replace('"step": 2', '"step": 9'))
-    (path / "rng.safetensors").unlink()
+    (path / "optimizer_generator.safetensors").unlink()
     with pytest.raises(StageError) as caught:
-        checkpoint.load(path)
+        checkpoint.verify(path)
     message = str(caught.value)
     assert "generator.safetensors has" in message
     assert "state.json was changed" in message
-    assert "rng.safetensors is missing" in message
+    assert "optimizer_generator.safetensors is missing" in message
     assert "step_00000001" in message
     assert path.exists()
 
@@ -78,10 +142,36 @@ def test_damage_is_refused_with_every_file_named_and_the_previous_checkpoint_off
 def test_other_settings_are_refused_with_every_mismatch_listed(tmp_path):
     path = checkpoint.save(tmp_path, make(1, *net_and_optimizer()))
     with pytest.raises(StageError) as caught:
-        checkpoint.load(path, {"rate": 40000, "embedder": {"name": "mfcc"}, "new": 1})
+        checkpoint.verify(path, {"rate": 40000, "embedder": {"name": "mfcc"}, "new": 1})
     assert "rate: 48000, now 40000" in str(caught.value)
     assert "new: None, now 1" in str(caught.value)
     assert "embedder:" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "manifest.json is not what was written"),
+        ("{}", "state.json is not in manifest.json"),
+        (None, "is missing"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path, text, problem):
+    path = checkpoint.save(tmp_path, make(1, *net_and_optimizer()))
+    if text is None:
+        (path / "manifest.json").unlink()
+    else:
+        (path / "manifest.json").write_text(text)
+    with pytest.raises(StageError, match=problem):
+        checkpoint.verify(path)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    path = checkpoint.save(tmp_path, make(1, *net_and_optimizer()))
+    monkeypatch.undo()
+    with pytest.raises(StageError, match="has format 99, this version of rvc_dist reads 2"):
+        checkpoint.verify(path)
 
 
 def test_an_unfinished_write_is_no_checkpoint_and_a_failed_one_leaves_nothing(tmp_path, monkeypatch):
@@ -98,6 +188,10 @@ def test_an_unfinished_write_is_no_checkpoint_and_a_failed_one_leaves_nothing(tm
     assert checkpoint.latest(tmp_path) == first
     assert not checkpoint.damage(first)
     assert not list(tmp_path.glob("*00000002*"))
+    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer.start(make(2, net, optimizer))
+    writer.wait()
+    assert "No space left on device" in str(writer.error)
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
