@@ -39,14 +39,17 @@ class _Discriminator(nn.Module):
         features = []
         for conv in self.convs:
             x = F.leaky_relu(conv(x), LEAKY_SLOPE)
-            features.append(x)
-        x = self.conv_post(x)
-        features.append(x)
-        return x.reshape(wave.shape[0], -1), features
+            features.append(self.unfold(x))
+        features.append(self.unfold(self.conv_post(x)))
+        return features[-1].reshape(wave.shape[0], -1), features
 
     def fold(self, wave: Tensor) -> Tensor:
         """What the first layer sees of `wave`."""
         return wave
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """A layer's output as a feature, batch-major."""
+        return x
 
 
 class ScaleDiscriminator(_Discriminator):
@@ -64,33 +67,31 @@ class ScaleDiscriminator(_Discriminator):
         self.conv_post = weight_norm(nn.Conv1d(channels, 1, 3, padding=1))
 
 
-class _FoldedConv(nn.Conv2d):
-    """A [K, 1] convolution on [B * P, C, L]: the weights of a 2-D layer without the cost of its thin images."""
-
-    def __init__(self, before: int, after: int, kernel_size: int, stride: int = 1) -> None:
-        super().__init__(before, after, (kernel_size, 1), (stride, 1), padding=(kernel_size // 2, 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        padding = self.kernel_size[0] // 2
-        return F.conv1d(x, self.weight.squeeze(3), self.bias, stride=self.stride[0], padding=padding)
-
-
 class PeriodDiscriminator(_Discriminator):
-    """Looks at every P-th sample: the wave is folded into P phases, which share their weights."""
+    """Looks at every P-th sample: the wave is folded into P phases, which share their weights.
+
+    The layers see one image [1, C, L, B * P] and not, as upstream, B thin ones [B, C, L, P]: a kernel never mixes
+    columns, so clips can be columns as well, and the rows stay long where L is short. As B * P sequences [B * P, C, L]
+    the gradient of the widest layer's weights ran at 39 to 160 GFLOP/s on a CPU in bf16, as rows at 213 to 239.
+    """
 
     def __init__(self, period: int, channels: int) -> None:
         super().__init__()
         self.period = period
         widths = (1, channels // 32, channels // 8, channels // 2, channels)
-        layers = [_FoldedConv(before, after, 5, stride=3) for before, after in pairwise(widths)]
-        layers.append(_FoldedConv(channels, channels, 5))
+        layers = [nn.Conv2d(before, after, (5, 1), (3, 1), padding=(2, 0)) for before, after in pairwise(widths)]
+        layers.append(nn.Conv2d(channels, channels, (5, 1), padding=(2, 0)))
         self.convs = nn.ModuleList(weight_norm(layer) for layer in layers)
-        self.conv_post = weight_norm(_FoldedConv(channels, 1, 3))
+        self.conv_post = weight_norm(nn.Conv2d(channels, 1, (3, 1), padding=(1, 0)))
 
     def fold(self, wave: Tensor) -> Tensor:
-        """[B, 1, S] to [B * P, 1, S / P], reflected at the end to a multiple of P."""
+        """[B, 1, S] to [1, 1, S / P, B * P], reflected at the end to a multiple of P."""
         wave = F.pad(wave, (0, -wave.shape[2] % self.period), mode="reflect")
-        return wave.reshape(wave.shape[0], -1, self.period).transpose(1, 2).reshape(-1, 1, wave.shape[2] // self.period)
+        return wave.reshape(wave.shape[0], -1, self.period).transpose(0, 1).flatten(1)[None, None]
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """[1, C, L, B * P] to [B * P, C, L], a view."""
+        return x.squeeze(0).permute(2, 0, 1)
 
 
 class MultiPeriodDiscriminator(nn.Module):
