@@ -300,7 +300,7 @@ class Trainer:
                 load_optimizer_state(network.optimizer, network.raw, saved.optimizers[name])
             except ValueError as error:
                 raise StageError(
-                    f"{self.work.checkpoints_dir}: step {saved.progress.step} does not fit the optimizer of the {name}; "
+                    f"{self.work.checkpoints_dir}: step {saved.progress.step} does not fit the {name}'s optimizer; "
                     f"change train.optim back, or give the run another run_dir: {error}"
                 ) from error
 

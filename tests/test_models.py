@@ -25,7 +25,7 @@ from rvc_dist.losses import (
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
 from rvc_dist.models.encoders import ATTENTION_WINDOW, RelativeAttention
 from rvc_dist.models.generator import Generator, GeneratorOutput, GeneratorShape, Noise
-from rvc_dist.models.modules import frame_mask, slice_frames, slice_samples
+from rvc_dist.models.modules import Conv1d, ConvTranspose1d, channels_last, frame_mask, slice_frames, slice_samples
 from rvc_dist.models.state_dict import from_upstream, to_upstream
 from rvc_dist.models.vocoders import SineGenerator
 from rvc_dist.spectral import spectrogram
@@ -360,3 +360,38 @@ def test_folded_period_discriminator_equals_its_2d_form() -> None:
         folded = features[i].reshape(2, 3, *features[i].shape[1:]).permute(0, 2, 3, 1)
         torch.testing.assert_close(folded, x)
     assert score.shape == (2, x[0].numel())
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (Conv1d(6, 4, 3, stride=2, padding=2, dilation=2, groups=2), nn.Conv1d(6, 4, 3, 2, 2, 2, 2)),
+        (ConvTranspose1d(6, 4, 5, stride=3, padding=1), nn.ConvTranspose1d(6, 4, 5, 3, 1)),
+    ],
+)
+def test_convolutions_keep_the_layout_and_the_numbers(ours: nn.Module, plain: nn.Module) -> None:
+    torch.manual_seed(0)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 6, 20)
+    expected = plain(x)
+    for layout in (x, channels_last(x)):
+        y = ours(layout)
+        torch.testing.assert_close(y, expected)
+        assert y.stride(1) == (y.shape[2] if layout is x else 1)
+    assert torch.equal(channels_last(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_repeat_bit_by_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    generator, discriminator = Generator(narrow_shape()), MultiPeriodDiscriminator("v2", 64)
+    inputs = random_inputs(generator.shape, generator.shape.segment_frames + 4)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            scores = discriminator(generator(**inputs).wave).scores
+        loss = generator_adversarial_loss(scores)
+        networks = (generator.dec, discriminator)
+        runs.append(torch.autograd.grad(loss, [p for network in networks for p in network.parameters()]))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))

@@ -76,6 +76,34 @@ class WaveNet(nn.Module):
         return skips * mask
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same [B, C, S], on a CPU with the channels of a sample side by side in memory.
+
+    `Conv1d` and `ConvTranspose1d` keep that layout, which oneDNN reads as it is; in the other it reorders every input
+    and output. CUDA keeps the layout that it has.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if x.device.type == "cpu" else x
+
+
+class Conv1d(nn.Conv1d):
+    """nn.Conv1d without its copy of inputs that are `channels_last`: as an image of height 1 they stay so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride, padding, dilation = (1, *self.stride), (0, int(self.padding[0])), (1, *self.dilation)
+        weight = self.weight.unsqueeze(2)
+        return F.conv2d(x.unsqueeze(2), weight, self.bias, stride, padding, dilation, self.groups).squeeze(2)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """nn.ConvTranspose1d that likewise keeps inputs `channels_last`."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        assert output_size is None
+        stride, padding = (1, *self.stride), (0, int(self.padding[0]))
+        weight = self.weight.unsqueeze(2)
+        return F.conv_transpose2d(x.unsqueeze(2), weight, self.bias, stride, padding).squeeze(2)
+
+
 class ResBlock(nn.Module):
     """Residual dilated convolutions, [B, C, S] to [B, C, S]: resblock "1" of HiFi-GAN (arXiv 2010.05646)."""
 
@@ -85,9 +113,9 @@ class ResBlock(nn.Module):
         self.convs2 = nn.ModuleList(self._conv(channels, kernel_size, 1) for _ in dilations)
 
     @staticmethod
-    def _conv(channels: int, kernel_size: int, dilation: int) -> nn.Conv1d:
+    def _conv(channels: int, kernel_size: int, dilation: int) -> Conv1d:
         padding = dilation * (kernel_size - 1) // 2
-        conv: nn.Conv1d = weight_norm(nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding=padding))
+        conv: Conv1d = weight_norm(Conv1d(channels, channels, kernel_size, dilation=dilation, padding=padding))
         return conv
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from rvc_dist.models.modules import LEAKY_SLOPE, ResBlock
+from rvc_dist.models.modules import LEAKY_SLOPE, ConvTranspose1d, ResBlock, channels_last
 
 if TYPE_CHECKING:
     from rvc_dist.models.generator import GeneratorShape
@@ -81,7 +81,7 @@ class HiFiGAN(nn.Module):
         self.resblocks = nn.ModuleList()
         self.num_blocks = len(shape.resblock_kernels)
         for rate, kernel_size in zip(shape.upsample_rates, shape.upsample_kernels, strict=True):
-            up = nn.ConvTranspose1d(channels, channels // 2, kernel_size, rate, padding=(kernel_size - rate) // 2)
+            up = ConvTranspose1d(channels, channels // 2, kernel_size, rate, padding=(kernel_size - rate) // 2)
             self.ups.append(weight_norm(up))
             channels //= 2
             self.resblocks.extend(
@@ -92,7 +92,7 @@ class HiFiGAN(nn.Module):
 
     def forward(self, z: Tensor, f0: Tensor | None, speaker: Tensor, noise: Tensor | None) -> Tensor:
         source = self.source(f0, noise)
-        x: Tensor = self.conv_pre(z) + self.cond(speaker)
+        x = channels_last(self.conv_pre(z) + self.cond(speaker))
         for stage, up in enumerate(self.ups):
             x = self.excite(up(F.leaky_relu(x, LEAKY_SLOPE)), source, stage)
             blocks = self.resblocks[stage * self.num_blocks : (stage + 1) * self.num_blocks]
