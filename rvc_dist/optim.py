@@ -368,7 +368,7 @@ def load_optimizer_state(optimizer: Optimizer, module: nn.Module, state: Optimiz
     if len(state.groups) != len(optimizer.param_groups):
         problems.append(f"{len(state.groups)} groups, expected {len(optimizer.param_groups)}")
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, state.groups, strict=False)):
-        numbers = dict(saved[PARAMETERS])
+        numbers = dict(saved.get(PARAMETERS, {}))
         models: dict[Any, dict[str, Any]] = {}
         known = set(group)
         for p in group["params"]:
@@ -392,7 +392,7 @@ def load_optimizer_state(optimizer: Optimizer, module: nn.Module, state: Optimiz
     if problems:
         raise ValueError("the optimizer's state does not fit:" + "".join(f"\n  {problem}" for problem in problems))
     optimizer.state.clear()
-    if attributes := state.groups[0][ATTRIBUTES]:
+    if attributes := state.groups[0].get(ATTRIBUTES):
         optimizer.load_state_dict(optimizer.state_dict() | attributes)  # with no state, which it would convert
     optimizer.state.update(states)
     for group, options in zip(optimizer.param_groups, groups, strict=True):
