@@ -78,7 +78,7 @@ def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
     sent = {name: int(tensors["bytes"]) for name, tensors in two.items()}
     assert sent == {name: gradient_bytes // (2 if name == "compressed" else 1) for name in settings}
     norms = [
-        nn.utils.get_total_norm([v for k, v in tensors.items() if k.startswith("grad.")])
+        float(nn.utils.get_total_norm([v for k, v in tensors.items() if k.startswith("grad.")]))
         for tensors in (two["adamw"], two["compressed"])
     ]
     assert norms[0] != norms[1]
