@@ -36,6 +36,7 @@ STAGES = {
     "export": Stage("rvc_dist.export", "Write voice files from the run's checkpoints."),
     "infer": Stage("rvc_dist.infer", "Convert a recording with a trained voice."),
     "run": Stage("rvc_dist.pipeline", "All of it in order: preprocess, extract, index, train, export."),
+    "bench": Stage("rvc_dist.bench", "Measure training steps; --parity compares losses with float32 ones."),
     "demo": Stage("rvc_dist.demo", "The whole job on the embedded demo voice."),
 }
 
@@ -94,6 +95,8 @@ def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
         from rvc_dist.demo import demo_arguments
 
         arguments = demo_arguments() + arguments
+    if name == "bench":
+        arguments = ["--bench.parity=true" if a == "--parity" else a for a in arguments]
     return parse_recipe(name, arguments, about), share
 
 

@@ -402,6 +402,26 @@ class InferConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """What `rvc-dist bench` measures; all of it is kept in RUN/bench."""
+
+    warmup_steps: int = 3
+    """Steps before the measured ones: the first make what later ones reuse."""
+    steps: int = 10
+    """Steps that are measured, or trained on each side of --parity."""
+    plain: bool = False
+    """Also measure a plain RVC step on the same networks, in turn with the real one."""
+    plain_precision: Literal["recipe", "fp32"] = "recipe"
+    """Precision of the plain step: the recipe's, or float32."""
+    parity: bool = False
+    """Instead, train the same steps in float32 with AdamW and as the recipe says, and compare every loss (--parity)."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("warmup_steps", "steps"):
+            yield from _at_least(f"bench.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a run produces."""
 
@@ -417,12 +437,23 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     infer: InferConfig = field(default_factory=InferConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
 
     def __post_init__(self) -> None:
         problems = []
         if not self.name or not self.name.isprintable() or set(self.name) & set('/\\"') or self.name.startswith("."):
             problems.append(f"name: got {self.name!r}, expected a file name without slashes")
-        for section in (self.data, self.preprocess, self.extract, self.index, self.model, self.train, self.infer):
+        sections = (
+            self.data,
+            self.preprocess,
+            self.extract,
+            self.index,
+            self.model,
+            self.train,
+            self.infer,
+            self.bench,
+        )
+        for section in sections:
             problems.extend(section.problems())
         if problems:
             raise ConfigError("\n".join(problems))
