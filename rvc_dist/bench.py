@@ -60,6 +60,8 @@ def run(recipe: Recipe, share: Share) -> None:
             f"bench.plain: got train.grad_accum_steps {recipe.train.grad_accum_steps}; the plain step knows no "
             "micro-batches: set it to 1, or train.batch_size to the product of both"
         )
+    if config.parity:
+        parity.asked_for(recipe.train, share.count)  # nothing to compare is an error before anything is written
     bench = Bench(recipe, share)
     results_file = bench.folder / ("parity.json" if config.parity else "results.json")
     if share.is_first:

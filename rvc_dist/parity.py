@@ -32,7 +32,11 @@ PLAIN = {
 
 
 def asked_for(config: TrainConfig, num_ranks: int) -> list[str]:
-    """The settings of a recipe that can make its losses differ from the float32 side's."""
+    """The settings of a recipe that can make its losses differ from the float32 side's.
+
+    Raises:
+        StageError: there is none.
+    """
     effective = {
         "fast_train": config.fast_train,
         "bf16_adamw": config.bf16_adamw,
@@ -42,7 +46,13 @@ def asked_for(config: TrainConfig, num_ranks: int) -> list[str]:
         "compile": "never" if config.compile == "auto" else config.compile,
         "grad_compression": config.grad_compression if num_ranks > 1 else "none",
     }
-    return [f"{name} {str(value).lower()}" for name, value in effective.items() if value != PLAIN[name]]
+    settings = [f"{name} {str(value).lower()}" for name, value in effective.items() if value != PLAIN[name]]
+    if not settings:
+        raise StageError(
+            "--parity: nothing to compare, since the recipe already trains in plain float32 with AdamW; set "
+            "train.fast_train, train.bf16_adamw, train.precision, train.optimizer or train.compile"
+        )
+    return settings
 
 
 @contextmanager
@@ -68,20 +78,15 @@ def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
     """Train `bench.steps` steps on both sides; plain data, the same on all ranks.
 
     Raises:
-        StageError: the recipe asks for nothing that could make a difference.
+        StageError: as `asked_for` does.
     """
     settings = asked_for(recipe.train, num_ranks)
-    if not settings:
-        raise StageError(
-            "--parity: nothing to compare, since the recipe already trains in plain float32 with AdamW; set "
-            "train.fast_train, train.bf16_adamw, train.precision, train.optimizer or train.compile"
-        )
     # prodigy multiplies a rate that it finds by itself, so its 1.0 means nothing to AdamW.
     rate = TrainConfig.learning_rate if recipe.train.optimizer == "prodigy" else recipe.train.learning_rate
     plain = replace(recipe, train=replace(recipe.train, learning_rate=rate, **PLAIN))  # type: ignore[arg-type]
     sides = {name: _follow(side) for name, side in (("float32", plain), ("recipe", recipe))}
     curves = {name: side.pop("losses") for name, side in sides.items()}
-    names = [key for key in dict.fromkeys(k for step in curves["float32"] for k in step)]
+    names = list(dict.fromkeys(key for step in curves["float32"] for key in step))
     return {
         "settings": settings,
         "sides": sides,

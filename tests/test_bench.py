@@ -1,0 +1,523 @@
+"""The bench stage: what it counts against what is known, what it keeps, and that it leaves the run alone."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from launching import rvc_dist
+from safetensors.numpy import load_file
+from tiny import make_features, tiny_recipe, with_train
+
+from rvc_dist import __main__ as cli
+from rvc_dist import bench, bench_report, measuring, parity
+from rvc_dist.config import BenchConfig, ConfigError, Recipe
+from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
+from rvc_dist.workspace import Share, StageError
+
+LOSSES = {"loss/d", "loss/g_mel", "loss/g_kl", "loss/g_fm", "loss/g_adv", "loss/g_total"}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Two measured steps, a quick peak, and a fresh Accelerate."""
+    monkeypatch.setattr(measuring, "PEAK_SIZE", 64)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def bench_recipe(folder, seconds=0.6, options=None, **train) -> Recipe:
+    """A run with features; `options` are those of the bench section."""
+    recipe = tiny_recipe(folder, **train)
+    make_features(recipe, seconds=seconds)
+    return replace(recipe, bench=BenchConfig(**({"warmup_steps": 1, "steps": 2} | (options or {}))))
+
+
+def trainer_of(recipe) -> measuring.MeasuredTrainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stage = bench.Bench(recipe, Share())
+    stage.prepare()
+    return measuring.MeasuredTrainer(stage.recipe())
+
+
+def results(recipe, name="results.json"):
+    return json.loads((bench.Bench(recipe, Share()).folder / name).read_text())["results"]
+
+
+def files(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+# What is counted
+
+
+def conv_flops(module, shape) -> int:
+    """Forward pass and gradients of a sub-discriminator's layers for real waves of `shape`, by hand.
+
+    The first layer's input needs no gradient.
+    """
+    batch, _, length = shape
+    columns, total = batch, 0
+    if isinstance(module, PeriodDiscriminator):
+        columns, length = batch * module.period, math.ceil(length / module.period)
+    for i, layer in enumerate([*module.convs, module.conv_post]):
+        kernel, stride, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+        length = (length + 2 * padding - kernel) // stride + 1
+        once = 2 * columns * length * layer.out_channels * (layer.in_channels // layer.groups) * kernel
+        total += once * (3 if i else 2)
+    return total
+
+
+@pytest.mark.parametrize("module", [PeriodDiscriminator(7, 64), ScaleDiscriminator(256)])
+def test_operations_of_a_discriminator_are_those_of_its_convolutions(module):
+    assert isinstance(module, PeriodDiscriminator) or {c.groups for c in module.convs} >= {1, 4, 16}
+    wave = torch.randn(2, 1, 1000)
+    with measuring.flop_counter() as counter:
+        score, _ = module(wave)
+        score.sum().backward()
+    assert counter.get_total_flops() == conv_flops(module, wave.shape)
+
+
+def test_operations_of_a_transposed_convolution():
+    layer = torch.nn.ConvTranspose1d(16, 8, 4, stride=2, padding=1)
+    with measuring.flop_counter() as counter:
+        layer(torch.randn(2, 16, 100)).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 2 * 100 * 16 * 8 * 4)
+
+
+def test_operations_of_a_step_by_part(tmp_path):
+    run = trainer_of(bench_recipe(tmp_path))
+    batches = run.longest()
+    flops = run.count_flops(batches)
+    run.close()
+    spec = run.spec
+    sliced = (2 * len(batches[0].clips), 1, spec.segment)  # real and generated slices in one pass
+    assert flops["d_step"] == sum(conv_flops(d, sliced) for d in run.d.raw.discriminators)
+    assert set(flops) == {"g_forward", "d_step", "g_step"}
+    # The G step passes real and generated slices forward, and gradients back to the generated ones and through G.
+    assert flops["g_step"] > 0.5 * flops["d_step"] + 2 * flops["g_forward"] * 0.8
+
+
+def test_micro_batches_cost_a_second_forward_pass_of_g(tmp_path):
+    once, twice = (bench_recipe(tmp_path / str(n), batch_size=1, grad_accum_steps=n) for n in (1, 2))
+    counts = []
+    for recipe in (once, twice):
+        run = trainer_of(recipe)
+        counts.append(run.count_flops(run.longest()))
+        run.close()
+    assert counts[1]["g_forward"] == 3 * counts[0]["g_forward"]
+    assert counts[1]["d_step"] == 2 * counts[0]["d_step"]
+
+
+def test_the_longest_batch_is_full_and_as_long_as_the_longest_clip(tmp_path):
+    run = trainer_of(bench_recipe(tmp_path, batch_size=20))
+    (batch,) = run.longest()
+    run.close()
+    assert len(batch.clips) == 20
+    assert set(batch.clips) == set(range(len(run.table.train)))
+    assert batch.share == 1.0
+    assert batch.lengths[0] == max(c.num_frames for c in run.table.train)
+
+
+def test_the_peak_is_that_of_a_matrix_product(monkeypatch):
+    monkeypatch.setattr(measuring, "PEAK_SIZE", 512)
+    peak = measuring.measured_peak(torch.device("cpu"), torch.float32)
+    assert 1e8 < peak < 1e13
+
+
+# What is reported
+
+
+def span(wall_s, cpu_s):
+    return {"wall_s": wall_s, "cpu_s": cpu_s}
+
+
+def rank(walls, cpu_s, audio_s, alone) -> dict:
+    parts = {name: span(0.1, cpu_s / 2) for name in ("g_forward", "d_step")}
+    samples = [span(wall, cpu_s) | {"audio_s": audio_s, "parts": parts} for wall in walls]
+    return {
+        "samples": {"dealt": samples, "longest": samples},
+        "longest_frames": 100,
+        "wire_bytes_per_step": 40.0,
+        "memory": {"resident": 7},
+        "peak_flops": {"fp32": 1000.0},
+        "flops": {"g_forward": 100, "d_step": 300},
+        "with_and_without_wire": [[span(2.0, 0.0), span(alone, 0.0)]] * 3,
+    }
+
+
+def test_numbers_of_several_ranks_are_put_together():
+    ranks = [rank([1.0, 3.0, 2.0], 0.5, 6.0, alone=1.0), rank([2.0, 2.0, 2.0], 0.5, 6.0, alone=1.5)]
+    summary = bench.summarise(ranks, on_cuda=False, precision="fp32")
+    # Each step takes as long as on the slower rank: 2, 3 and 2 s.
+    assert summary["series"]["dealt"]["wall_s"] == 2.0
+    assert summary["series"]["dealt"]["audio_s_per_s"] == 3.0
+    assert summary["utilisation"] == {
+        "g_forward": 100 / 0.25 / 1000,
+        "d_step": 300 / 0.25 / 1000,
+        "step": 400 / 0.5 / 1000,
+    }
+    wire = summary["communication"]
+    assert (wire["share"], wire["slowest_rank"], wire["slowest_s"], wire["fastest_rank"]) == (0.25, 1, 1.5, 0)
+
+
+def test_on_cuda_utilisation_is_by_seconds():
+    summary = bench.summarise([rank([2.0], 0.5, 6.0, 1.0)], on_cuda=True, precision="fp32")
+    assert summary["utilisation"]["step"] == 400 / 2.0 / 1000
+    assert summary["utilisation"]["d_step"] == 300 / 0.1 / 1000
+
+
+def test_a_run_is_measured_and_nothing_outside_its_bench_folder_is_touched(tmp_path, capsys):
+    recipe = bench_recipe(tmp_path, seconds=0.9)  # two lengths of batches
+    for name in ("config.yaml", "compile.json", "checkpoints/keep", "tensorboard/keep"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("the run's own")
+    before = files(tmp_path)
+    bench.run(recipe, Share())
+    printed = capsys.readouterr().out
+    inside = tmp_path / "bench"
+    after = {p: v for p, v in files(tmp_path).items() if inside not in p.parents}
+    assert after == before
+    assert not list(inside.rglob("checkpoints"))
+
+    (result,) = results(recipe)
+    summary = result["summary"]
+    assert result["key"]["data"] == "run"
+    assert [len(s) for s in result["ranks"][0]["samples"].values()] == [2, 2]
+    assert set(summary["series"]["dealt"]["parts"]) == {"data", "g_forward", "d_step", "g_step"}
+    assert set(summary["series"]["longest"]["parts"]) == {"g_forward", "d_step", "g_step"}
+    assert 0 < summary["utilisation"]["step"] < 1.5
+    assert summary["wire_bytes_per_step"] == 0
+    assert summary["memory"]["resident"] > 1e8
+    assert summary["gradient_bytes"]["discriminator"] == 4 * summary["parameters"]["discriminator"]
+    assert result["machine"]["cpu"]
+    for text in ("1 rank, batch 2", "clips of the run", "utilisation", "g_step", "peak memory", "Scaling", "written: "):
+        assert text in printed
+    assert "\x1b" not in printed
+    assert "─" not in printed
+
+
+def test_results_accumulate_and_the_same_one_is_replaced(tmp_path):
+    recipe = bench_recipe(tmp_path)
+    bench.run(recipe, Share())
+    (first,) = results(recipe)
+    bench.run(with_train(recipe, batch_size=1), Share())
+    assert [r["key"]["batch_size"] for r in results(recipe)] == [2, 1]
+    bench.run(recipe, Share())
+    assert [r["key"]["batch_size"] for r in results(recipe)] == [1, 2]
+    again = results(recipe)[1]
+    assert again["key"] == first["key"]
+    assert again["ranks"] != first["ranks"]
+
+
+def stored(ranks, speed, **key) -> dict:
+    return {"key": {"ranks": ranks, "threads": 1} | key, "summary": {"series": {"dealt": {"audio_s_per_s": speed}}}}
+
+
+def test_the_scaling_table_takes_results_that_differ_in_ranks_alone(capsys):
+    every = [stored(4, 30.0), stored(2, 20.0), stored(8, 99.0, threads=3)]
+    out = bench_report.console()
+    out.print(bench_report.scaling_table(every[0], every, out))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [["2", "20.00", "1.00", "100%"], ["4", "30.00", "1.50", "75%"]]
+    (line,) = bench_report.not_comparable(every[0], every)
+    assert line == "8 ranks: not in this table, since measured with threads: 1 -> 3"
+
+
+# The demo voice
+
+
+def test_without_features_clips_of_the_demo_voice_are_measured(tmp_path, capsys):
+    recipe = replace(tiny_recipe(tmp_path, batch_size=3), bench=BenchConfig(warmup_steps=1, steps=1))
+    bench.run(recipe, Share())
+    printed = capsys.readouterr().out
+    assert "clips of the demo voice with random content features" in printed
+    assert [p.name for p in tmp_path.iterdir()] == ["bench"]
+    (result,) = results(recipe)
+    assert result["key"]["data"] == "demo"
+    assert result["ranks"][0]["samples"]["dealt"][0]["audio_s"] == pytest.approx(9.0)
+
+
+def test_clips_of_the_demo_voice(tmp_path):
+    recipe = tiny_recipe(tmp_path, batch_size=8)
+    stage = bench.Bench(recipe, Share())
+    stage.prepare()
+    features = load_file(stage.work.features_file(0))
+    waves = load_file(stage.work.clips_file(0))
+    assert len({wave.tobytes() for wave in waves.values()}) == len(waves) >= 20
+    assert {wave.shape for wave in waves.values()} == {(72000,)}
+    assert all(np.abs(wave).max() > 0.05 for wave in waves.values())
+    assert {features[k].shape for k in features if k.endswith("content")} == {(150, 768)}
+    f0 = features["00000.f0"]
+    assert f0.shape == (300,)
+    assert f0[f0 > 0].min() >= 80
+    assert f0.max() <= 300
+    assert 0.1 < (f0 == 0).mean() < 0.4
+    units = len(list(stage.work.features_dir.glob("0*.safetensors")))
+    assert units * len(waves) >= 4 * 8
+    assert units * len(waves) % 8 == 0
+
+
+def test_clips_of_the_demo_voice_follow_the_recipe_and_are_cut_once(tmp_path):
+    small, large = (bench.Bench(tiny_recipe(tmp_path, batch_size=b), Share()) for b in (2, 64))
+    large.prepare()
+    before = files(tmp_path)
+    large.prepare()
+    assert files(tmp_path) == before
+    small.prepare()
+    assert len(list(small.work.features_dir.glob("0*"))) < len(before) / 2
+    v1 = replace(tiny_recipe(tmp_path), model=replace(tiny_recipe(tmp_path).model, version="v1"))
+    other = bench.Bench(v1, Share())
+    assert not other._is_cut()
+    other.prepare()
+    assert load_file(other.work.features_file(0))["00000.content"].shape == (150, 256)
+
+
+def test_a_moved_run_folder_keeps_its_links(tmp_path):
+    recipe = bench_recipe(tmp_path / "old")
+    bench.Bench(recipe, Share()).prepare()
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = bench.Bench(replace(recipe, run_dir=str(tmp_path / "new")), Share())
+    moved.prepare()
+    assert moved.work.features_file(0).is_file()
+    assert moved.work.clips_dir.resolve() == (tmp_path / "new" / "clips").resolve()
+
+
+# The plain step
+
+
+def test_the_plain_step_computes_the_same_losses_and_gradients(tmp_path):
+    # So low a rate that D, whose update comes before G's losses, is the same in both to float32 rounding.
+    run = trainer_of(bench_recipe(tmp_path, learning_rate=1e-9))
+    batches = run.longest()
+    run.train_step(batches)
+    plain = run.plain("recipe")
+    pairs, losses = run.against_plain(plain, batches, 1)
+    run.close()
+    assert set(losses) == LOSSES
+    for name, (ours, theirs) in losses.items():
+        assert theirs == pytest.approx(ours, rel=1e-5), name
+    assert len(pairs) == 1
+    mine, its = (dict(m.named_parameters()) for m in (run.g.raw, plain.generator))
+    for name, parameter in mine.items():
+        if parameter.grad is not None:
+            difference = (its[name].grad - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-8)
+            assert difference < 2e-4, name
+
+
+def test_the_plain_step_costs_ds_gradients_once_more(tmp_path):
+    run = trainer_of(bench_recipe(tmp_path))
+    plain = run.plain("recipe")
+    (batch,) = run.longest()
+    with measuring.flop_counter() as counter:
+        plain.step(batch, 1.0)
+    flops = run.count_flops([batch])
+    run.close()
+    assert all(p.grad is not None for p in plain.d.parameters())
+    # In the G step: D's gradients from real and generated slices, and the way back through the real ones. The D step
+    # has as many operations for these, and as many again forward and on the way back through the generated ones.
+    assert counter.get_total_flops() == sum(flops.values()) + flops["d_step"] // 2
+
+
+def test_a_thin_image_gives_the_same_score_and_features():
+    from rvc_dist.plain_step import PlainDiscriminator
+
+    network = MultiPeriodDiscriminator("v2", 64)
+    real, fake = torch.randn(2, 2, 1, 1001)
+    with torch.no_grad():
+        plain, _ = PlainDiscriminator(network)(real, fake)
+        whole = network(real)
+    for (score, features), other_score, other_features in zip(plain, whole.scores, whole.features, strict=True):
+        torch.testing.assert_close(score.sort(1).values, other_score.sort(1).values, rtol=1e-4, atol=1e-6)
+        for mine, other in zip(features, other_features, strict=True):
+            assert mine.numel() == other.numel()
+            torch.testing.assert_close(mine.abs().mean(), other.abs().mean())
+
+
+def test_the_ratio_to_the_plain_step_is_printed(tmp_path, capsys):
+    recipe = bench_recipe(tmp_path, options={"plain": True, "plain_precision": "fp32"}, precision="bf16")
+    bench.run(recipe, Share())
+    assert "Against a plain RVC step (fp32 precision)" in capsys.readouterr().out
+    (result,) = results(recipe)
+    plain = result["summary"]["plain"]
+    assert set(plain["losses"]) == LOSSES
+    assert 0 < plain["difference"] < 0.2
+    assert plain["ratio"]["cpu_s"] == pytest.approx(plain["plain"]["cpu_s"] / plain["real"]["cpu_s"])
+    assert "bf16" in result["summary"]["peak_flops"]
+
+
+# Parity
+
+
+def flags():
+    return (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    )
+
+
+def test_fast_train_changes_nothing_on_a_cpu(tmp_path, capsys):
+    recipe = bench_recipe(tmp_path, options={"parity": True}, fast_train=True)
+    before = flags()
+    bench.run(recipe, Share())
+    assert flags() == before
+    (result,) = results(recipe, "parity.json")
+    assert result["settings"] == ["fast_train true"]
+    assert set(result["compared"]) == LOSSES | {"grad/norm_d", "grad/norm_g"}
+    for name, row in result["compared"].items():
+        assert row["absolute"] == row["relative"] == 0.0, name
+        assert row["first"][0] == row["first"][1] > 0
+    benchmark = {name: side["machine"]["cudnn.benchmark"] for name, side in result["sides"].items()}
+    assert benchmark == {"float32": False, "recipe": True}
+    printed = capsys.readouterr().out
+    for text in (*result["compared"], "fast_train true", "mean |difference|", "0.00%"):
+        assert text in printed
+
+
+def test_bf16_adamw_changes_little_but_something(tmp_path):
+    recipe = bench_recipe(tmp_path, options={"parity": True, "steps": 3}, bf16_adamw=True)
+    bench.run(recipe, Share())
+    (result,) = results(recipe, "parity.json")
+    curves = result["curves"]["loss/g_mel"]
+    assert [len(curve) for curve in curves.values()] == [3, 3]
+    for name, row in result["compared"].items():
+        assert 0 < row["relative"] < 0.2, name
+        assert row["steps"] == 3
+    assert not (tmp_path / "bench" / "results.json").exists()
+
+
+def test_steps_without_finite_gradients_are_left_out_of_the_comparison():
+    row = parity._compare([1.0, None, 4.0], [2.0, 1.0, 4.0])
+    assert row == {
+        "first": (1.0, 2.0),
+        "last": (4.0, 4.0),
+        "mean": [2.5, 3.0],
+        "steps": 2,
+        "absolute": 0.5,
+        "relative": 0.2,
+    }
+    assert parity._compare([None], [1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("train", "num_ranks", "settings"),
+    [
+        ({"compile": "always"}, 1, ["compile always"]),
+        ({"precision": "bf16", "optimizer": "radam"}, 1, ["precision bf16", "optimizer radam"]),
+        ({"grad_compression": "bf16"}, 2, ["grad_compression bf16"]),
+        ({}, 2, None),
+        ({"grad_compression": "bf16"}, 1, None),  # one rank sends nothing
+    ],
+)
+def test_parity_compares_what_the_recipe_asks_for(tmp_path, train, num_ranks, settings):
+    config = tiny_recipe(tmp_path, **train).train
+    if settings is None:
+        with pytest.raises(StageError, match="--parity: nothing to compare"):
+            parity.asked_for(config, num_ranks)
+    else:
+        assert parity.asked_for(config, num_ranks) == settings
+
+
+# Mistakes
+
+
+def test_parity_has_a_short_form():
+    assert cli.parse("bench", ["--parity", "--train.fast_train", "true"])[0].bench.parity
+    assert not cli.parse("bench", [])[0].bench.parity
+    with pytest.raises(ConfigError, match="unknown key parity"):
+        cli.parse("train", ["--parity"])
+
+
+def failing(capsys, recipe, *arguments) -> str:
+    """What the command line says of a recipe that it cannot measure."""
+    path = bench.Bench(recipe, Share()).run.root.parent / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert cli.main(["bench", "--config", str(path), *arguments]) in (1, 2)
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.fixture
+def _quiet(monkeypatch):
+    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+
+
+@pytest.mark.usefixtures("_quiet")
+def test_mistakes_are_told(tmp_path, capsys, monkeypatch):
+    run_dir = tmp_path / "run"
+    recipe = bench_recipe(run_dir)
+    for key in ("steps", "warmup_steps"):
+        assert f"bench.{key}: got 0, expected at least 1" in failing(capsys, recipe, f"--bench.{key}", "0")
+    assert "--parity: nothing to compare" in failing(capsys, recipe, "--parity")
+    accumulating = failing(capsys, recipe, "--bench.plain", "true", "--train.grad_accum_steps", "2")
+    assert "bench.plain: got train.grad_accum_steps 2" in accumulating
+    assert not (run_dir / "bench").exists()
+
+    other_rate = failing(capsys, recipe, "--data.sample_rate", "40000")
+    assert "belongs to clips of 24000 Hz, the recipe says data.sample_rate 40000" in other_rate
+
+    (run_dir / "bench" / "results.json").write_text("{")
+    assert "results.json: not valid JSON" in failing(capsys, recipe)
+    (run_dir / "bench" / "results.json").write_text('{"format": 0}')
+    assert "results.json: not results of this version" in failing(capsys, recipe)
+
+    shutil.rmtree(run_dir / "bench")
+    (run_dir / "bench").write_text("in the way")
+    blocked = failing(capsys, recipe)
+    assert f"{run_dir / 'bench'}: the benchmark's files cannot be written (File exists)" in blocked
+    assert "remove what is in the way" in blocked
+
+    def refuse(path, _data):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (run_dir / "bench").unlink()
+    monkeypatch.setattr(bench, "atomic_write", refuse)
+    assert "cannot be written (Permission denied); make " in failing(capsys, recipe)
+
+
+# Several ranks
+
+
+@pytest.mark.distributed
+def test_ranks_send_each_gradient_once_and_half_of_it_compressed(tmp_path):
+    recipe = bench_recipe(tmp_path)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(recipe.to_yaml())
+    bench.run(recipe, Share())
+    output = rvc_dist(2, "bench", "--config", config, "--bench.plain", "true")
+    for text in ("2 ranks, batch 2", "communication", "slowest and fastest alone", "Against a plain RVC step"):
+        assert text in output
+    rows = [line.split() for line in output.partition("Scaling")[2].splitlines()]
+    assert [row[0] for row in rows if row and row[0] in ("1", "2")] == ["1", "2"]
+    rvc_dist(2, "bench", "--config", config, "--train.grad_compression", "bf16")
+    alone, two, compressed = (r["summary"] for r in results(recipe))
+    gradient_bytes = sum(alone["gradient_bytes"].values())
+    assert [r["wire_bytes_per_step"] for r in (alone, two, compressed)] == [0, gradient_bytes, gradient_bytes / 2]
+    assert len(results(recipe)[1]["ranks"]) == 2
+    assert -1 < two["communication"]["share"] < 1
+    assert two["plain"]["difference"] < 1e-3
+
+
+@pytest.mark.distributed
+def test_parity_of_two_ranks(tmp_path):
+    recipe = bench_recipe(tmp_path)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(recipe.to_yaml())
+    output = rvc_dist(2, "bench", "--config", config, "--parity", "--train.grad_compression", "bf16")
+    assert "grad_compression bf16" in output
+    (result,) = results(recipe, "parity.json")
+    assert result["key"]["ranks"] == 2
+    # Compression changes the gradients, so nothing of the first D loss, which comes before any update.
+    first = result["compared"]["loss/d"]["first"]
+    assert first[0] == first[1]
+    assert 0 < result["compared"]["grad/norm_g"]["relative"] < 0.05
