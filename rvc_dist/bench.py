@@ -223,11 +223,13 @@ def _measure(trainer: MeasuredTrainer, recipe: Recipe) -> dict[str, Any]:
     longest = trainer.longest()
     trainer.forget_peak_memory()
     logger.info("bench: %d + %d steps as the sampler deals them", warmup, count)
-    samples: dict[str, list[Sample]] = {"dealt": list(trainer.dealt(warmup))}
+    steps = trainer.dealt(warmup + count)
+    for _ in range(warmup):
+        next(steps)
     sent = trainer.wire.num_bytes
-    samples["dealt"] = list(trainer.dealt(count))
+    dealt = list(steps)
     sent = trainer.wire.num_bytes - sent
-    samples["longest"] = samples["dealt"]
+    samples: dict[str, list[Sample]] = {"dealt": dealt, "longest": dealt}
     if not trainer.has_one_length:
         logger.info("bench: %d + %d steps on the longest clips", warmup, count)
         samples["longest"] = list(trainer.repeated(longest, warmup + count))[warmup:]

@@ -170,7 +170,8 @@ def show_parity(result: dict[str, Any]) -> None:
     """The difference in every loss, and what each side took for a step."""
     out, sides = console(), result["sides"]
     say(out, f"\n{heading({**result, 'machine': sides['recipe']['machine']})}")
-    say(out, f"\n{result['key']['steps']} steps in float32 with AdamW, and with {', '.join(result['settings'])}")
+    settings = ", ".join(result["settings"])
+    say(out, f"\n{result['key']['steps']} steps in float32 with AdamW, and with {settings}; mean absolute differences")
     out.print(parity_table(result, out))
     for name, side in sides.items():
         flags = ", ".join(f"{k} {side['machine'][k]}" for k in ("tf32", "cudnn.benchmark"))
@@ -181,7 +182,7 @@ def show_parity(result: dict[str, Any]) -> None:
 def parity_table(result: dict[str, Any], out: Console) -> Table:
     """One row a loss or norm, in the columns of both sides."""
     pairs = [column for when in ("first", "last", "mean") for column in (f"{when} float32", "recipe")]
-    table = empty_table(out, "", *pairs, "mean |difference|", "relative")
+    table = empty_table(out, "", *pairs, "difference", "relative")
     for key, row in result["compared"].items():
         if row is None:
             table.add_row(key, *["-"] * 8)

@@ -5,7 +5,6 @@ Times are those of steps after which the host waits for the device, which traini
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import resource
@@ -24,6 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from rvc_dist import __version__
+from rvc_dist.config import Recipe
 from rvc_dist.data import BUCKET_FRAMES, Batch
 from rvc_dist.distributed import kernel_settings, local_gradients
 from rvc_dist.metrics import PhaseTimer
@@ -31,8 +31,6 @@ from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.plain_step import PlainDiscriminator, PlainTrainer
 from rvc_dist.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 PARTS = ("data", "g_forward", "d_step", "g_step")
 """Of a step, in their order; all but the first are the trainer's."""
@@ -135,7 +133,7 @@ class Sample:
 class MeasuredTrainer(Trainer):
     """The trainer itself, on a run folder that is only for measuring: nothing is saved, validated or logged."""
 
-    def __init__(self, recipe: Any) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.timer = self.parts = PartTimer(self.device)
 
