@@ -70,8 +70,8 @@ def show_result(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> No
     if plain := summary.get("plain"):
         say(
             out,
-            f"\nAgainst a plain RVC step ({plain['precision']} precision), in turn; losses on the same weights and "
-            f"clips are equal to {plain['difference']:.1e} of their size",
+            f"\nAgainst a plain RVC step ({plain['precision']} precision), in turn; losses on the same weights "
+            f"and clips differ by {plain['difference']:.1e} of their size at most",
         )
         out.print(plain_table(plain, out))
     say(out, "\nScaling")
