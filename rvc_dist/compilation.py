@@ -48,6 +48,11 @@ def begin_pass() -> None:
     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
+def asked_for(config: TrainConfig) -> bool:
+    """Whether the recipe wants compiling to be tried at all."""
+    return config.compile == "always" or (config.compile == "auto" and config.fast_train)
+
+
 def choose(
     config: TrainConfig,
     accelerator: Accelerator,
@@ -61,7 +66,7 @@ def choose(
     told to.
     """
     eager = dict.fromkeys(names, False)
-    if config.compile == "never" or (config.compile == "auto" and not config.fast_train):
+    if not asked_for(config):
         return eager
     seconds = 0.0
     if config.compile == "auto":

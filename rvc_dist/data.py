@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rvc_dist import memory
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, Recipe, TrainConfig
 from rvc_dist.workspace import StageError, Workspace, read_header, unit_files
 
@@ -27,6 +28,9 @@ BUCKET_FRAMES = 50
 """Clips are padded to a multiple of this many frames: at most 900 / 50 = 18 shapes."""
 MUTE_SOURCE = ""
 """The source of the silent clips, which belong to no recording."""
+
+CACHE_SHARE = 0.5
+"""Of the device's free memory, what a cached dataset may take: the rest is for the step."""
 
 Clips = np.ndarray[Any, np.dtype[np.int64]]
 """Numbers of clips in the training list."""
@@ -364,6 +368,25 @@ def _open(path: Path) -> Any:
     from safetensors import safe_open
 
     return safe_open(path, framework="pt")
+
+
+def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device) -> ClipDataset:
+    """The training clips, in the device's memory if the recipe asks for that and they fit."""
+    if not recipe.train.cache_on_device:
+        return ClipDataset(recipe, table.train)
+    needed, free = cached_bytes(recipe, table.train, table.content_channels), memory.free_memory(device)
+    if needed > free * CACHE_SHARE:
+        logger.warning(
+            "train.cache_on_device: the dataset needs %.1f GB, %s has %.1f GB free of which it may take %.0f%%; "
+            "it is read from the disk instead",
+            needed / 1e9,
+            device,
+            free / 1e9,
+            100 * CACHE_SHARE,
+        )
+        return ClipDataset(recipe, table.train)
+    logger.info("the dataset lies in the memory of %s: %.2f GB", device, needed / 1e9)
+    return CachedClips(recipe, table.train, device)
 
 
 def collate(clips: list[ClipData], plan: BatchPlan, hop: int, seeds: tuple[int, ...]) -> Batch:

@@ -1,4 +1,4 @@
-"""Meters that never make the host wait for the device, and the tracker that writes TensorBoard."""
+"""Meters that never make the host wait for the device, the tracker that writes TensorBoard, the progress bar."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 
@@ -120,3 +121,24 @@ class Tracker:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+
+
+class ProgressBar:
+    """A live bar on the main rank's terminal; elsewhere the log lines are enough."""
+
+    def __init__(self, total: int, done: int, enabled: bool) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True)
+        self._bar.disable = not (enabled and self._bar.console.is_terminal)
+        self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, losses_text: str, audio_s_per_s: float) -> None:
+        text = f"{losses_text}, {audio_s_per_s:.1f} s audio/s"
+        self._bar.update(self._task, completed=step, description=text)

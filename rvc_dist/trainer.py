@@ -5,36 +5,29 @@ Shapes: B clips, T spectrogram frames, S samples.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rvc_dist import checkpoint, compilation, losses, memory
+from rvc_dist import checkpoint, compilation, losses, memory, networks
 from rvc_dist.config import LossConfig, Recipe
 from rvc_dist.data import (
     Batch,
-    BatchPlan,
     BucketBatchSampler,
     CachedClips,
-    ClipDataset,
     ClipTable,
-    cached_bytes,
-    collate,
     loader_settings,
+    make_dataset,
     make_loader,
 )
 from rvc_dist.distributed import (
@@ -47,22 +40,15 @@ from rvc_dist.distributed import (
     on_first_rank,
 )
 from rvc_dist.features.f0 import coarse_pitch
-from rvc_dist.metrics import Meter, PhaseTimer, Tracker
-from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
-from rvc_dist.models.encoders import Transformer
-from rvc_dist.models.generator import Generator, GeneratorOutput, GeneratorShape, Noise
-from rvc_dist.models.modules import ResBlock, WaveNet, slice_samples
+from rvc_dist.metrics import Meter, PhaseTimer, ProgressBar, Tracker
+from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
+from rvc_dist.models.modules import slice_samples
 from rvc_dist.optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, step_if
-from rvc_dist.spectral import log_mel, spectrogram
+from rvc_dist.spectral import spectrogram
+from rvc_dist.validation import Validation
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace, read_json, write_json
 
 logger = logging.getLogger(__name__)
-
-MAX_EVAL_CLIPS = 32
-RECOMPUTED = (ResBlock, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscriminator)
-"""What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
-CACHE_SHARE = 0.5
-"""Of the device's free memory, what the cached dataset may take: the rest is for the step."""
 
 
 def run(recipe: Recipe, share: Share) -> None:
@@ -102,24 +88,8 @@ class Trainer:
         self.device = self.accelerator.device
 
         (resume_from,) = broadcast_object_list([checkpoint.latest(self.work.checkpoints_dir)])
-        # A resumed run needs of the pretrained files only the number of speakers.
-        pretrained = {
-            key: checkpoint.read_pretrained(Path(file), f"train.{key}")
-            for key in (("pretrained_g", "pretrained_d") if resume_from is None else ("pretrained_g",))
-            if (file := getattr(self.config, key)) is not None
-        }
-        num_speakers = self._num_speakers(pretrained.get("pretrained_g"))
-        self.shape = GeneratorShape.from_recipe(recipe, self.table.content_channels, num_speakers)
-        self.identity = self._identity(self.shape)
-        torch.manual_seed(self.config.seed)
-        generator = Generator(self.shape)
-        discriminator = MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels)
-        if self.config.activation_checkpointing:
-            for module in (generator, discriminator):
-                memory.recompute(module, RECOMPUTED)
-        if resume_from is None:
-            self._load_pretrained(pretrained, {"pretrained_g": generator, "pretrained_d": discriminator})
-        del pretrained
+        self.shape, modules = networks.build(recipe, self.table, resuming=resume_from is not None)
+        self.identity = networks.identity(recipe, self.shape, self.table)
         self.sampler = BucketBatchSampler(
             [c.num_frames for c in self.table.train],
             self.config.batch_size,
@@ -138,12 +108,10 @@ class Trainer:
             self.progress = saved.progress
         self.left_in_epoch = len(self.sampler.global_batches(self.progress.epoch, self.progress.seen))
         self.total_steps = self._total_steps()
-        self.dataset = self._dataset()
+        self.dataset = make_dataset(recipe, self.table, self.device)
         self.loader_settings = loader_settings(self.config, self.device, isinstance(self.dataset, CachedClips))
 
-        modules = {
-            name: m.to(self.device) for name, m in zip(checkpoint.MODELS, (generator, discriminator), strict=True)
-        }
+        modules = {name: module.to(self.device) for name, module in modules.items()}
         self.compiled = self._choose_compiled(modules)
         self.wire = Wire(compress=self.config.grad_compression == "bf16")
         self.g, self.d = (self._prepare(name, module) for name, module in modules.items())
@@ -153,64 +121,17 @@ class Trainer:
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         check_same_settings(self.accelerator, {f"compiled {name}": yes for name, yes in self.compiled.items()})
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.accelerator.is_main_process)
+        self.validation = Validation(recipe, self.table, self.dataset, self.accelerator, self.tracker)
 
     def _prepare_run_folder(self) -> None:
         weights = sum(p.nbytes for n in self.networks.values() for p in n.raw.parameters())
         checkpoint.prepare_folder(self.work.checkpoints_dir, 3 * weights)  # and two moments of each
         self.work.save_recipe(self.recipe.to_yaml())
 
-    def _num_speakers(self, state: Mapping[str, Tensor] | None) -> int:
-        """One row a speaker; with a pretrained generator's `state`, as many as it has."""
-        if state is None:
-            return self.table.num_speakers
-        if "emb_g.weight" not in state:
-            raise StageError(f"train.pretrained_g: {self.config.pretrained_g} holds no generator (no emb_g.weight)")
-        rows = state["emb_g.weight"].shape[0]
-        if rows < self.table.num_speakers:
-            raise StageError(
-                f"train.pretrained_g: {self.config.pretrained_g} has {rows} speakers, the dataset's highest speaker id "
-                f"is {self.table.num_speakers - 1}"
-            )
-        return rows
-
-    def _identity(self, shape: GeneratorShape) -> dict[str, Any]:
-        """What a checkpoint must agree on to be continued; plain JSON data."""
-        identity = {f"generator.{k}": v for k, v in asdict(shape).items()}
-        identity["discriminator.version"] = self.recipe.model.version
-        identity["discriminator.channels"] = self.recipe.model.discriminator_channels
-        identity["optimizer"] = self.config.optimizer_name
-        identity["embedder"] = self.table.embedder
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
-        return plain
-
-    def _load_pretrained(self, states: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module]) -> None:
-        for key, module in modules.items():
-            if key in states:
-                checkpoint.load_pretrained(Path(getattr(self.config, key)), states[key], module, f"train.{key}")
-            else:
-                logger.info("train.%s is not set: these weights start from random numbers", key)
-
-    def _dataset(self) -> ClipDataset:
-        clips = self.table.train
-        if not self.config.cache_on_device:
-            return ClipDataset(self.recipe, clips)
-        needed = cached_bytes(self.recipe, clips, self.table.content_channels)
-        free = memory.free_memory(self.device)
-        if needed > free * CACHE_SHARE:
-            logger.warning(
-                "train.cache_on_device: the dataset needs %.1f GB, %s has %.1f GB free of which it may take %.0f%%; "
-                "it is read from the disk instead",
-                needed / 1e9,
-                self.device,
-                free / 1e9,
-                100 * CACHE_SHARE,
-            )
-            return ClipDataset(self.recipe, clips)
-        logger.info("the dataset lies in the memory of %s: %.2f GB", self.device, needed / 1e9)
-        return CachedClips(self.recipe, clips, self.device)
-
     def _choose_compiled(self, modules: Mapping[str, nn.Module]) -> dict[str, bool]:
         """Which networks to compile: as the run did before, else by a trial with the next batch."""
+        if not compilation.asked_for(self.config):
+            return dict.fromkeys(modules, False)
         key = compilation.key(self.config, self.device, self.total_steps)
         kept = read_json(self.work.compile_file) if self.work.compile_file.is_file() else {}
         (kept,) = broadcast_object_list([kept])
@@ -626,62 +547,26 @@ class Trainer:
         self._load_weights(saved)
         self.progress = replace(self.progress, bad_streak=0, rolled_back_at=self.progress.step)
 
-    @torch.no_grad()
     def validate(self) -> bool:
-        """Mel distance on held-out clips, a picture and a sound; True when it is the smallest so far.
-
-        Each clip's noise has a fixed seed, so that validations compare, on any number of ranks.
-        """
-        clips = self.table.holdout[:MAX_EVAL_CLIPS]
-        numbered = list(enumerate(clips))[self.accelerator.process_index :: self.accelerator.num_processes]
-        sums = torch.zeros(2, device=self.device)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            for i, clip in numbered or [(0, self.table.train[0])]:
-                torch.manual_seed(self.config.seed + i)
-                real, fake = self._resynthesise(clip)
-                if numbered:
-                    distance = F.l1_loss(self._log_mel(fake), self._log_mel(real))
-                    sums += torch.stack([distance, torch.ones_like(distance)])
-                if i == 0:
-                    self._show(real, fake)
-        if not clips:
+        """Mel distance on held-out clips; True when it is the smallest so far."""
+        assert isinstance(self.g.raw, Generator)
+        step = self.progress.step
+        distance = self.validation.mel_distance(self.g.raw, step)
+        if distance is None:
             return False
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        mean = total / count
-        self.tracker.scalars({"eval/mel_distance": mean}, self.progress.step)
-        is_best = self.progress.best_metric is None or mean < self.progress.best_metric
+        self.tracker.scalars({"eval/mel_distance": distance}, step)
+        is_best = self.progress.best_metric is None or distance < self.progress.best_metric
         if is_best:
-            step, epoch = self.progress.step, self.progress.epoch
-            self.progress = replace(self.progress, best_metric=mean, best_step=step, best_epoch=epoch)
+            epoch = self.progress.epoch
+            self.progress = replace(self.progress, best_metric=distance, best_step=step, best_epoch=epoch)
         logger.info(
             "validation at step %d: mel distance %.4f (best %.4f at step %d)",
-            self.progress.step,
-            mean,
+            step,
+            distance,
             self.progress.best_metric,
             self.progress.best_step,
         )
         return is_best
-
-    def _resynthesise(self, clip: Any) -> tuple[Tensor, Tensor]:
-        """A clip [S] and what the voice makes of its content and pitch [S]."""
-        read = self.dataset.read(clip)
-        frames = len(read.content)
-        plan = BatchPlan(clips=(0,), epoch=0, padded_frames=frames, share=1.0, mean_frames=frames)
-        batch = collate([read], plan, self.spec.hop, seeds=(0,)).to(self.device)
-        assert isinstance(self.g.raw, Generator)
-        fake = self.g.raw.infer(batch.content, batch.lengths, *self._pitch(batch.f0), batch.speaker)
-        return batch.wave[0, 0], fake[0, 0].float()
-
-    def _log_mel(self, wave: Tensor) -> Tensor:
-        spec = self.spec
-        return log_mel(wave.unsqueeze(0), self.recipe.data.sample_rate, spec.n_fft, spec.hop, spec.num_mels)[0]
-
-    def _show(self, real: Tensor, fake: Tensor) -> None:
-        step, rate = self.progress.step, self.recipe.data.sample_rate
-        self.tracker.mel_picture("mel/real_above_generated", [self._log_mel(real), self._log_mel(fake)], step)
-        self.tracker.sound("audio/generated", fake, rate, step)
-        self.tracker.sound("audio/real", real, rate, step)
 
     def save(self) -> None:
         """Write a checkpoint: the main rank alone touches the disk, and goes on as soon as it has copied the tensors.
@@ -744,27 +629,6 @@ class Step:
     """[] bool: it made its updates; the same on all ranks."""
     finite: Tensor
     """[micro-batches] bool: the losses of this rank's micro-batch were finite."""
-
-
-class ProgressBar:
-    """A live bar on the main rank's terminal; elsewhere the log lines are enough."""
-
-    def __init__(self, total: int, done: int, enabled: bool) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True)
-        self._bar.disable = not (enabled and self._bar.console.is_terminal)
-        self._task = self._bar.add_task("", total=total, completed=done)
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, step: int, losses_text: str, audio_s_per_s: float) -> None:
-        text = f"{losses_text}, {audio_s_per_s:.1f} s audio/s"
-        self._bar.update(self._task, completed=step, description=text)
 
 
 def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:

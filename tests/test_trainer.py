@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import make_features, tiny_recipe, with_train
 from torch import nn
 
-from rvc_dist import checkpoint, export, trainer
+from rvc_dist import checkpoint, export, trainer, validation
 from rvc_dist.config import load_recipe
 from rvc_dist.infer import Voice
 from rvc_dist.models.state_dict import to_upstream
@@ -339,7 +339,7 @@ def test_kl_warmup_raises_the_weight_linearly(tmp_path):
 def test_overtraining_ends_the_run(tmp_path, monkeypatch, caplog):
     recipe = tiny_recipe(tmp_path, max_steps=50, eval_every_steps=2, overtrain_detect=True, overtrain_threshold=2)
     make_features(recipe)
-    monkeypatch.setattr(trainer.F, "l1_loss", lambda a, b: (a - b).abs().mean() * 0 + 1.0)
+    monkeypatch.setattr(validation.F, "l1_loss", lambda a, b: (a - b).abs().mean() * 0 + 1.0)
     saved = train(recipe)
     assert saved.progress.best_step == 2
     assert saved.progress.epoch - saved.progress.best_epoch == 2

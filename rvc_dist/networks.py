@@ -1,0 +1,89 @@
+"""The networks of a run: their shapes, where their weights begin, and what a checkpoint must agree on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rvc_dist import checkpoint, memory
+from rvc_dist.config import Recipe
+from rvc_dist.data import ClipTable
+from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
+from rvc_dist.models.encoders import Transformer
+from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.models.modules import ResBlock, WaveNet
+from rvc_dist.workspace import StageError
+
+logger = logging.getLogger(__name__)
+
+PRETRAINED = {"generator": "pretrained_g", "discriminator": "pretrained_d"}
+"""The recipe's key of each network's first weights."""
+RECOMPUTED = (ResBlock, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscriminator)
+"""What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
+
+
+def build(recipe: Recipe, table: ClipTable, resuming: bool) -> tuple[GeneratorShape, dict[str, nn.Module]]:
+    """Both networks, by checkpoint.MODELS, the same on all ranks; pretrained unless a checkpoint will fill them.
+
+    Raises:
+        StageError: a pretrained file is missing, or does not fit the recipe or the dataset.
+    """
+    config = recipe.train
+    # A resumed run needs of the pretrained files only the number of speakers.
+    states = {
+        name: checkpoint.read_pretrained(Path(file), f"train.{key}")
+        for name, key in PRETRAINED.items()
+        if (file := getattr(config, key)) is not None and (name == "generator" or not resuming)
+    }
+    num_speakers = _num_speakers(table, config.pretrained_g, states.get("generator"))
+    shape = GeneratorShape.from_recipe(recipe, table.content_channels, num_speakers)
+    torch.manual_seed(config.seed)
+    modules: dict[str, nn.Module] = {
+        "generator": Generator(shape),
+        "discriminator": MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
+    }
+    for name, module in modules.items():
+        key = PRETRAINED[name]
+        if config.activation_checkpointing:
+            memory.recompute(module, RECOMPUTED)
+        if resuming:
+            continue
+        if name in states:
+            checkpoint.load_pretrained(Path(getattr(config, key)), states[name], module, f"train.{key}")
+        else:
+            logger.info("train.%s is not set: these weights start from random numbers", key)
+    return shape, modules
+
+
+def _num_speakers(table: ClipTable, file: str | None, state: Mapping[str, Tensor] | None) -> int:
+    """One row a speaker; with a pretrained generator's `state`, as many as it has."""
+    if state is None:
+        return table.num_speakers
+    if "emb_g.weight" not in state:
+        raise StageError(f"train.pretrained_g: {file} holds no generator (no emb_g.weight)")
+    rows = state["emb_g.weight"].shape[0]
+    if rows < table.num_speakers:
+        raise StageError(
+            f"train.pretrained_g: {file} has {rows} speakers, the dataset's highest speaker id is "
+            f"{table.num_speakers - 1}"
+        )
+    return rows
+
+
+def identity(recipe: Recipe, shape: GeneratorShape, table: ClipTable) -> dict[str, Any]:
+    """What a checkpoint must agree on to be continued; plain JSON data."""
+    values = {f"generator.{k}": v for k, v in asdict(shape).items()} | {
+        "discriminator.version": recipe.model.version,
+        "discriminator.channels": recipe.model.discriminator_channels,
+        "optimizer": recipe.train.optimizer_name,
+        "embedder": table.embedder,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
