@@ -10,6 +10,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ def compiled(module: nn.Module, device: torch.device) -> nn.Module:
 def begin_pass() -> None:
     """Before each pass through G: nobody reads the outputs of earlier compiled passes any more."""
     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
+def eager_unless(full: bool) -> AbstractContextManager[Any]:
+    """Inside, compiled networks run eagerly for a batch that is not full.
+
+    It would be one more graph for every number of clips, each for one step an epoch.
+    """
+    return nullcontext() if full else torch.compiler.set_stance("force_eager")
 
 
 def asked_for(config: TrainConfig) -> bool:

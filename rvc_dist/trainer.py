@@ -281,7 +281,8 @@ class Trainer:
             while self.progress.step < self.total_steps and not self.overtrained:
                 with self.timer.phase("data"):
                     batches = next(steps)
-                with self._memory_advice(batches[0]):
+                full = all(len(batch.clips) == self.config.batch_size for batch in batches)
+                with self._memory_advice(batches[0]), compilation.eager_unless(full):
                     self.train_step(batches)
                 frames_seen += batches[0].mean_frames * self.accelerator.num_processes
                 self._advance()

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
+from rvc_dist.models import discriminator
+from rvc_dist.models.generator import GeneratorShape
 from rvc_dist.workspace import Workspace, save_arrays, write_json
 
 WIDTH = 16
@@ -59,3 +61,18 @@ def make_features(recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, num_
 
 def with_train(recipe: Recipe, **train: object) -> Recipe:
     return replace(recipe, train=replace(recipe.train, **train))
+
+
+def thin_networks(patch) -> None:
+    """Leave of each kind of layer one: what a compiler takes minutes for is the number of different layers.
+
+    `patch(object, name, value)` sets an attribute, as pytest's monkeypatch.setattr does.
+    """
+    whole = GeneratorShape.from_recipe.__func__
+
+    def thin(cls, *arguments, **options):
+        shape = whole(cls, *arguments, **options)
+        return replace(shape, resblock_kernels=(3,), resblock_dilations=((1,),))
+
+    patch(GeneratorShape, "from_recipe", classmethod(thin))
+    patch(discriminator, "PERIODS", {"v1": (2,), "v2": (2,)})
