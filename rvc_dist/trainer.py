@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -178,6 +179,7 @@ class Trainer:
         try:
             yield
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the activations that did not fit
             size = self.config.batch_size
             fits = self._batch_that_fits(batch)
             remedy = f"train.batch_size {fits} would fit" if fits else "not even one clip fits"

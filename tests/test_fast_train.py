@@ -28,6 +28,8 @@ def _switches_put_back(monkeypatch):
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
     )
+    # Off, whatever tests before left on.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
