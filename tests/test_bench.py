@@ -341,6 +341,7 @@ def test_a_thin_image_gives_the_same_score_and_features():
             torch.testing.assert_close(mine.abs().mean(), other.abs().mean())
 
 
+@pytest.mark.slow
 def test_the_ratio_to_the_plain_step_is_printed(tmp_path, capsys):
     recipe = bench_recipe(tmp_path, options={"plain": True, "plain_precision": "fp32"}, precision="bf16")
     bench.run(recipe, Share())
@@ -488,6 +489,7 @@ def test_mistakes_are_told(tmp_path, capsys, monkeypatch):
 # Several ranks
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_send_each_gradient_once_and_half_of_it_compressed(tmp_path):
     recipe = bench_recipe(tmp_path)
@@ -508,6 +510,7 @@ def test_ranks_send_each_gradient_once_and_half_of_it_compressed(tmp_path):
     assert two["plain"]["difference"] < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_parity_of_two_ranks(tmp_path):
     recipe = bench_recipe(tmp_path)
