@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from rvc_dist.config import TrainConfig
+from rvc_dist.distributed import device_name, synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -143,24 +144,18 @@ def _slowest(accelerator: Accelerator, seconds: float) -> float:
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     began_at = time.perf_counter()
     step()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - began_at
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def key(config: TrainConfig, device: torch.device, total_steps: int) -> dict[str, Any]:
     """What a choice depends on: with another device, torch, precision or plan it is made anew."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     precision = "bf16" if config.use_bf16 else "fp32"
     return {
-        "device": name,
+        "device": device_name(device),
         "torch": torch.__version__,
         "precision": precision,
         "batch_size": config.batch_size,

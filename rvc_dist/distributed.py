@@ -1,4 +1,4 @@
-"""All knowledge of Accelerate and torch.distributed: the Accelerator, ranks, seeds, kernel settings, stop signals."""
+"""All knowledge of Accelerate and torch.distributed: the Accelerator, ranks, the wire, kernel settings, stop signals."""
 
 from __future__ import annotations
 
@@ -140,8 +140,18 @@ def kernel_settings(device: torch.device) -> dict[str, Any]:
         "cudnn.deterministic": torch.backends.cudnn.deterministic,
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default"),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
     }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, for those who measure time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def check_same_settings(accelerator: Accelerator, more: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from rvc_dist import __version__
 from rvc_dist.config import Recipe
 from rvc_dist.data import BUCKET_FRAMES, Batch
-from rvc_dist.distributed import kernel_settings, local_gradients
+from rvc_dist.distributed import kernel_settings, local_gradients, synchronize
 from rvc_dist.metrics import PhaseTimer
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
@@ -52,16 +52,11 @@ class Span:
 def stopwatch(device: torch.device) -> Iterator[Span]:
     """The time of what is done inside, the device's part included; it is known at the end."""
     span = Span()
-    _synchronize(device)
+    synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     yield span
-    _synchronize(device)
+    synchronize(device)
     span.wall_s, span.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _conv_backward_flops(
