@@ -1,4 +1,4 @@
-"""All knowledge of Accelerate and torch.distributed: the Accelerator, ranks, the wire, kernel settings, stop signals."""
+"""All knowledge of Accelerate and torch.distributed: the Accelerator, ranks, wire, kernel settings, stop signals."""
 
 from __future__ import annotations
 
