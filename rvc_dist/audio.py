@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,18 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Wave = npt.NDArray[np.float32]
+from rvc_dist.decoding import Wave as Wave
+from rvc_dist.decoding import mono, opened
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
-"""What libsndfile decodes."""
-OTHER_SUFFIXES = (".m4a", ".mp4", ".aac", ".alac", ".wma", ".webm", ".ac3", ".mka", ".mkv", ".mov", ".amr", ".ape")
-"""Audio that libsndfile does not decode: named as such, since it is worth converting."""
-SEEK_INEXACTLY = ("MP3", "OGG")
-"""Formats of libsndfile that click where a second read begins."""
-MIN_RATE, MAX_RATE = 4000, 768000
-"""Sample rates in Hz outside these are damage."""
-BLOCK = 1 << 20
-"""Samples decoded or filtered at once."""
 HIGHPASS_HZ = 48.0
 LEVEL_PEAK, LEVEL_SHARE = 0.9, 0.75
 """normalise: this share of the wave scaled to this peak, the rest as it was."""
@@ -33,106 +21,23 @@ MAX_PEAK = 2.5
 SILENT_PEAK = 1e-3
 SLICE_THRESHOLD_DB, SLICE_MIN_LENGTH_S, SLICE_MIN_INTERVAL_S = -42.0, 1.5, 0.4
 SLICE_HOP_S, SLICE_MAX_SILENCE_S = 0.015, 0.5
-
-MAX_HOURS = 100
-"""A header that promises more is damaged, or that of a stream whose length was not known when it was written."""
-_MP3_KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
-_MP3_KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
-_MP3_RATES = (44100, 48000, 32000, 0)
+FILTER_BLOCK = 1 << 20
+"""Samples filtered at once."""
 
 
-class AudioError(ValueError):
-    """A recording cannot be used; the message is the reason, without the file's name."""
+class Resampler:
+    """soxr in its very high quality (as librosa's soxr_vhq), block by block: the same bits as all at once."""
 
+    def __init__(self, rate: int, new_rate: int) -> None:
+        import soxr
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The open soundfile.SoundFile; whatever goes wrong in it, also later, is an AudioError."""
-    import soundfile
+        same = rate == new_rate
+        self._stream = None if same else soxr.ResampleStream(rate, new_rate, 1, dtype="float32", quality="VHQ")
 
-    # Bytes, since soundfile refuses a name that is no UTF-8.
-    name = str(path) if sys.platform == "win32" else os.fsencode(path)
-    try:
-        with soundfile.SoundFile(name) as file:
-            if not MIN_RATE <= file.samplerate <= MAX_RATE:
-                raise AudioError(f"sample rate of {file.samplerate} Hz, expected {MIN_RATE} to {MAX_RATE}")
-            if file.frames <= 0:
-                raise AudioError("holds no samples")
-            if file.frames > MAX_HOURS * 3600 * file.samplerate:
-                raise AudioError("a damaged header or a stream of unknown length; write it again (ffmpeg -i OLD NEW)")
-            yield file
-    except soundfile.LibsndfileError as error:
-        why = error.error_string.removeprefix("Error : ").rstrip(".")
-        if "not a regular file" in why and path.is_file():  # what libsndfile says of any mp3 that is none
-            why = "Format not recognised"
-        raise AudioError(f"not readable as audio ({why})") from error
-
-
-def duration(path: Path) -> float:
-    """Seconds of audio that the header promises.
-
-    Raises:
-        AudioError: libsndfile cannot read the file, or it holds no samples.
-    """
-    with _opened(path) as file:
-        return int(file.frames) / int(file.samplerate)
-
-
-def decode(path: Path) -> tuple[Wave, int]:
-    """The mean of all channels [S] and the sample rate in Hz.
-
-    Raises:
-        AudioError: the file is damaged, empty, or has samples that are not numbers.
-    """
-    with _opened(path) as file:
-        rate, is_mp3 = int(file.samplerate), file.format == "MP3"
-        # Between two reads soundfile seeks, which an mp3 does not survive exactly: that is read at once.
-        frames = int(file.frames) if is_mp3 else BLOCK
-        parts = []
-        while len(part := file.read(frames, dtype="float32", always_2d=True)):
-            parts.append(_mono(part))
-    wave: Wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    if not len(wave):
-        raise AudioError("holds no samples")
-    if is_mp3 and (actual := _mp3_samples(path)) > len(wave) + rate // 2:
-        # Without a length in its first frame libsndfile guesses one, and stops there.
-        raise AudioError(
-            f"an mp3 that does not say its length, of which only {len(wave) / rate:.1f} of {actual / rate:.1f} s "
-            "would be read; convert it to wav or flac first"
-        )
-    return wave, rate
-
-
-def _mono(samples: npt.NDArray[np.float32]) -> Wave:
-    """The mean of all channels: [S, channels] -> [S]. Raises AudioError for samples that are not numbers."""
-    if not np.isfinite(samples).all():
-        raise AudioError("has samples that are not finite numbers")
-    wave: Wave = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
-    return wave
-
-
-def _mp3_samples(path: Path) -> int:
-    """Samples in an mp3 without a length tag, counted frame by frame; 0 when it has the tag, or is irregular.
-
-    Layer III: a frame is 1152 samples (MPEG-1) or 576 (MPEG-2, 2.5) in 144 or 72 * bit rate / sample rate bytes.
-    """
-    data = path.read_bytes()
-    at = 0
-    while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
-        size = data[at + 6 : at + 10]
-        at += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
-    if any(tag in data[at : at + 2048] for tag in (b"Xing", b"Info", b"VBRI")):
-        return 0
-    samples = 0
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] & 0xE6 == 0xE2:
-        is_mpeg1 = data[at + 1] & 0x18 == 0x18
-        kbps = (_MP3_KBPS_1 if is_mpeg1 else _MP3_KBPS_2)[data[at + 2] >> 4]
-        rate = _MP3_RATES[data[at + 2] >> 2 & 3] >> {0x18: 0, 0x10: 1}.get(data[at + 1] & 0x18, 2)
-        if not kbps or not rate:
-            break
-        at += (144000 if is_mpeg1 else 72000) * kbps // rate + (data[at + 2] >> 1 & 1)
-        samples += 1152 if is_mpeg1 else 576
-    return samples
+    def __call__(self, wave: Wave, last: bool = False) -> Wave:
+        if self._stream is None:
+            return wave
+        return np.ascontiguousarray(self._stream.resample_chunk(wave, last=last), dtype=np.float32)
 
 
 def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
@@ -158,8 +63,8 @@ def highpass(wave: Wave, rate: int) -> Wave:
     sections = _highpass_sections(rate)
     state = np.zeros((len(sections), 2))
     filtered = np.empty_like(wave)
-    for start in range(0, len(wave), BLOCK):  # by blocks, since the filter works in float64
-        filtered[start : start + BLOCK], state = sosfilt(sections, wave[start : start + BLOCK], zi=state)
+    for start in range(0, len(wave), FILTER_BLOCK):  # by blocks, since the filter works in float64
+        filtered[start : start + FILTER_BLOCK], state = sosfilt(sections, wave[start : start + FILTER_BLOCK], zi=state)
     return filtered
 
 
@@ -261,25 +166,14 @@ def _sounding(
     return [*pieces, (begin, total)]
 
 
-def stream(path: Path, rate: int, block_s: float) -> Iterator[Wave]:
-    """Decode a recording of any length block by block: mono [S] float32 at `rate`, about block_s seconds a block.
-
-    An mp3 or ogg is one block, since it does not survive the seek between two reads.
+def stream(path: Path, rate: int) -> Iterator[Wave]:
+    """Decode a recording of any length block by block: mono [S] float32 at `rate`.
 
     Raises:
         AudioError: the file is damaged, or has samples that are not numbers.
     """
-    import soxr
-
-    with _opened(path) as file:
-        if file.format not in SEEK_INEXACTLY:
-            resampler = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32", quality="VHQ")
-            length = int(block_s * file.samplerate)
-            last = False
-            while not last:
-                wave = _mono(file.read(length, dtype="float32", always_2d=True))
-                last = len(wave) < length
-                yield resampler.resample_chunk(wave, last=last)
-            return
-    whole, own_rate = decode(path)
-    yield resample(whole, own_rate, rate)
+    with opened(path) as recording:
+        resampler = Resampler(recording.rate, rate)
+        for block in recording.blocks():
+            yield resampler(mono(block))
+        yield resampler(np.zeros(0, np.float32), last=True)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from rvc_dist import audio, bench_report, parity
+from rvc_dist import audio, bench_report, decoding, parity
 from rvc_dist.config import F0_PER_S, Recipe
 from rvc_dist.demo import VOICE_DIR
 from rvc_dist.measuring import PARTS, MeasuredTrainer, Sample, Span
@@ -149,7 +149,7 @@ class Bench:
         report, rng = self._report(), np.random.default_rng(0)
         waves, features, clips = {}, {}, []
         for i, (source, start_s) in enumerate(_windows()):
-            wave, source_rate = audio.decode(source)
+            wave, source_rate = decoding.decode(source)
             first = round(start_s * source_rate)
             part = wave[first : first + round(CLIP_S * source_rate)]
             waves[f"{i:05d}"] = audio.resample(part, source_rate, rate)
@@ -175,7 +175,7 @@ class Bench:
 def _windows() -> list[tuple[Path, float]]:
     """Recordings of the demo voice, and where in them clips begin, in seconds."""
     files = sorted((VOICE_DIR / "voice").glob("*.flac"))
-    return [(file, i * CLIP_S) for file in files for i in range(int(audio.duration(file) // CLIP_S))]
+    return [(file, i * CLIP_S) for file in files for i in range(int(decoding.duration(file) // CLIP_S))]
 
 
 def made_up_pitch(num_frames: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -104,6 +104,10 @@ class PreprocessConfig:
     """High-pass at 48 Hz (5th-order Butterworth)."""
     normalization: Literal["none", "pre", "post"] = "post"
     """Level recordings before cutting (pre), each clip after it (post), or not at all (none)."""
+    clean_dataset: bool = False
+    """Reduce noise by spectral gating, on the GPU if there is one; it also takes a little of the voice."""
+    clean_strength: float = 0.5
+    """Share of the noise's amplitude that clean_dataset takes away, 0 to 1."""
     num_workers: int = 2
     """Threads a rank."""
 
@@ -115,6 +119,7 @@ class PreprocessConfig:
                 f"preprocess.overlap_len: got {self.overlap_len}, expected at most half of "
                 f"preprocess.chunk_len ({self.chunk_len})"
             )
+        yield from _within("preprocess.clean_strength", self.clean_strength, 0.0, 1.0)
         yield from _at_least("preprocess.num_workers", self.num_workers, 1)
 
 

@@ -166,7 +166,7 @@ class ClipTable:
                 if frames < spec.segment // spec.hop + 1:
                     short += 1
                     continue
-                clips.append(ClipRef(int(path.stem), f"{i:05d}", clip["speaker"], clip["source"], frames))
+                clips.append(ClipRef(int(path.stem), f"{i:05d}", clip["speaker"], _source(clip), frames))
         if short:
             logger.warning("%d clips are shorter than the training segment and are left out", short)
         if not clips:
@@ -183,6 +183,11 @@ class ClipTable:
             embedder=embedder,
             num_speakers=speakers[-1] + 1,
         )
+
+
+def _source(clip: Mapping[str, Any]) -> str:
+    """The recording of a clip, or the slice of a long one: clips of two slices do not overlap."""
+    return f"{clip['source']}@{clip['slice_s']:.0f}" if clip["slice_s"] else str(clip["source"])
 
 
 def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:

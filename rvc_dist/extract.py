@@ -6,10 +6,8 @@ Shapes: B clips of equal length, S samples, T50 and T100 frames at 50 and 100 a 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from rvc_dist import audio
 from rvc_dist.config import F0_HOP, FEATURE_RATE, Recipe
+from rvc_dist.device import fixed_threads, local_device
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0Method, load_f0
 from rvc_dist.workspace import (
@@ -92,13 +91,6 @@ class Extractor(NamedTuple):
         return self.f0_method(waves)
 
 
-def local_device() -> torch.device:
-    """This rank's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
 def run(recipe: Recipe, share: Share) -> None:
     """Make this process's features; whoever finishes last writes the report.
 
@@ -147,17 +139,6 @@ def withdraw_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit,
     if share.is_first:
         logger.info("extract: making features again: %s", changes(before["settings"], settings) or "other clips")
     work.features_report_file.unlink(missing_ok=True)
-
-
-@contextmanager
-def fixed_threads(count: int) -> Iterator[None]:
-    """Inside, the CPU kernels use `count` threads, whatever the launcher chose: the last bits depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def complete(recipe: Recipe) -> bool | None:

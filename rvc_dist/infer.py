@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rvc_dist import audio
+from rvc_dist import audio, decoding
 from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
 from rvc_dist.data import covered_frames, feature_frames
-from rvc_dist.extract import Extractor, local_device
+from rvc_dist.device import local_device
+from rvc_dist.extract import Extractor
 from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.index import Retriever
 from rvc_dist.models.generator import Generator, GeneratorShape
@@ -33,7 +34,6 @@ FADE = 4
 """Frames over which neighbouring windows are cross-faded."""
 SEARCH_SHARE = 0.25
 """The join is put at the quietest place of this last part of a window."""
-READ_BLOCK_S = 4.0
 MAX_PEAK = 0.99
 VOCODER_ALIASES = {"Default": "HiFi-GAN"}
 """Names that other tools write into voice files -> the names known here."""
@@ -222,17 +222,17 @@ def run(recipe: Recipe, share: Share) -> None:
     if not source.is_file():
         raise StageError(f"infer.input: {source} {'is not a file' if source.exists() else 'does not exist'}")
     try:
-        seconds = audio.duration(source)
-    except audio.AudioError as error:
+        seconds = decoding.duration(source)
+    except decoding.AudioError as error:
         raise StageError(f"infer.input: {source}: {error}") from error
     check_output(source, target)
     converter = Converter.load(recipe)
     torch.manual_seed(recipe.infer.seed)
     logger.info("infer: %s, %.1f s", source, seconds)
-    rate, blocks = converter.voice.rate, audio.stream(source, FEATURE_RATE, READ_BLOCK_S)
+    rate, blocks = converter.voice.rate, audio.stream(source, FEATURE_RATE)
     try:
         write(target, convert(converter, blocks, round(seconds * rate)), rate)
-    except audio.AudioError as error:
+    except decoding.AudioError as error:
         raise StageError(f"infer.input: {source}: {error}") from error
     logger.info("infer: %s", target)
 

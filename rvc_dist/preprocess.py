@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
-import stat
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rvc_dist import audio
-from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
+from rvc_dist import audio, decoding
+from rvc_dist.config import MAX_CLIP_FRAMES, Recipe
+from rvc_dist.sources import list_sources
 from rvc_dist.workspace import (
+    MAX_SLICE_S,
     Plan,
     Share,
     SourceFile,
@@ -27,6 +28,7 @@ from rvc_dist.workspace import (
     changes,
     cut_units,
     is_done,
+    listed,
     printable,
     read_header,
     remove_leftovers,
@@ -37,8 +39,16 @@ from rvc_dist.workspace import (
     write_json,
 )
 
+if TYPE_CHECKING:
+    from rvc_dist.denoise import NoiseGate
+
 logger = logging.getLogger(__name__)
 
+LOG_EVERY_S = 10.0
+CLIPPED_LEVEL, CLIPPED_SHARE = 0.999, 1e-3
+"""Neighbours that both reach this level are clipped; a recording with more than this share of them is called so."""
+OFFSET = 0.01
+"""A mean above this is told: a recording should have none. The high-pass filter takes it away."""
 MIN_CLIP_S = 0.5
 """Shorter clips are dropped: every version's training slice is below this, with room for the trimming of features."""
 
@@ -74,10 +84,8 @@ def run(recipe: Recipe, share: Share) -> None:
         sum(u.duration_s for u in plan.units) / 60,
         len(todo),
     )
-    with ThreadPoolExecutor(recipe.preprocess.num_workers) as pool:
-        for unit in todo:
-            make_unit(recipe, work, unit, settings, pool)
-    finish(recipe, work, plan, settings)
+    make_units(recipe, work, todo, settings)
+    finish(recipe, work, plan, settings, share)
 
 
 def complete(recipe: Recipe) -> bool | None:
@@ -105,120 +113,13 @@ def clip_settings(recipe: Recipe) -> dict[str, Any]:
         "preprocess.overlap_len": float(p.overlap_len),
         "preprocess.process_effects": p.process_effects,
         "preprocess.normalization": p.normalization,
+        "preprocess.clean": float(p.clean_strength) if p.clean_dataset else 0.0,
     }
-
-
-def list_sources(audio_dir: Path, run_dir: Path | None = None) -> list[SourceFile]:
-    """Every file below `audio_dir` in a fixed order; those that cannot be used carry a reason.
-
-    `run_dir` is left out when it lies in the dataset. Hidden folders, and links to folders, are named, not entered.
-
-    Raises:
-        StageError: the folder is missing, is not a folder, or holds no usable file.
-    """
-    if not audio_dir.exists():
-        raise StageError(f"data.audio_dir: {audio_dir} does not exist; expected a folder of recordings")
-    if not audio_dir.is_dir():
-        raise StageError(f"data.audio_dir: {audio_dir} is a file; expected a folder of recordings")
-    found = sorted(_walk(audio_dir, run_dir), key=lambda f: (f.speaker, f.path))
-    found = _without_doubles(found, audio_dir)
-    if all(f.reason for f in found):
-        raise StageError(
-            f"data.audio_dir: {audio_dir} holds no usable recording; expected files of the kinds "
-            f"{_kinds()}, or sub-folders of them named by speaker id (0, 1, ...)"
-            + _listed((f.path, f.reason) for f in found)
-        )
-    return found
-
-
-def _walk(audio_dir: Path, run_dir: Path | None) -> list[SourceFile]:
-    found: list[SourceFile] = []
-
-    def left_out(path: Path | str, reason: str) -> None:
-        found.append(SourceFile(str(Path(path).relative_to(audio_dir)), 0, 0, 0, reason=reason))
-
-    def unreadable(error: OSError) -> None:  # os.walk would pass over it
-        left_out(error.filename, f"folder cannot be read ({error.strerror})")
-
-    own = run_dir.resolve() if run_dir else None
-    for folder, folders, names in os.walk(audio_dir, onerror=unreadable):
-        for name in list(folders):
-            path = Path(folder, name)
-            if path.is_symlink():  # which os.walk does not enter
-                left_out(path, "link to a folder; expected the folder itself")
-            elif path.resolve() == own:
-                folders.remove(name)
-            elif name.startswith("."):
-                left_out(path, "hidden folder")
-                folders.remove(name)
-        found.extend(_source(Path(folder, name), audio_dir) for name in names)
-    return found
-
-
-def _source(path: Path, audio_dir: Path) -> SourceFile:
-    """One file of the dataset, judged by its name and kind alone."""
-    relative = path.relative_to(audio_dir)
-    # Of a link the recording's own size and time count.
-    status = path.stat() if path.exists() else path.lstat()
-    speaker, reason = _speaker_of(relative)
-    suffix = path.suffix.lower()
-    if path.name.startswith("."):
-        reason = "hidden file"
-    elif path.is_symlink() and not path.exists():
-        reason = "broken link"
-    elif path.is_symlink() and not path.resolve().is_relative_to(audio_dir.resolve()):
-        reason = "link that leads out of the dataset; expected the recording itself"
-    elif not stat.S_ISREG(status.st_mode):
-        reason = "not a regular file"
-    elif suffix in audio.OTHER_SUFFIXES:
-        reason = f"{suffix[1:]} is not decoded here; convert it to wav or flac first (ffmpeg -i OLD NEW.flac)"
-    elif suffix not in audio.AUDIO_SUFFIXES:
-        reason = f"not one of {_kinds()}"
-    elif not status.st_size:
-        reason = "empty file (0 bytes)"
-    return SourceFile(str(relative), speaker, status.st_size, status.st_mtime_ns, reason=reason)
-
-
-def _without_doubles(files: list[SourceFile], audio_dir: Path) -> list[SourceFile]:
-    """`files` with a reason for each link to a recording that is used anyway: no recording is heard twice."""
-    usable = [f for f in files if not f.reason]
-    links = {f.path for f in usable if (audio_dir / f.path).is_symlink()}
-    if not links:
-        return files
-    taken = {(audio_dir / f.path).resolve(): f.path for f in usable if f.path not in links}
-    doubles = {}
-    for path in sorted(links):
-        first = taken.setdefault((audio_dir / path).resolve(), path)
-        if first != path:
-            doubles[path] = f"link to the same recording as {printable(first)}"
-    return [replace(f, reason=doubles.get(f.path, f.reason)) for f in files]
-
-
-def _speaker_of(relative: Path) -> tuple[int, str]:
-    """The speaker id of a dataset file, and the reason when its folder gives none."""
-    if len(relative.parts) == 1:
-        return 0, ""
-    top = relative.parts[0]
-    if top.isascii() and top.isdecimal():
-        speaker = int(top)
-        return (speaker, "") if speaker < MAX_SPEAKERS else (0, f"speaker id {top} is above {MAX_SPEAKERS - 1}")
-    return 0, f"folder {top!r} is not named by an integer speaker id"
-
-
-def _kinds() -> str:
-    return " ".join(suffix[1:] for suffix in audio.AUDIO_SUFFIXES)
-
-
-def _listed(reasons: Iterable[tuple[str, str]], most: int = 20) -> str:
-    """`path: reason` on a line each, and how many more there are."""
-    lines = [f"\n  {printable(path)}: {reason}" for path, reason in reasons]
-    more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
-    return "".join(lines[:most]) + more
 
 
 def _no_clip(recipe: Recipe, reasons: list[tuple[str, str]]) -> StageError:
     return StageError(
-        f"preprocess: none of the {len(reasons)} files in {recipe.data.audio_dir} gave a clip{_listed(reasons)}"
+        f"preprocess: none of the {len(reasons)} files in {recipe.data.audio_dir} gave a clip{listed(reasons)}"
     )
 
 
@@ -249,7 +150,7 @@ def make_plan(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: 
     plan = Plan(
         listing=listing,
         settings=settings,
-        units=cut_units([f for f in measured if not f.reason]),
+        units=cut_units([part for f in measured if not f.reason for part in f.slices()]),
         excluded=tuple(f for f in measured if f.reason),
     )
     work.clips_report_file.unlink(missing_ok=True)  # `complete` must not take the old report for this plan's
@@ -264,7 +165,7 @@ def _source_changes(old: Plan, sources: list[SourceFile]) -> str:
     sorts = {
         "new": sorted(after.keys() - before.keys()),
         "gone": sorted(before.keys() - after.keys()),
-        "changed": sorted(p for p in after.keys() & before.keys() if after[p].identity != before[p].identity),
+        "changed": sorted(p for p in after.keys() & before.keys() if after[p].identity[:4] != before[p].identity[:4]),
     }
     told = [f"{len(paths)} {sort} ({printable(paths[0])})" for sort, paths in sorts.items() if paths]
     return f"recordings in data.audio_dir: {', '.join(told) or 'other reasons to leave some out'}"
@@ -272,23 +173,46 @@ def _source_changes(old: Plan, sources: list[SourceFile]) -> str:
 
 def _measure(audio_dir: Path, file: SourceFile) -> SourceFile:
     try:
-        return replace(file, duration_s=round(audio.duration(audio_dir / file.path), 6))
-    except audio.AudioError as error:
+        return replace(file, duration_s=round(decoding.duration(audio_dir / file.path), 6))
+    except decoding.AudioError as error:
         return replace(file, reason=str(error))
 
 
-def make_unit(recipe: Recipe, work: Workspace, unit: Unit, settings: dict[str, Any], pool: ThreadPoolExecutor) -> None:
-    """Write the clips of one unit, with what became of each of its files."""
+def make_units(recipe: Recipe, work: Workspace, units: list[Unit], settings: dict[str, Any]) -> None:
+    """Write the clips of `units`, several at a time."""
+    gate = None
+    if recipe.preprocess.clean_dataset and units:
+        from rvc_dist.denoise import NoiseGate  # the one part of this stage that needs torch
+
+        gate = NoiseGate(recipe.data.sample_rate, recipe.preprocess.clean_strength)
+    # Decoders, the resampler and the filter release the interpreter lock, so threads are enough.
+    with ThreadPoolExecutor(recipe.preprocess.num_workers) as pool:
+        logged_at = time.monotonic()
+        try:
+            for i, _ in enumerate(pool.map(lambda unit: make_unit(recipe, work, unit, settings, gate), units), 1):
+                if time.monotonic() - logged_at > LOG_EVERY_S:
+                    logged_at = time.monotonic()
+                    logger.info("preprocess: %d of %d units", i, len(units))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def make_unit(
+    recipe: Recipe, work: Workspace, unit: Unit, settings: dict[str, Any], gate: NoiseGate | None = None
+) -> None:
+    """Write the clips of one unit, with what became of each of its recordings."""
     arrays: dict[str, audio.Wave] = {}
     clips: list[dict[str, Any]] = []
     files: list[dict[str, Any]] = []
-    # Decoders, the resampler and the filter release the interpreter lock, so threads are enough.
-    for file, outcome in zip(unit.files, pool.map(lambda f: _try_file(recipe, f), unit.files), strict=True):
+    for file in unit.files:
+        outcome = _try_file(recipe, file, gate)
         samples = sum(len(clip.wave) for clip in outcome.clips)
         files.append(
             {
                 "path": file.path,
                 "speaker": file.speaker,
+                "start_s": file.start_s,
                 "seconds_in": outcome.seconds_in,
                 "clips": len(outcome.clips),
                 "seconds_out": round(samples / recipe.data.sample_rate, 3),
@@ -297,60 +221,118 @@ def make_unit(recipe: Recipe, work: Workspace, unit: Unit, settings: dict[str, A
         )
         for clip in outcome.clips:
             arrays[f"{len(clips):05d}"] = clip.wave
-            clips.append({"speaker": file.speaker, "source": file.path, "start_s": clip.start_s})
+            clips.append(
+                {"speaker": file.speaker, "source": file.path, "slice_s": file.start_s, "start_s": clip.start_s}
+            )
     header = {"stamp": unit.stamp(settings), "sample_rate": recipe.data.sample_rate, "clips": clips, "files": files}
     save_arrays(work.clips_file(unit.id), arrays, header)
 
 
-def _try_file(recipe: Recipe, file: SourceFile) -> Outcome:
+def _try_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None) -> Outcome:
     try:
-        outcome = cut_file(recipe, Path(recipe.data.audio_dir, file.path))
-    except audio.AudioError as error:
+        return cut_file(recipe, file, gate)
+    except decoding.MissingDecoderError as error:  # another rank could read it: no reason to leave it out
+        raise StageError(f"preprocess: {printable(file.path)}: {error}") from error
+    except decoding.AudioError as error:
         return Outcome([], file.duration_s, str(error))
-    # An mp3 without a length tag promises a guess, so less is told and no reason to leave a file out.
-    if outcome.seconds_in < file.duration_s - 0.5:
-        short = f"only {outcome.seconds_in:.1f} of the {file.duration_s:.1f} s that its header promises can be read"
-        outcome = outcome._replace(reason=", ".join(filter(None, [short, outcome.reason])))
-    return outcome
 
 
-def cut_file(recipe: Recipe, path: Path) -> Outcome:
-    """Decode, resample, filter, level and cut one recording.
+class Levels:
+    """What the samples of a recording tell of how it was made; kept while it is read."""
+
+    def __init__(self) -> None:
+        self.peak, self.total, self.num, self.num_clipped = 0.0, 0.0, 0, 0
+
+    def add(self, samples: decoding.Samples) -> None:
+        """[S, channels]"""
+        magnitude = np.abs(samples)
+        self.peak = max(self.peak, float(magnitude.max(initial=0.0)))
+        self.total += float(samples.sum(dtype=np.float64))
+        self.num += samples.size
+        if self.peak >= CLIPPED_LEVEL:
+            full = magnitude >= CLIPPED_LEVEL
+            self.num_clipped += int(np.count_nonzero(full[1:] & full[:-1]))
+
+    def notes(self) -> Iterator[str]:
+        if self.peak > audio.MAX_PEAK:  # no audio in -1..1, of which its clips tell
+            return
+        share, offset = self.num_clipped / max(1, self.num), self.total / max(1, self.num)
+        if share > CLIPPED_SHARE:
+            yield f"clipped ({100 * share:.1f}% of its samples at full scale)"
+        if abs(offset) > OFFSET:
+            yield f"has a DC offset of {offset:.3f}"
+
+
+def read_slice(recipe: Recipe, file: SourceFile, levels: Levels) -> tuple[audio.Wave, float, list[str]]:
+    """A slice of a recording at the voice's rate [S], its length in seconds, and what is to be said of it.
 
     Raises:
-        AudioError: the recording gives no clip; the message is the reason.
+        AudioError: it cannot be read, or holds nothing.
     """
-    config, rate = recipe.preprocess, recipe.data.sample_rate
-    wave, source_rate = audio.decode(path)
-    seconds_in = round(len(wave) / source_rate, 6)
-    if float(np.abs(wave).max()) < audio.SILENT_PEAK:
-        raise audio.AudioError("silent (peak below -60 dB)")
-    wave = audio.resample(wave, source_rate, rate)
-    if config.process_effects:
-        wave = audio.highpass(wave, rate)
-    if config.normalization == "pre":
-        wave = audio.normalise(wave)
+    notes: list[str] = []
+    with decoding.opened(Path(recipe.data.audio_dir, file.path)) as recording:
+        most_s = file.duration_s + (MAX_SLICE_S if file.is_last else 0.0)
+        resampler = audio.Resampler(recording.rate, recipe.data.sample_rate)
+        most, num, parts = round(most_s * recording.rate), 0, []
+        for block in recording.blocks(file.start_s, most):
+            num += len(block)
+            levels.add(block)
+            parts.append(resampler(decoding.mono(block)))
+        parts.append(resampler(np.zeros(0, np.float32), last=True))
+    seconds = round(num / recording.rate, 6)
+    if not num:
+        raise decoding.AudioError(
+            "holds no samples" if file.is_last and not file.start_s else "ends before its header says"
+        )
+    if seconds < file.duration_s - 0.5:
+        # An mp3 without a length tag promises a guess, so less is told and no reason to leave a file out.
+        notes.append(f"only {seconds:.1f} of the {file.duration_s:.1f} s that its header promises can be read")
+    elif file.is_last and num == most:
+        notes.append(f"longer than its header says; what follows {file.start_s + seconds:.0f} s is left out")
+    return np.concatenate(parts), seconds, notes
+
+
+def cut_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None = None) -> Outcome:
+    """Decode, resample, filter, clean, level and cut one recording or slice.
+
+    Raises:
+        AudioError: it gives no clip; the message is the reason.
+    """
+    config, rate, levels = recipe.preprocess, recipe.data.sample_rate, Levels()
+    wave, seconds_in, notes = read_slice(recipe, file, levels)
+    if levels.peak < audio.SILENT_PEAK:
+        raise decoding.AudioError("silent (peak below -60 dB)")
+    notes += levels.notes()
+    wave = _clean(recipe, wave, gate)
 
     clips: list[Clip] = []
-    notes: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     longest = MAX_CLIP_FRAMES * recipe.rate_spec.hop
     for start, piece in _pieces(recipe, wave):
         peak = float(np.abs(piece).max(initial=0.0))
         if len(piece) < MIN_CLIP_S * rate:
-            notes[f"shorter than {MIN_CLIP_S} s dropped"] += 1
+            kinds[f"shorter than {MIN_CLIP_S} s dropped"] += 1
         elif not peak <= audio.MAX_PEAK:
-            notes[f"with a peak above {audio.MAX_PEAK} dropped"] += 1
+            kinds[f"with a peak above {audio.MAX_PEAK} dropped"] += 1
         elif peak < audio.SILENT_PEAK:
-            notes["silent, dropped"] += 1
+            kinds["silent, dropped"] += 1
         else:
             if len(piece) > longest:
-                notes[f"longer than the {longest / rate:.1f} s of which training makes use"] += 1
+                kinds[f"longer than the {longest / rate:.1f} s of which training makes use"] += 1
             levelled = audio.normalise(piece) if config.normalization == "post" else piece
-            clips.append(Clip(round(start / rate, 4), np.ascontiguousarray(levelled)))
-    reason = ", ".join(f"{count} {'clip' if count == 1 else 'clips'} {what}" for what, count in sorted(notes.items()))
+            clips.append(Clip(round(file.start_s + start / rate, 4), np.ascontiguousarray(levelled)))
+    notes += [f"{count} {'clip' if count == 1 else 'clips'} {what}" for what, count in sorted(kinds.items())]
     if not clips:
-        raise audio.AudioError(reason or _why_nothing(recipe, len(wave)))
-    return Outcome(clips, seconds_in, reason)
+        raise decoding.AudioError(", ".join(notes) if kinds else _why_nothing(recipe, len(wave)))
+    return Outcome(clips, seconds_in, ", ".join(notes))
+
+
+def _clean(recipe: Recipe, wave: audio.Wave, gate: NoiseGate | None) -> audio.Wave:
+    if recipe.preprocess.process_effects:
+        wave = audio.highpass(wave, recipe.data.sample_rate)
+    if gate is not None:
+        wave = gate(wave)
+    return audio.normalise(wave) if recipe.preprocess.normalization == "pre" else wave
 
 
 def _why_nothing(recipe: Recipe, num_samples: int) -> str:
@@ -373,15 +355,21 @@ def _pieces(recipe: Recipe, wave: audio.Wave) -> Iterator[tuple[int, audio.Wave]
                 yield offset + start, piece
 
 
-def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]) -> None:
+def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any], share: Share) -> None:
     """Write the report once every unit is done, whoever did it."""
     headers = [read_header(work.clips_file(u.id)) for u in plan.units]
     done = [h for u, h in zip(plan.units, headers, strict=True) if h and h.get("stamp") == u.stamp(settings)]
     if len(done) < len(plan.units):
-        logger.info("preprocess: this part is done, %d units are left to others", len(plan.units) - len(done))
+        left = len(plan.units) - len(done)
+        if share.does_all:
+            raise StageError(
+                f"preprocess: {left} of {len(plan.units)} units in {work.clips_dir} were replaced meanwhile: another "
+                "job works in this run folder with other settings or recordings; end one, then run the stage again"
+            )
+        logger.info("preprocess: this part is done, %d units are left to others", left)
         return
     remove_leftovers(work.clips_dir, len(plan.units))
-    files = [f for h in done for f in h["files"]] + [
+    files = _by_recording([f for h in done for f in h["files"]]) + [
         {"path": f.path, "speaker": f.speaker, "seconds_in": 0.0, "clips": 0, "seconds_out": 0.0, "reason": f.reason}
         for f in plan.excluded
     ]
@@ -415,6 +403,24 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         len(files) - len(used),
         work.clips_report_file,
     )
+
+
+def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str, Any]]:
+    """The entries of slices summed up by recording; what is said of a slice says where it begins."""
+    files: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, list[tuple[float, str]]] = {}
+    for part in slices:
+        entry = {k: v for k, v in part.items() if k not in ("start_s", "reason")}
+        reasons.setdefault(part["path"], []).append((part["start_s"], part["reason"]))
+        known = files.setdefault(part["path"], entry)
+        if known is not entry:
+            for key in ("seconds_in", "clips", "seconds_out"):
+                known[key] = round(known[key] + part[key], 6)
+    for path, found in reasons.items():
+        told = [f"from {format_duration(at)}: {why}" if len(found) > 1 else why for at, why in sorted(found) if why]
+        more = [f"and {len(told) - most} slices more"] if len(told) > most else []
+        files[path]["reason"] = "; ".join(told[:most] + more)
+    return list(files.values())
 
 
 def format_duration(seconds: float) -> str:

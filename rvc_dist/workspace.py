@@ -12,23 +12,26 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every stamp: raise it when a stage's output changes for the same settings."""
 HEADER_KEY = "rvc_dist"
 """All metadata of a safetensors file is one JSON text: the format keeps several keys in no fixed order."""
 MIN_UNIT_S, MAX_UNIT_S, MAX_UNITS = 20.0, 600.0, 512
 """Bounds of a unit's length in seconds, and the count of units that a dataset is cut towards."""
+MAX_SLICE_S = 300.0
+"""Longer recordings are cut into slices before anything is read of them: no process ever holds a whole one."""
 STALE_TMP_S = 3600.0
 """A half-written file that has not grown for so long has no writer any more."""
 
@@ -85,7 +88,10 @@ class Workspace:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One recording of the dataset; `path` is relative to the dataset folder, `reason` why it is left out."""
+    """One recording of the dataset, or a slice of a long one.
+
+    `path` is relative to the dataset folder, `reason` why the recording is left out.
+    """
 
     path: str
     speaker: int
@@ -93,11 +99,31 @@ class SourceFile:
     mtime_ns: int
     duration_s: float = 0.0
     reason: str = ""
+    start_s: float = 0.0
+    is_last: bool = True
+    """The last slice goes to the end of the recording, which may be later than its header says."""
 
     @property
-    def identity(self) -> tuple[str, int, int, int]:
+    def identity(self) -> tuple[str, int, int, int, float]:
         """What a changed recording changes, without opening it."""
-        return self.path, self.speaker, self.size, self.mtime_ns
+        return self.path, self.speaker, self.size, self.mtime_ns, self.start_s
+
+    def slices(self) -> list[SourceFile]:
+        """The recording in equal slices of at most MAX_SLICE_S, which begin at whole seconds."""
+        count = math.ceil(self.duration_s / MAX_SLICE_S)
+        if count <= 1:
+            return [self]
+        step = math.ceil(self.duration_s / count)
+        starts = range(0, math.ceil(self.duration_s), step)
+        return [
+            replace(
+                self,
+                start_s=float(at),
+                duration_s=min(float(step), round(self.duration_s - at, 6)),
+                is_last=at == starts[-1],
+            )
+            for at in starts
+        ]
 
 
 @dataclass(frozen=True)
@@ -200,6 +226,11 @@ class Share:
     def is_first(self) -> bool:
         return self.index == 0
 
+    @property
+    def does_all(self) -> bool:
+        """Whether nobody else does a part."""
+        return self.count == 1 and not self.array
+
     def take(self, units: Sequence[Unit]) -> list[Unit]:
         """This process's units, the longest first, so that all finish at about the same time."""
         ordered = sorted(units, key=lambda unit: (-unit.duration_s, unit.id))
@@ -243,6 +274,13 @@ def to_json(data: Any) -> str:
 def printable(name: str) -> str:
     """A file name for a log line: as it is, or escaped when it has line breaks or bytes that are no UTF-8."""
     return name if name.isprintable() else ascii(name)
+
+
+def listed(reasons: Iterable[tuple[str, str]], most: int = 20) -> str:
+    """`path: reason` on a line each, and how many more there are."""
+    lines = [f"\n  {printable(path)}: {reason}" for path, reason in reasons]
+    more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
+    return "".join(lines[:most]) + more
 
 
 def read_json(path: Path) -> Any:

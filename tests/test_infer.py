@@ -19,7 +19,7 @@ import torch
 from helpers import NARROW, RATE, SteadyPitch, changed, make_generator, narrow_recipe, noise, tone, voice_contents
 from torch import Tensor
 
-from rvc_dist import audio, extract, infer
+from rvc_dist import audio, decoding, extract, infer
 from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, InferConfig, Recipe
 from rvc_dist.export import write_voice
 from rvc_dist.features.content import Embedder
@@ -283,22 +283,23 @@ def test_the_channels_are_averaged(recipe: Recipe, tmp_path: Path) -> None:
     np.testing.assert_allclose(other, same, atol=2e-3)
 
 
-def test_an_mp3_is_read_without_clicks_between_blocks(tmp_path: Path) -> None:
+def test_an_mp3_is_read_without_clicks_between_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "long.mp3"
-    seconds = 2.5 * infer.READ_BLOCK_S
-    soundfile.write(path, tone(seconds, 44100), 44100)
-    wave = np.concatenate(list(audio.stream(path, FEATURE_RATE, infer.READ_BLOCK_S)))
-    decoded, rate = audio.decode(path)
+    monkeypatch.setattr(decoding, "FORGETFUL_BLOCK", 4 * 44100)
+    soundfile.write(path, tone(10.0, 44100), 44100)
+    wave = np.concatenate(list(audio.stream(path, FEATURE_RATE)))
+    decoded, rate = decoding.decode(path)
     assert rate == 44100
     np.testing.assert_allclose(wave, audio.resample(decoded, rate, FEATURE_RATE), atol=1e-5)
 
 
-def test_a_wav_is_read_in_blocks(tmp_path: Path) -> None:
+def test_a_wav_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "long.wav"
     soundfile.write(path, tone(10.0, 44100), 44100)
-    blocks = list(audio.stream(path, FEATURE_RATE, infer.READ_BLOCK_S))
-    assert max(map(len, blocks)) <= 1.1 * infer.READ_BLOCK_S * FEATURE_RATE
-    whole = audio.resample(audio.decode(path)[0], 44100, FEATURE_RATE)
+    monkeypatch.setattr(decoding, "BLOCK", 4 * 44100)
+    blocks = list(audio.stream(path, FEATURE_RATE))
+    assert max(map(len, blocks)) <= 1.1 * 4 * FEATURE_RATE
+    whole = audio.resample(decoding.decode(path)[0], 44100, FEATURE_RATE)
     np.testing.assert_allclose(np.concatenate(blocks), whole, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ import pytest
 import soundfile
 from safetensors.numpy import load_file
 
-from rvc_dist import audio, preprocess, workspace
+from rvc_dist import audio, decoding, preprocess, workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
 from rvc_dist.workspace import Plan, Share, StageError, Workspace
 
@@ -280,8 +280,7 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, small: Path, monkeypatch: 
     def fail(*_: object) -> None:
         raise AssertionError("opened a recording again")
 
-    monkeypatch.setattr(audio, "decode", fail)
-    monkeypatch.setattr(audio, "duration", fail)
+    monkeypatch.setattr(decoding, "opened", fail)
     preprocess.run(config, Share())
     assert contents(config) == whole
     assert mtimes(config) == before
@@ -445,8 +444,8 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
         "good.wav": "",
         "text.wav": "not readable as audio (Format not recognised)",
         "zero.wav": "empty file (0 bytes)",
-        "notes.txt": "not one of wav flac ogg mp3 opus aiff aif",
-        "song.m4a": "m4a is not decoded here; convert it to wav or flac first (ffmpeg -i OLD NEW.flac)",
+        "notes.txt": f"not one of {' '.join(s[1:] for s in decoding.AUDIO_SUFFIXES)}",
+        "song.m4a": "not readable as audio (Invalid data found when processing input)",
         ".hidden.wav": "hidden file",
         ".trash": "hidden folder",
         "alice/a.wav": "folder 'alice' is not named by an integer speaker id",

@@ -1,0 +1,312 @@
+"""Decoding of every format, of any part, and of what is broken."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from rvc_dist import decoding
+
+RATE = 16000
+
+
+def sine(hz: float, seconds: float, rate: int = RATE, level: float = 0.5) -> decoding.Wave:
+    return (level * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def level(wave: decoding.Wave) -> float:
+    """RMS of the middle half, away from the edges of filters."""
+    return float(np.sqrt(np.mean(wave[len(wave) // 4 : -len(wave) // 4].astype(np.float64) ** 2)))
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_decode_reads_every_kind(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, sine(200, 2.0, 44100), 44100)
+    wave, rate = decoding.decode(path)
+    assert rate == 44100
+    assert wave.dtype == np.float32
+    assert abs(len(wave) - 88200) <= 1152
+    assert decoding.duration(path) == pytest.approx(2.0, abs=0.03)
+    assert level(wave) == pytest.approx(0.5 / 2**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("subtype", "rate", "tolerance"),
+    [("PCM_U8", 8000, 1 / 127), ("PCM_16", 22050, 1e-4), ("PCM_24", 96000, 1e-6), ("DOUBLE", 16000, 1e-7)],
+)
+def test_decode_keeps_the_samples_of_every_depth(tmp_path: Path, subtype: str, rate: int, tolerance: float) -> None:
+    wave = sine(200, 0.5, rate)
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype=subtype)
+    decoded, got_rate = decoding.decode(tmp_path / "a.wav")
+    assert got_rate == rate
+    np.testing.assert_allclose(decoded, wave, atol=tolerance)
+
+
+def test_decode_takes_the_mean_of_channels(tmp_path: Path) -> None:
+    left, right = np.full(4000, 0.5), np.full(4000, -0.25)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), RATE, subtype="FLOAT")
+    wave, _ = decoding.decode(tmp_path / "a.wav")
+    assert wave.shape == (4000,)
+    assert wave.tolist() == [0.125] * 4000
+
+
+def test_decode_in_blocks_is_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix in ("flac", "wav", "ogg", "mp3"):
+        path = tmp_path / f"a.{suffix}"
+        soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 30000), RATE)
+        whole = soundfile.read(path, dtype="float32")[0]
+        monkeypatch.setattr(decoding, "BLOCK", 1001)
+        monkeypatch.setattr(decoding, "FORGETFUL_BLOCK", 1001)
+        np.testing.assert_allclose(decoding.decode(path)[0], whole, atol=0 if suffix in ("flac", "wav") else 1e-6)
+
+
+def test_decode_accepts_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", sine(200, 0.5), RATE)
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff\n.wav"))
+    (tmp_path / "a.wav").rename(path)
+    assert len(decoding.decode(path)[0]) == 8000
+    assert decoding.duration(path) == 0.5
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "opus", "aiff"])
+def test_text_is_not_audio(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("these are words " * 500)
+    for read in (decoding.duration, decoding.decode):
+        with pytest.raises(decoding.AudioError, match=r"not readable as audio \(Format not recognised\)"):
+            read(path)
+
+
+def test_decode_refuses_nan_and_a_cut_flac_and_no_samples(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    wave = sine(200, 0.5)
+    wave[7] = np.nan
+    soundfile.write(path, wave, RATE, subtype="FLOAT")
+    with pytest.raises(decoding.AudioError, match="not finite"):
+        decoding.decode(path)
+
+    soundfile.write(path, np.zeros(0), RATE)
+    for read in (decoding.duration, decoding.decode):
+        with pytest.raises(decoding.AudioError, match="holds no samples"):
+            read(path)
+
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 60000), RATE)
+    path.write_bytes(path.read_bytes()[:50000])
+    with pytest.raises(decoding.AudioError, match="not readable"):
+        decoding.decode(path)
+
+
+@pytest.mark.parametrize(("nibble", "rest"), [(0x0F, b"\xff" * 4), (0x00, bytes(4))])
+def test_a_flac_header_that_lies_allocates_nothing(tmp_path: Path, nibble: int, rest: bytes) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, sine(200, 1.0), RATE)
+    data = bytearray(path.read_bytes())
+    # The 36 bits of the sample count: all ones, 256 GiB of float32; or zero, as encoders write to a pipe.
+    data[21] = data[21] & 0xF0 | nibble
+    data[22:26] = rest
+    path.write_bytes(data)
+    for read in (decoding.duration, decoding.decode):
+        with pytest.raises(decoding.AudioError, match="damaged header or a stream of unknown length"):
+            read(path)
+
+
+def test_a_sample_rate_that_is_damage_is_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", sine(200, 0.5), RATE)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[24:28] = (1).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(decoding.AudioError, match="sample rate of 1 Hz, expected 4000 to 768000"):
+        decoding.decode(tmp_path / "a.wav")
+
+
+def write_mp3_without_length(path: Path, wave: decoding.Wave, mode: str) -> None:
+    """An mp3 as recorders of streams write it: without the first frame, which tells the length."""
+    options = {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": mode, "compression_level": 0.5}
+    soundfile.write(path, wave, 44100, **options)
+    data = path.read_bytes()
+    path.write_bytes(data[data.index(data[:2], 4) :])
+
+
+def test_an_mp3_whose_length_is_underestimated_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Loud noise first and silence after it: libsndfile takes the noise's bit rate for the whole file's.
+    wave = np.zeros(20 * 44100, np.float32)
+    wave[: 5 * 44100] = np.random.default_rng(0).normal(0.0, 0.2, 5 * 44100)
+    path = tmp_path / "a.mp3"
+    write_mp3_without_length(path, wave, "VARIABLE")
+    decoded, rate = decoding.decode(path)
+    assert len(decoded) / rate == pytest.approx(20.0, abs=0.1)
+    assert decoding.duration(path) == pytest.approx(20.0, abs=0.1)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(decoding.MissingDecoderError, match=r"only \d\.\d of 20\.\d s would be read; pip install av"):
+        decoding.decode(path)
+
+
+def test_an_mp3_of_constant_rate_needs_no_length(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp3"
+    write_mp3_without_length(path, sine(200, 5.0, 44100), "CONSTANT")
+    assert len(decoding.decode(path)[0]) == pytest.approx(5.0 * 44100, rel=0.02)
+
+
+# What needs PyAV, and slices
+
+
+AV_KINDS = {
+    "a.m4a": ("aac", 44100),
+    "a.mp4": ("aac", 48000),
+    "a.aac": ("aac", 44100),
+    "a.alac": ("alac", 44100),
+    "b.m4a": ("alac", 96000),
+    "a.wma": ("wmav2", 44100),
+    "a.webm": ("libopus", 48000),
+    "b.webm": ("vorbis", 44100),
+    "a.ac3": ("ac3", 48000),
+    "a.mka": ("flac", 16000),
+    "a.mov": ("pcm_s24le", 44100),
+    "a.mkv": ("pcm_u8", 8000),
+}
+"""File name -> codec and sample rate. A bare .alac is an mp4 container, as encoders write it."""
+LOSSLESS = ("alac", "flac", "pcm_s24le")
+
+
+def write_av(path: Path, wave: decoding.Wave, codec: str, rate: int, layout: str = "stereo") -> None:
+    """Encode [S, channels] (or [S] in every channel) with ffmpeg's encoders, by PyAV."""
+    import av
+
+    num_channels = av.AudioLayout(layout).nb_channels
+    channels = wave.T if wave.ndim == 2 else np.stack([wave] * num_channels)
+    options: dict[str, Any] = {"format": "mp4"} if path.suffix == ".alac" else {}
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout, options={"strict": "experimental"})
+        if codec == "wmav2":
+            stream.bit_rate = 128000
+        stream.codec_context.open()
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels, np.float32), format="fltp", layout=layout)
+        frame.rate = rate
+        resampler = av.AudioResampler(
+            format=stream.format.name, layout=layout, rate=rate, frame_size=stream.frame_size or 1024
+        )
+        at = 0
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            part.pts, at = at, at + part.samples
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("name", list(AV_KINDS))
+def test_every_kind_of_ffmpegs(tmp_path: Path, name: str) -> None:
+    codec, rate = AV_KINDS[name]
+    wave = sine(200, 2.0, rate)
+    write_av(tmp_path / name, wave, codec, rate)
+    decoded, got_rate = decoding.decode(tmp_path / name)
+    assert got_rate == rate
+    assert decoding.duration(tmp_path / name) == pytest.approx(2.0, abs=0.1)
+    assert len(decoded) == pytest.approx(2.0 * rate, abs=0.1 * rate)
+    assert level(decoded) == pytest.approx(0.5 / 2**0.5, rel=0.02)
+    if codec in LOSSLESS:
+        np.testing.assert_allclose(decoded, wave, atol=2e-4)
+
+
+def test_channels_of_ffmpegs_kinds_are_averaged(tmp_path: Path) -> None:
+    wave = sine(200, 1.0, 48000)
+    surround = np.stack([wave * share for share in (0.6, 0.0, 1.2, 0.3, 0.0, 0.9)], axis=1)
+    write_av(tmp_path / "a.mka", surround, "flac", 48000, "5.1")
+    np.testing.assert_allclose(decoding.decode(tmp_path / "a.mka")[0], wave * 0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.m4a", "a.mka", "a.webm", "a.wma", "a.aac"])
+def test_a_part_is_that_part_of_the_whole(tmp_path: Path, name: str) -> None:
+    """Lossy decoders need frames before a part to be right in it; those that keep no exact time are a little off."""
+    rate = 48000
+    times = np.arange(6 * rate) / rate
+    wave = (0.5 * np.sin(2 * np.pi * (200 + 150 * times) * times)).astype(np.float32)  # 200 Hz and rising
+    if name in ("a.m4a", "a.mka", "a.webm", "a.wma", "a.aac"):
+        codec = {"a.mka": "flac", "a.webm": "libopus", "a.wma": "wmav2"}.get(name, "aac")
+        write_av(tmp_path / name, wave, codec, rate, "mono")
+    else:
+        soundfile.write(tmp_path / name, wave, rate)
+    whole, _ = decoding.decode(tmp_path / name)
+    start_s, num = 3.1, rate
+    with decoding.opened(tmp_path / name) as recording:
+        part = np.concatenate([decoding.mono(block) for block in recording.blocks(start_s, num)])
+    assert len(part) == num
+    at = round(start_s * rate)
+    # Time stamps in milliseconds; and those of wma are two frames late at the beginning of a file.
+    slack = {"a.webm": 48, "a.mka": 48, "a.wma": 4200}.get(name, 0)
+    error, offset = min((float(np.abs(whole[at + d : at + d + num] - part).max()), d) for d in range(-slack, slack + 1))
+    assert error < (0.02 if name in ("a.m4a", "a.aac") else 2e-3), (error, offset)  # aac fills bands with noise
+
+
+def test_a_part_beyond_the_end_is_empty(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", sine(200, 1.0), RATE)
+    with decoding.opened(tmp_path / "a.wav") as recording:
+        assert list(recording.blocks(5.0)) == []
+        assert sum(map(len, recording.blocks(0.5, RATE))) == RATE // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("a.flac", ".wav"), ("a.wav", ".m4a"), ("a.m4a", ".wav"), ("a.mp3", ".ogg")]
+)
+def test_the_content_counts_not_the_name(tmp_path: Path, name: str, suffix: str) -> None:
+    if name.endswith("m4a"):
+        write_av(tmp_path / name, sine(200, 1.0, 44100), "aac", 44100)
+    else:
+        soundfile.write(tmp_path / name, sine(200, 1.0, 44100), 44100)
+    wrong = (tmp_path / name).rename(tmp_path / f"wrong{suffix}")
+    wave, rate = decoding.decode(wrong)
+    assert (rate, level(wave)) == (44100, pytest.approx(0.5 / 2**0.5, rel=0.02))
+
+
+def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "secret.wav", sine(200, 1.0), RATE)
+    for text in (
+        f"ffconcat version 1.0\nfile {tmp_path}/secret.wav\n",
+        f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.wav\n",
+    ):
+        for suffix in (".m4a", ".aac", ".wav", ".mp4"):
+            path = tmp_path / f"list{suffix}"
+            path.write_text(text)
+            with pytest.raises(decoding.AudioError, match="not readable as audio"):
+                decoding.decode(path)
+
+
+def test_a_video_without_sound_says_so(tmp_path: Path) -> None:
+    import av
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    with pytest.raises(decoding.AudioError, match="has no sound in it"):
+        decoding.decode(tmp_path / "a.mp4")
+
+
+def test_without_pyav_the_command_that_helps_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_av(tmp_path / "a.m4a", sine(200, 1.0, 44100), "aac", 44100)
+    soundfile.write(tmp_path / "really.wav", sine(200, 1.0), RATE)
+    (tmp_path / "really.wav").rename(tmp_path / "flac.m4a")
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setitem(sys.modules, "av.error", None)
+    with pytest.raises(
+        decoding.MissingDecoderError, match=r"m4a needs the package PyAV: pip install av .*rvc_dist\[formats\]"
+    ):
+        decoding.decode(tmp_path / "a.m4a")
+    assert decoding.duration(tmp_path / "flac.m4a") == 1.0
+
+
+def test_hours_of_silence_in_few_bytes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.flac"
+    with soundfile.SoundFile(path, "w", 8000, 1, format="FLAC", subtype="PCM_16") as file:
+        for _ in range(3600):
+            file.write(np.zeros(8000, np.float32))
+    with pytest.raises(decoding.AudioError, match=r"1\.0 hours in \d+ bytes: silence, or a damaged header"):
+        decoding.duration(path)
