@@ -142,13 +142,18 @@ class AvRecording(Recording):
             ) from error
         # An open file, since PyAV refuses a name that is no UTF-8; and a nameless one, since ffmpeg would believe the
         # name more than the content.
-        with io.FileIO(self.path) as stream:
-            stream.name = ""
-            options = {"format_whitelist": self.demuxers, "protocol_whitelist": "file"}
-            with av.open(stream, options=options, metadata_errors="replace") as container:
-                if not container.streams.audio:
-                    raise AudioError("has no sound in it")
-                yield container, container.streams.best("audio") or container.streams.audio[0]
+        options = {"format_whitelist": self.demuxers, "protocol_whitelist": "file"}
+        try:
+            with io.FileIO(self.path) as stream:
+                stream.name = ""
+                with av.open(stream, options=options, metadata_errors="replace") as container:
+                    if not container.streams.audio:
+                        raise AudioError("has no sound in it")
+                    yield container, container.streams.best("audio") or container.streams.audio[0]
+        except AudioError:
+            raise
+        except (av.FFmpegError, OSError, OverflowError, ValueError) as error:  # seeking to where a bad header leads
+            raise AudioError(f"not readable as audio ({getattr(error, 'strerror', None) or error})") from error
 
     def _length(self, container: Any, stream: Any) -> float:
         """Seconds, by the header or, where it does not say or only guesses, by a walk through the packets."""
@@ -268,19 +273,15 @@ def _open_first(path: Path) -> Recording:
     if path.suffix.lower() in AV_SUFFIXES:
         try:
             return AvRecording(path)
-        except (AudioError, _av_error()):
-            try:
+        except AudioError:
+            with contextlib.suppress(soundfile.LibsndfileError):
                 return SndfileRecording(path)
-            except soundfile.LibsndfileError:
-                pass
             raise
     try:
         recording = SndfileRecording(path)
     except soundfile.LibsndfileError:
-        try:
+        with contextlib.suppress(AudioError):
             return AvRecording(path)
-        except (AudioError, _av_error()):
-            pass
         raise
     if recording.kind == "MP3" and (actual := _mp3_samples(path)) > (recording.duration_s + 0.5) * recording.rate:
         # Without a length in its first frame libsndfile guesses one, and stops there.
@@ -291,16 +292,6 @@ def _open_first(path: Path) -> Recording:
             f"{actual / recording.rate:.1f} s would be read; pip install av, or convert it to wav or flac"
         )
     return recording
-
-
-def _av_error() -> type[Exception]:
-    """What PyAV raises for a bad file."""
-    try:
-        from av.error import FFmpegError
-    except ImportError:
-        return AudioError
-    error: type[Exception] = FFmpegError
-    return error
 
 
 @contextlib.contextmanager
@@ -317,8 +308,6 @@ def _reasons(path: Path) -> Iterator[None]:
         if "not a regular file" in why and path.is_file():  # what libsndfile says of any mp3 that is none
             why = "Format not recognised"
         raise AudioError(f"not readable as audio ({why})") from error
-    except _av_error() as error:
-        raise AudioError(f"not readable as audio ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _mp3_samples(path: Path) -> int:

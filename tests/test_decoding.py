@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from recordings import write_av
 
 from rvc_dist import decoding
 
@@ -174,30 +174,6 @@ AV_KINDS = {
 }
 """File name -> codec and sample rate. A bare .alac is an mp4 container, as encoders write it."""
 LOSSLESS = ("alac", "flac", "pcm_s24le")
-
-
-def write_av(path: Path, wave: decoding.Wave, codec: str, rate: int, layout: str = "stereo") -> None:
-    """Encode [S, channels] (or [S] in every channel) with ffmpeg's encoders, by PyAV."""
-    import av
-
-    num_channels = av.AudioLayout(layout).nb_channels
-    channels = wave.T if wave.ndim == 2 else np.stack([wave] * num_channels)
-    options: dict[str, Any] = {"format": "mp4"} if path.suffix == ".alac" else {}
-    with av.open(str(path), "w", **options) as container:
-        stream = container.add_stream(codec, rate=rate, layout=layout, options={"strict": "experimental"})
-        if codec == "wmav2":
-            stream.bit_rate = 128000
-        stream.codec_context.open()
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels, np.float32), format="fltp", layout=layout)
-        frame.rate = rate
-        resampler = av.AudioResampler(
-            format=stream.format.name, layout=layout, rate=rate, frame_size=stream.frame_size or 1024
-        )
-        at = 0
-        for part in [*resampler.resample(frame), *resampler.resample(None)]:
-            part.pts, at = at, at + part.samples
-            container.mux(stream.encode(part))
-        container.mux(stream.encode(None))
 
 
 @pytest.mark.parametrize("name", list(AV_KINDS))

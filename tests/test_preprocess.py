@@ -636,3 +636,199 @@ def test_the_stage_needs_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "audio"), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Long recordings
+
+
+@pytest.fixture
+def slices_of_4_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "MAX_SLICE_S", 4.0)
+    monkeypatch.setattr(preprocess, "MAX_SLICE_S", 4.0)
+
+
+def test_slices_by_hand(slices_of_4_s: None) -> None:
+    def cut(seconds: float) -> list[tuple[float, float, bool]]:
+        file = workspace.SourceFile("a.wav", 0, 1, 1, seconds)
+        return [(s.start_s, s.duration_s, s.is_last) for s in file.slices()]
+
+    assert cut(4.0) == [(0.0, 4.0, True)]
+    assert cut(4.5) == [(0.0, 3.0, False), (3.0, 1.5, True)]
+    assert cut(10.25) == [(0.0, 4.0, False), (4.0, 4.0, False), (8.0, 2.25, True)]
+    assert cut(12.0) == [(0.0, 4.0, False), (4.0, 4.0, False), (8.0, 4.0, True)]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "mp3", "ogg", "flac"])
+def test_a_long_recording_is_done_in_slices(
+    tmp_path: Path, slices_of_4_s: None, units_of_2_s: None, suffix: str
+) -> None:
+    wave = noise(10.25, 48000)
+    write(tmp_path / "audio" / f"a.{suffix}", wave, 48000)
+    config = recipe(tmp_path, cut_method="skip", process_effects=False, normalization="none")
+    preprocess.run(config, Share())
+    made = clips(config)
+    assert [(clip["slice_s"], clip["start_s"], len(piece) / RATE) for clip, piece in made] == [
+        (0.0, 0.0, 4.0),
+        (4.0, 4.0, 4.0),
+        (8.0, 8.0, pytest.approx(2.25, abs=0.06)),
+    ]
+    # One slice after the other they are the recording; at the cuts the resampler hears an edge.
+    whole = audio.resample(decoding.decode(tmp_path / "audio" / f"a.{suffix}")[0], 48000, RATE)
+    joined = np.concatenate([piece for _, piece in made])
+    assert len(joined) == len(whole)
+    inner = np.abs(np.arange(len(whole)) / RATE % 4.0 - 2.0) < 1.99
+    np.testing.assert_allclose(joined[inner], whole[inner], atol=2e-4)
+    assert report(config)["files"] == [
+        {
+            "path": f"a.{suffix}",
+            "speaker": 0,
+            "seconds_in": pytest.approx(10.25, abs=0.06),
+            "clips": 3,
+            "seconds_out": pytest.approx(10.25, abs=0.06),
+            "reason": "",
+        }
+    ]
+
+
+def test_ranks_share_the_slices_of_a_recording(tmp_path: Path, slices_of_4_s: None, units_of_2_s: None) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(11.0))
+    one, three = recipe(tmp_path), dataclasses.replace(recipe(tmp_path), run_dir=str(tmp_path / "three"))
+    preprocess.run(one, Share())
+    for rank in (2, 0, 1):
+        preprocess.run(three, Share(rank, 3, array=True))
+    assert len(mtimes(one)) == 3
+    assert contents(three) == contents(one)
+
+
+def test_what_is_said_of_a_slice_says_where_it_begins(
+    tmp_path: Path, slices_of_4_s: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    wave = noise(8.0)
+    wave[4 * RATE :] = 0.0
+    write(tmp_path / "audio" / "a.wav", wave)
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    assert reasons(config) == {"a.wav": "from 00:00:04: silent (peak below -60 dB)"}
+
+
+def test_a_recording_longer_than_its_header_says_so(tmp_path: Path, slices_of_4_s: None) -> None:
+    """An mp4 whose header was written for its first 3 of 9 seconds."""
+    write(tmp_path / "audio" / "a.wav", noise(9.0))
+    file = workspace.SourceFile("a.wav", 0, 1, 1, 3.0)
+    outcome = preprocess.cut_file(recipe(tmp_path), file)
+    assert outcome.seconds_in == 7.0
+    assert outcome.reason == "longer than its header says; what follows 7 s is left out"
+
+
+# What recordings tell
+
+
+def test_clipping_and_offset_are_told(tmp_path: Path) -> None:
+    wave = noise(3.0)
+    write(tmp_path / "audio" / "good.wav", wave)
+    write(tmp_path / "audio" / "clipped.wav", np.clip(8 * wave, -1, 1))
+    write(tmp_path / "audio" / "offset.wav", wave + np.float32(0.125), subtype="FLOAT")
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    told = reasons(config)
+    assert told["good.wav"] == ""
+    assert told["offset.wav"] == f"has a DC offset of {0.125 + float(wave.mean()):.3f}"
+    full = np.abs(np.clip(8 * wave, -1, 1)) >= 0.999
+    share = 100 * np.count_nonzero(full[1:] & full[:-1]) / len(full)
+    assert share > 1
+    assert told["clipped.wav"] == f"clipped ({share:.1f}% of its samples at full scale)"
+
+
+def test_two_jobs_with_other_settings_in_one_folder_are_told(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins while the first is at work: each is whole or says that it is not."""
+    first, second = recipe(tmp_path), recipe(tmp_path, normalization="none")
+    make_unit, calls = preprocess.make_unit, []
+
+    def make(*arguments: Any) -> None:
+        make_unit(*arguments)
+        calls.append(arguments)
+        if len(calls) == 2:
+            preprocess.run(second, Share())
+
+    monkeypatch.setattr(preprocess, "make_unit", make)
+    with pytest.raises(
+        StageError, match=r"units in .*clips were replaced meanwhile: another job works in this run folder"
+    ):
+        preprocess.run(first, Share())
+
+
+# Noise reduction
+
+
+def buzz(seconds: float = 6.0) -> audio.Wave:
+    """Thirty equal harmonics of 150 Hz, half a second on, half a second off."""
+    times = np.arange(round(seconds * RATE)) / RATE
+    tone = sum(0.02 * np.sin(2 * np.pi * 150 * k * times + k * k) for k in range(1, 31)) * (times % 1.0 < 0.5)
+    return np.asarray(tone, np.float32)
+
+
+def noisy(level: float = 0.01) -> audio.Wave:
+    return buzz() + np.random.default_rng(0).normal(0.0, level, 6 * RATE).astype(np.float32)
+
+
+@pytest.mark.parametrize(("strength", "low", "high"), [(0.0, 0.99, 1.01), (0.5, 0.45, 0.6), (1.0, 0.0, 0.1)])
+def test_the_noise_goes_by_its_strength_and_the_voice_stays(strength: float, low: float, high: float) -> None:
+    from rvc_dist.denoise import NoiseGate
+
+    wave = noisy()
+    cleaned = NoiseGate(RATE, strength)(wave)
+    assert cleaned.shape == wave.shape
+    times = np.arange(len(wave)) / RATE % 1.0
+    pause, sounding = (times > 0.6) & (times < 0.9), (times > 0.1) & (times < 0.4)
+    assert low < np.std(cleaned[pause]) / np.std(wave[pause]) < high
+    left = np.vdot(cleaned[sounding], buzz()[sounding]) / np.vdot(buzz()[sounding], buzz()[sounding])
+    assert left == pytest.approx(1.0, abs=0.06)
+
+
+def test_windows_join_without_a_seam_and_batches_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rvc_dist import denoise
+
+    wave = np.tile(noisy(), 4)
+    cleaned = denoise.NoiseGate(RATE, 0.7)(wave)
+    monkeypatch.setattr(denoise, "BATCH_WINDOWS", 1)
+    np.testing.assert_array_equal(denoise.NoiseGate(RATE, 0.7)(wave), cleaned)
+    monkeypatch.setattr(denoise, "WINDOW_S", 100.0)
+    at_once = denoise.NoiseGate(RATE, 0.7)(wave)
+    assert np.std(cleaned - at_once) < 0.02 * np.std(at_once)
+    assert np.abs(np.diff(cleaned - at_once)).max() < 0.01
+
+
+def test_digital_silence_has_no_noise_to_learn_from() -> None:
+    from rvc_dist.denoise import NoiseGate
+
+    gate = NoiseGate(RATE, 1.0)
+    for wave in (np.zeros(3 * RATE, np.float32), noise(0.4)):
+        assert gate.profile(wave) is None
+        assert gate(wave) is wave
+    muted = np.concatenate([np.zeros(4 * RATE, np.float32), noisy()])
+    profile = gate.profile(muted)
+    assert profile is not None
+    assert np.abs(profile).min() < np.abs(profile).max() < 0.2  # noise of the pauses, neither silence nor tone
+
+
+def test_cleaned_clips_are_the_same_from_any_ranks(tmp_path: Path, units_of_2_s: None) -> None:
+    for i in range(3):
+        write(tmp_path / "audio" / f"{i}.wav", np.roll(noisy(), i * 1000))
+    config = recipe(tmp_path, clean_dataset=True, clean_strength=0.8, num_workers=1)
+    preprocess.run(config, Share())
+    other = dataclasses.replace(recipe(tmp_path, clean_dataset=True, clean_strength=0.8), run_dir=str(tmp_path / "two"))
+    for rank in (1, 0):
+        preprocess.run(other, Share(rank, 2, array=True))
+    assert contents(other) == contents(config)
+    plain = dataclasses.replace(recipe(tmp_path), run_dir=str(tmp_path / "plain"))
+    preprocess.run(plain, Share())
+    assert contents(plain) != contents(config)
+
+
+def test_cleaning_without_its_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(3.0))
+    monkeypatch.setitem(sys.modules, "noisereduce.torchgate", None)
+    with pytest.raises(StageError, match=r"clean_dataset needs the package noisereduce .*pip install noisereduce"):
+        preprocess.run(recipe(tmp_path, clean_dataset=True), Share())

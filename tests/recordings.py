@@ -1,0 +1,113 @@
+"""Recordings of every format for tests, and damaged ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+
+def write_av(path: Path, wave: Any, codec: str, rate: int, layout: str = "stereo") -> None:
+    """Encode [S, channels] (or [S] in every channel) with ffmpeg's encoders, by PyAV."""
+    import av
+
+    num_channels = av.AudioLayout(layout).nb_channels
+    channels = wave.T if wave.ndim == 2 else np.stack([wave] * num_channels)
+    options: dict[str, Any] = {"format": "mp4"} if path.suffix == ".alac" else {}
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout, options={"strict": "experimental"})
+        if codec == "wmav2":
+            stream.bit_rate = 128000
+        stream.codec_context.open()
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels, np.float32), format="fltp", layout=layout)
+        frame.rate = rate
+        resampler = av.AudioResampler(
+            format=stream.format.name, layout=layout, rate=rate, frame_size=stream.frame_size or 1024
+        )
+        at = 0
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            part.pts, at = at, at + part.samples
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+
+
+def write_every_kind(folder: Path, wave: Any, rate: int) -> list[Path]:
+    """`wave` [S] in each format that libsndfile or ffmpeg writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, subtype in (("a.wav", "PCM_16"), ("b.wav", "PCM_24"), ("c.wav", "FLOAT"), ("d.wav", "PCM_U8")):
+        soundfile.write(folder / name, wave, rate, subtype=subtype)
+    for name in ("a.flac", "a.ogg", "a.mp3", "a.aiff"):
+        soundfile.write(folder / name, wave, rate)
+    soundfile.write(folder / "a.opus", wave, rate, format="OGG", subtype="OPUS")
+    kinds = {"a.m4a": "aac", "b.m4a": "alac", "a.aac": "aac", "a.webm": "libopus", "a.ac3": "ac3", "a.wma": "wmav2"}
+    for name, codec in kinds.items():
+        write_av(folder / name, wave, codec, rate)
+    return sorted(folder.iterdir())
+
+
+def damaged(good: list[Path], folder: Path, count: int, seed: int) -> Iterator[Path]:
+    """`count` damaged variants of the files in `good`, the same for the same seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    kinds: list[Callable[[random.Random, bytearray], bytearray]] = [
+        _cut, _flip_header, _flip_anywhere, _absurd_sizes, _zeros, _noise, _doubled, _junk_first, _only_magic,
+    ]  # fmt: skip
+    suffixes = sorted({path.suffix for path in good})
+    for i in range(count):
+        source, kind = good[i % len(good)], kinds[i // len(good) % len(kinds)]
+        data = kind(rng, bytearray(source.read_bytes()))
+        suffix = rng.choice(suffixes) if rng.random() < 0.2 else source.suffix
+        path = folder / f"{i:03d}{kind.__name__}_{source.stem}{source.suffix[1:]}{suffix}"
+        path.write_bytes(data)
+        yield path
+
+
+def _cut(rng: random.Random, data: bytearray) -> bytearray:
+    return data[: rng.randrange(1, len(data))]
+
+
+def _flip(rng: random.Random, data: bytearray, count: int, end: int) -> bytearray:
+    for _ in range(count):
+        data[rng.randrange(min(end, len(data)))] ^= 1 << rng.randrange(8)
+    return data
+
+
+def _flip_header(rng: random.Random, data: bytearray) -> bytearray:
+    return _flip(rng, data, rng.randrange(1, 12), 128)
+
+
+def _flip_anywhere(rng: random.Random, data: bytearray) -> bytearray:
+    return _flip(rng, data, rng.randrange(1, 200), len(data))
+
+
+def _absurd_sizes(rng: random.Random, data: bytearray) -> bytearray:
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(4, 64)
+        data[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", bytes(4)])
+    return data
+
+
+def _zeros(rng: random.Random, data: bytearray) -> bytearray:
+    at = rng.randrange(len(data))
+    data[at : at + len(data) // 3] = bytes(len(data[at : at + len(data) // 3]))
+    return data
+
+
+def _noise(rng: random.Random, data: bytearray) -> bytearray:
+    return data[:16] + bytearray(rng.randbytes(len(data)))
+
+
+def _doubled(rng: random.Random, data: bytearray) -> bytearray:
+    return data + data[rng.randrange(len(data)) :]
+
+
+def _junk_first(rng: random.Random, data: bytearray) -> bytearray:
+    return bytearray(rng.randbytes(rng.randrange(1, 4096))) + data
+
+
+def _only_magic(rng: random.Random, data: bytearray) -> bytearray:
+    return data[: rng.randrange(1, 48)]
