@@ -149,7 +149,10 @@ class AvRecording(Recording):
                 with av.open(stream, options=options, metadata_errors="replace") as container:
                     if not container.streams.audio:
                         raise AudioError("has no sound in it")
-                    yield container, container.streams.best("audio") or container.streams.audio[0]
+                    found = container.streams.best("audio") or container.streams.audio[0]
+                    if found.codec_context is None:
+                        raise AudioError("its codec is not known here")
+                    yield container, found
         except AudioError:
             raise
         except (av.FFmpegError, OSError, OverflowError, ValueError) as error:  # seeking to where a bad header leads

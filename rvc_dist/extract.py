@@ -6,8 +6,9 @@ Shapes: B clips of equal length, S samples, T50 and T100 frames at 50 and 100 a 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,15 +116,22 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
         u for u in share.take(list(clips)) if not is_done(work.features_file(u.id), feature_stamp(settings, clips[u]))
     ]
     logger.info("extract: %d units, %d to do here", len(clips), len(todo))
-    with ThreadPoolExecutor(1) as reader:
-        # The next unit is read and resampled while this one is computed.
-        pending = [reader.submit(read_unit, work.clips_file(u.id)) for u in todo[:1]]
+    # The next unit is read and resampled, and the last one written, while this one is computed.
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        pending = deque(reader.submit(read_unit, work.clips_file(u.id)) for u in todo[:1])
+        written: Future[None] | None = None
         for i, unit in enumerate(todo):
-            header, waves = pending.pop().result()
-            pending += [reader.submit(read_unit, work.clips_file(u.id)) for u in todo[i + 1 : i + 2]]
-            save_unit(work, unit, header, waves, extractor, feature_stamp(settings, clips[unit]))
-            logger.info("extract: unit %d of %d", i + 1, len(todo))
-    finish(recipe, work, settings, clips)
+            header, waves = pending.popleft().result()
+            pending.extend(reader.submit(read_unit, work.clips_file(u.id)) for u in todo[i + 1 : i + 2])
+            features = compute_unit(header, waves, extractor, feature_stamp(settings, clips[unit]))
+            if written is not None:
+                written.result()
+                logger.info("extract: unit %d of %d", i, len(todo))
+            written = writer.submit(save_arrays, work.features_file(unit.id), *features)
+        if written is not None:
+            written.result()
+            logger.info("extract: unit %d of %d", len(todo), len(todo))
+    finish(recipe, work, settings, clips, share)
 
 
 def withdraw_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
@@ -201,15 +209,13 @@ def read_unit(path: Path) -> tuple[dict[str, Any], list[tuple[int, audio.Wave]]]
     return header, [(len(w), audio.resample(w, header["sample_rate"], FEATURE_RATE)) for w in waves]
 
 
-def save_unit(
-    work: Workspace,
-    unit: Unit,
-    clips_header: dict[str, Any],
-    waves: list[tuple[int, audio.Wave]],
-    extractor: Extractor,
-    wanted: str,
-) -> None:
-    """Write the features of one unit. A batch never crosses a unit, so its bytes do not depend on the ranks."""
+def compute_unit(
+    clips_header: dict[str, Any], waves: list[tuple[int, audio.Wave]], extractor: Extractor, wanted: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The features of one unit and their header, as `save_arrays` takes them.
+
+    A batch never crosses a unit, so the bytes do not depend on the ranks.
+    """
     arrays: dict[str, Any] = {}
     clips: list[dict[str, Any]] = [dict(c) for c in clips_header["clips"]]
     for i, content, f0 in extractor([w for _, w in waves]):
@@ -221,7 +227,7 @@ def save_unit(
         "embedder": extractor.describe(),
         "clips": clips,
     }
-    save_arrays(work.features_file(unit.id), arrays, header)
+    return arrays, header
 
 
 def save_mute(recipe: Recipe, work: Workspace, extractor: Extractor, settings: dict[str, Any]) -> None:
@@ -248,11 +254,16 @@ def mute_done(recipe: Recipe, work: Workspace, settings: dict[str, Any]) -> bool
     return not recipe.extract.include_mutes or is_done(work.mute_file, mute_stamp(recipe, settings))
 
 
-def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dict[Unit, str]) -> None:
+def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
     """Write the report once every unit is done, whoever did it."""
     headers = [read_header(work.features_file(u.id)) for u in clips]
     wanted = [feature_stamp(settings, s) for s in clips.values()]
     done = [h for h, w in zip(headers, wanted, strict=True) if h and h["stamp"] == w]
+    if len(done) < len(clips) and share.does_all:
+        raise StageError(
+            f"extract: {len(clips) - len(done)} of {len(clips)} units in {work.features_dir} were replaced meanwhile: "
+            "another job works in this run folder with other settings; end one, then run the stage again"
+        )
     if len(done) < len(clips):
         logger.info("extract: this part is done, %d units are left to others", len(clips) - len(done))
         return
