@@ -6,8 +6,10 @@ import difflib
 import errno
 import importlib
 import logging
+import os
 import sys
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 from rvc_dist import __version__
 from rvc_dist.config import Recipe, parse_recipe
@@ -26,7 +28,12 @@ class Stage(NamedTuple):
     """Module with `run(recipe, share)`; imported only when the stage runs."""
     about: str
     takes_shard: bool = False
+    folders: str = ""
+    """The folders that it takes besides the recipe, as its usage writes them."""
 
+
+FLAGS = {"-h", "--help", "--print_config", "--json"}
+"""Options that no value follows."""
 
 STAGES = {
     "preprocess": Stage("rvc_dist.preprocess", "Cut recordings into clips.", takes_shard=True),
@@ -36,6 +43,14 @@ STAGES = {
     "export": Stage("rvc_dist.export", "Write voice files from the run's checkpoints."),
     "infer": Stage("rvc_dist.infer", "Convert a recording with a trained voice."),
     "run": Stage("rvc_dist.pipeline", "All of it in order: preprocess, extract, index, train, export."),
+    "import": Stage(
+        "rvc_dist.importing", "Take over an experiment folder of Applio, ARVC or RVC-WebUI.", folders="DIR"
+    ),
+    "dataset": Stage(
+        "rvc_dist.dataset",
+        "Show minutes, loudness and pitch of a run's clips, and what was left out; compare runs. --json prints JSON.",
+        folders="RUN ...",
+    ),
     "bench": Stage("rvc_dist.bench", "Measure training steps; --parity compares losses with float32 ones."),
     "demo": Stage("rvc_dist.demo", "The whole job on the embedded demo voice."),
 }
@@ -78,6 +93,31 @@ def take_shards(arguments: list[str]) -> tuple[list[str], list[str]]:
     return shards, others
 
 
+def take_folders(name: str, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments of a stage that takes folders as a recipe's, and what its `run` is given besides the recipe."""
+    if not STAGES[name].folders:
+        return arguments, {}
+    folders, options = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            folders.append(argument)
+            continue
+        options.append(argument)
+        if argument not in FLAGS and "=" not in argument:
+            options += islice(rest, 1)  # its value, which is no folder
+    if name == "dataset":
+        return [o for o in options if o != "--json"], {"runs": folders, "as_json": "--json" in options}
+    if {"-h", "--help"} & set(options):
+        return options, {}
+    if len(folders) != 1:
+        got = " and ".join(folders) or "no folder"
+        raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
+    folder = os.path.abspath(folders[0])
+    voice = os.path.basename(folder)
+    return ["--name", voice, "--run_dir", f"runs/{voice}", *options, "--data.audio_dir", folder], {}
+
+
 def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
     """The recipe, and which part of the work this process does."""
     stage, share = STAGES[name], Share.from_environment()
@@ -97,7 +137,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
         arguments = demo_arguments() + arguments
     if name == "bench":
         arguments = ["--bench.parity=true" if a == "--parity" else a for a in arguments]
-    return parse_recipe(name, arguments, about), share
+    return parse_recipe(f"{name} {stage.folders}".strip(), arguments, about), share
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,13 +155,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rvc-dist: unknown stage {name!r}; {hint}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        recipe, share = parse(name, arguments[1:])
+        arguments, options = take_folders(name, arguments[1:])
+        recipe, share = parse(name, arguments)
     except ValueError as error:
         print(f"rvc-dist {name}: {error}", file=sys.stderr)
         return EXIT_USAGE
     set_up_logging(share)
     try:
-        importlib.import_module(STAGES[name].module).run(recipe, share)
+        importlib.import_module(STAGES[name].module).run(recipe, share, **options)
     except Stopped as stopped:
         logging.getLogger("rvc_dist").warning("%s", stopped)
         return EXIT_STOPPED

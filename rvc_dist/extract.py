@@ -102,6 +102,9 @@ def run(recipe: Recipe, share: Share) -> None:
     clips = clip_stamps(work)
     if share.is_first:
         work.save_recipe(recipe.to_yaml())
+    if is_imported(recipe, work, clips):
+        logger.info("extract: the features were imported with the clips")  # without a look for the encoder
+        return
     with fixed_threads(recipe.extract.num_threads):
         extract(recipe, work, clips, share)
 
@@ -112,9 +115,7 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
     withdraw_report(work, settings, clips, share)
     if recipe.extract.include_mutes and (share.is_first or share.array):
         save_mute(recipe, work, extractor, settings)
-    todo = [
-        u for u in share.take(list(clips)) if not is_done(work.features_file(u.id), feature_stamp(settings, clips[u]))
-    ]
+    todo = [u for u in share.take(list(clips)) if done_header(recipe, work, u, settings, clips[u]) is None]
     logger.info("extract: %d units, %d to do here", len(clips), len(todo))
     # The next unit is read and resampled, and the last one written, while this one is computed.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
@@ -132,6 +133,24 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
             written.result()
             logger.info("extract: unit %d of %d", len(todo), len(todo))
     finish(recipe, work, settings, clips, share)
+
+
+def is_imported(recipe: Recipe, work: Workspace, clips: dict[Unit, str]) -> bool:
+    """Whether the features of all clips came from another tool, and are those that the recipe asks for."""
+    report = read_report(work)
+    if report is None or report["settings"].get("embedder", {}).get("hash") != "" or not complete(recipe):
+        return False
+    return all(is_done(work.features_file(u.id), feature_stamp(report["settings"], s)) for u, s in clips.items())
+
+
+def done_header(
+    recipe: Recipe, work: Workspace, unit: Unit, settings: dict[str, Any], clips: str
+) -> dict[str, Any] | None:
+    """The header of a unit's features when they were made with `settings`, or imported as the same encoder's."""
+    imported = imported_feature_settings(recipe, settings["embedder"])
+    header = read_header(work.features_file(unit.id))
+    wanted = [feature_stamp(s, clips) for s in (settings, imported)]
+    return header if header is not None and header.get("stamp") in wanted else None
 
 
 def withdraw_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
@@ -155,9 +174,10 @@ def complete(recipe: Recipe) -> bool | None:
     report = read_report(work)
     if report is None:
         return None
-    settings = {k: v for k, v in report["settings"].items() if k != "embedder"}
-    done = settings == feature_settings(recipe) and report["clips"] == stamp(list(clip_stamps(work).values()))
-    return (done and mute_done(recipe, work, report["settings"])) or None
+    settings, embedder = report["settings"], report["settings"].get("embedder", {})
+    known = settings in (feature_settings(recipe) | {"embedder": embedder}, imported_feature_settings(recipe, embedder))
+    done = known and report["clips"] == stamp(list(clip_stamps(work).values()))
+    return (done and mute_done(recipe, work, settings)) or None
 
 
 def read_report(work: Workspace) -> dict[str, Any] | None:
@@ -173,6 +193,15 @@ def feature_settings(recipe: Recipe) -> dict[str, Any]:
     e = recipe.extract
     names = ("f0_method", "f0_model", "f0_min", "f0_max", "embedder_model", "batch_clips", "num_threads")
     return {"model.version": recipe.model.version} | {f"extract.{n}": getattr(e, n) for n in names}
+
+
+def imported_feature_settings(recipe: Recipe, embedder: dict[str, Any]) -> dict[str, Any]:
+    """What imported features are taken to be made with: the recipe's settings, by an encoder of unknown weights.
+
+    Without pitch guidance they may lack the pitch, and are not those of a recipe that asks for it.
+    """
+    settings = feature_settings(recipe) | {"embedder": embedder | {"hash": ""}}
+    return settings if recipe.model.pitch_guidance else settings | {"model.pitch_guidance": False}
 
 
 def feature_stamp(settings: dict[str, Any], clips: str) -> str:
@@ -256,9 +285,8 @@ def mute_done(recipe: Recipe, work: Workspace, settings: dict[str, Any]) -> bool
 
 def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
     """Write the report once every unit is done, whoever did it."""
-    headers = [read_header(work.features_file(u.id)) for u in clips]
-    wanted = [feature_stamp(settings, s) for s in clips.values()]
-    done = [h for h, w in zip(headers, wanted, strict=True) if h and h["stamp"] == w]
+    headers = [done_header(recipe, work, u, settings, s) for u, s in clips.items()]
+    done = [header for header in headers if header is not None]
     if len(done) < len(clips) and share.does_all:
         raise StageError(
             f"extract: {len(clips) - len(done)} of {len(clips)} units in {work.features_dir} were replaced meanwhile: "

@@ -144,7 +144,7 @@ class Converter:
                 f"infer.embedder_model: {extractor.embedder.name} gives features {extractor.embedder.width} wide, the "
                 f"voice was trained on {width} ({voice.embedder_model})"
             )
-        if voice.embedder_hash not in (None, extractor.embedder.weights_hash):
+        if voice.embedder_hash not in (None, "", extractor.embedder.weights_hash):
             logger.warning(
                 "infer.embedder_model: the weights of %s are not those that the voice was trained with",
                 extractor.embedder.name,

@@ -73,6 +73,9 @@ def run(recipe: Recipe, share: Share) -> None:
         StageError: the dataset is missing, is no folder, holds no audio, or gave no clip at all.
     """
     work = Workspace(recipe.run_dir, recipe.name)
+    if is_imported(recipe, work):
+        logger.info("preprocess: the clips were imported from %s", recipe.data.audio_dir)
+        return
     settings = clip_settings(recipe)
     plan = make_plan(recipe, work, settings, share)
     if share.is_first:
@@ -93,14 +96,39 @@ def complete(recipe: Recipe) -> bool | None:
     work = Workspace(recipe.run_dir, recipe.name)
     if not work.clips_report_file.is_file():  # written last: ranks that poll read nothing else until then
         return None
-    settings = clip_settings(recipe)
     plan = Plan.load(work.plan_file)
     done = (
         plan is not None
-        and plan.settings == settings
-        and all(is_done(work.clips_file(u.id), u.stamp(settings)) for u in plan.units)
+        and plan.settings in (clip_settings(recipe), imported_clip_settings(recipe))
+        and all(is_done(work.clips_file(u.id), u.stamp(plan.settings)) for u in plan.units)
     )
     return done or None
+
+
+def imported_clip_settings(recipe: Recipe) -> dict[str, Any]:
+    """In the place of `clip_settings`, what the clips of an import depend on: they stay as the other tool cut them."""
+    return {"imported": True, "data.audio_dir": recipe.data.audio_dir, "data.sample_rate": recipe.data.sample_rate}
+
+
+def is_imported(recipe: Recipe, work: Workspace) -> bool:
+    """Whether the run's clips are those of the experiment that the recipe names; nothing is cut then.
+
+    Raises:
+        StageError: they are of another experiment, or the import has not come to its end: imported clips are never
+            replaced, since what they were cut from may be gone.
+    """
+    plan = Plan.load(work.plan_file)
+    if plan is None or "imported" not in plan.settings:
+        return False
+    wanted = imported_clip_settings(recipe)
+    if plan.settings != wanted:
+        raise StageError(
+            f"{work.clips_dir} holds imported clips, which other recordings do not replace: give this recipe another "
+            f"run_dir, or set back what differs ({changes(plan.settings, wanted)})"
+        )
+    if complete(recipe) is None:
+        raise StageError(f"{work.clips_dir} is half an import: run `rvc-dist import {recipe.data.audio_dir}` again")
+    return True
 
 
 def clip_settings(recipe: Recipe) -> dict[str, Any]:

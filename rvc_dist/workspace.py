@@ -63,6 +63,7 @@ class Workspace:
         self.vectors_file = self.index_dir / "total_fea.npy"
         self.index_report_file = self.index_dir / "report.json"
         self.checkpoints_dir = self.root / "checkpoints"
+        self.pretrained_dir = self.root / "pretrained"
         self.compile_file = self.root / "compile.json"
         self.tensorboard_dir = self.root / "tensorboard"
         self.voice_dir = self.root / "voice"

@@ -1,0 +1,729 @@
+"""The import stage: an experiment folder of Applio, ARVC or RVC-WebUI -> a run folder that goes on from there.
+
+Clips, content features, pitch, speakers, index and weights are taken over as they are; what is missing or does not fit
+is named and left to the other stages. Shapes: S samples, T50 and T100 frames at 50 and 100 a second, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rvc_dist import decoding
+from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, ModelConfig, Recipe
+from rvc_dist.extract import feature_stamp, imported_feature_settings, mute_stamp
+from rvc_dist.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
+from rvc_dist.preprocess import format_duration, imported_clip_settings
+from rvc_dist.workspace import (
+    Plan,
+    Share,
+    SourceFile,
+    StageError,
+    Unit,
+    Workspace,
+    atomic_write,
+    cut_units,
+    is_done,
+    printable,
+    read_header,
+    read_json,
+    remove_leftovers,
+    save_arrays,
+    stamp,
+    wait_for,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[np.float32]
+
+CONTENT_PER_S = F0_PER_S // 2
+LENGTH_TOLERANCE_S = 0.1
+"""Features may be so much shorter or longer than their clip: trackers and encoders differ by a frame or two."""
+V1_WIDTH = 256
+SHOWN = 5
+
+WIDTHS = {
+    "inter_channels": "inter_channels",
+    "hidden_channels": "hidden_channels",
+    "filter_channels": "filter_channels",
+    "n_heads": "num_heads",
+    "n_layers": "num_layers",
+    "upsample_initial_channel": "upsample_initial_channel",
+    "gin_channels": "gin_channels",
+}
+"""`model` of an experiment's config.json -> our keys."""
+
+SAME_ENCODER = {
+    "contentvec_base": "contentvec",
+    "hubert_base": "contentvec",
+    "chinese_hubert_base": "chinese-hubert-base",
+    "japanese_hubert_base": "japanese-hubert-base",
+    "korean_hubert_base": "korean-hubert-base",
+}
+"""Other tools' names of content encoders -> those here; the hubert_base.pt of RVC holds ContentVec's weights."""
+
+
+class Layout(NamedTuple):
+    """Where a tool keeps what, relative to the experiment's folder."""
+
+    tools: str
+    waves: str
+    content: tuple[str, ...]
+    f0: str
+    """Pitch in Hz; the folder beside it has the same as 255 coarse steps."""
+
+
+LAYOUTS = (
+    Layout("Applio, ARVC", "sliced_audios", ("extracted", "v2_extracted", "v1_extracted"), "f0_voiced"),
+    Layout("RVC-WebUI", "0_gt_wavs", ("3_feature768", "3_feature256"), "2b-f0nsf"),
+)
+
+
+class FeatureError(ValueError):
+    """Features of a clip cannot be taken over; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment's folder, read as far as its small files go."""
+
+    folder: Path
+    layout: Layout
+    content_dir: Path | None
+    """None when no features were extracted."""
+    f0_dir: Path | None
+    """None when there is no pitch."""
+    width: int
+    """C of the content features, 0 without any."""
+    config: dict[str, Any]
+    info: dict[str, Any]
+    speakers: dict[str, int]
+    """Name of a wave -> speaker id, as filelist.txt has it."""
+    mutes: tuple[str, ...]
+    """Content features of the silent clips in filelist.txt, one entry a line."""
+
+    @property
+    def waves_dir(self) -> Path:
+        return self.folder / self.layout.waves
+
+    def content_file(self, wave: str) -> Path | None:
+        return self.content_dir and self.content_dir / f"{Path(wave).stem}.npy"
+
+    def f0_file(self, wave: str) -> Path | None:
+        return self.f0_dir and self.f0_dir / f"{wave}.npy"
+
+    def has_features(self, wave: str) -> bool:
+        """Whether the files are there, unread."""
+        files = [f for f in (self.content_file(wave), self.f0_file(wave)) if f is not None]
+        return bool(files) and all(f.is_file() for f in files)
+
+
+def run(recipe: Recipe, share: Share) -> None:
+    """Import the experiment `recipe.data.audio_dir` into the run folder, on the first rank.
+
+    Raises:
+        StageError: no experiment is there, nothing in it can be used, its waves have several sample rates, or the run
+            folder holds something else.
+    """
+    if not share.is_first:
+        wait_for("the import on rank 0", partial(complete, recipe))
+        return
+    experiment = read_experiment(Path(recipe.data.audio_dir))
+    work = Workspace(recipe.run_dir, recipe.name)
+    old = check_run_folder(work, recipe)
+    files = list_waves(experiment)
+    recipe = adapt(recipe, experiment, common_rate(experiment, files))
+    settings = imported_clip_settings(recipe)
+    listing = stamp([f.identity for f in files], feature_listing(experiment))
+    if old is not None and (old.listing, old.settings) == (listing, settings) and complete(recipe):
+        logger.info("import: %s was imported before, nothing to do", experiment.folder)
+        return
+    for report in (work.clips_report_file, work.features_report_file, work.index_report_file):
+        report.unlink(missing_ok=True)  # until the end nothing may look finished
+    plan = make_plan(experiment, files, listing, settings)
+    atomic_write(work.plan_file, plan.dumps())
+    features = imported_feature_settings(recipe, embedder(recipe, experiment))
+    for unit in plan.units:
+        import_unit(experiment, work, unit, settings, features, recipe.data.sample_rate)
+    finish(recipe, experiment, work, plan, features)
+
+
+def complete(recipe: Recipe) -> bool | None:
+    """True when the experiment is imported to the end, else None (for `wait_for`)."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    if not work.clips_report_file.is_file():  # written last
+        return None
+    plan = Plan.load(work.plan_file)
+    done = (
+        plan is not None
+        and _imports(plan, recipe)
+        and all(is_done(work.clips_file(u.id), u.stamp(plan.settings)) for u in plan.units)
+    )
+    return done or None
+
+
+def _imports(plan: Plan, recipe: Recipe) -> bool:
+    return "imported" in plan.settings and plan.settings["data.audio_dir"] == recipe.data.audio_dir
+
+
+def check_run_folder(work: Workspace, recipe: Recipe) -> Plan | None:
+    """The plan of an earlier import of the same experiment, or None when the run folder is free.
+
+    Raises:
+        StageError: the run folder holds something else, which is not overwritten.
+    """
+    if work.root.exists() and not work.root.is_dir():
+        raise StageError(f"run_dir: {work.root} is a file; expected a folder, or a name that is free")
+    plan = Plan.load(work.plan_file)
+    if plan is not None and _imports(plan, recipe):
+        return plan
+    taken = [p for p in (work.plan_file, work.config_file, work.features_dir, work.checkpoints_dir) if p.exists()]
+    if taken:
+        what = f"an import of {plan.settings['data.audio_dir']}" if plan and "imported" in plan.settings else "a run"
+        raise StageError(f"run_dir: {work.root} already holds {what} ({taken[0].name}); give another --run_dir")
+    return None
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """What is in an experiment's folder.
+
+    Raises:
+        StageError: it is missing, no folder, or laid out like none of LAYOUTS; says what was found.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise StageError(f"{folder} {what}; expected the folder of an experiment, such as logs/NAME")
+    layout = find_layout(folder)
+    speakers, mutes = read_filelist(folder / "filelist.txt")
+    content_dir = _with_arrays([folder / name for name in layout.content])
+    return Experiment(
+        folder=folder,
+        layout=layout,
+        content_dir=content_dir,
+        f0_dir=_with_arrays([folder / layout.f0]),
+        width=_width(content_dir) if content_dir else 0,
+        config=_json(folder / "config.json"),
+        info=_json(folder / "model_info.json"),
+        speakers=speakers,
+        mutes=mutes,
+    )
+
+
+def find_layout(folder: Path) -> Layout:
+    found = [layout for layout in LAYOUTS if any((folder / layout.waves).glob("*.wav"))]
+    if len(found) == 1:
+        return found[0]
+    expected = " or ".join(f"{layout.waves}/ ({layout.tools})" for layout in LAYOUTS)
+    if found:
+        both = " and ".join(f"{layout.waves}/" for layout in found)
+        raise StageError(f"{folder} has waves in {both}: move one of them away, or name an experiment of one tool")
+    inside = sorted(p.name for p in folder.iterdir() if any((p / layout.waves).is_dir() for layout in LAYOUTS))
+    if inside := [name for name in inside if not name.startswith("mute")]:  # the tools' silent clips
+        raise StageError(f"{folder} is no experiment but holds some: name one of them ({_some(inside)})")
+    here = [p.name + "/" * p.is_dir() for p in sorted(folder.iterdir())]
+    more = f" and {len(here) - 10} more" if len(here) > 10 else ""
+    raise StageError(
+        f"{folder} is not laid out as an experiment: expected .wav files in {expected}; "
+        f"found {', '.join(map(printable, here[:10])) + more if here else 'an empty folder'}"
+    )
+
+
+def _with_arrays(folders: list[Path]) -> Path | None:
+    """The first of `folders` with arrays in it."""
+    found = [folder for folder in folders if any(folder.glob("*.npy"))]
+    for folder in found[1:]:
+        logger.warning("import: %s is left out, %s is used", folder, found[0].name)
+    return found[0] if found else None
+
+
+def _width(content_dir: Path) -> int:
+    """C of the first features that can be read, 0 if none can."""
+    for path in sorted(content_dir.glob("*.npy")):
+        with contextlib.suppress(FeatureError):
+            return int(read_array(path, 2).shape[1])
+    return 0
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file of another tool: {} when there is none or it holds something else, which is said."""
+    if not path.is_file():
+        return {}
+    try:
+        data = read_json(path)
+    except (StageError, OSError):
+        data = None
+    if not isinstance(data, dict):
+        logger.warning("import: %s is not what its name says and is left out", path)
+        return {}
+    return data
+
+
+def read_filelist(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Speaker by name of the wave, and the features of the silent clips: `wave|content[|coarse f0|f0][...]|speaker`.
+
+    Paths are those of the machine that wrote it, Windows or not, so that only their names count here.
+    """
+    speakers: dict[str, int] = {}
+    mutes: list[str] = []
+    if not path.is_file():
+        return speakers, ()
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        fields = line.strip().split("|")
+        if len(fields) < 3 or not (fields[-1].isascii() and fields[-1].isdecimal()):
+            if line.strip():
+                logger.warning("import: %s, line %d is not `wave|features|...|speaker id`", path, number)
+            continue
+        name = _name(fields[0])
+        if name.startswith("mute"):
+            mutes.append(fields[1])
+        else:
+            speakers.setdefault(name, int(fields[-1]))
+    return speakers, tuple(mutes)
+
+
+def _name(path: str) -> str:
+    return PurePosixPath(path.replace("\\", "/")).name
+
+
+def list_waves(experiment: Experiment) -> list[SourceFile]:
+    """Every wave of the experiment in a fixed order, and those that filelist.txt has beyond; unusable with a reason."""
+    found = {p.name: p for p in experiment.waves_dir.glob("*.wav")}
+    files = []
+    for name in sorted({*found, *experiment.speakers}):
+        speaker = experiment.speakers.get(name, _speaker_of(name))
+        if name not in found:
+            files.append(SourceFile(name, speaker, 0, 0, reason="in filelist.txt, but the wave is missing"))
+            continue
+        status = found[name].stat()
+        file = SourceFile(name, speaker, status.st_size, status.st_mtime_ns)
+        if speaker >= MAX_SPEAKERS:
+            file = replace(file, reason=f"speaker id {speaker} is above {MAX_SPEAKERS - 1}")
+        else:
+            try:
+                file = replace(file, duration_s=round(decoding.duration(found[name]), 6))
+            except decoding.AudioError as error:
+                file = replace(file, reason=str(error))
+        files.append(file)
+    if all(f.reason for f in files):
+        raise _nothing(experiment, files)
+    unlisted = [name for name in sorted(found) if experiment.speakers and name not in experiment.speakers]
+    if unlisted:
+        logger.warning(
+            "import: %d clips are not in filelist.txt and are imported all the same (%s)",
+            len(unlisted),
+            _some(unlisted),
+        )
+    return files
+
+
+def _speaker_of(name: str) -> int:
+    """The id in SPEAKER_RECORDING_CLIP.wav; other names are of speaker 0."""
+    match = re.fullmatch(r"(\d+)_\d+_\d+\.wav", name, re.ASCII)
+    return int(match[1]) if match else 0
+
+
+def recording_of(name: str) -> str:
+    """What a clip was cut from, by its name: clips of one recording must not be split into training and validation."""
+    match = re.fullmatch(r"((?:\d+_)?\d+)_\d+\.wav", name, re.ASCII)
+    return match[1] if match else name
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+
+
+def _nothing(experiment: Experiment, files: list[SourceFile]) -> StageError:
+    lines = "".join(f"\n  {printable(f.path)}: {f.reason}" for f in files[:20])
+    more = f"\n  and {len(files) - 20} more" if len(files) > 20 else ""
+    return StageError(f"{experiment.waves_dir}: none of {len(files)} clips can be used{lines}{more}")
+
+
+def common_rate(experiment: Experiment, files: list[SourceFile]) -> int:
+    """The sample rate of every wave in Hz.
+
+    Raises:
+        StageError: there are several, config.json says another, or no network has it.
+    """
+    import soundfile
+
+    by_rate: dict[int, list[str]] = {}
+    for file in files:
+        if not file.reason:
+            by_rate.setdefault(int(soundfile.info(experiment.waves_dir / file.path).samplerate), []).append(file.path)
+    if len(by_rate) > 1:
+        listed = "; ".join(f"{rate} Hz: {len(n)} clips ({_some(n)})" for rate, n in sorted(by_rate.items()))
+        raise StageError(f"{experiment.waves_dir} has waves of several sample rates, expected one ({listed})")
+    (rate,) = by_rate
+    data = experiment.config.get("data")
+    said = data.get("sample_rate", data.get("sampling_rate", rate)) if isinstance(data, dict) else rate
+    if said != rate:
+        raise StageError(f"{experiment.folder / 'config.json'} says {said} Hz, the waves have {rate} Hz")
+    if rate not in RATES["v2"]:
+        expected = ", ".join(map(str, RATES["v2"]))
+        raise StageError(f"{experiment.waves_dir} has waves of {rate} Hz, expected one of {expected}")
+    return rate
+
+
+def adapt(recipe: Recipe, experiment: Experiment, rate: int) -> Recipe:
+    """`recipe` with what the experiment settles: rate, version, pitch guidance, widths of the network, encoder.
+
+    An `extract.embedder_model` other than the default is the user's word for the encoder, and stays.
+
+    Raises:
+        StageError: config.json has widths that no recipe can have.
+    """
+    model: dict[str, Any] = {}
+    widths = experiment.config.get("model")
+    if isinstance(widths, dict):
+        model |= {ours: widths[theirs] for theirs, ours in WIDTHS.items() if theirs in widths}
+    if experiment.content_dir:
+        model["version"] = "v1" if experiment.width == V1_WIDTH else "v2"
+        model["pitch_guidance"] = experiment.f0_dir is not None
+    encoder = recipe.extract.embedder_model
+    if encoder == Recipe().extract.embedder_model and (named := experiment.info.get("embedder_model")):
+        encoder = SAME_ENCODER.get(str(named), str(named))
+    if encoder == "custom":
+        logger.warning("import: the encoder is one of the user's own: name it with --extract.embedder_model")
+    wrong = [f"{k}: {v!r}" for k, v in model.items() if type(v) is not type(getattr(ModelConfig(), k))]
+    try:
+        if wrong:
+            raise ConfigError(", ".join(wrong))
+        adapted = replace(
+            recipe,
+            data=replace(recipe.data, sample_rate=rate),
+            extract=replace(recipe.extract, embedder_model=encoder),
+            model=replace(recipe.model, **model),
+        )
+    except ConfigError as error:
+        raise StageError(f"{experiment.folder / 'config.json'} describes no network of ours: {error}") from error
+    logger.info(
+        "import: %s (%s), %d Hz, %s, %s, encoder %s",
+        experiment.folder,
+        experiment.layout.tools,
+        rate,
+        adapted.model.version,
+        "with pitch" if adapted.model.pitch_guidance else "without pitch",
+        encoder,
+    )
+    return adapted
+
+
+def embedder(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
+    """What `Extractor.describe` says of the encoder; its weights are not known."""
+    return {"name": recipe.extract.embedder_model, "width": experiment.width, "hash": ""}
+
+
+def feature_listing(experiment: Experiment) -> list[tuple[str, int, int]]:
+    """What changed arrays change."""
+    folders = [d for d in (experiment.content_dir, experiment.f0_dir) if d]
+    status = [(p, p.stat()) for folder in folders for p in sorted(folder.glob("*.npy"))]
+    return [(f"{p.parent.name}/{p.name}", s.st_size, s.st_mtime_ns) for p, s in status]
+
+
+def make_plan(experiment: Experiment, files: list[SourceFile], listing: str, settings: dict[str, Any]) -> Plan:
+    """The work list: clips with features before those without, so that hardly any unit has both kinds."""
+    usable = sorted((f for f in files if not f.reason), key=lambda f: not experiment.has_features(f.path))
+    return Plan(listing, settings, cut_units(usable), tuple(f for f in files if f.reason))
+
+
+def import_unit(
+    experiment: Experiment,
+    work: Workspace,
+    unit: Unit,
+    settings: dict[str, Any],
+    features: dict[str, Any],
+    rate: int,
+) -> None:
+    """Write the clips of one unit and, when all of them have features, these; nothing when that is done."""
+    clips_stamp = unit.stamp(settings)
+    wanted = feature_stamp(features, clips_stamp)
+    clips_done = is_done(work.clips_file(unit.id), clips_stamp)
+    if clips_done and (not experiment.content_dir or is_done(work.features_file(unit.id), wanted)):
+        return
+    waves: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
+    clips: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
+    for file in unit.files:
+        entry = {"path": file.path, "speaker": file.speaker, "seconds_in": file.duration_s, "clips": 0}
+        told.append(entry | {"seconds_out": 0.0, "reason": ""})
+        try:
+            wave, _ = decoding.decode(experiment.waves_dir / file.path)
+        except decoding.AudioError as error:
+            told[-1]["reason"] = str(error)
+            continue
+        key = f"{len(clips):05d}"
+        clip = {"speaker": file.speaker, "source": recording_of(file.path), "slice_s": 0.0, "start_s": 0.0}
+        waves[key] = wave
+        clips.append(clip)
+        told[-1] |= {"clips": 1, "seconds_out": round(len(wave) / rate, 3)}
+        if not experiment.content_dir:
+            continue
+        try:
+            content, f0 = read_features(experiment, file.path, len(wave) / rate)
+        except FeatureError as error:
+            told[-1]["reason"] = f"features not imported: {error}"
+            continue
+        arrays[f"{key}.content"], arrays[f"{key}.f0"] = content, f0
+        sizes.append(clip | {"num_samples": len(wave), "num_content": len(content), "num_f0": len(f0)})
+    if experiment.content_dir and len(sizes) == len(clips):
+        header = {"stamp": wanted, "sample_rate": rate, "embedder": features["embedder"], "clips": sizes}
+        save_arrays(work.features_file(unit.id), arrays, header)
+    # After the features: a unit whose clips are there has what it could have.
+    save_arrays(
+        work.clips_file(unit.id), waves, {"stamp": clips_stamp, "sample_rate": rate, "clips": clips, "files": told}
+    )
+
+
+def read_features(experiment: Experiment, wave: str, seconds: float) -> tuple[Array, Array]:
+    """Content [T50, C] and f0 [T100] of a clip; f0 is 0 where the experiment has no pitch.
+
+    Raises:
+        FeatureError: a file is missing or is not what it should be.
+    """
+    content_file, f0_file = experiment.content_file(wave), experiment.f0_file(wave)
+    assert content_file is not None
+    content = read_array(content_file, 2)
+    if content.shape[1] != experiment.width:
+        raise FeatureError(f"{content_file.parent.name}: {content.shape[1]} wide, the others {experiment.width}")
+    _check_length(content_file, content, CONTENT_PER_S, seconds)
+    if f0_file is None:
+        return content, np.zeros(2 * len(content), np.float32)
+    f0 = read_array(f0_file, 1)
+    if f0.min(initial=0.0) < 0.0:
+        raise FeatureError(f"{f0_file.parent.name}: a pitch below 0 Hz")
+    _check_length(f0_file, f0, F0_PER_S, seconds)
+    return content, f0
+
+
+def read_array(path: Path, num_dims: int) -> Array:
+    """A float32 copy of what is in an .npy file; nothing in it is run.
+
+    Raises:
+        FeatureError: it is missing, no array of numbers of `num_dims` dimensions, empty, or not finite.
+    """
+    try:
+        data = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FeatureError(f"{path.parent.name}: missing") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise FeatureError(f"{path.parent.name}: no readable .npy file ({type(error).__name__})") from error
+    if not isinstance(data, np.ndarray) or data.dtype.kind not in "fiu" or data.ndim != num_dims or not data.size:
+        got = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise FeatureError(f"{path.parent.name}: {got}, expected numbers in {num_dims} dimensions")
+    array: Array = np.ascontiguousarray(data, np.float32)
+    if not np.isfinite(array).all():
+        raise FeatureError(f"{path.parent.name}: values that are not finite")
+    return array
+
+
+def _check_length(path: Path, array: Array, per_s: int, seconds: float) -> None:
+    if abs(len(array) / per_s - seconds) > LENGTH_TOLERANCE_S:
+        raise FeatureError(f"{path.parent.name}: {len(array) / per_s:.2f} s long, the clip {seconds:.2f} s")
+
+
+def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, features: dict[str, Any]) -> None:
+    """All that comes after the units: silent clips, reports, index, weights and the recipe."""
+    headers = [h for u in plan.units if (h := read_header(work.clips_file(u.id)))]
+    files = [f for h in headers for f in h["files"]] + [
+        {"path": f.path, "speaker": f.speaker, "seconds_in": 0.0, "clips": 0, "seconds_out": 0.0, "reason": f.reason}
+        for f in plan.excluded
+    ]
+    files.sort(key=lambda f: (f["speaker"], f["path"]))
+    used = [f for f in files if f["clips"]]
+    for file in files:
+        if file["reason"]:
+            logger.warning("import: %s: %s", printable(file["path"]), file["reason"])
+    if not used:
+        raise _nothing(experiment, [SourceFile(f["path"], f["speaker"], 0, 0, reason=f["reason"]) for f in files])
+    remove_leftovers(work.clips_dir, len(plan.units))
+    remove_leftovers(work.features_dir, len(plan.units))
+    stamps = [u.stamp(plan.settings) for u in plan.units]
+    whole = bool(experiment.content_dir) and all(
+        is_done(work.features_file(u.id), feature_stamp(features, s)) for u, s in zip(plan.units, stamps, strict=True)
+    )
+    if whole:
+        recipe = import_mutes(recipe, experiment, work, features, {f["speaker"] for f in used})
+        frames = sum(_content_frames(work, u) for u in plan.units)
+        write_json(work.features_report_file, {"settings": features, "clips": stamp(stamps), "content_frames": frames})
+        import_index(recipe, experiment, work, frames)
+    recipe = import_weights(recipe, experiment, work, 1 + max(f["speaker"] for f in used))
+    work.save_recipe(recipe.to_yaml())
+    total_s = _total_seconds(experiment) or sum(f["seconds_in"] for f in used)
+    report = {
+        "imported": str(experiment.folder),
+        "total_dataset_duration": format_duration(total_s),
+        "total_seconds": round(total_s, 3),
+        "clips": len(used),
+        "clip_seconds": round(sum(f["seconds_out"] for f in used), 3),
+        "speakers": sorted({f["speaker"] for f in used}),
+        "files_used": len(used),
+        "files_left_out": len(files) - len(used),
+        "files_without_features": sum(1 for f in used if f["reason"]) if experiment.content_dir else len(used),
+        "files": files,
+    }
+    write_json(work.clips_report_file, report)
+    logger.info(
+        "import: %d clips, %d left out, %s; go on with `rvc-dist run --config %s`",
+        len(used),
+        len(files) - len(used),
+        "with all features" if whole else f"{report['files_without_features']} without features, for extract to make",
+        work.config_file,
+    )
+
+
+def _content_frames(work: Workspace, unit: Unit) -> int:
+    header = read_header(work.features_file(unit.id))
+    return sum(c["num_content"] for c in header["clips"]) if header else 0
+
+
+def _total_seconds(experiment: Experiment) -> float:
+    """Length of the recordings that the clips were cut from, which overlap; 0 when it is not told."""
+    value = experiment.info.get("total_seconds")
+    return float(value) if isinstance(value, (int, float)) and 0.0 < value < float("inf") else 0.0
+
+
+def import_mutes(
+    recipe: Recipe, experiment: Experiment, work: Workspace, features: dict[str, Any], speakers: set[int]
+) -> Recipe:
+    """Take over the features of silence; without any there are no silent clips, since they would need the encoder."""
+    path = next(filter(None, (_find_mute(experiment, mute) for mute in experiment.mutes)), None)
+    count, content = round(len(experiment.mutes) / len(speakers)), None
+    if path is not None:
+        try:
+            content = read_array(path, 2)
+            if content.shape[1] != experiment.width:
+                raise FeatureError(f"{content.shape[1]} wide, the clips' features {experiment.width}")
+        except FeatureError as error:
+            logger.warning("import: silent clips are left out: %s: %s", path, error)
+            content = None
+    elif experiment.mutes:
+        logger.warning("import: silent clips are left out: %s is not to be found", experiment.mutes[0])
+    if content is None or not count:
+        return replace(recipe, extract=replace(recipe.extract, include_mutes=0))
+    recipe = replace(recipe, extract=replace(recipe.extract, include_mutes=count))
+    header = {
+        "stamp": mute_stamp(recipe, features),
+        "num_samples": len(content) * recipe.data.sample_rate // CONTENT_PER_S,
+        "num_content": len(content),
+        "num_f0": 2 * len(content),
+    }
+    arrays = {"00000.content": content, "00000.f0": np.zeros(2 * len(content), np.float32)}
+    save_arrays(work.mute_file, arrays, header)
+    return recipe
+
+
+def _find_mute(experiment: Experiment, written: str) -> Path | None:
+    """The file of a path in filelist.txt: absolute, relative to the tool's folder, or beside the experiment."""
+    path = Path(written.replace("\\", "/"))
+    logs = experiment.folder.parent
+    tried = [path] if path.is_absolute() else [logs.parent / path]
+    tried += [logs.joinpath(*path.parts[-3:]), experiment.folder / path.name]
+    return next((p for p in tried if p.is_file()), None)
+
+
+def import_index(recipe: Recipe, experiment: Experiment, work: Workspace, frames: int) -> None:
+    """Take over the newest index if it holds the imported features; else the index stage makes one."""
+    found = [p for p in experiment.folder.glob("*.index") if not p.name.startswith("trained_")]
+    if not found:
+        return
+    path = max(found, key=lambda p: p.stat().st_mtime)
+    try:
+        import faiss
+
+        whole = faiss.read_index(str(path))
+        inverted = faiss.extract_index_ivf(whole)
+    except ImportError:
+        return  # the index stage says what to install
+    except RuntimeError:  # of faiss: unreadable, or no IVF index
+        logger.warning("import: the index stage makes a new index, since %s is not an IVF index of FAISS", path.name)
+        return
+    reduced = frames > KMEANS_ABOVE and whole.ntotal == KMEANS_CENTRES
+    if whole.d != experiment.width or not (whole.ntotal == frames or reduced):
+        logger.warning(
+            "import: the index stage makes a new index: %s has %d vectors %d wide, the features %d frames %d wide",
+            *(path.name, whole.ntotal, whole.d, frames, experiment.width),
+        )
+        return
+    inverted.nprobe = recipe.index.nprobe
+    file = work.index_dir / index_name(recipe, inverted.nlist)
+    vectors = io.BytesIO()
+    np.save(vectors, whole.reconstruct_n(0, whole.ntotal))
+    atomic_write(work.vectors_file, vectors.getvalue())
+    atomic_write(file, faiss.serialize_index(whole).tobytes())
+    report = {"file": file.name, "frames": frames, "vectors": whole.ntotal, "cells": inverted.nlist}
+    write_json(work.index_report_file, {"stamp": wanted_stamp(recipe, work), **report})
+    logger.info("import: index %s", path.name)
+
+
+def weight_pairs(folder: Path) -> Iterator[tuple[int, Path, Path]]:
+    """(step, generator, discriminator), the highest step first: from that one the other tools go on."""
+    numbered = {int(m[1]): p for p in folder.glob("G_*.pth") if (m := re.fullmatch(r"G_(\d+)\.pth", p.name, re.ASCII))}
+    for step in sorted(numbered, reverse=True):
+        other = folder / f"D_{step}.pth"
+        if other.is_file():
+            yield step, numbered[step], other
+        else:
+            logger.warning("import: %s is left out: %s is missing", numbered[step].name, other.name)
+
+
+def import_weights(recipe: Recipe, experiment: Experiment, work: Workspace, num_speakers: int) -> Recipe:
+    """Let training start from the newest weights that fit the recipe's networks; the user's own go before."""
+    if recipe.train.pretrained_g or recipe.train.pretrained_d:
+        logger.info("import: training starts from the recipe's weights, not from the experiment's")
+        return recipe
+    for step, generator, discriminator in weight_pairs(experiment.folder):
+        try:
+            kept_g, kept_d = keep_weights(recipe, experiment, work, (generator, discriminator), num_speakers)
+        except StageError as error:
+            logger.warning("import: the weights of step %d are left out: %s", step, error)
+            continue
+        logger.info(
+            "import: training starts from %s and %s: weights alone, without the optimizers' moments",
+            generator.name,
+            discriminator.name,
+        )
+        return replace(recipe, train=replace(recipe.train, pretrained_g=kept_g, pretrained_d=kept_d))
+    logger.warning("import: no weights to start from; set train.pretrained_g and train.pretrained_d")
+    return recipe
+
+
+def keep_weights(
+    recipe: Recipe, experiment: Experiment, work: Workspace, files: tuple[Path, Path], num_speakers: int
+) -> list[str]:
+    """Write the weights of G and of D, without the optimizers, into the run folder; returns where.
+
+    Raises:
+        StageError: a file cannot be read, or does not fit the recipe.
+    """
+    import torch
+
+    from rvc_dist import checkpoint, networks
+    from rvc_dist.data import ClipTable
+    from rvc_dist.models.state_dict import to_upstream
+
+    width = experiment.width or (V1_WIDTH if recipe.model.version == "v1" else 768)
+    table = ClipTable((), (), width, {}, num_speakers)
+    train = replace(
+        recipe.train, pretrained_g=str(files[0]), pretrained_d=str(files[1]), activation_checkpointing=False
+    )
+    _, modules = networks.build(replace(recipe, train=train), table, resuming=False)
+    kept = [work.pretrained_dir / file.name for file in files]
+    for target, name in zip(kept, checkpoint.MODELS, strict=True):
+        buffer = io.BytesIO()
+        torch.save({"model": to_upstream(modules[name].state_dict())}, buffer)
+        atomic_write(target, buffer.getvalue())
+    return [str(target) for target in kept]

@@ -1,0 +1,575 @@
+"""Experiments of the three tools become runs that go on; what cannot be taken over is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import experiments
+import faiss
+import numpy as np
+import pytest
+import soundfile
+import torch
+from experiments import FOLDERS
+from helpers import RATE, SteadyPitch, changed, narrow_recipe, workspace_of
+from safetensors.numpy import load_file
+
+from rvc_dist import __main__ as cli
+from rvc_dist import export, extract, importing, index, preprocess, trainer
+from rvc_dist.config import Recipe, TrainConfig, load_recipe
+from rvc_dist.data import ClipTable
+from rvc_dist.features.f0 import F0_METHODS
+from rvc_dist.workspace import Plan, Share, StageError, read_header, read_json
+
+TOOLS = tuple(FOLDERS)
+
+
+@pytest.fixture(scope="module", params=TOOLS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, experiments.make(tmp_path_factory.mktemp(request.param) / "logs" / "voice", request.param)
+
+
+@pytest.fixture(scope="module")
+def applio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return experiments.make(tmp_path_factory.mktemp("applio") / "logs" / "voice", "applio")
+
+
+@pytest.fixture
+def copied(applio: Path, tmp_path: Path) -> Path:
+    """An experiment to change."""
+    return Path(shutil.copytree(applio, tmp_path / "logs" / "voice"))
+
+
+def recipe_for(folder: Path, run_dir: Path, **sections: Any) -> Recipe:
+    """The narrow recipe, except what the import is to find out by itself."""
+    recipe = changed(narrow_recipe(run_dir.parent, **sections), "data", audio_dir=str(folder), sample_rate=48000)
+    widths = {"inter_channels": 192, "hidden_channels": 192, "num_heads": 2, "num_layers": 6}
+    recipe = changed(recipe, "model", **widths)
+    return replace(recipe, run_dir=str(run_dir))
+
+
+def imported(recipe: Recipe) -> Recipe:
+    """Import, and read the recipe that the run keeps."""
+    importing.run(recipe, Share())
+    return load_recipe(workspace_of(recipe).config_file)
+
+
+def units(folder: Path) -> dict[str, np.ndarray]:
+    """Every clip by the source's name and number, over all units."""
+    found = {}
+    for path in sorted(folder.glob("[0-9]*.safetensors")):
+        arrays = load_file(path)
+        header = read_header(path)
+        names = [f["path"] for f in header["files"] if f["clips"]] if "files" in header else None
+        for i, clip in enumerate(header["clips"]):
+            name = names[i] if names else f"{path.stem}/{i}"
+            found |= {f"{name}{k[5:]}": v for k, v in arrays.items() if k.startswith(f"{i:05d}")}
+            assert clip["start_s"] == 0.0
+    return found
+
+
+def reasons(recipe: Recipe) -> dict[str, str]:
+    return {f["path"]: f["reason"] for f in read_json(workspace_of(recipe).clips_report_file)["files"] if f["reason"]}
+
+
+# What is taken over
+
+
+def test_waves_features_and_speakers_are_taken_over_to_the_last_bit(made: tuple[str, Path], tmp_path: Path) -> None:
+    tool, folder = made
+    recipe = imported(recipe_for(folder, tmp_path / "run"))
+    work = workspace_of(recipe)
+    waves = units(work.clips_dir)
+    expected = {f"{name}.wav": (speaker, wave) for name, speaker, wave in experiments.clips(tool)}
+    assert waves.keys() == expected.keys()
+    for name, (_, wave) in expected.items():
+        np.testing.assert_array_equal(waves[name], wave)
+
+    _, _, _, hz, content = FOLDERS[tool]
+    plan = Plan.load(work.plan_file)
+    assert plan is not None
+    for unit in plan.units:
+        arrays, header = load_file(work.features_file(unit.id)), read_header(work.features_file(unit.id))
+        assert header["embedder"] == {"name": "mfcc", "width": 768, "hash": ""}
+        assert header["sample_rate"] == RATE
+        for i, (file, clip) in enumerate(zip(unit.files, header["clips"], strict=True)):
+            stem = Path(file.path).stem
+            assert clip["speaker"] == expected[file.path][0]
+            assert clip["source"] == stem.rpartition("_")[0]
+            assert (clip["num_samples"], clip["num_content"], clip["num_f0"]) == (RATE, 50, 101)
+            np.testing.assert_array_equal(arrays[f"{i:05d}.content"], np.load(folder / content / f"{stem}.npy"))
+            f0 = np.load(folder / hz / f"{stem}.wav.npy")
+            assert arrays[f"{i:05d}.f0"].dtype == np.float32
+            np.testing.assert_array_equal(arrays[f"{i:05d}.f0"], f0.astype(np.float32))
+
+    report = read_json(work.clips_report_file)
+    assert (report["clips"], report["clip_seconds"], report["files_left_out"]) == (6, 6.0, 0)
+    assert report["files_without_features"] == 0
+    assert report["total_dataset_duration"] == ("00:00:08" if tool == "applio" else "00:00:06")
+    assert report["speakers"] == ([0, 3] if tool == "applio" else [0])
+    assert (recipe.data.sample_rate, recipe.data.audio_dir) == (RATE, str(folder))
+    assert (recipe.model.version, recipe.model.pitch_guidance) == ("v2", True)
+    assert (recipe.model.inter_channels, recipe.model.num_layers) == (16, 1)
+    assert (recipe.extract.embedder_model, recipe.extract.include_mutes) == ("mfcc", 0)
+
+
+def test_the_run_goes_on_from_the_weights_to_a_voice(
+    made: tuple[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, original = made
+    folder = Path(shutil.copytree(original, tmp_path / "logs" / "voice"))
+    narrow = changed(narrow_recipe(tmp_path), "data", sample_rate=RATE)
+    experiments.add_weights(folder, 40, narrow)
+    states = experiments.add_weights(folder, 100, narrow)
+    (folder / "G_2333333.pth").write_bytes(b"a save that was cut short")
+    shutil.copy(folder / "D_100.pth", folder / "D_2333333.pth")
+    given = experiments.add_index(folder, tool)
+    caplog.set_level(logging.INFO)
+    train = TrainConfig(batch_size=2, max_steps=2, num_workers=0, eval_every_steps=2)
+    recipe = imported(recipe_for(folder, tmp_path / "run", train=train))
+    work = workspace_of(recipe)
+    assert "the weights of step 2333333 are left out" in caplog.text
+    assert "training starts from G_100.pth and D_100.pth: weights alone, without the optimizers' moments" in caplog.text
+    kept = torch.load(recipe.train.pretrained_g, weights_only=True)
+    assert kept.keys() == {"model"}
+    assert kept["model"].keys() == states["G"].keys()
+    assert all(torch.equal(kept["model"][k], v) for k, v in states["G"].items())
+    assert Path(recipe.train.pretrained_d).parent == work.root / "pretrained"
+
+    # No encoder and no tracker is as much as looked for.
+    monkeypatch.setattr(extract.Extractor, "load", None)
+    before = {p: p.read_bytes() for p in work.root.rglob("*.safetensors")}
+    caplog.clear()
+    shutil.rmtree(folder)
+    for stage in (preprocess, extract, index):
+        stage.run(recipe, Share())
+        assert stage.complete(recipe)
+    assert f"preprocess: the clips were imported from {folder}" in caplog.text
+    assert "extract: the features were imported with the clips" in caplog.text
+    assert "is up to date" in caplog.text
+    assert {p: p.read_bytes() for p in work.root.rglob("*.safetensors")} == before
+    assert work.index_file().name == "added_IVF4_Flat_nprobe_9_tiny_v2.index"
+    assert np.load(work.vectors_file).shape == (300, 768)
+    assert not given.exists()
+
+    caplog.clear()
+    trainer.run(recipe, Share())
+    assert f"train.pretrained_g: {recipe.train.pretrained_g}" in caplog.text
+    export.run(recipe, Share())
+    voice = torch.load(work.last_voice_file, weights_only=True)
+    assert (voice["step"], voice["speakers_id"]) == (2, 4 if tool == "applio" else 1)
+    assert voice["weight"]["emb_g.weight"].shape[0] == 5
+    trained, start = voice["weight"]["enc_p.emb_phone.weight"].float(), states["G"]["enc_p.emb_phone.weight"]
+    assert 0 < (trained - start).abs().max() < 1e-3  # two steps away from the experiment's weights
+    table = ClipTable.load(recipe)
+    assert len({c.source for c in table.train} & {c.source for c in table.holdout}) == 0
+    assert (len(table.train), len(table.holdout)) == (3, 3)
+
+
+def test_silent_clips_are_found_by_the_paths_of_another_machine(copied: Path, tmp_path: Path) -> None:
+    path = experiments.add_mutes(copied, "applio")
+    recipe = imported(recipe_for(copied, tmp_path / "run"))
+    assert recipe.extract.include_mutes == 2
+    work = workspace_of(recipe)
+    arrays, header = load_file(work.mute_file), read_header(work.mute_file)
+    np.testing.assert_array_equal(arrays["00000.content"], np.load(path))
+    assert not arrays["00000.f0"].any()
+    assert (header["num_content"], header["num_f0"], header["num_samples"]) == (149, 298, 149 * RATE // 50)
+    assert extract.complete(recipe)
+    mutes = [c for c in ClipTable.load(recipe).train if c.unit == -1]
+    assert sorted(c.speaker for c in mutes) == [0, 0, 3, 3]
+
+
+def test_silent_clips_that_are_gone_or_do_not_fit_are_left_out(
+    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = experiments.add_mutes(copied, "applio")
+    np.save(path, np.zeros((149, 256), np.float32))
+    assert imported(recipe_for(copied, tmp_path / "run")).extract.include_mutes == 0
+    assert "256 wide, the clips' features 768" in caplog.text
+    path.unlink()
+    assert imported(recipe_for(copied, tmp_path / "run2")).extract.include_mutes == 0
+    assert "mute.npy is not to be found" in caplog.text
+
+
+def test_without_a_pitch_folder_the_voice_has_no_pitch_guidance(tmp_path: Path) -> None:
+    folder = experiments.make(tmp_path / "voice", "webui", pitch=False)
+    recipe = imported(recipe_for(folder, tmp_path / "run"))
+    assert not recipe.model.pitch_guidance
+    assert extract.complete(recipe)
+    f0 = [v for k, v in load_file(workspace_of(recipe).features_file(0)).items() if k.endswith("f0")]
+    assert len(f0) == 6
+    assert not any(v.any() for v in f0)
+    # A recipe that asks for the pitch must not take these zeros for it.
+    assert not extract.complete(changed(recipe, "model", pitch_guidance=True))
+
+
+def test_features_256_wide_are_of_v1(tmp_path: Path, applio: Path) -> None:
+    folder = Path(shutil.copytree(applio, tmp_path / "voice"))
+    (folder / "extracted").rename(folder / "v1_extracted")
+    for path in (folder / "v1_extracted").iterdir():
+        np.save(path, np.load(path)[:, :256])
+    recipe = imported(recipe_for(folder, tmp_path / "run"))
+    assert recipe.model.version == "v1"
+    assert read_header(workspace_of(recipe).features_file(0))["embedder"]["width"] == 256
+
+
+@pytest.mark.parametrize(
+    ("info", "chosen", "expected"),
+    [
+        ({"embedder_model": "spin"}, "contentvec", "spin"),
+        ({"embedder_model": "hubert_base"}, "contentvec", "contentvec"),
+        ({"embedder_model": "spin"}, "/my/encoder", "/my/encoder"),
+        ({}, "contentvec", "contentvec"),
+    ],
+)
+def test_the_encoder_is_that_of_the_experiment_unless_the_user_names_one(
+    copied: Path, tmp_path: Path, info: dict[str, str], chosen: str, expected: str
+) -> None:
+    experiments.write_json(copied / "model_info.json", info)
+    recipe = changed(recipe_for(copied, tmp_path / "run"), "extract", embedder_model=chosen)
+    assert imported(recipe).extract.embedder_model == expected
+
+
+def test_speakers_without_a_filelist_come_from_the_names(tmp_path: Path, applio: Path) -> None:
+    folder = Path(shutil.copytree(applio, tmp_path / "voice"))
+    (folder / "filelist.txt").unlink()
+    assert read_json(workspace_of(imported(recipe_for(folder, tmp_path / "run"))).clips_report_file)["speakers"] == [
+        0,
+        3,
+    ]
+    assert importing._speaker_of("4_17_0.wav") == 4
+    assert importing._speaker_of("17_0.wav") == 0  # RVC-WebUI: recording 17
+    assert importing.recording_of("4_17_0.wav") == "4_17"
+    assert importing.recording_of("17_0.wav") == "17"
+    assert importing.recording_of("song.wav") == "song.wav"
+
+
+def test_the_filelist_goes_before_the_names(copied: Path, tmp_path: Path) -> None:
+    text = (copied / "filelist.txt").read_text()
+    (copied / "filelist.txt").write_text("\n".join(f"{line.rpartition('|')[0]}|7" for line in text.splitlines()))
+    assert read_json(workspace_of(imported(recipe_for(copied, tmp_path / "run"))).clips_report_file)["speakers"] == [7]
+
+
+# What is not
+
+
+def spoil(folder: Path) -> dict[str, str]:
+    """One clip of each sort that cannot be taken over whole -> what is said of it."""
+    content, f0, waves = folder / "extracted", folder / "f0_voiced", folder / "sliced_audios"
+    (content / "0_0_0.npy").unlink()
+    np.save(content / "0_0_1.npy", np.zeros((20, 768), np.float32))
+    array = np.load(f0 / "0_0_2.wav.npy")
+    array[3] = np.nan
+    np.save(f0 / "0_0_2.wav.npy", array)
+    (content / "3_1_0.npy").write_bytes(pickle.dumps({"run": "me"}))
+    (waves / "3_1_1.wav").write_text("no wave")
+    for name in ("9_9_9.wav", "200_0_0.wav"):
+        with (folder / "filelist.txt").open("a") as stream:
+            stream.write(f"\n/x/{name}|/x/a.npy|/x/b|/x/c|{name.split('_')[0]}")
+    shutil.copy(waves / "3_1_2.wav", waves / "200_0_0.wav")
+    return {
+        "0_0_0.wav": "features not imported: extracted: missing",
+        "0_0_1.wav": "features not imported: extracted: 0.40 s long, the clip 1.00 s",
+        "0_0_2.wav": "features not imported: f0_voiced: values that are not finite",
+        "3_1_0.wav": "features not imported: extracted: no readable .npy file (ValueError)",
+        "3_1_1.wav": "not readable as audio (Format not recognised)",
+        "9_9_9.wav": "in filelist.txt, but the wave is missing",
+        "200_0_0.wav": "speaker id 200 is above 108",
+    }
+
+
+def test_what_is_left_out_is_named_and_the_rest_computed(
+    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = spoil(copied)
+    # A unit a clip: one is whole, those of the others' features are to be made.
+    monkeypatch.setattr("rvc_dist.workspace.MIN_UNIT_S", 0.5)
+    recipe = imported(recipe_for(copied, tmp_path / "run"))
+    assert reasons(recipe) == expected
+    assert all(reason in caplog.text for reason in expected.values())
+    work = workspace_of(recipe)
+    report = read_json(work.clips_report_file)
+    assert (report["clips"], report["files_left_out"], report["files_without_features"]) == (5, 3, 4)
+    assert recipe.extract.include_mutes == 2  # the encoder is needed anyway
+    (whole,) = work.features_dir.glob("0*.safetensors")
+    assert not extract.complete(recipe)
+    kept = whole.read_bytes()
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    extract.run(recipe, Share())
+    assert "extract: 5 units, 4 to do here" in caplog.text
+    assert extract.complete(recipe)
+    assert whole.read_bytes() == kept
+    pitch = {float(v.max()) for p in work.features_dir.glob("0*") for k, v in load_file(p).items() if "f0" in k}
+    assert pitch == {160.0, SteadyPitch.HZ}
+    caplog.clear()
+    extract.run(recipe, Share())
+    assert "extract: 5 units, 0 to do here" in caplog.text
+
+
+def test_imported_features_that_are_gone_or_not_those_asked_for_are_made(
+    tmp_path: Path, applio: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    recipe = imported(recipe_for(applio, tmp_path / "run"))
+    file = workspace_of(recipe).features_file(0)
+    file.unlink()
+    extract.run(recipe, Share())
+    assert load_file(file)["00000.f0"].max() == SteadyPitch.HZ
+
+    recipe = imported(recipe_for(applio, tmp_path / "run2"))
+    extract.run(changed(recipe, "extract", f0_min=60.0), Share())
+    assert "making features again: extract.f0_min: 50.0 -> 60.0" in caplog.text
+    assert read_header(workspace_of(recipe).features_file(0))["embedder"]["hash"] != ""
+
+
+def test_without_features_extract_makes_them_all(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("extracted", "f0", "f0_voiced"):
+        shutil.rmtree(copied / name)
+    recipe = imported(recipe_for(copied, tmp_path / "run"))
+    assert recipe.model.pitch_guidance
+    assert read_json(workspace_of(recipe).clips_report_file)["files_without_features"] == 6
+    preprocess.run(recipe, Share())
+    assert not extract.complete(recipe)
+    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    extract.run(recipe, Share())
+    assert extract.complete(recipe)
+
+
+def test_weights_and_an_index_that_do_not_fit_are_left_out(
+    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    narrow = changed(narrow_recipe(tmp_path), "data", sample_rate=RATE)
+    experiments.add_weights(copied, 5, changed(narrow, "model", filter_channels=64))
+    (copied / "G_6.pth").write_bytes(b"")
+    path = experiments.add_index(copied, "applio")
+    (copied / "extracted" / "0_0_0.npy").rename(tmp_path / "gone.npy")
+    recipe = recipe_for(copied, tmp_path / "run")
+    (copied / "sliced_audios" / "0_0_0.wav").rename(tmp_path / "gone.wav")
+    found = imported(recipe)
+    assert found.train.pretrained_g is None
+    assert "G_6.pth is left out: D_6.pth is missing" in caplog.text
+    assert "the weights of step 5 are left out: train.pretrained_g" in caplog.text
+    assert "does not fit this recipe's network" in caplog.text
+    assert f"{path.name} has 300 vectors 768 wide, the features 250 frames 768 wide" in caplog.text
+    assert not workspace_of(recipe).index_dir.exists()
+    index.run(found, Share())
+    assert index.complete(found)
+
+    flat = faiss.IndexFlatL2(768)
+    flat.add(np.zeros((250, 768), np.float32))
+    for number, contents in enumerate((b"no index", faiss.serialize_index(flat).tobytes())):
+        caplog.clear()
+        path.write_bytes(contents)
+        imported(replace(recipe, run_dir=str(tmp_path / f"other{number}")))
+        assert f"{path.name} is not an IVF index of FAISS" in caplog.text
+
+
+def test_weights_that_the_user_names_go_before(copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    narrow = changed(narrow_recipe(tmp_path), "data", sample_rate=RATE)
+    experiments.add_weights(copied, 5, narrow)
+    recipe = changed(recipe_for(copied, tmp_path / "run"), "train", pretrained_g="mine_g.pth")
+    caplog.set_level(logging.INFO)
+    assert imported(recipe).train.pretrained_g == "mine_g.pth"
+    assert "training starts from the recipe's weights" in caplog.text
+    assert not (tmp_path / "run" / "pretrained").exists()
+
+
+# Mistakes
+
+
+def test_a_folder_that_is_no_experiment(tmp_path: Path, copied: Path) -> None:
+    def error(folder: Path) -> str:
+        with pytest.raises(StageError) as caught:
+            importing.run(recipe_for(folder, tmp_path / "run"), Share())
+        return str(caught.value)
+
+    assert (
+        error(tmp_path / "none")
+        == f"{tmp_path / 'none'} does not exist; expected the folder of an experiment, such as logs/NAME"
+    )
+    assert "is a file" in error(copied / "config.json")
+    assert "expected .wav files in sliced_audios/ (Applio, ARVC) or 0_gt_wavs/ (RVC-WebUI)" in error(copied / "f0")
+    assert "found 0_0_0.wav.npy, " in error(copied / "f0")
+    (copied.parent / "mute" / "sliced_audios").mkdir(parents=True)
+    assert f"{copied.parent} is no experiment but holds some: name one of them (voice)" in error(copied.parent)
+    (tmp_path / "empty").mkdir()
+    assert "found an empty folder" in error(tmp_path / "empty")
+    shutil.copytree(copied / "sliced_audios", copied / "0_gt_wavs")
+    assert "has waves in sliced_audios/ and 0_gt_wavs/" in error(copied)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_sample_rate_is_expected(tmp_path: Path, copied: Path) -> None:
+    def error() -> str:
+        with pytest.raises(StageError) as caught:
+            importing.run(recipe_for(copied, tmp_path / "run"), Share())
+        return str(caught.value)
+
+    waves = sorted((copied / "sliced_audios").glob("*.wav"))
+    soundfile.write(waves[0], np.zeros(32000), 32000)
+    assert "several sample rates, expected one (24000 Hz: 5 clips (0_0_1.wav, " in error()
+    assert "32000 Hz: 1 clips (0_0_0.wav))" in error()
+    for wave in waves:
+        soundfile.write(wave, np.zeros(32000), 32000)
+    assert error() == f"{copied / 'config.json'} says {RATE} Hz, the waves have 32000 Hz"
+    (copied / "config.json").unlink()
+    for wave in waves:
+        soundfile.write(wave, np.zeros(22050), 22050)
+    assert "has waves of 22050 Hz, expected one of 24000, 32000, 40000, 44100, 48000" in error()
+    for wave in waves:
+        wave.write_bytes(b"")
+    assert "none of 6 clips can be used\n  0_0_0.wav: " in error()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_with_impossible_widths(tmp_path: Path, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    experiments.write_json(copied / "config.json", {"model": {"n_heads": "two"}})
+    with pytest.raises(StageError, match=r"config\.json describes no network of ours: num_heads: 'two'"):
+        importing.run(recipe_for(copied, tmp_path / "run"), Share())
+    experiments.write_json(copied / "config.json", {"model": {"n_heads": 5}})
+    with pytest.raises(StageError, match=r"model\.num_heads: got 5"):
+        importing.run(recipe_for(copied, tmp_path / "run"), Share())
+    (copied / "config.json").write_text("{")
+    (copied / "model_info.json").write_text("[1]")
+    imported(recipe_for(copied, tmp_path / "run"))
+    assert f"{copied / 'config.json'} is not what its name says" in caplog.text
+    assert f"{copied / 'model_info.json'} is not what its name says" in caplog.text
+
+
+def test_a_run_folder_that_holds_something_else_is_not_overwritten(tmp_path: Path, applio: Path, copied: Path) -> None:
+    recipe = recipe_for(applio, tmp_path / "run")
+    imported(recipe)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(StageError, match=rf"already holds an import of {applio} \(plan.json\); give another --run_dir"):
+        importing.run(recipe_for(copied, tmp_path / "run"), Share())
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    own = tmp_path / "own"
+    (own / "checkpoints").mkdir(parents=True)
+    with pytest.raises(StageError, match=r"already holds a run \(checkpoints\)"):
+        importing.run(recipe_for(copied, own), Share())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StageError, match="is a file; expected a folder"):
+        importing.run(recipe_for(copied, tmp_path / "file"), Share())
+
+
+def test_preprocess_never_replaces_imported_clips(tmp_path: Path, applio: Path) -> None:
+    recipe = imported(recipe_for(applio, tmp_path / "run"))
+    work = workspace_of(recipe)
+    before = {p: p.read_bytes() for p in work.clips_dir.iterdir()}
+    for section, values in ("data", {"audio_dir": str(experiments.VOICE)}), ("data", {"sample_rate": 48000}):
+        key, value = next(iter(values.items()))
+        with pytest.raises(StageError, match=rf"other recordings do not replace.*data.{key}: .* -> {value}"):
+            preprocess.run(changed(recipe, section, **values), Share())
+    assert {p: p.read_bytes() for p in work.clips_dir.iterdir()} == before
+    work.clips_report_file.unlink()
+    with pytest.raises(StageError, match=f"half an import: run `rvc-dist import {applio}` again"):
+        preprocess.run(recipe, Share())
+
+
+# Again, and on several ranks
+
+
+def test_a_second_import_has_nothing_to_do(tmp_path: Path, applio: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    recipe = recipe_for(applio, tmp_path / "run")
+    imported(recipe)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    imported(recipe)
+    assert f"{applio} was imported before, nothing to do" in caplog.text
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_killed_import_goes_on_to_the_same_bytes(
+    tmp_path: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rvc_dist.workspace.MIN_UNIT_S", 0.5)
+    imported(recipe_for(copied, tmp_path / "whole"))
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").rglob("*") if p.is_file() and p.suffix != ".yaml"}
+    recipe = recipe_for(copied, tmp_path / "run")
+    num_saved = 0
+    save = importing.save_arrays
+
+    def killed(*arguments: Any) -> None:
+        nonlocal num_saved
+        num_saved += 1
+        if num_saved == 6:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(importing, "save_arrays", killed)
+    with pytest.raises(KeyboardInterrupt):
+        importing.run(recipe, Share())
+    assert not importing.complete(recipe)
+    done = sorted((tmp_path / "run" / "clips").glob("0*"))
+    assert len(done) == 2
+    times = [p.stat().st_mtime_ns for p in done]
+    monkeypatch.setattr(importing, "save_arrays", save)
+    importing.run(recipe, Share())
+    assert [p.stat().st_mtime_ns for p in done] == times
+    found = {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix != ".yaml"}
+    assert found == whole
+
+
+def test_a_changed_experiment_is_imported_anew(tmp_path: Path, copied: Path) -> None:
+    (copied / "extracted" / "0_0_0.npy").rename(tmp_path / "0_0_0.npy")
+    recipe = recipe_for(copied, tmp_path / "run")
+    assert not extract.complete(imported(recipe))
+    (tmp_path / "0_0_0.npy").rename(copied / "extracted" / "0_0_0.npy")
+    (copied / "sliced_audios" / "3_1_2.wav").unlink()
+    found = imported(recipe)
+    assert reasons(found) == {"3_1_2.wav": "in filelist.txt, but the wave is missing"}
+    assert extract.complete(found)
+
+
+def test_other_ranks_wait_for_the_first(tmp_path: Path, applio: Path) -> None:
+    recipe = recipe_for(applio, tmp_path / "run")
+    other = threading.Thread(target=importing.run, args=(recipe, Share(1, 2)), daemon=True)
+    other.start()
+    other.join(0.5)
+    assert other.is_alive()
+    assert not (tmp_path / "run").exists()
+    importing.run(recipe, Share(0, 2))
+    other.join(10)
+    assert not other.is_alive()
+
+
+# The command line
+
+
+def test_the_command(
+    tmp_path: Path, applio: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["import", "--extract.embedder_model", "mfcc", str(applio)]) == 0
+    recipe = load_recipe(tmp_path / "runs" / "voice" / "config.yaml")
+    assert (recipe.name, recipe.run_dir) == ("voice", "runs/voice")
+    assert cli.main(["import", str(applio), "--name", "other", "--run_dir=mine"]) == 0
+    assert load_recipe(tmp_path / "mine" / "config.yaml").name == "other"
+    capsys.readouterr()
+    assert cli.main(["import", str(tmp_path / "none")]) == 1
+    assert "none does not exist" in capsys.readouterr().err
+    for arguments, got in ([], "no folder"), (["a", "b"], "a and b"), (["--name", "a"], "no folder"):
+        assert cli.main(["import", *arguments]) == 2
+        assert f"rvc-dist import: got {got}, expected one: rvc-dist import DIR" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["import", "--help"])
+    assert caught.value.code == 0
+    assert "usage: rvc-dist import DIR" in capsys.readouterr().out
+
+
+def test_reports_are_plain_json(tmp_path: Path, applio: Path) -> None:
+    recipe = imported(recipe_for(applio, tmp_path / "run"))
+    report = json.loads((tmp_path / "run" / "clips" / "report.json").read_text())
+    assert report["imported"] == str(applio)
+    assert recipe.data.audio_dir == str(applio)
