@@ -15,11 +15,12 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.state_dict import from_upstream, load_pth
 from rvc_dist.optim import OptimizerState
 from rvc_dist.workspace import StageError, atomic_write, read_json
@@ -271,13 +272,23 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
         )
     if identity is None:
         return
-    keys = dict.fromkeys([*state["identity"], *identity])
-    differ = [k for k in keys if state["identity"].get(k) != identity.get(k)]
+    before, now = _comparable(state["identity"]), _comparable(identity)
+    differ = [k for k in {**before, **now} if not _agree(before.get(k), now.get(k))]
     if differ:
-        listed = "".join(f"\n  {k}: {state['identity'].get(k)}, now {identity.get(k)}" for k in differ)
+        listed = "".join(f"\n  {k}: {before.get(k)}, now {now.get(k)}" for k in differ)
         raise StageError(
             f"{path} was made with other settings; change them back, or give the run another run_dir{listed}"
         )
+
+
+def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: EmbedderId.from_features(v) if k == "embedder" else v for k, v in identity.items()}
+
+
+def _agree(before: Any, now: Any) -> bool:
+    if isinstance(before, EmbedderId) and isinstance(now, EmbedderId):
+        return before.agrees_with(now) is True
+    return bool(before == now)
 
 
 def load(path: Path) -> Checkpoint:
@@ -320,8 +331,17 @@ def load_pretrained(path: Path, state: Mapping[str, Tensor], module: nn.Module, 
     logger.info("%s: %s", key, path)
 
 
-def read_pretrained(path: Path, key: str) -> dict[str, Tensor]:
-    """The state dict of another tool's `G_*.pth` or `D_*.pth`, in this package's spelling of weight norm.
+class Pretrained(NamedTuple):
+    """The contents of a `G_*.pth` or `D_*.pth`."""
+
+    state: dict[str, Tensor]
+    """In this package's spelling of weight norm."""
+    embedder: EmbedderId | None
+    """The content encoder that it was trained with, where the file says so: those of RVC do not."""
+
+
+def read_pretrained(path: Path, key: str) -> Pretrained:
+    """Read the weights of another tool.
 
     Raises:
         StageError: no such file, or not one that holds weights alone.
@@ -335,4 +355,41 @@ def read_pretrained(path: Path, key: str) -> dict[str, Tensor]:
     state = data.get("model", data.get("weight", data)) if isinstance(data, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise StageError(f"{key}: {path} holds no state dict; expected a dict with `model`, as G_*.pth and D_*.pth")
-    return from_upstream(state)
+    try:
+        embedder = EmbedderId.from_voice(data)
+    except ValueError as error:
+        raise StageError(f"{key}: {path} does not say what it was trained with: {error}") from error
+    return Pretrained(from_upstream(state), embedder)
+
+
+def check_embedder(path: Path, trained_with: EmbedderId | None, features: EmbedderId, key: str) -> None:
+    """Make sure that the weights in `path` know the content features that they are to go on with.
+
+    Raises:
+        StageError: they were trained with another content encoder or another mix of its layers.
+    """
+    if trained_with is None:
+        if features.name != "contentvec":
+            logger.warning(
+                "%s: %s does not say which content encoder it was trained with; those of RVC were trained with "
+                "contentvec, and the features are of %s",
+                key,
+                path,
+                features,
+            )
+        return
+    agrees = features.agrees_with(trained_with)
+    if agrees is None:
+        logger.warning(
+            "%s: %s was trained with %s, the features are of %s: whether these are the same cannot be told, since the "
+            "file has no hash of the encoder's weights. If they are not, use other weights or extract again",
+            key,
+            path,
+            trained_with,
+            features,
+        )
+    elif not agrees:
+        raise StageError(
+            f"{key}: {path} was trained with {trained_with}, the features are of {features}. Run `rvc-dist extract` "
+            f"with that encoder (extract.embedder_model and extract.embedder_mix), or leave {key} out"
+        )

@@ -124,6 +124,31 @@ class PreprocessConfig:
 
 
 @dataclass(frozen=True)
+class EmbedderMix:
+    """Layers of the content encoder beside its usual one: (1 - ratio) * usual layer + ratio * mean of `layers`.
+
+    The usual layer is the last (v1: 9, and the mix goes through the final projection). With one layer it is what other
+    tools call `embedders_mix`. Whisper and the large encoders normalise only what the last layer gives: the layers
+    before it are louder there, and weigh more than the ratio says.
+    """
+
+    layers: tuple[int, ...] = ()
+    """Layers to mix in, such as [9]; 0 is what enters the first layer. Empty: off."""
+    ratio: float = 0.5
+    """Their share, 0 (off) to 1 (nothing of the usual layer)."""
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.layers) and self.ratio > 0
+
+    def problems(self) -> Iterator[str]:
+        key, layers = "extract.embedder_mix", list(self.layers)
+        if layers != sorted(set(layers)) or min(layers, default=0) < 0:
+            yield f"{key}.layers: got {layers}, expected rising layer numbers from 0, each once"
+        yield from _within(f"{key}.ratio", self.ratio, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
 class ExtractConfig:
     """How clips become content features and pitch."""
 
@@ -136,7 +161,9 @@ class ExtractConfig:
     f0_max: float = 1100.0
     """Highest pitch in Hz."""
     embedder_model: str = "contentvec"
-    """Content encoder: contentvec, mfcc, a hub id, or a folder with config.json and model.safetensors."""
+    """Content encoder: contentvec, spin, spin-v2, chinese-hubert-base, japanese-hubert-base, korean-hubert-base, mfcc,
+    a hub id, or a folder with config.json and model.safetensors."""
+    embedder_mix: EmbedderMix = field(default_factory=EmbedderMix)
     include_mutes: int = 2
     """Silent clips a speaker that join the training list."""
     batch_clips: int = 8
@@ -150,6 +177,7 @@ class ExtractConfig:
             yield f"extract.f0_max: got {self.f0_max}, expected more than extract.f0_min ({self.f0_min})"
         if self.f0_max > FEATURE_RATE / 4:
             yield f"extract.f0_max: got {self.f0_max}, expected at most {FEATURE_RATE // 4}"
+        yield from self.embedder_mix.problems()
         yield from _at_least("extract.include_mutes", self.include_mutes, 0)
         yield from _at_least("extract.batch_clips", self.batch_clips, 1)
         yield from _at_least("extract.num_threads", self.num_threads, 1)
@@ -382,7 +410,7 @@ class InferConfig:
     index: str | None = None
     """Retrieval index; by default the run's, when there is one."""
     embedder_model: str | None = None
-    """Content encoder; by default the one whose name the voice file carries."""
+    """Content encoder; by default the one that the voice file names. One given here is used even if it is another."""
     pitch: float = 0.0
     """Transposition in semitones."""
     index_rate: float = 0.75
@@ -580,7 +608,7 @@ def _readable(message: str) -> str:
     if not typed:
         return f"{key}: {rest}"
     kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal", lambda m: m[1] or "one of ", typed[1])
-    return f"{key}: got {typed[2]}, expected {kind}"
+    return f"{key}: got {typed[2]}, expected {'a list such as [9]' if kind == 'tuple' else kind}"
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rvc_dist import checkpoint
 from rvc_dist.config import Recipe
 from rvc_dist.data import ClipTable
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.generator import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.workspace import Share, StageError, Workspace, atomic_write, read_json
@@ -106,8 +107,7 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
         "energy": False,
         "speakers_id": num_speakers,
         "architecture": "RVC",
-        "embedder_model": saved.identity["embedder"]["name"],
-        "embedder_hash": saved.identity["embedder"]["hash"],
+        **EmbedderId.from_features(saved.identity["embedder"]).to_voice(),
         "dataset_length": dataset_length,
         "overtrain_info": overtrain_info,
         "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),

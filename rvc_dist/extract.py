@@ -21,6 +21,7 @@ from rvc_dist.config import F0_HOP, FEATURE_RATE, Recipe
 from rvc_dist.device import fixed_threads, local_device
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0Method, load_f0
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.workspace import (
     Plan,
     Share,
@@ -65,9 +66,13 @@ class Extractor(NamedTuple):
         except (ValueError, OSError, ImportError) as error:
             raise StageError(str(error)) from error
 
+    @property
+    def embedder_id(self) -> EmbedderId:
+        return EmbedderId(self.embedder.name, self.embedder.weights_hash, self.embedder.mix)
+
     def describe(self) -> dict[str, Any]:
         """What the features were made with; training and export carry it along."""
-        return {"name": self.embedder.name, "width": self.embedder.width, "hash": self.embedder.weights_hash}
+        return self.embedder_id.to_features() | {"width": self.embedder.width}
 
     def __call__(self, waves: list[audio.Wave]) -> Iterator[tuple[int, Any, Any]]:
         """Yield (index, content [T50, C], f0 [T100]) for 16 kHz waves [S], batched by equal length.
@@ -192,7 +197,13 @@ def feature_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that the bytes of a feature depend on, under their recipe keys."""
     e = recipe.extract
     names = ("f0_method", "f0_model", "f0_min", "f0_max", "embedder_model", "batch_clips", "num_threads")
-    return {"model.version": recipe.model.version} | {f"extract.{n}": getattr(e, n) for n in names}
+    settings = {"model.version": recipe.model.version} | {f"extract.{n}": getattr(e, n) for n in names}
+    if e.embedder_mix.is_on:
+        settings |= {
+            "extract.embedder_mix.layers": list(e.embedder_mix.layers),
+            "extract.embedder_mix.ratio": e.embedder_mix.ratio,
+        }
+    return settings
 
 
 def imported_feature_settings(recipe: Recipe, embedder: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
 from rvc_dist.data import covered_frames, feature_frames
 from rvc_dist.device import local_device
 from rvc_dist.extract import Extractor
+from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.f0 import coarse_pitch
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.index import Retriever
 from rvc_dist.models.generator import Generator, GeneratorShape
 from rvc_dist.models.state_dict import from_upstream, load_pth
@@ -44,8 +46,8 @@ class Voice:
     """A voice file, ready to use."""
 
     generator: Generator
-    embedder_model: str
-    embedder_hash: str | None
+    embedder: EmbedderId
+    """contentvec where the file says nothing."""
     version: Literal["v1", "v2"]
 
     @property
@@ -73,6 +75,7 @@ class Voice:
             )
             # The list carries one row a speaker of the network it was made from; the table itself is what counts.
             generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
+            embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise StageError(f"infer.model: {path} holds no voice that can be built here ({reason})") from error
@@ -82,9 +85,7 @@ class Voice:
             differ = sorted(k for k in {**wanted, **got} if wanted.get(k) != got.get(k))
             raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
         generator.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
-        return cls(
-            generator.to(device).eval(), data.get("embedder_model", "contentvec"), data.get("embedder_hash"), version
-        )
+        return cls(generator.to(device).eval(), embedder, version)
 
 
 def _read_voice_file(path: Path) -> dict[str, Any]:
@@ -127,28 +128,8 @@ class Converter:
         speakers = voice.generator.shape.num_speakers
         if config.speaker >= speakers:
             raise StageError(f"infer.speaker: got {config.speaker}, this voice has {speakers} (0 to {speakers - 1})")
-        used = replace(
-            recipe,
-            extract=replace(recipe.extract, embedder_model=config.embedder_model or voice.embedder_model),
-            model=replace(recipe.model, version=voice.version),
-        )
-        guided = voice.generator.shape.pitch_guidance
-        try:
-            extractor = Extractor.load(used, with_pitch=guided)
-        except StageError as error:  # here the encoder is chosen under another key
-            message = str(error).replace("extract.embedder_model", "infer.embedder_model")
-            raise StageError(message) from error
+        extractor = _extractor(recipe, voice)
         width = voice.generator.shape.content_channels
-        if extractor.embedder.width != width:
-            raise StageError(
-                f"infer.embedder_model: {extractor.embedder.name} gives features {extractor.embedder.width} wide, the "
-                f"voice was trained on {width} ({voice.embedder_model})"
-            )
-        if voice.embedder_hash not in (None, "", extractor.embedder.weights_hash):
-            logger.warning(
-                "infer.embedder_model: the weights of %s are not those that the voice was trained with",
-                extractor.embedder.name,
-            )
         return cls(voice, extractor, _retriever(config, work, width), recipe, device)
 
     @torch.no_grad()
@@ -198,6 +179,42 @@ class Converter:
         speaker = torch.tensor([self.recipe.infer.speaker], device=self.device)
         coarse = coarse_pitch(f0) if guided else None
         return self.voice.generator.infer(content, lengths, coarse, f0 if guided else None, speaker)[0, 0].float()
+
+
+def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
+    """The voice's encoder with the voice's mix of layers, or the encoder that infer.embedder_model names instead.
+
+    Raises:
+        StageError: it cannot be had, does not fit, or is not the voice's although nobody asked for another.
+    """
+    given, wanted = recipe.infer.embedder_model, voice.embedder
+    used = replace(
+        recipe,
+        extract=replace(recipe.extract, embedder_model=given or wanted.name, embedder_mix=wanted.mix),
+        model=replace(recipe.model, version=voice.version),
+    )
+    try:
+        extractor = Extractor.load(used, with_pitch=voice.generator.shape.pitch_guidance)
+    except StageError as error:  # here the encoder is chosen under another key, and the mix is the voice's
+        message = str(error).replace(WITHOUT_FILES, "").replace("extract.embedder_model", "infer.embedder_model")
+        message = message.replace("extract.embedder_mix", "infer.model: the voice's embedder_mix")
+        why = f" (the voice was trained with {wanted})" if message.startswith("infer.") else ""
+        raise StageError(message + why) from error
+    found, width = extractor.embedder.width, voice.generator.shape.content_channels
+    if found != width:
+        raise StageError(
+            f"infer.embedder_model: {extractor.embedder.name} gives features {found} wide, the voice was trained on "
+            f"{width} ({wanted})"
+        )
+    if extractor.embedder_id.agrees_with(wanted) is False:
+        problem = f"infer.embedder_model: the voice was trained with {wanted}, not with {extractor.embedder_id}"
+        if given is None:
+            raise StageError(
+                f"{problem}; give the folder of its encoder as --infer.embedder_model FOLDER (one that is named there "
+                "is used even if it is another, with a warning)"
+            )
+        logger.warning("%s: the words may come out wrong", problem)
+    return extractor
 
 
 def _retriever(config: InferConfig, work: Workspace, width: int) -> Retriever | None:

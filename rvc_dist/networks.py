@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rvc_dist import checkpoint, memory
 from rvc_dist.config import Recipe
 from rvc_dist.data import ClipTable
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
 from rvc_dist.models.encoders import Transformer
 from rvc_dist.models.generator import Generator, GeneratorShape
@@ -37,11 +38,17 @@ def build(recipe: Recipe, table: ClipTable, resuming: bool) -> tuple[GeneratorSh
     """
     config = recipe.train
     # A resumed run needs of the pretrained files only the number of speakers.
-    states = {
+    pretrained = {
         name: checkpoint.read_pretrained(Path(file), f"train.{key}")
         for name, key in PRETRAINED.items()
         if (file := getattr(config, key)) is not None and (name == "generator" or not resuming)
     }
+    states = {name: file.state for name, file in pretrained.items()}
+    if "generator" in pretrained and not resuming:
+        features = EmbedderId.from_features(table.embedder)
+        checkpoint.check_embedder(
+            Path(str(config.pretrained_g)), pretrained["generator"].embedder, features, "train.pretrained_g"
+        )
     num_speakers = _num_speakers(table, config.pretrained_g, states.get("generator"))
     shape = GeneratorShape.from_recipe(recipe, table.content_channels, num_speakers)
     torch.manual_seed(config.seed)

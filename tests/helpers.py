@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from rvc_dist import checkpoint, export
 from rvc_dist.audio import Wave
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe
+from rvc_dist.features.content import make_torchaudio_importable
 from rvc_dist.features.f0 import F0Method
 from rvc_dist.models.generator import Generator, GeneratorShape
 from rvc_dist.optim import OptimizerState
@@ -134,5 +136,32 @@ def make_checkpoint(
 def voice_contents(recipe: Recipe, generator: Generator) -> dict[str, Any]:
     """What a voice file of `generator` holds."""
     voice = export.voice_dict(recipe, make_checkpoint(recipe, generator), "00:01:00", generator.shape.num_speakers)
-    del voice["embedder_hash"]  # made up, and would be warned of
+    del voice["embedder_hash"]  # made up, and would be refused
     return voice
+
+
+def make_ssl_folder(folder: Path, kind: str, num_layers: int = 10, projection: bool = True) -> Any:
+    """A random encoder of `kind` with ten layers of 16 channels, saved as transformers does; returns the network."""
+    make_torchaudio_importable()
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=16,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=6,
+    )
+    network = getattr(transformers, f"{kind}Model")(config).eval()
+    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+    if projection:
+        tensors["final_proj.weight"] = torch.randn(6, 16)
+        tensors["final_proj.bias"] = torch.randn(6)
+    folder.mkdir()
+    config.save_pretrained(folder)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return network

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from rvc_dist import checkpoint
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.optim import AnyPrecisionAdamW, OptimizerState, load_optimizer_state, optimizer_state
 from rvc_dist.workspace import StageError
@@ -148,6 +150,23 @@ def test_other_settings_are_refused_with_every_mismatch_listed(tmp_path):
     assert "embedder:" not in str(caught.value)
 
 
+def test_an_encoder_is_its_weights_and_its_mix_whatever_it_is_called(tmp_path):
+    def identity(name, digest, **mix):
+        return {"embedder": {"name": name, "width": 768, "hash": digest} | ({"mix": mix} if mix else {})}
+
+    made = replace(make(1, *net_and_optimizer()), identity=identity("contentvec", "aa", layers=[9], ratio=0.5))
+    path = checkpoint.save(tmp_path, made)
+    checkpoint.verify(path, identity("/models/cv", "aa", layers=[9], ratio=0.5))
+    before = r"embedder: contentvec \(weights aa, 0\.5 of layers 9 mixed in\), now "
+    for other, now in (
+        (identity("contentvec", "bb", layers=[9], ratio=0.5), r"contentvec \(weights bb, 0\.5 of layers 9 mixed in\)"),
+        (identity("contentvec", "aa", layers=[9], ratio=0.4), r"contentvec \(weights aa, 0\.4 of layers 9 mixed in\)"),
+        (identity("contentvec", "aa"), r"contentvec \(weights aa\)"),
+    ):
+        with pytest.raises(StageError, match=before + now):
+            checkpoint.verify(path, other)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -209,21 +228,51 @@ def test_pretrained_weights_load_in_both_spellings(tmp_path, spelling):
     torch.save({"model": spelling(net.state_dict()), "iteration": 1, "learning_rate": 1e-4}, file)
     torch.manual_seed(9)
     fresh = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Linear(4, 1))
-    state = checkpoint.read_pretrained(file, "train.pretrained_g")
-    checkpoint.load_pretrained(file, state, fresh, "train.pretrained_g")
+    read = checkpoint.read_pretrained(file, "train.pretrained_g")
+    assert read.embedder is None
+    checkpoint.load_pretrained(file, read.state, fresh, "train.pretrained_g")
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), fresh.parameters(), strict=True))
 
 
 def test_pretrained_weights_that_do_not_fit_are_listed(tmp_path):
     file = tmp_path / "G.pth"
     torch.save({"model": {"0.weight": torch.zeros(5, 3), "other": torch.zeros(1)}}, file)
-    state = checkpoint.read_pretrained(file, "train.pretrained_g")
+    state = checkpoint.read_pretrained(file, "train.pretrained_g").state
     with pytest.raises(StageError) as caught:
         checkpoint.load_pretrained(file, state, nn.Sequential(nn.Linear(3, 4)), "train.pretrained_g")
     message = str(caught.value)
     assert "0.weight: [5, 3], this network has [4, 3]" in message
     assert "0.bias: missing" in message
     assert "other: not part" in message
+
+
+def test_pretrained_weights_of_another_encoder_are_refused_or_warned_of(tmp_path, caplog):
+    file, key = tmp_path / "G.pth", "train.pretrained_g"
+
+    def check(features: EmbedderId, **fields: object) -> str:
+        torch.save({"model": {"x": torch.zeros(1)}} | fields, file)
+        caplog.clear()
+        checkpoint.check_embedder(file, checkpoint.read_pretrained(file, key).embedder, features, key)
+        return caplog.text
+
+    spin = EmbedderId("spin", "aa")
+    assert "G.pth does not say which content encoder" in check(spin)
+    assert "the features are of spin (weights aa)" in check(spin)
+    assert check(EmbedderId("contentvec", "cc")) == ""
+    assert check(spin, embedder_model="spin") == ""
+    assert check(spin, embedder_model="folder", embedder_hash="aa") == ""
+    unknown = check(EmbedderId("/models/cv", "cc"), embedder_model="contentvec")
+    assert "trained with contentvec, the features are of /models/cv (weights cc): whether these are the same" in unknown
+    with pytest.raises(
+        StageError, match=r"pretrained_g: .*G\.pth was trained with contentvec, the features are of spin"
+    ):
+        check(spin, embedder_model="contentvec")
+    with pytest.raises(StageError, match=r"with spin \(weights bb\), the features are of spin \(weights aa\)\. Run"):
+        check(spin, embedder_model="spin", embedder_hash="bb")
+    with pytest.raises(StageError, match=r"with spin \(weights aa, 1 of layers 9 mixed in\), the features are of spin"):
+        check(spin, embedder_model="spin", embedder_hash="aa", embedder_mix={"layers": [9], "ratio": 1.0})
+    with pytest.raises(StageError, match=r"train\.pretrained_g: .*does not say .*embedder_mix 9 is not a mapping"):
+        check(spin, embedder_model="spin", embedder_mix=9)
 
 
 class Evil:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rvc_dist.config import RATES, ConfigError, Recipe, load_recipe, parse_recipe
+from rvc_dist.config import RATES, ConfigError, EmbedderMix, Recipe, load_recipe, parse_recipe
 
 NAN = math.nan
 
@@ -57,6 +57,12 @@ WRONG = [
     ("extract.f0_min", 0.0),
     ("extract.f0_max", 50.0),
     ("extract.f0_max", 4001.0),
+    ("extract.embedder_mix.layers", [12, 9]),
+    ("extract.embedder_mix.layers", [9, 9]),
+    ("extract.embedder_mix.layers", [-1, 9]),
+    ("extract.embedder_mix.ratio", -0.1),
+    ("extract.embedder_mix.ratio", 1.1),
+    ("extract.embedder_mix.ratio", NAN),
     ("extract.include_mutes", -1),
     ("extract.batch_clips", 0),
     ("extract.num_threads", 0),
@@ -116,6 +122,9 @@ def test_a_wrong_value_is_refused_under_its_full_key(key: str, value: Any) -> No
         ("preprocess.chunk_len", 9.0),
         ("preprocess.overlap_len", 0.0),
         ("preprocess.overlap_len", 1.5),
+        ("extract.embedder_mix.layers", (0, 12)),
+        ("extract.embedder_mix.ratio", 0.0),
+        ("extract.embedder_mix.ratio", 1.0),
         ("extract.include_mutes", 0),
         ("extract.f0_max", 4000.0),
         ("model.inter_channels", 2),
@@ -188,7 +197,8 @@ def test_upsampling_makes_a_hop_and_segments_are_whole_frames(version: str) -> N
 
 
 def test_a_recipe_file_comes_back(tmp_path: Path) -> None:
-    recipe = build({"name": "Ünï", "train.loss.mel": 15.0, "train.max_steps": 7, "preprocess.cut_method": "simple"})
+    values = {"name": "Ünï", "train.loss.mel": 15.0, "train.max_steps": 7, "preprocess.cut_method": "simple"}
+    recipe = build(values | {"extract.embedder_mix.layers": (9, 10), "extract.embedder_mix.ratio": 0.25})
     path = tmp_path / "config.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(path) == recipe
@@ -199,6 +209,8 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     path.write_text("name: a\npreprocess: {chunk_len: 2, overlap_len: 0.1}\n")
     recipe = parse_recipe("preprocess", ["--config", str(path), "--preprocess.chunk_len", "4"])
     assert (recipe.name, recipe.preprocess.chunk_len, recipe.preprocess.overlap_len) == ("a", 4.0, 0.1)
+    recipe = parse_recipe("extract", ["--extract.embedder_mix.layers", "[9, 10]", "--extract.embedder_mix.ratio=1"])
+    assert recipe.extract.embedder_mix == EmbedderMix((9, 10), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +222,10 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ),
         ("preprocess: {chunk_len: long}", r"preprocess\.chunk_len: "),
         ("preprocess: {cut_method: random}", r"preprocess\.cut_method: "),
+        ("extract: {embedder_mix: {layers: 9}}", r"embedder_mix\.layers: got 9, expected a list such as \[9\]$"),
+        ("extract: {embedder_mix: {layers: [last]}}", r"extract\.embedder_mix\.layers: got last, expected int$"),
+        ("extract: {embedder_mix: {ratio: [0.5]}}", r"extract\.embedder_mix\.ratio: got \[0\.5\], expected float$"),
+        ("extract: {embedder_mix: [9]}", r"extract\.embedder_mix: got \[9\], expected keys such as layers: \.\.\.$"),
         ("preprocess: {chunk_len: 10}", r"preprocess\.chunk_len: got 10\.0, expected 1\.0 to 9\.0"),
         ("[1, 2]", "holds a list"),
         ("a: [", "not valid YAML"),

@@ -9,12 +9,13 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
+from helpers import make_ssl_folder
 from huggingface_hub import constants
 from torch import Tensor
 
 import rvc_dist
-from rvc_dist.config import ExtractConfig
-from rvc_dist.features.content import Embedder, Version, load_embedder, make_torchaudio_importable
+from rvc_dist.config import EmbedderMix, ExtractConfig
+from rvc_dist.features.content import EMBEDDERS, Embedder, Version, load_embedder, make_torchaudio_importable
 
 CPU = torch.device("cpu")
 SPEECH = Path(rvc_dist.__file__).parent / "demo_voice" / "voice" / "000.flac"
@@ -24,39 +25,32 @@ WHISPER_BASE = os.environ.get("RVC_DIST_WHISPER", "")
 """Folder of the pretrained whisper-base encoder, which is too large to ship with the tests."""
 
 
-def load(model: str | Path, version: Version = "v2") -> Embedder:
-    return load_embedder(ExtractConfig(embedder_model=str(model)), version, CPU)
+OFF = EmbedderMix()
+
+
+def load(model: str | Path, version: Version = "v2", mix: EmbedderMix = OFF) -> Embedder:
+    return load_embedder(ExtractConfig(embedder_model=str(model), embedder_mix=mix), version, CPU)
 
 
 def speech(num_samples: int = 16000, start: int = 8000) -> Tensor:
     return torch.from_numpy(soundfile.read(SPEECH, dtype="float32", start=start, frames=num_samples)[0])
 
 
-def make_ssl_folder(folder: Path, kind: str, num_layers: int = 10, projection: bool = True) -> Any:
-    """A random encoder of `kind` with ten layers of 16 channels, saved as transformers does; returns the network."""
-    make_torchaudio_importable()
-    import transformers
+def states_of(network: Any) -> tuple[list[Tensor], Tensor]:
+    """What enters the first layer of a HuBERT-like network and what each gives for `speech`; what it gives in all."""
+    states: list[Tensor] = []
 
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        hidden_size=16,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        intermediate_size=32,
-        conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        classifier_proj_size=6,
-    )
-    network = getattr(transformers, f"{kind}Model")(config).eval()
-    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-    if projection:
-        tensors["final_proj.weight"] = torch.randn(6, 16)
-        tensors["final_proj.bias"] = torch.randn(6)
-    folder.mkdir()
-    config.save_pretrained(folder)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    return network
+    def hear(_module: Any, inputs: tuple[Tensor, ...], out: Any) -> None:
+        if not states:
+            states.append(inputs[0])
+        states.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [layer.register_forward_hook(hear) for layer in network.encoder.layers]
+    with torch.no_grad():
+        last: Tensor = network(speech()[None]).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return states, last
 
 
 def make_whisper_folder(folder: Path, whole: bool) -> Any:
@@ -115,13 +109,8 @@ def test_self_supervised_v1_projects_layer_9(tmp_path: Path, kind: str) -> None:
     embedder = load(tmp_path / "enc", "v1")
     check_contract(embedder, 6, 49)
     tensors = safetensors.torch.load_file(tmp_path / "enc" / "model.safetensors")
-    heard = []
-    network.encoder.layers[8].register_forward_hook(
-        lambda _module, _inputs, out: heard.append(out[0] if isinstance(out, tuple) else out)
-    )
-    with torch.no_grad():
-        network(speech()[None])
-        expected = heard[0] @ tensors["final_proj.weight"].T + tensors["final_proj.bias"]
+    states, _ = states_of(network)
+    expected = states[9] @ tensors["final_proj.weight"].T + tensors["final_proj.bias"]
     torch.testing.assert_close(embedder(speech()[None]), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -137,23 +126,80 @@ def test_v1_needs_the_projection_and_nine_layers(tmp_path: Path) -> None:
         load(tmp_path / "whisper", "v1")
 
 
-def test_every_spelling_of_the_weights_is_the_same_encoder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Hubert", "Wav2Vec2", "WavLM"])
+def test_layers_are_mixed_with_the_last(tmp_path: Path, kind: str) -> None:
+    states, last = states_of(make_ssl_folder(tmp_path / "enc", kind, num_layers=3))
+    embedder = load(tmp_path / "enc", mix=EmbedderMix((0, 2), 0.3))
+    assert embedder.mix == EmbedderMix((0, 2), 0.3)
+    check_contract(embedder, 16, 49)
+    expected = 0.7 * last + 0.15 * states[0] + 0.15 * states[2]
+    torch.testing.assert_close(embedder(speech()[None]), expected, atol=1e-6, rtol=1e-5)
+    assert (expected - last).abs().max() > 0.005  # random layers change little
+    # Nothing but another layer, the last one again, and no mix at all.
+    for mix, wanted in ((((1,), 1.0), states[1]), (((3,), 0.4), last), (((1,), 0.0), last), (((), 0.4), last)):
+        made = load(tmp_path / "enc", mix=EmbedderMix(*mix))(speech()[None])
+        torch.testing.assert_close(made, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_v1_mixes_before_the_projection(tmp_path: Path) -> None:
+    states, _ = states_of(make_ssl_folder(tmp_path / "enc", "Hubert"))
+    embedder = load(tmp_path / "enc", "v1", EmbedderMix((10,), 0.25))
+    check_contract(embedder, 6, 49)
+    tensors = safetensors.torch.load_file(tmp_path / "enc" / "model.safetensors")
+    mixed = 0.75 * states[9] + 0.25 * states[10]
+    expected = mixed @ tensors["final_proj.weight"].T + tensors["final_proj.bias"]
+    torch.testing.assert_close(embedder(speech()[None]), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_layers_that_an_encoder_does_not_have_are_refused(tmp_path: Path) -> None:
+    make_ssl_folder(tmp_path / "enc", "Hubert", num_layers=2)
+    make_whisper_folder(tmp_path / "whisper", whole=False)
+    for name in ("enc", "whisper"):
+        with pytest.raises(ValueError, match=rf"embedder_mix\.layers: got \[1, 3\], .*/{name} has 2 layers: .* to 2"):
+            load(tmp_path / name, mix=EmbedderMix((1, 3)))
+    with pytest.raises(ValueError, match=r"extract\.embedder_mix\.layers: got \[9\] with mfcc, which has no layers"):
+        load("mfcc", mix=EmbedderMix((9,)))
+    assert load("mfcc", mix=EmbedderMix((9,), 0.0)).name == "mfcc"
+
+
+def test_whisper_mixes_its_layers_too(tmp_path: Path) -> None:
+    network = make_whisper_folder(tmp_path / "enc", whole=False)
+    embedder = load(tmp_path / "enc", mix=EmbedderMix((1, 2), 0.5))
+    check_contract(embedder, 16, 50)
+    from transformers import WhisperFeatureExtractor
+
+    wave = torch.zeros(480000)
+    wave[:32000] = speech(32000)
+    mel = WhisperFeatureExtractor()(wave.numpy(), sampling_rate=16000, return_tensors="pt")["input_features"]
+    heard: list[Tensor] = []
+    network.layers[0].register_forward_hook(
+        lambda _module, _inputs, out: heard.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        last = network(mel).last_hidden_state
+    expected = 0.75 * last + 0.25 * heard[0]
+    torch.testing.assert_close(embedder(wave[None]), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Hubert", "Wav2Vec2", "WavLM"])
+def test_every_spelling_of_the_weights_is_the_same_encoder(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "enc"
-    make_ssl_folder(folder, "Hubert", num_layers=2)
+    make_ssl_folder(folder, kind, num_layers=2)
     first = load(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     renamed = {}
     for key, value in tensors.items():
         old = key.replace("parametrizations.weight.original0", "weight_g")
         old = old.replace("parametrizations.weight.original1", "weight_v")
-        renamed[f"hubert.{old}"] = value
+        renamed[f"{kind.lower()}.{old}"] = value
+    assert any(key.endswith("weight_g") for key in renamed)
     (folder / "model.safetensors").unlink()
     torch.save(renamed, folder / "pytorch_model.bin")
     second = load(folder)
     assert second.weights_hash == first.weights_hash
     assert torch.equal(second(speech()[None]), first(speech()[None]))
 
-    renamed["hubert.encoder.layers.0.attention.k_proj.bias"] += 0.1
+    renamed[f"{kind.lower()}.encoder.layers.0.attention.k_proj.bias"] += 0.1
     torch.save(renamed, folder / "pytorch_model.bin")
     assert load(folder).weights_hash != first.weights_hash
 
@@ -266,14 +312,53 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "enc")
 
 
-def test_without_files_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, which is not to be had."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    for name, repository in (("contentvec", "lengyue233/content-vec-best"), ("some/encoder", "some/encoder")):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+NAMED = {
+    "contentvec": ("lengyue233/content-vec-best", ""),
+    "spin": ("IAHispano/Applio", "Resources/embedders/spin"),
+    "spin-v2": ("IAHispano/Applio", "Resources/embedders/spin-v2"),
+    "chinese-hubert-base": ("IAHispano/Applio", "Resources/embedders/chinese_hubert_base"),
+    "japanese-hubert-base": ("IAHispano/Applio", "Resources/embedders/japanese_hubert_base"),
+    "korean-hubert-base": ("IAHispano/Applio", "Resources/embedders/korean_hubert_base"),
+}
+
+
+def test_each_named_encoder_is_read_from_its_place_in_the_cache(tmp_path: Path, cache: Path) -> None:
+    assert EMBEDDERS.keys() == NAMED.keys()
+    for number, (name, (repository, folder)) in enumerate(NAMED.items()):
+        snapshot = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / EMBEDDERS[name].revision
+        place = snapshot / folder
+        place.parent.mkdir(parents=True, exist_ok=True)
+        make_ssl_folder(tmp_path / name, "Hubert", num_layers=2)
+        tensors = safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        tensors["encoder.layers.0.attention.k_proj.bias"] += number
+        (tmp_path / name / "model.safetensors").unlink()
+        torch.save(tensors, tmp_path / name / "pytorch_model.bin")
+        (tmp_path / name).rename(place)
+    hashes = {name: load(name).weights_hash for name in NAMED}
+    assert len(set(hashes.values())) == len(NAMED)
+    for name, (repository, folder) in NAMED.items():
+        snapshot = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / EMBEDDERS[name].revision
+        assert load(snapshot / folder).weights_hash == hashes[name]
+        assert load(name).name == name
+
+
+@pytest.mark.usefixtures("cache")
+def test_without_files_the_error_says_what_to_do(tmp_path: Path) -> None:
+    for name, (repository, folder) in {**NAMED, "some/encoder": ("some/encoder", "")}.items():
         with pytest.raises(FileNotFoundError) as caught:
             load(name)
         message = str(caught.value)
-        for part in (name, repository, str(tmp_path), "HF_HUB_OFFLINE", "--extract.embedder_model FOLDER", "mfcc"):
+        for part in (name, repository, folder, str(tmp_path), "HF_HUB_OFFLINE", "--extract.embedder_model FOLDER"):
             assert part in message
+        assert "or say --extract.embedder_model mfcc" in message
+        assert ("of IAHispano/Applio (folder Resources/embedders/" in message) is bool(folder)
     with pytest.raises(FileNotFoundError, match="/no/such/folder is no folder"):
         load("/no/such/folder")

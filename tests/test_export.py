@@ -29,6 +29,7 @@ from helpers import (
 from rvc_dist import checkpoint, export
 from rvc_dist.checkpoint import Progress
 from rvc_dist.config import ExportConfig, InferConfig, Recipe, load_recipe
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.infer import Converter, Voice
 from rvc_dist.models.generator import Generator
 from rvc_dist.workspace import Share, StageError
@@ -183,7 +184,7 @@ def test_an_exported_voice_converts(guided: bool, tmp_path: Path) -> None:
     export.run(recipe, ALONE)
     voice = Voice.load(workspace_of(recipe).last_voice_file, torch.device("cpu"))
     assert voice.generator.shape == generator.shape
-    assert (voice.embedder_model, voice.version, voice.rate) == ("mfcc", "v2", RATE)
+    assert (voice.embedder, voice.version, voice.rate) == (EmbedderId("mfcc", EMBEDDER["hash"]), "v2", RATE)
     for key, value in voice.generator.state_dict().items():
         if not key.startswith("enc_q."):
             assert torch.equal(value, generator.state_dict()[key].half().float()), key
@@ -191,6 +192,14 @@ def test_an_exported_voice_converts(guided: bool, tmp_path: Path) -> None:
     assert wave.shape == (RATE // 2,)
     assert np.isfinite(wave).all()
     assert wave.std() > 1e-4
+
+
+def test_the_voice_carries_the_mix_of_its_features(recipe: Recipe, generator: Generator) -> None:
+    saved = make_checkpoint(recipe, generator)
+    saved.identity["embedder"] = {"name": "spin", "hash": "00ff", "mix": {"layers": [9, 10], "ratio": 0.25}}
+    voice = export.voice_dict(recipe, saved, "00:00:01", 1)
+    assert (voice["embedder_model"], voice["embedder_hash"]) == ("spin", "00ff")
+    assert voice["embedder_mix"] == {"layers": [9, 10], "ratio": 0.25}
 
 
 def test_a_voice_trained_from_pretrained_weights_keeps_their_speaker_table(recipe: Recipe) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import RATE, SteadyPitch, changed, narrow_recipe, noise, tone, workspace_of
+from helpers import RATE, SteadyPitch, changed, make_ssl_folder, narrow_recipe, noise, tone, workspace_of
 from safetensors.numpy import load_file
 
 from rvc_dist import extract, index, preprocess, workspace
-from rvc_dist.config import PreprocessConfig, Recipe
+from rvc_dist.config import EmbedderMix, PreprocessConfig, Recipe
 from rvc_dist.extract import Extractor
 from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.workspace import Share, StageError, read_header, read_json, unit_files
@@ -297,6 +297,34 @@ def test_only_clips_of_one_length_share_a_batch_and_never_too_many(recipe: Recip
 
 
 # What is wrong
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_a_mix_of_layers_is_part_of_what_features_are(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_ssl_folder(tmp_path / "enc", "Hubert", num_layers=2)
+    plain = changed(recipe, "extract", embedder_model=str(tmp_path / "enc"))
+    extract.run(plain, ALONE)
+    header = read_header(workspace_of(recipe).features_file(0))
+    assert header is not None
+    assert "mix" not in header["embedder"]
+    first = contents(recipe)
+    mixed = changed(plain, "extract", embedder_mix=EmbedderMix((0, 1), 0.25))
+    assert extract.complete(mixed) is None
+    with caplog.at_level(logging.INFO):
+        extract.run(mixed, ALONE)
+    assert "extract.embedder_mix.layers: None -> [0, 1]" in caplog.text
+    again = read_header(workspace_of(recipe).features_file(0))
+    assert again is not None
+    assert again["embedder"] == header["embedder"] | {"mix": {"layers": [0, 1], "ratio": 0.25}}
+    assert extract.complete(mixed) is True
+    assert extract.complete(plain) is None
+    before = mtimes(recipe)
+    extract.run(mixed, ALONE)
+    assert mtimes(recipe) == before
+    extract.run(plain, ALONE)
+    assert contents(recipe) == first
 
 
 def test_without_clips(tmp_path: Path) -> None:

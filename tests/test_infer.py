@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,25 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import NARROW, RATE, SteadyPitch, changed, make_generator, narrow_recipe, noise, tone, voice_contents
+from helpers import (
+    NARROW,
+    RATE,
+    SteadyPitch,
+    changed,
+    make_generator,
+    make_ssl_folder,
+    narrow_recipe,
+    noise,
+    tone,
+    voice_contents,
+)
+from huggingface_hub import constants
 from torch import Tensor
 
 from rvc_dist import audio, decoding, extract, infer
-from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, InferConfig, Recipe
+from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, EmbedderMix, ExtractConfig, InferConfig, Recipe
 from rvc_dist.export import write_voice
-from rvc_dist.features.content import Embedder
+from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import from_upstream
@@ -509,14 +522,74 @@ def test_the_encoder_must_fit_the_voice(recipe: Recipe, tmp_path: Path) -> None:
         infer.run(changed(recipe, "infer", embedder_model=str(tmp_path / "none")), ALONE)
 
 
-def test_other_weights_of_the_encoder_are_warned_of(
+def warnings(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
+
+
+def test_other_weights_of_the_encoder_are_refused_unless_they_are_asked_for(
     recipe: Recipe, tmp_path: Path, voice_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     infer.run(recipe, ALONE)
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    infer.run(changed(recipe, "infer", embedder_model="mfcc"), ALONE)
+    assert not warnings(caplog)
     write_voice(tmp_path / "v.pth", torch.load(voice_file, weights_only=True) | {"embedder_hash": "0" * 16})
-    infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
-    assert "the weights of mfcc are not those that the voice was trained with" in caplog.text
+    recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
+    differ = (
+        r"infer\.embedder_model: the voice was trained with mfcc \(weights 0{16}\), not with mfcc \(weights \w{16}\)"
+    )
+    with pytest.raises(StageError, match=differ + r"; .*--infer\.embedder_model FOLDER"):
+        infer.run(recipe, ALONE)
+    infer.run(changed(recipe, "infer", embedder_model="mfcc"), ALONE)
+    assert re.fullmatch(differ + ": the words may come out wrong", warnings(caplog))
+
+
+def test_a_voice_whose_encoder_cannot_be_had_is_not_sent_to_another(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    contents = new_voice(recipe, tmp_path / "v.pth")
+    write_voice(tmp_path / "v.pth", contents | {"embedder_model": "spin", "embedder_hash": "00ff"})
+    with pytest.raises(StageError, match=r"--infer\.embedder_model FOLDER \(the voice .* spin \(weights 00ff\)\)$"):
+        infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
+
+
+def test_a_tracker_that_cannot_be_had_is_no_matter_of_the_encoder(recipe: Recipe) -> None:
+    lost = changed(recipe, "extract", f0_method="rmvpe", f0_model="/none/rmvpe.pt")
+    with pytest.raises(StageError, match=r"^extract\.f0_model: (?!.*the voice was trained)"):
+        infer.run(lost, ALONE)
+
+
+def test_the_mix_of_layers_comes_from_the_voice_alone(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_ssl_folder(tmp_path / "enc", "Hubert", num_layers=3)
+    (tmp_path / "enc").rename(tmp_path / "moved")
+    moved = load_embedder(ExtractConfig(embedder_model=str(tmp_path / "moved")), "v2", torch.device("cpu"))
+    contents = new_voice(recipe, tmp_path / "v.pth", content_channels=16)
+    mix = {"embedder_mix": {"layers": [1, 2], "ratio": 0.25}}
+    contents |= {"embedder_model": str(tmp_path / "enc"), "embedder_hash": moved.weights_hash} | mix
+    write_voice(tmp_path / "v.pth", contents)
+    recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
+    with pytest.raises(
+        StageError, match=r"enc is no folder \(the voice was trained with .*, 0\.25 of layers 1, 2 mixed"
+    ):
+        infer.run(recipe, ALONE)
+    recipe = changed(recipe, "infer", embedder_model=str(tmp_path / "moved"))
+    # The recipe's own mix, of the next run perhaps, has no say.
+    for other in (EmbedderMix(), EmbedderMix((0,), 1.0)):
+        converter = infer.Converter.load(changed(recipe, "extract", embedder_mix=other))
+        assert converter.extractor.embedder.mix == EmbedderMix((1, 2), 0.25)
+    infer.run(recipe, ALONE)
+    assert not warnings(caplog)
+    with pytest.raises(StageError, match=r"infer\.model: the voice's embedder_mix\.layers: got \[1, 2\] with mfcc"):
+        infer.run(changed(recipe, "infer", embedder_model="mfcc"), ALONE)
+    write_voice(tmp_path / "v.pth", contents | {"embedder_mix": {"layers": [2, 4], "ratio": 0.25}})
+    with pytest.raises(StageError, match=r"the voice's embedder_mix\.layers: got \[2, 4\], .*moved has 3 layers"):
+        infer.run(recipe, ALONE)
+    write_voice(tmp_path / "v.pth", contents | {"embedder_mix": "all"})
+    with pytest.raises(StageError, match=r"infer\.model: .*its embedder_mix 'all' is not a mapping"):
+        infer.run(recipe, ALONE)
 
 
 # Pitch, index and protection: what reaches the generator

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import make_features, tiny_recipe, with_train
+from tiny import EMBEDDER, make_features, tiny_recipe, with_train
 from torch import nn
 
 from rvc_dist import checkpoint, export, trainer, validation
@@ -173,6 +173,35 @@ def test_changed_shapes_are_refused_with_every_mismatch(tmp_path):
     with pytest.raises(StageError, match="optimizer: adamw, now radam"):
         train(with_train(recipe, optimizer="radam", max_steps=9))
     assert load_recipe(tmp_path / "config.yaml") == recipe
+
+
+def test_features_of_another_encoder_are_not_trained_on(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, max_steps=1)
+    make_features(recipe)
+    saved = train(recipe)
+    generator = {"model": to_upstream(saved.models["generator"]), "embedder_model": "mfcc"}
+    torch.save(generator | {"embedder_hash": EMBEDDER["hash"]}, tmp_path / "ours.pth")
+    torch.save(generator | {"embedder_model": "contentvec"}, tmp_path / "theirs.pth")
+    longer = with_train(recipe, max_steps=2)
+    # The same weights by another name are the same encoder, others by the same name are not.
+    monkeypatch.setitem(EMBEDDER, "hash", "f" * 16)
+    make_features(recipe)
+    with pytest.raises(StageError, match=r"embedder: mfcc \(weights 0123456789abcdef\), now mfcc \(weights f{16}\)"):
+        train(longer)
+    fresh = tiny_recipe(tmp_path / "fresh", max_steps=1)
+    make_features(fresh)
+    for name, trained_with in (("ours", r"mfcc \(weights 0123456789abcdef\)"), ("theirs", "contentvec")):
+        message = (
+            rf"train\.pretrained_g: .*{name}\.pth was trained with {trained_with}, the features are of mfcc \(weig"
+        )
+        with pytest.raises(StageError, match=message):
+            train(with_train(fresh, pretrained_g=str(tmp_path / f"{name}.pth")))
+    monkeypatch.setitem(EMBEDDER, "hash", "0123456789abcdef")
+    monkeypatch.setitem(EMBEDDER, "name", "/elsewhere/mfcc")
+    make_features(recipe)
+    make_features(fresh)
+    assert train(longer).identity["embedder"]["name"] == "/elsewhere/mfcc"
+    assert train(with_train(fresh, pretrained_g=str(tmp_path / "ours.pth"))).progress.step == 1
 
 
 @pytest.fixture

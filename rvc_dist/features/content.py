@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvc_dist.config import FEATURE_RATE, ExtractConfig
+from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.models.state_dict import load_pth
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,20 @@ class HubEncoder(NamedTuple):
 
     repository: str
     revision: str
+    folder: str = ""
+    """Where in the repository its files are."""
+
+    def path(self, filename: str) -> str:
+        return f"{self.folder}/{filename}" if self.folder else filename
+
+    def __str__(self) -> str:
+        return f"{self.repository} (folder {self.folder})" if self.folder else self.repository
+
+
+def _of_applio(folder: str) -> HubEncoder:
+    """An encoder as Applio hands it out: a voice that names it means these weights, whatever their origin has since."""
+    revision = "70ed563897504c756ec94067c12c902c4fd42025"
+    return HubEncoder("IAHispano/Applio", revision, f"Resources/embedders/{folder}")
 
 
 EMBEDDERS = {
@@ -48,6 +62,14 @@ EMBEDDERS = {
     # needs. Of this revision, pytorch_model.bin has the sha256 d8dd400e054ddf4e6be75dab5a2549db748cc99e756a097c496c099f
     # 65a4854e: the file that Applio ships as its contentvec.
     "contentvec": HubEncoder("lengyue233/content-vec-best", "ab04aa7067b99ee05cc82499bc64916b980a1967"),
+    # Speaker-invariant clustering (Chang et al. 2023, arXiv:2305.11072) on HuBERT base.
+    "spin": _of_applio("spin"),
+    "spin-v2": _of_applio("spin-v2"),
+    # HuBERT base (Hsu et al. 2021, arXiv:2106.07447) of one language. Their files are smaller than the others by the
+    # final projection: they are for v2.
+    "chinese-hubert-base": _of_applio("chinese_hubert_base"),
+    "japanese-hubert-base": _of_applio("japanese_hubert_base"),
+    "korean-hubert-base": _of_applio("korean_hubert_base"),
 }
 
 MODEL_CLASSES = {
@@ -59,6 +81,8 @@ MODEL_CLASSES = {
 """`model_type` of a config.json -> the classes of transformers that read it."""
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WITHOUT_FILES = ", or say --extract.embedder_model mfcc, which needs no files"
+"""The other way out when an encoder cannot be had; none for a voice that was trained with one."""
 
 
 class Embedder(ABC):
@@ -71,10 +95,12 @@ class Embedder(ABC):
     """
 
     name: str
-    """As the recipe gives it: contentvec, mfcc, a hub id or a folder."""
+    """As the recipe gives it: a name in EMBEDDERS, mfcc, a hub id or a folder."""
     width: int
     weights_hash: str
     """First 16 hex digits of a sha256 over the weights: features with another hash are of another encoder."""
+    mix = EmbedderMix()
+    """The layers that are mixed in; off for encoders without layers."""
 
     @abstractmethod
     def encode(self, wave: Tensor) -> Tensor:
@@ -169,15 +195,20 @@ def _slope(x: Tensor) -> Tensor:
 
 
 class SelfSupervised(Embedder):
-    """HuBERT, wav2vec 2.0 or WavLM: v2 takes the last hidden state, v1 layer 9 through `final_proj`."""
+    """HuBERT, wav2vec 2.0 or WavLM: v2 takes the last hidden state, v1 layer 9 through `final_proj`.
 
-    def __init__(self, source: _Source, version: Version, device: torch.device) -> None:
+    Other layers are mixed in before the projection.
+    """
+
+    def __init__(self, source: _Source, version: Version, mix: EmbedderMix, device: torch.device) -> None:
         super().__init__(device)
         self.name = source.name
         self.weights_hash = _hash(source.tensors)
         self.normalize = bool(source.preprocessor.get("do_normalize", False))
         self.network = _fill(_build(source.config), source)
         self.network.eval().requires_grad_(False).to(device)
+        settings: Any = self.network.config
+        self.mix = _checked_mix(mix, source, settings.num_hidden_layers)
         self.projection: nn.Linear | None = None
         self.width = int(source.config["hidden_size"])
         if version == "v1":
@@ -188,13 +219,13 @@ class SelfSupervised(Embedder):
         if self.normalize:
             wave = wave - wave.mean(dim=1, keepdim=True)
             wave = wave / (wave.square().mean(dim=1, keepdim=True) + 1e-7).sqrt()
-        if self.projection is None:
-            last: Tensor = self.network(wave).last_hidden_state
-            return last
+        out = self.network(wave, output_hidden_states=self.mix.is_on or self.projection is not None)
         # hidden_states[0] is what enters the first layer.
-        hidden: Tensor = self.network(wave, output_hidden_states=True).hidden_states[V1_LAYER]
-        out: Tensor = self.projection(hidden)
-        return out
+        hidden: Tensor = out.last_hidden_state if self.projection is None else out.hidden_states[V1_LAYER]
+        if self.mix.is_on:
+            hidden = _mixed(hidden, out.hidden_states, self.mix)
+        features: Tensor = hidden if self.projection is None else self.projection(hidden)
+        return features
 
 
 class Whisper(Embedder):
@@ -209,7 +240,7 @@ class Whisper(Embedder):
 
     TAIL_SAMPLES = FEATURE_RATE
 
-    def __init__(self, source: _Source, device: torch.device) -> None:
+    def __init__(self, source: _Source, mix: EmbedderMix, device: torch.device) -> None:
         super().__init__(device)
         make_torchaudio_importable()
         from transformers import WhisperFeatureExtractor
@@ -225,6 +256,7 @@ class Whisper(Embedder):
         self.mel_filters = torch.from_numpy(extractor.mel_filters).float().T.contiguous().to(device)
         self.network = _fill(_build(source.config), source)
         self.network.eval().requires_grad_(False).to(device)
+        self.mix = _checked_mix(mix, source, int(source.config["encoder_layers"]))
         self.max_samples = int(source.config["max_source_positions"]) * 2 * self.hop
 
     def encode(self, wave: Tensor) -> Tensor:
@@ -240,11 +272,16 @@ class Whisper(Embedder):
         wave = F.pad(wave, (0, min(self.TAIL_SAMPLES, self.max_samples - wave.shape[1])))
         x: Tensor = F.gelu(net.conv2(F.gelu(net.conv1(self._log_mel(wave))))).transpose(1, 2)
         x = x + net.embed_positions.weight[: x.shape[1]]
+        states = [x]
         for layer in net.layers:
             out = layer(x, None)
             x = out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5
-        normed: Tensor = net.layer_norm(x)
-        return normed[:, :num_frames]
+            states.append(x)
+        features: Tensor = net.layer_norm(x)
+        states[-1] = features
+        if self.mix.is_on:
+            features = _mixed(features, states, self.mix)
+        return features[:, :num_frames]
 
     def _log_mel(self, wave: Tensor) -> Tensor:
         """[B, S] -> [B, mels, S // hop], within about -1..1."""
@@ -254,21 +291,41 @@ class Whisper(Embedder):
         return (mel + 4.0) / 4.0
 
 
+def _mixed(usual: Tensor, states: Sequence[Tensor], mix: EmbedderMix) -> Tensor:
+    """[B, T, C] of the usual layer and of all layers -> [B, T, C]."""
+    others = torch.stack([states[layer] for layer in mix.layers]).mean(dim=0)
+    return (1.0 - mix.ratio) * usual + mix.ratio * others
+
+
+def _checked_mix(mix: EmbedderMix, source: _Source, num_layers: int) -> EmbedderMix:
+    if mix.is_on and mix.layers[-1] > num_layers:
+        raise ValueError(
+            f"extract.embedder_mix.layers: got {list(mix.layers)}, {source.name} has {num_layers} layers: expected "
+            f"numbers from 0 (what enters the first) to {num_layers}"
+        )
+    return mix
+
+
 def load_embedder(config: ExtractConfig, version: Version, device: torch.device) -> Embedder:
     """The content encoder that the recipe names, on `device`, in float32 and without gradients.
 
     `extract.embedder_model` is mfcc, an existing folder (which wins over every other meaning), a name in EMBEDDERS or a
     hub id. Raises FileNotFoundError when the encoder cannot be had, ValueError when it is of no use here.
     """
-    name = config.embedder_model
+    name, mix = config.embedder_model, config.embedder_mix
     if name == "mfcc" and not Path(name).is_dir():
+        if mix.is_on:
+            raise ValueError(
+                f"extract.embedder_mix.layers: got {list(mix.layers)} with mfcc, which has no layers; leave it empty "
+                "or choose another extract.embedder_model"
+            )
         return Mfcc(version, device)
     source = _read_source(name)
     if source.model_type != "whisper":
-        return SelfSupervised(source, version, device)
+        return SelfSupervised(source, version, mix, device)
     if version == "v1":
         raise ValueError(_no_projection(source))
-    return Whisper(source, device)
+    return Whisper(source, mix, device)
 
 
 class _Source(NamedTuple):
@@ -290,20 +347,20 @@ def _read_source(name: str) -> _Source:
         return _read_folder(name)
     if name not in EMBEDDERS and (name.startswith((".", "~", "/")) or name.count("/") > 1):
         raise FileNotFoundError(f"extract.embedder_model: {Path(name).absolute()} is no folder")
-    repository, revision = EMBEDDERS.get(name, HubEncoder(name, ""))
+    encoder = EMBEDDERS.get(name, HubEncoder(name, ""))
     try:
-        config = _read_json(hub_file(repository, "config.json", revision))
-        _check_model_type(config, repository)
-        weights = _hub_weights(repository, revision)
+        config = _read_json(hub_file(encoder.repository, encoder.path("config.json"), encoder.revision))
+        _check_model_type(config, str(encoder))
+        weights = _hub_weights(encoder)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"extract.embedder_model: the encoder {name} cannot be had. {Path(name).absolute()} is no folder; {error} "
-            f"Put config.json and {' or '.join(WEIGHT_FILES)} of {repository} into a folder and say "
-            "--extract.embedder_model FOLDER, or say --extract.embedder_model mfcc, which needs no files"
+            f"Put config.json and {' or '.join(WEIGHT_FILES)} of {encoder} into a folder and say "
+            f"--extract.embedder_model FOLDER{WITHOUT_FILES}"
         ) from error
-    # The named encoders are known to take the wave as it is, and have no such file.
-    preprocessor = {} if name in EMBEDDERS else _hub_preprocessor(repository, revision)
-    return _Source(name, repository, config, preprocessor, _encoder_tensors(read_tensors(weights)))
+    # The named encoders are given the wave as it is, by every tool, and have no such file.
+    preprocessor = {} if name in EMBEDDERS else _hub_preprocessor(encoder.repository)
+    return _Source(name, str(encoder), config, preprocessor, _encoder_tensors(read_tensors(weights)))
 
 
 def _read_folder(name: str) -> _Source:
@@ -479,26 +536,26 @@ def hub_file(repository: str, filename: str, revision: str = "") -> Path:
         raise FileNotFoundError(f"{filename} of {repository}{at} is not in the cache {where}, {how}") from error
 
 
-def _hub_weights(repository: str, revision: str) -> Path:
+def _hub_weights(encoder: HubEncoder) -> Path:
     reasons = []
     for filename in WEIGHT_FILES:
         try:
-            return hub_file(repository, filename, revision)
+            return hub_file(encoder.repository, encoder.path(filename), encoder.revision)
         except FileNotFoundError as error:
             reasons.append(str(error))
     raise FileNotFoundError(" ".join(reasons))
 
 
-def _hub_preprocessor(repository: str, revision: str) -> dict[str, Any]:
+def _hub_preprocessor(repository: str) -> dict[str, Any]:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     filename = "preprocessor_config.json"
     try:
-        return _read_json(hub_file(repository, filename, revision))
+        return _read_json(hub_file(repository, filename))
     except FileNotFoundError as error:
         unknown = isinstance(error.__cause__, LocalEntryNotFoundError)
-        if unknown and try_to_load_from_cache(repository, filename, revision=revision or None) is None:
+        if unknown and try_to_load_from_cache(repository, filename) is None:
             logger.warning("%s of %s could not be looked up: the wave is not normalised", filename, repository)
         return {}
 

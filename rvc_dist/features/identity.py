@@ -1,0 +1,94 @@
+"""Which content encoder features are of: what features, checkpoints and voice files carry, and whether two agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rvc_dist.config import EmbedderMix
+from rvc_dist.features.content import EMBEDDERS
+
+PUBLISHED = frozenset(EMBEDDERS) | {"mfcc"}
+"""Names that mean one encoder each; a folder's name says nothing of what is in it."""
+
+
+@dataclass(frozen=True)
+class EmbedderId:
+    """A content encoder and the layers mixed into its features."""
+
+    name: str
+    """As the recipe gave it."""
+    hash: str | None = None
+    """`Embedder.weights_hash`; None where another tool's file or an import has only a name."""
+    mix: EmbedderMix = field(default_factory=EmbedderMix)
+
+    def __post_init__(self) -> None:
+        if not self.mix.is_on:  # there are many ways to mix nothing
+            object.__setattr__(self, "mix", EmbedderMix())
+
+    @classmethod
+    def from_features(cls, data: Mapping[str, Any]) -> EmbedderId:
+        """What the features' headers and the checkpoints hold."""
+        return cls(data["name"], data.get("hash") or None, _read_mix(data.get("mix")))
+
+    def to_features(self) -> dict[str, Any]:
+        mix = {"mix": self._plain_mix()} if self.mix.is_on else {}
+        return {"name": self.name, "hash": self.hash} | mix
+
+    @classmethod
+    def from_voice(cls, data: Mapping[str, Any]) -> EmbedderId | None:
+        """What a voice or another `.pth` file says at its top level; None when it says nothing.
+
+        Raises:
+            ValueError: the fields are there, but not as they are written.
+        """
+        name, digest = data.get("embedder_model"), data.get("embedder_hash")
+        if name is None:
+            return None
+        if not isinstance(name, str) or not isinstance(digest, str | None):
+            raise ValueError(f"embedder_model {name!r} and embedder_hash {digest!r} are not texts")
+        return cls(name, digest or None, _read_mix(data.get("embedder_mix")))
+
+    def to_voice(self) -> dict[str, Any]:
+        mix = {"embedder_mix": self._plain_mix()} if self.mix.is_on else {}
+        return {"embedder_model": self.name, "embedder_hash": self.hash} | mix
+
+    def _plain_mix(self) -> dict[str, Any]:
+        return asdict(self.mix) | {"layers": list(self.mix.layers)}
+
+    def agrees_with(self, other: EmbedderId) -> bool | None:
+        """Whether both give the same features, or None where that cannot be told.
+
+        Two hashes decide, whatever the names: a folder with the weights of contentvec is contentvec. Where one is
+        missing, the names do: two different names in PUBLISHED are two encoders. That a file without a hash says
+        nothing of a mix does not mean that there was none.
+        """
+        if self.hash is not None and other.hash is not None:
+            return (self.hash, self.mix) == (other.hash, other.mix)
+        if self.name == other.name:
+            return True if self.mix == other.mix else None
+        return False if {self.name, other.name} <= PUBLISHED else None
+
+    def __str__(self) -> str:
+        details = [f"weights {self.hash}"] if self.hash is not None else []
+        if self.mix.is_on:
+            details.append(f"{self.mix.ratio:g} of layers {', '.join(map(str, self.mix.layers))} mixed in")
+        return f"{self.name} ({', '.join(details)})" if details else self.name
+
+
+def _read_mix(data: Any) -> EmbedderMix:
+    """The mix in a file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if data is None:
+        return EmbedderMix()
+    try:
+        mix = EmbedderMix(tuple(int(layer) for layer in data["layers"]), float(data["ratio"]))
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"its embedder_mix {data!r} is not a mapping of layers and ratio") from error
+    if problems := list(mix.problems()):
+        raise ValueError(f"its embedder_mix {data!r} is not one ({'; '.join(problems)})")
+    return mix
