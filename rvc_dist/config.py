@@ -191,9 +191,13 @@ class IndexConfig:
     """faiss: all frames; kmeans: 10,000 centres; auto: kmeans above 200,000 frames."""
     nprobe: int = 9
     """Cells searched a query; more is slower and finds nearer neighbours."""
+    recall: float | None = None
+    """Raise nprobe until this share of the 8 nearest neighbours is found, 0 to 1; 1 may search every cell."""
 
     def problems(self) -> Iterator[str]:
         yield from _at_least("index.nprobe", self.nprobe, 1)
+        if self.recall is not None:
+            yield from _within("index.recall", self.recall, 0.0, 1.0)
 
 
 @dataclass(frozen=True)

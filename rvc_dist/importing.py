@@ -659,7 +659,7 @@ def import_index(recipe: Recipe, experiment: Experiment, work: Workspace, frames
         )
         return
     inverted.nprobe = recipe.index.nprobe
-    file = work.index_dir / index_name(recipe, inverted.nlist)
+    file = work.index_dir / index_name(recipe, inverted.nlist, recipe.index.nprobe)
     vectors = io.BytesIO()
     np.save(vectors, whole.reconstruct_n(0, whole.ntotal))
     atomic_write(work.vectors_file, vectors.getvalue())
@@ -716,7 +716,7 @@ def keep_weights(
     from rvc_dist.models.state_dict import to_upstream
 
     width = experiment.width or (V1_WIDTH if recipe.model.version == "v1" else 768)
-    table = ClipTable((), (), width, {}, num_speakers)
+    table = ClipTable((), (), width, embedder(recipe, experiment), num_speakers)
     train = replace(
         recipe.train, pretrained_g=str(files[0]), pretrained_d=str(files[1]), activation_checkpointing=False
     )

@@ -250,11 +250,16 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return ", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys)
 
 
+def beside_name() -> str:
+    """A name to write a file under until it is whole; what a killed process leaves, `remove_half_written` removes."""
+    # Random, not the process id: array tasks on several hosts may write the same file. Short, whatever its name is.
+    return f".{secrets.token_hex(8)}.tmp"
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write `path` whole or not at all, through a file beside it that is synced and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Random, not the process id: array tasks on several hosts may write the same file. Short, whatever path's name is.
-    beside = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    beside = path.with_name(beside_name())
     try:
         with beside.open("wb") as stream:
             stream.write(data.encode() if isinstance(data, str) else data)
@@ -341,6 +346,11 @@ def remove_leftovers(folder: Path, num_units: int) -> None:
     for path in unit_files(folder):
         if int(path.stem) >= num_units:
             path.unlink(missing_ok=True)  # another process that finished at the same time may have been here first
+    remove_half_written(folder)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > STALE_TMP_S:

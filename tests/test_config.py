@@ -67,6 +67,8 @@ WRONG = [
     ("extract.batch_clips", 0),
     ("extract.num_threads", 0),
     ("index.nprobe", 0),
+    ("index.recall", 1.5),
+    ("index.recall", -0.1),
     ("model.inter_channels", 3),
     ("model.hidden_channels", 0),
     ("model.num_heads", 5),

@@ -124,7 +124,8 @@ def test_no_silent_clip_unless_it_is_asked_for(recipe: Recipe) -> None:
 @pytest.mark.usefixtures("quick_pitch")
 def test_the_index_takes_them_in_the_order_of_the_units(recipe: Recipe) -> None:
     extract.run(recipe, ALONE)
-    vectors = index.gather(workspace_of(recipe))
+    index.run(recipe, ALONE)
+    vectors = np.load(workspace_of(recipe).vectors_file)
     first = load_file(workspace_of(recipe).features_file(0))["00000.content"]
     last_unit = load_file(workspace_of(recipe).features_file(2))
     last = last_unit[max(k for k in last_unit if k.endswith("content"))]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -13,7 +16,7 @@ from helpers import changed, narrow_recipe, workspace_of, write_features
 
 from rvc_dist import index
 from rvc_dist.config import IndexConfig, Recipe
-from rvc_dist.index import Retriever, num_cells
+from rvc_dist.index import Queries, Recall, Retriever, VectorFile, num_cells
 from rvc_dist.workspace import Share, StageError, read_json
 
 ALONE = Share(0, 1)
@@ -41,8 +44,11 @@ def index_file(recipe: Recipe) -> Path:
 
 @pytest.mark.parametrize(
     ("vectors", "cells"),
-    # 16 sqrt(N) is the smaller from N = 389,376 on: 39^2 * 16^2.
-    [(1, 1), (30, 1), (38, 1), (39, 1), (77, 1), (78, 2), (5000, 128), (200000, 5128), (389376, 9984), (400000, 10119)],
+    # 16 sqrt(N) is the smaller from N = 389,376 on: 39^2 * 16^2. The sample's 500,000 / 39 = 12,820 end its growth.
+    [
+        *[(1, 1), (30, 1), (38, 1), (39, 1), (77, 1), (78, 2), (5000, 128), (200000, 5128)],
+        *[(389376, 9984), (400000, 10119), (642102, 12820), (10**8, 12820)],
+    ],
 )
 def test_the_number_of_cells(vectors: int, cells: int) -> None:
     assert num_cells(vectors) == cells
@@ -69,7 +75,7 @@ def test_plain_faiss_reads_what_is_written(
     assert neighbours[:, 0].tolist() == list(range(count))
     assert distances.max() == 0.0
     report = read_json(folder(recipe) / "report.json")
-    assert (report["frames"], report["vectors"], report["cells"]) == (count, count, cells)
+    assert (report["frames"], report["vectors"], report["trained_on"], report["cells"]) == (count, count, count, cells)
     assert "WARNING" not in "".join(capfd.readouterr())
 
 
@@ -149,7 +155,7 @@ def test_above_the_threshold_centres_stand_for_the_frames(recipe: Recipe, monkey
     assert distances.min(axis=0).max() < 1.0
     assert distances.min(axis=1).max() < 1.0
     report = read_json(folder(recipe) / "report.json")
-    assert (report["frames"], report["vectors"]) == (300, 90)
+    assert (report["frames"], report["vectors"], report["trained_on"], report["queries"]) == (300, 90, 300, 300)
 
 
 @pytest.mark.parametrize(("algorithm", "above", "kept"), [("auto", 300, 300), ("faiss", 299, 300), ("kmeans", 300, 90)])
@@ -159,8 +165,232 @@ def test_the_algorithm_decides_whether_frames_are_reduced(
     monkeypatch.setattr(index, "KMEANS_ABOVE", above)
     monkeypatch.setattr(index, "KMEANS_CENTRES", 90)
     recipe = changed(recipe, "index", algorithm=algorithm)
-    assert len(index.reduce(recipe, clusters(30, 10))) == kept
-    assert len(index.reduce(recipe, frames(5))) == 5
+    write_features(recipe, [[clusters(30, 10)]])
+    index.run(recipe, ALONE)
+    assert np.load(folder(recipe) / "total_fea.npy").shape == (kept, WIDTH)
+
+
+def test_fewer_frames_than_centres_are_their_own(recipe: Recipe) -> None:
+    recipe = changed(recipe, "index", algorithm="kmeans")
+    write_features(recipe, [[frames(5)]])
+    index.run(recipe, ALONE)
+    kept = np.load(folder(recipe) / "total_fea.npy")
+    assert sorted(kept.tolist()) == sorted(frames(5).tolist())
+
+
+# More frames than a sample
+
+
+def test_a_sample_is_spread_evenly_and_is_always_the_same() -> None:
+    assert index.spread(5, 5).tolist() == [0, 1, 2, 3, 4]
+    assert index.spread(3, 5).tolist() == [0, 1, 2]
+    chosen = index.spread(1000, 300)
+    # One in each stretch of 1000 / 300 frames, not always at the same place in it.
+    assert [(int(c) * 300 + 299) // 1000 for c in chosen] == list(range(300))
+    assert len(set((chosen * 300 % 1000).tolist())) > 5
+    assert np.array_equal(index.spread(1000, 300), chosen)
+
+
+def test_cells_are_trained_on_the_sample_and_hold_all_frames(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "MAX_SAMPLE", 400)
+    vectors = frames(3000)
+    write_features(recipe, [[vectors[:1000], vectors[1000:1001]], [vectors[1001:]]])
+    index.run(recipe, ALONE)
+    read = faiss.read_index(str(index_file(recipe)))
+    assert (read.ntotal, read.nlist) == (3000, 10)  # 400 // 39
+    assert np.array_equal(read.reconstruct_n(0, 3000), vectors)
+    assert np.array_equal(np.load(folder(recipe) / "total_fea.npy"), vectors)
+    expected = faiss.IndexIVFFlat(faiss.IndexFlatL2(WIDTH), WIDTH, 10)
+    expected.train(vectors[index.spread(3000, 400)])
+    assert np.array_equal(read.quantizer.reconstruct_n(0, 10), expected.quantizer.reconstruct_n(0, 10))
+    report = read_json(folder(recipe) / "report.json")
+    assert (report["frames"], report["trained_on"], report["queries"]) == (3000, 400, 400)
+
+
+def test_centres_are_those_of_the_sample(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "MAX_SAMPLE", 100)
+    monkeypatch.setattr(index, "KMEANS_CENTRES", 100)
+    recipe = changed(recipe, "index", algorithm="kmeans")
+    vectors = frames(1000)
+    write_features(recipe, [[vectors[:300]], [vectors[300:]]])
+    index.run(recipe, ALONE)
+    kept = np.load(folder(recipe) / "total_fea.npy")
+    # As many centres as frames are these frames.
+    assert sorted(kept.tolist()) == sorted(vectors[index.spread(1000, 100)].tolist())
+
+
+@pytest.mark.parametrize("same", [1, 400])
+def test_the_file_is_what_faiss_would_write(same: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many equal frames most cells are empty, which FAISS writes in another way."""
+    monkeypatch.setattr(index, "CHUNK", 100)
+    vectors = np.repeat(frames(1600 // same), same, axis=0)
+    write_features(recipe, [[vectors[:700]], [vectors[700:]]])
+    index.run(recipe, ALONE)
+    expected = faiss.IndexIVFFlat(faiss.IndexFlatL2(WIDTH), WIDTH, 41)
+    expected.cp.min_points_per_centroid = 1
+    expected.nprobe = 9
+    expected.train(vectors)
+    for at in range(0, 1600, 100):
+        expected.add(vectors[at : at + 100])
+    assert index_file(recipe).read_bytes() == faiss.serialize_index(expected).tobytes()
+    assert (b"sprs" in index_file(recipe).read_bytes()) is (same > 1)
+
+
+def test_a_large_index_says_what_it_takes_to_read_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    write_features(recipe, [[frames(100)]])
+    index.run(recipe, ALONE)
+    assert "other tools of RVC" not in caplog.text
+    monkeypatch.setattr(index, "MAX_IN_MEMORY", 1000)
+    index.run(changed(recipe, "index", nprobe=1), ALONE)
+    assert "GB, which `rvc-dist infer` reads in parts; other tools of RVC need that much memory" in caplog.text
+
+
+def test_gpus_train_and_assign_when_faiss_sees_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the GPUs' copy is the index itself, so that the same file must come out."""
+    moved, kmeans_on_gpu = [], []
+    kmeans = faiss.Kmeans
+
+    def fake_kmeans(*sizes: int, gpu: bool, **settings: int) -> object:
+        kmeans_on_gpu.append(gpu)
+        return kmeans(*sizes, **settings)
+
+    monkeypatch.setattr(faiss, "Kmeans", fake_kmeans)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda cpu: moved.append(type(cpu)) or cpu)
+    files = []
+    for gpus in (0, 2):
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda gpus=gpus: gpus)
+        recipe = narrow_recipe(tmp_path / str(gpus), index=IndexConfig(algorithm="kmeans"))
+        write_features(recipe, [[frames(200)]])
+        index.run(recipe, ALONE)
+        files.append(index_file(recipe).read_bytes())
+        assert len(moved) == (3 if gpus else 0)  # to find the cells, to fill them, to search exactly
+    assert kmeans_on_gpu == [False, True]
+    assert files[0] == files[1]
+
+
+# Recall
+
+
+def on_a_line() -> npt.NDArray[np.float32]:
+    """Places 0 to 39 on a line, and 1000 to 1039."""
+    return np.concatenate([np.arange(40), 1000 + np.arange(40)]).astype(np.float32)[:, None]
+
+
+def two_cells(vectors: npt.NDArray[np.float32], centres: list[float]) -> Any:
+    cells = faiss.IndexFlatL2(1)
+    made = faiss.IndexIVFFlat(cells, 1, len(centres))
+    made.train(np.array(centres, np.float32)[:, None])
+    made.add(vectors)
+    return made
+
+
+def recall_of(tmp_path: Path, vectors: npt.NDArray[np.float32], queries: list[int]) -> Recall:
+    np.save(tmp_path / "v.npy", vectors)
+    return Recall(VectorFile(tmp_path / "v.npy"), Queries(vectors[queries], np.array(queries)))
+
+
+def test_recall_counts_the_neighbours_besides_oneself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "CHUNK", 7)
+    vectors = np.arange(20, dtype=np.float32)[:, None]
+    made = two_cells(vectors, [4.5, 14.5])  # 0 to 9 and 10 to 19
+    # Of 9 the nearest are 5 to 8 and 10 to 13: half of them lie in its cell. Of 4: 0 to 3 and 5 to 8, all in its cell.
+    recall = recall_of(tmp_path, vectors, [9, 4])
+    assert recall(made, 1) == 0.75
+    assert recall(made, 2) == 1.0
+
+
+def test_recall_of_frames_that_centres_stand_for(tmp_path: Path) -> None:
+    vectors = np.arange(20, dtype=np.float32)[:, None]
+    np.save(tmp_path / "v.npy", vectors)
+    # The nearest of 9.4 are 6 to 13: four of eight, none of which is the query itself.
+    recall = Recall(VectorFile(tmp_path / "v.npy"), Queries(np.array([[9.4]], np.float32), np.array([-1])))
+    assert recall(two_cells(vectors, [4.5, 14.5]), 1) == 0.5
+
+
+def test_equal_frames_stand_for_one_another(tmp_path: Path) -> None:
+    """Silence gives many equal frames, of which any is as near as the other, far away from the origin too."""
+    vectors = np.full((200, 16), 1000.0, np.float32)
+    vectors[100:] += 0.01 * frames(100, 16)
+    made = faiss.index_factory(16, "IVF1,Flat")
+    made.train(vectors)
+    made.add(vectors)
+    np.save(tmp_path / "v.npy", vectors)
+    recall = Recall(VectorFile(tmp_path / "v.npy"), Queries(vectors, np.arange(200)))
+    assert recall(made, 1) == 1.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_recall_with_fewer_than_eight_others(count: int, tmp_path: Path) -> None:
+    vectors = np.arange(count, dtype=np.float32)[:, None]
+    assert recall_of(tmp_path, vectors, list(range(count)))(two_cells(vectors, [0.0]), 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("nprobe", "wanted", "expected"),
+    [
+        *[(9, None, (9, 0.09)), (9, 0.0, (9, 0.09)), (9, 0.09, (9, 0.09)), (9, 0.1, (10, 0.1))],
+        *[(1, 0.5, (50, 0.5)), (3, 0.96, (96, 0.96)), (3, 1.0, (100, 1.0)), (200, 1.0, (200, 1.0))],
+    ],
+)
+def test_nprobe_is_raised_no_more_than_needed(nprobe: int, wanted: float | None, expected: tuple[int, float]) -> None:
+    tried: list[int] = []
+
+    def recall(probes: int) -> float:
+        tried.append(probes)
+        return min(1.0, probes / 100)
+
+    assert index.raised(recall, nprobe, 100, wanted) == expected
+    assert max(tried) <= max(nprobe, 100)
+    assert len(tried) <= 14
+
+
+def test_what_all_cells_do_not_reach_ends_the_search() -> None:
+    assert index.raised(lambda nprobe: nprobe / 1000, 9, 100, 0.5) == (100, 0.1)
+
+
+def test_the_recipes_recall_raises_nprobe_in_name_file_and_report(
+    recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    recipe = changed(recipe, "index", nprobe=1)
+    write_features(recipe, [[frames(3000)]])
+    index.run(recipe, ALONE)
+    plain = index_file(recipe).read_bytes()
+    before = read_json(folder(recipe) / "report.json")
+    assert before["nprobe"] == 1
+    assert 0.01 < before["recall"] < 0.5
+
+    asking = changed(recipe, "index", recall=0.8)
+    assert index.complete(asking) is None
+    index.run(asking, ALONE)
+    report = read_json(folder(recipe) / "report.json")
+    nprobe = report["nprobe"]
+    assert 0.8 <= report["recall"] < 0.9
+    assert f"nprobe {nprobe}, not 1, for index.recall 0.8" in caplog.text
+    assert f"nprobe {nprobe}, recall@8 {report['recall']:.3f}" in caplog.text
+    assert [p.name for p in folder(recipe).glob("*.index")] == [f"added_IVF76_Flat_nprobe_{nprobe}_tiny_v2.index"]
+    read = faiss.read_index(str(index_file(recipe)))
+    assert read.nprobe == nprobe
+    read.nprobe = 1
+    assert faiss.serialize_index(read).tobytes() == plain
+
+    # By another way: the eight nearest of 1000 frames, by their distances in float64, and a search by FAISS.
+    read.nprobe = nprobe
+    vectors = frames(3000).astype(np.float64)
+    chosen = index.spread(3000, 1000)
+    squares = np.square(vectors[chosen]).sum(axis=1)[:, None] + np.square(vectors).sum(axis=1)
+    squares -= 2 * vectors[chosen] @ vectors.T
+    exact = np.argsort(squares, axis=1)[:, 1:9]
+    found = read.search(frames(3000)[chosen], 9)[1][:, 1:]
+    share = np.mean([len(set(e) & set(f)) / 8 for e, f in zip(exact.tolist(), found.tolist(), strict=True)])
+    assert report["recall"] == pytest.approx(share, abs=1e-4)
+
+    index.run(changed(recipe, "index", recall=1.0), ALONE)
+    assert read_json(folder(recipe) / "report.json")["recall"] == 1.0
+    assert "out of reach" not in caplog.text
 
 
 # What is wrong
@@ -188,6 +418,22 @@ def test_damaged_features_are_named(recipe: Recipe) -> None:
         index.run(recipe, ALONE)
 
 
+@pytest.mark.parametrize("cut", [10, 500])
+def test_features_cut_short_are_named(cut: int, recipe: Recipe) -> None:
+    write_features(recipe, [[frames(10)], [frames(10)]])
+    path = workspace_of(recipe).features_file(1)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(StageError, match=r"00001\.safetensors is damaged: delete it and run `rvc-dist extract` again"):
+        index.run(recipe, ALONE)
+
+
+def test_features_that_their_header_does_not_describe_are_damaged(recipe: Recipe) -> None:
+    write_features(recipe, [[frames(10)], [frames(10, WIDTH + 1)]])
+    with pytest.raises(StageError, match=r"0000\d\.safetensors is damaged"):
+        index.run(recipe, ALONE)
+    assert not list(folder(recipe).iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_told(recipe: Recipe) -> None:
     write_features(recipe, [[frames(10)]])
     folder(recipe).write_text("a file in its place")
@@ -201,15 +447,27 @@ def test_a_folder_that_cannot_be_written_is_told(recipe: Recipe) -> None:
     assert not list(folder(recipe).glob(".tmp*"))
 
 
-def test_what_faiss_cannot_write_is_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     write_features(recipe, [[frames(10)]])
 
     def fail(*_: object) -> None:
-        raise RuntimeError("Error in faiss::FileIOWriter\nno space left")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(faiss, "write_index", fail)
-    with pytest.raises(StageError, match=r"tiny_v2\.index cannot be written \(no space left\)"):
+    monkeypatch.setattr(VectorFile, "rows", fail)
+    with pytest.raises(StageError, match=r"tiny_v2\.index cannot be written \(No space left on device\)"):
         index.run(recipe, ALONE)
+    assert not list(folder(recipe).iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(recipe: Recipe) -> None:
+    write_features(recipe, [[frames(10)]])
+    folder(recipe).mkdir(parents=True)
+    old, new = folder(recipe) / ".0123456789abcdef.tmp", folder(recipe) / ".fedcba9876543210.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    index.run(recipe, ALONE)
+    assert [p.name for p in folder(recipe).glob(".*")] == [new.name]  # perhaps another job's, that works now
 
 
 def test_a_missing_faiss_is_told_with_the_remedy(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +477,15 @@ def test_a_missing_faiss_is_told_with_the_remedy(recipe: Recipe, monkeypatch: py
         index.run(recipe, ALONE)
 
 
-# Retrieval
+# Retrieval, from memory and from the disk
+
+
+@pytest.fixture(params=["memory", "disk"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the index stays: in memory, or as a large one on the disk."""
+    if request.param == "disk":
+        monkeypatch.setattr(index, "MAX_IN_MEMORY", 0)
+    return str(request.param)
 
 
 def retriever(tmp_path: Path, vectors: npt.NDArray[np.float32], cells: int = 1) -> Retriever:
@@ -231,6 +497,7 @@ def retriever(tmp_path: Path, vectors: npt.NDArray[np.float32], cells: int = 1) 
     return Retriever(tmp_path / "i.index", vectors.shape[1])
 
 
+@pytest.mark.usefixtures("held")
 def test_neighbours_weigh_by_the_inverse_square_of_faiss_distance(tmp_path: Path) -> None:
     # Of the query (0, 0) the squared distances are 1 and 4: weights 1 and 1/16, normalised 16/17 and 1/17.
     find = retriever(tmp_path, np.array([[1, 0], [0, 2]], np.float32))
@@ -241,6 +508,7 @@ def test_neighbours_weigh_by_the_inverse_square_of_faiss_distance(tmp_path: Path
     np.testing.assert_array_equal(find(np.ones((3, 2), np.float32), 0.0), np.ones((3, 2)))
 
 
+@pytest.mark.usefixtures("held")
 def test_only_eight_neighbours_count(tmp_path: Path) -> None:
     ring = np.array([[np.cos(a), np.sin(a)] for a in np.arange(8) * np.pi / 4], np.float32)
     find = retriever(tmp_path, np.concatenate([1.5 * ring, ring]))
@@ -248,6 +516,7 @@ def test_only_eight_neighbours_count(tmp_path: Path) -> None:
     np.testing.assert_allclose(find(np.zeros((1, 2), np.float32), 1.0), [[0, 0]], atol=1e-6)
 
 
+@pytest.mark.usefixtures("held")
 def test_an_exact_hit_takes_all_the_weight(tmp_path: Path) -> None:
     vectors = frames(100)
     find = retriever(tmp_path, vectors)
@@ -258,6 +527,7 @@ def test_an_exact_hit_takes_all_the_weight(tmp_path: Path) -> None:
     np.testing.assert_allclose(twice(vectors, 1.0), vectors, atol=1e-5)
 
 
+@pytest.mark.usefixtures("held")
 def test_a_frame_without_neighbours_stays_as_it_is(tmp_path: Path) -> None:
     """Other tools write nprobe 1, and a cell may have lost its vectors."""
     far = np.array([[0, 0], [100, 100]], np.float32)
@@ -272,9 +542,37 @@ def test_a_frame_without_neighbours_stays_as_it_is(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, [[1, 1], [100, 100]], atol=1e-5)
 
 
+@pytest.mark.usefixtures("held")
 def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
     made = faiss.IndexIDMap(faiss.IndexFlatL2(4))
     made.add_with_ids(frames(5, 4), np.arange(5))
     faiss.write_index(made, str(tmp_path / "i.index"))
     with pytest.raises(StageError, match=r"infer\.index: .*i\.index is a IndexIDMap, expected an IVF index"):
         Retriever(tmp_path / "i.index", 4)
+
+
+def test_from_the_disk_comes_what_comes_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, queries = frames(1000), frames(60, seed=9)
+    in_memory = retriever(tmp_path, vectors, cells=20)
+    monkeypatch.setattr(index, "MAX_IN_MEMORY", 0)
+    from_disk = Retriever(tmp_path / "i.index", WIDTH)
+    assert isinstance(faiss.downcast_InvertedLists(from_disk._index.invlists), faiss.OnDiskInvertedLists)
+    assert np.array_equal(from_disk(queries, 0.7), in_memory(queries, 0.7))
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("cut", [1, 10000, 40000])
+def test_an_index_cut_short_is_refused(cut: int, tmp_path: Path) -> None:
+    retriever(tmp_path, frames(1000), cells=20)
+    path = tmp_path / "i.index"
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(StageError, match=r"infer\.index: .*i\.index is not a FAISS index"):
+        Retriever(path, WIDTH)
+
+
+@pytest.mark.usefixtures("held")
+def test_a_flat_index_does_too(tmp_path: Path) -> None:
+    flat = faiss.IndexFlatL2(WIDTH)
+    flat.add(frames(30))
+    faiss.write_index(flat, str(tmp_path / "i.index"))
+    np.testing.assert_allclose(Retriever(tmp_path / "i.index", WIDTH)(frames(30), 1.0), frames(30), atol=1e-5)
