@@ -123,6 +123,42 @@ class PreprocessConfig:
         yield from _at_least("preprocess.num_workers", self.num_workers, 1)
 
 
+# fmt: off
+F0_METHOD_NAMES = (
+    "rmvpe", "crepe", "crepe-tiny", "fcpe", "penn", "pesto", "swift",
+    "pyin", "yin", "swipe", "harvest", "dio", "pm", "piptrack",
+)
+# fmt: on
+"""The table of them is `rvc_dist.features.f0.F0_METHODS`."""
+
+
+def f0_method_names(text: str) -> tuple[str, ...]:
+    """`extract.f0_method` -> the methods it names: one, or those of hybrid[a+b+...].
+
+    Raises:
+        ValueError: an unknown name, or a hybrid of fewer than two different methods.
+    """
+    import difflib
+    import re
+
+    hybrid = re.fullmatch(r"hybrid\[(.*)\]", text)
+    names = tuple(hybrid[1].split("+")) if hybrid else (text,)
+    for name in names:
+        if name.startswith("hybrid"):
+            where = "a hybrid takes no other hybrid" if hybrid else "a hybrid names its methods"
+            raise ValueError(f"extract.f0_method: got {text!r}, but {where}; write hybrid[crepe+fcpe], for example")
+        if name not in F0_METHOD_NAMES:
+            got = f"{name!r} in {text!r}" if hybrid else f"{text!r}"
+            near = difflib.get_close_matches(name, F0_METHOD_NAMES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"extract.f0_method: got {got}, expected one of {', '.join(F0_METHOD_NAMES)} or hybrid[a+b+...]{hint}"
+            )
+    if hybrid and len(set(names)) < max(2, len(names)):
+        raise ValueError(f"extract.f0_method: got {text!r}, expected at least two methods, each named once")
+    return names
+
+
 @dataclass(frozen=True)
 class EmbedderMix:
     """Layers of the content encoder beside its usual one: (1 - ratio) * usual layer + ratio * mean of `layers`.
@@ -152,14 +188,21 @@ class EmbedderMix:
 class ExtractConfig:
     """How clips become content features and pitch."""
 
-    f0_method: Literal["rmvpe", "crepe", "crepe-tiny", "fcpe", "pyin"] = "rmvpe"
-    """Pitch tracker."""
+    f0_method: str = "rmvpe"
+    """Pitch tracker: rmvpe, crepe, crepe-tiny, fcpe, penn, pesto, swift (networks), pyin, yin, swipe, harvest, dio, pm,
+    piptrack (signal processing), or the median of several: hybrid[crepe+fcpe+swift]."""
     f0_model: str = "lj1995/VoiceConversionWebUI/rmvpe.pt"
-    """Weights of rmvpe: a local file, or owner/repository/file on the hub. Other methods bring their own."""
+    """Weights of rmvpe: a local file, or owner/repository/file on the hub."""
+    f0_penn_model: str = "maxrmorrison/fcnf0-plus-plus/fcnf0++.pt"
+    """Weights of penn, likewise. Other methods bring their own or need none."""
     f0_min: float = 50.0
     """Lowest pitch in Hz."""
     f0_max: float = 1100.0
     """Highest pitch in Hz."""
+    f0_autotune: bool = False
+    """Move the pitch of voiced frames toward the nearest semitone (A4 = 440 Hz); in conversion too."""
+    f0_autotune_strength: float = 1.0
+    """How far: 0 (not at all) to 1 (onto the semitone), as a share of the way in cents."""
     embedder_model: str = "contentvec"
     """Content encoder: contentvec, spin, spin-v2, chinese-hubert-base, japanese-hubert-base, korean-hubert-base, mfcc,
     a hub id, or a folder with config.json and model.safetensors."""
@@ -172,12 +215,17 @@ class ExtractConfig:
     """CPU threads a rank: fixed, since the last bits of a feature depend on it."""
 
     def problems(self) -> Iterator[str]:
+        try:
+            f0_method_names(self.f0_method)
+        except ValueError as error:
+            yield str(error)
         yield from _above("extract.f0_min", self.f0_min, 0.0)
         if not self.f0_max > self.f0_min:
             yield f"extract.f0_max: got {self.f0_max}, expected more than extract.f0_min ({self.f0_min})"
         if self.f0_max > FEATURE_RATE / 4:
             yield f"extract.f0_max: got {self.f0_max}, expected at most {FEATURE_RATE // 4}"
         yield from self.embedder_mix.problems()
+        yield from _within("extract.f0_autotune_strength", self.f0_autotune_strength, 0.0, 1.0)
         yield from _at_least("extract.include_mutes", self.include_mutes, 0)
         yield from _at_least("extract.batch_clips", self.batch_clips, 1)
         yield from _at_least("extract.num_threads", self.num_threads, 1)

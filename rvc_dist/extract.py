@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,15 +196,11 @@ def read_report(work: Workspace) -> dict[str, Any] | None:
 
 def feature_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that the bytes of a feature depend on, under their recipe keys."""
-    e = recipe.extract
-    names = ("f0_method", "f0_model", "f0_min", "f0_max", "embedder_model", "batch_clips", "num_threads")
-    settings = {"model.version": recipe.model.version} | {f"extract.{n}": getattr(e, n) for n in names}
-    if e.embedder_mix.is_on:
-        settings |= {
-            "extract.embedder_mix.layers": list(e.embedder_mix.layers),
-            "extract.embedder_mix.ratio": e.embedder_mix.ratio,
-        }
-    return settings
+    values = asdict(recipe.extract)
+    del values["include_mutes"]
+    mix = values.pop("embedder_mix")
+    values |= {"embedder_mix.layers": list(mix["layers"]), "embedder_mix.ratio": mix["ratio"]}
+    return {"model.version": recipe.model.version} | {f"extract.{k}": v for k, v in values.items()}
 
 
 def imported_feature_settings(recipe: Recipe, embedder: dict[str, Any]) -> dict[str, Any]:

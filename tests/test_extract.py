@@ -315,7 +315,7 @@ def test_a_mix_of_layers_is_part_of_what_features_are(
     assert extract.complete(mixed) is None
     with caplog.at_level(logging.INFO):
         extract.run(mixed, ALONE)
-    assert "extract.embedder_mix.layers: None -> [0, 1]" in caplog.text
+    assert "extract.embedder_mix.layers: [] -> [0, 1]" in caplog.text
     again = read_header(workspace_of(recipe).features_file(0))
     assert again is not None
     assert again["embedder"] == header["embedder"] | {"mix": {"layers": [0, 1], "ratio": 0.25}}
@@ -347,7 +347,7 @@ def test_with_only_some_of_the_clips(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"f0_method": "harvest"}, r"extract\.f0_method: got 'harvest', expected one of rmvpe, "),
+        ({"f0_method": "penn", "f0_penn_model": "/none/p.pt"}, r"extract\.f0_penn_model: .*--extract\.f0_method crepe"),
         ({"f0_method": "rmvpe", "f0_model": "/none/rmvpe.pt"}, r"extract\.f0_model: .*--extract\.f0_method crepe"),
         ({"embedder_model": "/none/encoder"}, r"extract\.embedder_model: /none/encoder is no folder"),
         (

@@ -1,31 +1,46 @@
 from __future__ import annotations
 
-import builtins
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
+from helpers import SteadyPitch
 from torch import Tensor
 
 import rvc_dist
-from rvc_dist.config import ExtractConfig
+from rvc_dist.config import F0_METHOD_NAMES, ConfigError, ExtractConfig, Recipe, f0_method_names, parse_recipe
 from rvc_dist.features.f0 import (
     F0_METHODS,
+    CrepePitch,
     F0Method,
-    check_f0_method,
+    HybridPitch,
+    SwiftPitch,
+    autotune,
     coarse_pitch,
     load_f0,
     local_average_hz,
+    majority_median,
+    resample_pitch,
     viterbi,
 )
+from rvc_dist.features.f0_signal import aperiodicity, swipe_kernels
 
 CPU = torch.device("cpu")
 RATE = 16000
 SPEECH = Path(rvc_dist.__file__).parent / "demo_voice" / "voice" / "000.flac"
-LIGHT = ("crepe-tiny", "fcpe", "pyin")
+
+LIGHT = ("crepe-tiny", "fcpe", "pesto", "swift", "pyin", "yin", "swipe", "harvest", "dio", "pm", "piptrack")
+"""Those that run in seconds here. crepe is in the slow tests; the published weights of rmvpe and of penn are too large
+for this repository, so that what those two hear in a voice is tested nowhere, and the rest of them in test_rmvpe.py and
+test_penn.py with random weights."""
+each = pytest.mark.parametrize("name", LIGHT)
+EDGE = 5
+"""Frames on either side of where voicing changes that are not judged: as far as the longest windows look."""
 
 
 @pytest.fixture(scope="module")
@@ -44,108 +59,319 @@ def voice(base_hz: float, duration_s: float = 1.5, slope_hz_per_s: float = 0.0) 
     return torch.from_numpy(wave).float(), torch.from_numpy(f0[::160][: len(t) // 160]).float()
 
 
+def sung_phrase() -> tuple[Tensor, Tensor]:
+    """Four gliding vowels with vibrato between silences, 100 to 400 Hz in all: samples, and f0 (0 in the silences).
+
+    A glottal source (harmonics that fall by 12 dB an octave, 6 of them given back by the lips) through the formants
+    of a vowel, with noise 50 dB below it.
+    """
+    vowel_s, silence_s = 0.4, 0.2
+    t = np.arange(int(vowel_s * RATE)) / RATE
+    silence = np.zeros(int(silence_s * RATE))
+    ramp = np.minimum(1.0, np.minimum(t, t[::-1]) / 0.01)
+    f0, level = [silence + 100.0], [silence]
+    for first, last in ((100.0, 200.0), (300.0, 220.0), (200.0, 390.0), (150.0, 110.0)):
+        f0 += [first * (last / first) ** (t / vowel_s) * (1.0 + 0.015 * np.sin(2 * np.pi * 5.5 * t)), silence + last]
+        level += [ramp, silence]
+    hz, gain = np.concatenate(f0), np.concatenate(level)
+    phase = 2 * np.pi * np.cumsum(hz) / RATE
+    wave = np.zeros_like(hz)
+    for harmonic in range(1, 77):
+        frequency = harmonic * hz
+        response = np.ones_like(hz, dtype=complex)
+        for formant, bandwidth in ((650, 90), (1150, 110), (2500, 160), (3400, 220)):
+            pole = np.pi * (-bandwidth + 2j * formant)
+            s = 2j * np.pi * frequency
+            response *= abs(pole) ** 2 / ((s - pole) * (s - np.conj(pole)))
+        audible = frequency < 7600
+        wave += audible * np.abs(response) / harmonic * np.sin(harmonic * phase + np.angle(response))
+    wave *= 0.1 / wave[gain == 1.0].std()
+    wave = gain * (wave + 3e-4 * np.random.default_rng(0).standard_normal(len(hz)))
+    frames = np.arange(len(wave) // 160) * 160
+    return torch.from_numpy(wave).float(), torch.from_numpy(np.where(gain[frames] > 0, hz[frames], 0.0)).float()
+
+
+def away_from_edges(voiced: Tensor) -> Tensor:
+    """Frames with none of the other kind within EDGE frames."""
+    around = F.pad(voiced.float()[None], (EDGE, EDGE), mode="replicate")[0].unfold(0, 2 * EDGE + 1, 1)
+    return around.amin(dim=1) == around.amax(dim=1)
+
+
 def cents(f0: Tensor, reference: Tensor) -> Tensor:
+    """Of the frames that both call voiced."""
     voiced = (f0 > 0) & (reference > 0)
     return 1200.0 * torch.log2(f0[voiced] / reference[voiced])
 
 
-def check_accuracy(method: F0Method, base_hz: float) -> None:
-    wave, truth = voice(base_hz)
+def check_accuracy(method: F0Method) -> None:
+    wave, truth = sung_phrase()
     f0 = method(wave[None])[0]
     assert f0.shape == truth.shape
-    assert (f0 > 0).float().mean() > 0.95
-    assert (cents(f0, truth).abs() < 20.0).float().mean() > 0.95
+    judged = away_from_edges(truth > 0)
+    sung, silent = judged & (truth > 0), judged & (truth == 0)
+    assert (sung.sum(), silent.sum()) == (116, 64)
+    assert not f0[silent].any()
+    near = (cents(f0[sung], truth[sung]).abs() < 20.0).sum()  # an unvoiced frame is not near
+    assert near >= 0.95 * sung.sum()
 
 
-@pytest.mark.parametrize("name", LIGHT)
-@pytest.mark.parametrize("base_hz", [110.0, 330.0])
-def test_known_pitch_within_20_cents(methods: dict[str, F0Method], name: str, base_hz: float) -> None:
-    check_accuracy(methods[name], base_hz)
+@each
+def test_within_20_cents_of_a_sung_phrase(methods: dict[str, F0Method], name: str) -> None:
+    check_accuracy(methods[name])
 
 
 @pytest.mark.slow
-def test_crepe_full_known_pitch() -> None:
-    check_accuracy(load_f0(ExtractConfig(f0_method="crepe"), CPU), 180.0)
+def test_crepe_full_within_20_cents_of_a_sung_phrase() -> None:
+    check_accuracy(load_f0(ExtractConfig(f0_method="crepe"), CPU))
 
 
-@pytest.mark.parametrize("name", LIGHT)
+@each
 def test_frame_t_is_centred_at_sample_160_t(methods: dict[str, F0Method], name: str) -> None:
-    wave, truth = voice(120.0, slope_hz_per_s=100.0)
+    wave, truth = voice(120.0, 1.0, slope_hz_per_s=100.0)
     f0 = methods[name](wave[None])[0]
     lead_s = (f0 - truth)[f0 > 0].median() / 100.0
     assert lead_s.abs() < 0.005  # half a frame
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_silence_is_unvoiced(methods: dict[str, F0Method], name: str) -> None:
-    assert torch.equal(methods[name](torch.zeros(2, 8000)), torch.zeros(2, 50))
-    half = torch.cat([torch.zeros(8000), voice(200.0, 0.5)[0]])
-    f0 = methods[name](half[None])[0]
-    assert not f0[:40].any()
-    assert (f0[60:] > 0).float().mean() > 0.9
+def check_protocol(method: F0Method) -> None:
+    """All that the protocol promises, of a method made with the range 150..300 Hz."""
+    sweep = voice(80.0, 0.6, slope_hz_per_s=600.0)[0]
+    steady = voice(250.0, 0.6)[0]
+    half_silent = torch.cat([torch.zeros(4800), steady[:4800]])
+    noise = 0.1 * torch.from_numpy(np.random.default_rng(1).standard_normal(9600)).float()
+    waves = torch.stack([sweep, steady, half_silent, noise, torch.zeros(9600)])
+    f0 = method(waves)
+    assert (f0.shape, f0.dtype, f0.requires_grad) == ((5, 60), torch.float32, False)
+    assert ((f0 == 0) | ((f0 >= 150.0) & (f0 <= 300.0))).all()  # false for NaN
+    assert (f0[1] > 0).float().mean() > 0.9
+    assert not f0[2, : 30 - EDGE].any()
+    assert not f0[4].any()
+    alone = torch.cat([method(row[None]) for row in waves])
+    assert torch.equal(f0, alone)  # a row hears nothing of its neighbours, and the same clip gives the same bits
+    for num_samples in (160, 1000, 5555):
+        assert method(steady[None, :num_samples]).shape == (1, num_samples // 160)
+    assert method(2.0 * steady[None]).isfinite().all()  # beyond full scale
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_batch_equals_one_at_a_time(methods: dict[str, F0Method], name: str) -> None:
-    waves = torch.stack([voice(hz, 0.5)[0] for hz in (100.0, 250.0)])
-    together = methods[name](waves)
-    assert torch.equal(together, torch.cat([methods[name](row[None]) for row in waves]))
+@pytest.mark.parametrize("name", [*LIGHT, "hybrid[yin+pm+swipe]", pytest.param("crepe", marks=pytest.mark.slow)])
+def test_protocol(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    check_protocol(load_f0(ExtractConfig(f0_method=name, f0_min=150.0, f0_max=300.0), CPU))
+    assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_same_clip_gives_same_bits(methods: dict[str, F0Method], name: str) -> None:
-    # torchcrepe's own decoders draw dither from NumPy's global generator.
-    wave = voice(150.0, 0.4)[0][None]
-    assert torch.equal(methods[name](wave), methods[name](wave))
+def speech(seconds: float) -> Tensor:
+    return torch.from_numpy(soundfile.read(SPEECH, dtype="float32", frames=int(seconds * RATE))[0])[None]
 
 
-@pytest.mark.parametrize("name", LIGHT)
-@pytest.mark.parametrize("num_samples", [1600, 5555])
-def test_length_is_samples_over_hop(methods: dict[str, F0Method], name: str, num_samples: int) -> None:
-    f0 = methods[name](voice(200.0)[0][None, :num_samples])
-    assert f0.shape == (1, num_samples // 160)
-    assert f0.dtype == torch.float32
-    assert not f0.requires_grad
+VOICING = {"dio": 0.82}
+"""Least share of the frames of real speech whose voicing is crepe's, where it is not 0.85. DIO gives up early."""
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_range_is_kept(name: str) -> None:
-    method = load_f0(ExtractConfig(f0_method=name, f0_min=150.0, f0_max=300.0), CPU)
-    sweep = voice(80.0, 1.0, slope_hz_per_s=400.0)[0]
-    f0 = method(sweep[None])[0]
-    voiced = f0[f0 > 0]
-    assert len(voiced) > 20
-    assert voiced.min() >= 150.0
-    assert voiced.max() <= 300.0
+def check_agreement(crepe: F0Method, wave: Tensor, methods: dict[str, F0Method]) -> None:
+    """Of the frames that crepe is sure of, 90 % within 50 cents; below its middle crepe too guesses."""
+    assert isinstance(crepe, CrepePitch)
+    heard = crepe(wave)[0]
+    crepe.MIN_PERIODICITY = 0.5
+    sure = crepe(wave)[0]
+    assert (sure > 0).float().mean() > 0.4
+    for name, method in methods.items():
+        f0 = method(wave)[0]
+        assert ((f0 > 0) == (heard > 0)).float().mean() > VOICING.get(name, 0.85), name
+        assert (cents(f0, sure).abs() < 50.0).float().mean() > 0.9, name
 
 
-def test_methods_agree_on_speech(methods: dict[str, F0Method]) -> None:
-    wave = torch.from_numpy(soundfile.read(SPEECH, dtype="float32", frames=3 * RATE)[0])[None]
-    f0 = {name: method(wave)[0] for name, method in methods.items()}
-    for name in ("fcpe", "pyin"):
-        assert ((f0[name] > 0) == (f0["crepe-tiny"] > 0)).float().mean() > 0.85
-        assert (cents(f0[name], f0["crepe-tiny"]).abs() < 50.0).float().mean() > 0.85
+def test_methods_agree_with_crepe_on_speech(methods: dict[str, F0Method]) -> None:
+    crepe = load_f0(ExtractConfig(f0_method="crepe-tiny"), CPU)
+    check_agreement(crepe, speech(4.0), {name: m for name, m in methods.items() if name != "crepe-tiny"})
 
 
-def test_unknown_method_lists_the_known() -> None:
-    for call in (check_f0_method, lambda name: load_f0(ExtractConfig(f0_method=name), CPU)):
-        with pytest.raises(ValueError, match=r"extract.f0_method: got 'harvest', expected one of rmvpe, crepe"):
-            call("harvest")
-    for name in F0_METHODS:
-        check_f0_method(name)
+@pytest.mark.slow
+def test_methods_agree_with_crepe_full_on_speech(methods: dict[str, F0Method]) -> None:
+    check_agreement(load_f0(ExtractConfig(f0_method="crepe"), CPU), speech(8.0), methods)
 
 
-def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+NOISE = {"crepe-tiny": 0.25, "pyin": 0.15}
+"""Most of the frames of white noise that are taken for voice, where it is not a twentieth."""
 
-    def without_fcpe(name: str, *args: object, **kwargs: object) -> object:
-        if name == "torchfcpe":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(builtins, "__import__", without_fcpe)
-    with pytest.raises(ImportError, match="pip install torchfcpe"):
-        load_f0(ExtractConfig(f0_method="fcpe"), CPU)
+@each
+def test_noise_is_mostly_unvoiced(methods: dict[str, F0Method], name: str) -> None:
+    noise = 0.01 * torch.from_numpy(np.random.default_rng(2).standard_normal(RATE)).float()
+    assert (methods[name](noise[None])[0] > 0).float().mean() < NOISE.get(name, 0.05)
+
+
+def test_hum_in_the_pauses_is_no_voice(methods: dict[str, F0Method]) -> None:
+    hum = 1e-3 * torch.sin(2 * torch.pi * 100.0 * torch.arange(RATE) / RATE)
+    wave = hum + F.pad(voice(200.0, 0.5)[0], (0, RATE // 2))
+    for name in ("yin", "swipe", "harvest", "pm", "piptrack"):
+        f0 = methods[name](wave[None])[0]
+        assert (f0[:45] > 0).float().mean() > 0.95, name
+        assert not f0[60:].any(), name
+
+
+def test_hybrid_by_hand() -> None:
+    f0 = torch.tensor(
+        [
+            [100.0, 100.0, 0.0, 0.0, 210.0, 0.0],
+            [104.0, 0.0, 0.0, 200.0, 0.0, 0.0],
+            [208.0, 300.0, 300.0, 200.0, 0.0, 0.0],
+        ]
+    )
+    # Of two that are voiced the lower one, though they be an octave and more apart; one of three is no majority.
+    assert majority_median(f0).tolist() == [104.0, 100.0, 0.0, 200.0, 0.0, 0.0]
+    # Half of an even number is no majority either.
+    assert majority_median(f0[:2]).tolist() == [100.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert majority_median(torch.tensor([[4.0], [1.0], [3.0], [2.0]])).tolist() == [2.0]
+    assert majority_median(torch.tensor([[4.0], [0.0], [3.0], [2.0]])).tolist() == [3.0]
+
+
+def test_a_hybrid_is_the_median_of_its_methods(methods: dict[str, F0Method]) -> None:
+    hybrid = load_f0(ExtractConfig(f0_method="hybrid[yin+pm+dio]"), CPU)
+    assert isinstance(hybrid, HybridPitch)
+    wave = speech(1.0)
+    alone = torch.cat([methods[name](wave) for name in ("yin", "pm", "dio")])
+    assert torch.equal(hybrid(wave)[0], majority_median(alone))
+
+
+def test_autotune_by_hand() -> None:
+    quarter_tone = 2.0 ** (0.4 / 12.0)  # 40 cents
+    f0 = torch.tensor([440.0 * quarter_tone, 220.0 / quarter_tone, 261.6256])  # a little above A4, below A3, C4 itself
+    torch.testing.assert_close(autotune(f0, 1.0), torch.tensor([440.0, 220.0, 261.6256]))
+    halfway = [440.0 * 2.0 ** (0.2 / 12.0), 220.0 / 2.0 ** (0.2 / 12.0), 261.6256]
+    torch.testing.assert_close(autotune(f0, 0.5), torch.tensor(halfway))
+    torch.testing.assert_close(autotune(f0, 0.0), f0)
+
+
+def test_autotune_within_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steady(SteadyPitch):
+        HZ = 450.0  # 39 cents above A4
+
+    monkeypatch.setitem(F0_METHODS, "pyin", Steady)
+    monkeypatch.setitem(F0_METHODS, "yin", Steady)
+    half = torch.cat([torch.zeros(4800), voice(450.0, 0.3)[0]])[None]
+
+    def tuned(**values: object) -> Tensor:
+        return load_f0(replace(ExtractConfig(f0_method="pyin", f0_autotune=True), **values), CPU)(half)[0]
+
+    torch.testing.assert_close(tuned(), torch.tensor([0.0] * 27 + [440.0] * 33))
+    assert tuned(f0_autotune=False).max() == 450.0
+    assert tuned(f0_autotune_strength=0.0).max() == 450.0
+    assert tuned(f0_min=445.0).max() == 445.0  # the semitone itself is out of the range
+    # Once, after the median: half of the way, not three quarters.
+    once = tuned(f0_method="hybrid[pyin+yin]", f0_autotune_strength=0.5).max()
+    torch.testing.assert_close(once, torch.tensor((450.0 * 440.0) ** 0.5))
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "package"),
+    [
+        ("fcpe", "torchfcpe", "torchfcpe"),
+        ("pesto", "pesto", "pesto-pitch"),
+        ("swift", "swift_f0", "swift-f0"),
+        ("harvest", "pyworld", "pyworld-prebuilt"),
+        ("dio", "pyworld", "pyworld-prebuilt"),
+        ("pm", "parselmouth", "praat-parselmouth"),
+    ],
+)
+def test_missing_package_says_what_to_install(
+    method: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    message = rf"extract\.f0_method {method} needs the package {package} \(.*\): pip install {package} .*rvc_dist\[f0\]"
+    for name in (method, f"hybrid[yin+{method}]"):
+        with pytest.raises(ImportError, match=message):
+            load_f0(ExtractConfig(f0_method=name), CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("harvst", r"'harvst', expected one of rmvpe, crepe, .* or hybrid\[a\+b\+\.\.\.\]; did you mean harvest\?"),
+        ("zzz", r"'zzz', expected one of .*\]$"),
+        ("", r"'', expected one of "),
+        ("hybrid[crepe+fpce]", r"'fpce' in 'hybrid\[crepe\+fpce\]', expected .*; did you mean fcpe\?"),
+        ("hybrid[]", r"'' in 'hybrid\[\]', expected one of"),
+        ("hybrid[crepe]", r"'hybrid\[crepe\]', expected at least two methods, each named once"),
+        ("hybrid[crepe+fcpe+crepe]", "expected at least two methods, each named once"),
+        ("hybrid[crepe+hybrid[fcpe+yin]]", r"a hybrid takes no other hybrid; write hybrid\[crepe\+fcpe\]"),
+        ("hybrid", r"a hybrid names its methods; write hybrid\[crepe\+fcpe\]"),
+        ("hybrid[crepe+fcpe", r"a hybrid names its methods"),
+    ],
+)
+def test_a_wrong_method_is_told(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^extract\.f0_method: got .*{message}"):
+        Recipe(extract=ExtractConfig(f0_method=text))
+    with pytest.raises(ValueError, match=message):
+        load_f0(ExtractConfig(f0_method=text), CPU)
+
+
+def test_the_recipe_knows_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(F0_METHODS) == F0_METHOD_NAMES
+    for name in F0_METHOD_NAMES:
+        assert f0_method_names(name) == (name,)
+    recipe = parse_recipe("extract", ["--extract.f0_method", "hybrid[crepe-tiny+fcpe]"])
+    assert f0_method_names(recipe.extract.f0_method) == ("crepe-tiny", "fcpe")
+    with pytest.raises(SystemExit):
+        parse_recipe("extract", ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    listed = shown[shown.index("Pitch tracker:") :].split("hybrid[")[0]
+    assert all(f" {name}," in listed or f" {name} (" in listed for name in F0_METHOD_NAMES)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1])
+def test_autotune_strength_is_a_share(strength: float) -> None:
+    with pytest.raises(ConfigError, match=r"extract\.f0_autotune_strength: got .*, expected 0\.0 to 1\.0"):
+        Recipe(extract=ExtractConfig(f0_autotune_strength=strength))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_onnx_runtime_has_the_threads_of_the_recipe(num_threads: int) -> None:
+    method = load_f0(ExtractConfig(f0_method="swift", num_threads=num_threads), CPU)
+    assert isinstance(method, SwiftPitch)
+    assert method.detector.session.get_session_options().intra_op_num_threads == num_threads
+
+
+@pytest.mark.parametrize(
+    ("name", "f0_min", "f0_max", "hears"),
+    [
+        ("swift", 3000.0, 4000.0, "46.9 to 2093.8"),
+        ("swift", 200.0, 205.0, "46.9 to 2093.8"),  # between two of its pitches
+        ("crepe-tiny", 3000.0, 4000.0, "31.7 to 2005.5"),
+    ],
+)
+def test_a_range_that_nothing_can_be_found_in_is_told(name: str, f0_min: float, f0_max: float, hears: str) -> None:
+    message = rf"extract\.f0_min and f0_max: got {f0_min} to {f0_max} Hz, of which .* {hears} Hz; widen"
+    with pytest.raises(ValueError, match=message):
+        load_f0(ExtractConfig(f0_method=name, f0_min=f0_min, f0_max=f0_max), CPU)
+
+
+def test_resampled_pitch_by_hand() -> None:
+    # Frames of the source every 16 ms; wanted are 0, 10, 20, ... ms.
+    f0, seconds = np.array([100.0, 200.0, 220.0, 0.0]), np.array([0.0, 0.016, 0.032, 0.048])
+    found = resample_pitch(f0, seconds, 7 * 160)
+    # 10 ms: an octave between the neighbours is no glide, and 16 ms is nearer; 20 ms: a quarter of the way;
+    # 40 ms: half way to an unvoiced frame; what lies beyond the end is as the end.
+    expected = [100.0, 200.0, 200.0 * 1.1**0.25, 200.0 * 1.1**0.875, 0.0, 0.0, 0.0]
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(resample_pitch(f0[:1], seconds[:1], 320), [100.0, 100.0])
+
+
+def test_aperiodicity_of_a_tone_and_of_noise() -> None:
+    time = np.arange(3200) / RATE
+    tone = np.sin(2 * np.pi * 200.0 * time).astype(np.float32)
+    at_200 = np.full(20, 200.0)
+    assert aperiodicity(tone, at_200, 1024)[5:15].max() < 1e-6
+    # After half a period the tone is its own negative: (2 x)^2 over 2 x^2.
+    np.testing.assert_allclose(aperiodicity(tone, 2 * at_200, 1024)[5:15], 2.0, rtol=1e-5)
+    noise = np.random.default_rng(0).standard_normal(3200).astype(np.float32)
+    assert aperiodicity(noise, at_200, 1024)[5:15] == pytest.approx(1.0, abs=0.2)
+
+
+def test_swipe_kernel_by_hand() -> None:
+    (kernel,) = swipe_kernels(np.array([100.0]), np.array([50.0, 100.0, 150.0, 200.0, 300.0, 400.0, 475.0]))
+    # 1 at harmonics 1, 2, 3; -1/2 in a valley beside one of them, -1 between two; nothing at 4, which is no prime.
+    raw = np.array([-0.5, 1.0, -1.0, 1.0, 1.0, 0.0, 0.0]) / np.sqrt([50.0, 100.0, 150.0, 200.0, 300.0, 400.0, 475.0])
+    np.testing.assert_allclose(kernel, raw / np.sqrt(1 / 100.0 + 1 / 200.0 + 1 / 300.0), atol=1e-12)
 
 
 def test_coarse_pitch_by_hand() -> None:
@@ -172,7 +398,3 @@ def test_viterbi_prefers_a_smooth_path() -> None:
     assert viterbi(score).tolist() == [100] * 5
     score[:, 100] = -np.inf
     assert 100 not in viterbi(score)
-
-
-def test_the_recipe_knows_every_method() -> None:
-    assert set(get_args(get_type_hints(ExtractConfig)["f0_method"])) == set(F0_METHODS)

