@@ -187,7 +187,8 @@ class ClipTable:
 
 def _source(clip: Mapping[str, Any]) -> str:
     """The recording of a clip, or the slice of a long one: clips of two slices do not overlap."""
-    return f"{clip['source']}@{clip['slice_s']:.0f}" if clip["slice_s"] else str(clip["source"])
+    start_s = clip.get("slice_s", 0.0)
+    return f"{clip['source']}@{start_s:.0f}" if start_s else str(clip["source"])
 
 
 def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:

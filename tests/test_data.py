@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tiny import make_features, tiny_recipe
 
 from rvc_dist.config import RATES
@@ -22,6 +23,7 @@ from rvc_dist.data import (
     feature_frames,
     held_out_sources,
 )
+from rvc_dist.workspace import Workspace, read_header, save_arrays, unit_files
 
 
 def speech_lengths(count: int) -> list[int]:
@@ -209,3 +211,19 @@ def test_a_cached_dataset_gives_the_same_batches(tmp_path):
     seconds = 24000 * 4 + 50 * 16 * 4 + 100 * 4
     frames = sum(c.num_frames for c in dict.fromkeys(table.train))
     assert cached_bytes(recipe, table.train, 16) == round(frames / 100 * seconds)
+
+
+def test_the_slices_of_one_long_recording_can_be_held_out(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe, num_clips=12)
+    work = Workspace(recipe.run_dir, recipe.name)
+    for unit, path in enumerate(unit_files(work.features_dir)):
+        header = read_header(path)
+        clips = [clip | {"source": "long.wav", "slice_s": 300.0 * unit} for clip in header["clips"]]
+        save_arrays(path, load_file(path), header | {"clips": clips})
+    table = ClipTable.load(recipe)
+    held = {clip.source for clip in table.holdout}
+    assert len(held) == 1
+    assert held < {"long.wav", "long.wav@300", "long.wav@600", "long.wav@900"}
+    assert len(table.holdout) == 3
+    assert not held & {clip.source for clip in table.train}
