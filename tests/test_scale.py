@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, finish, start
 
-FEW, MANY = 10_000, 100_000
+FEW, MANY = 5_000, 50_000
 FRAME_BYTES, FRAMES_A_CLIP = 128, 20
 """Of scaling.py: 32 channels of float32."""
 
