@@ -224,6 +224,10 @@ def opened(path: Path) -> Iterator[Recording]:
             later, while it is read.
     """
     with _reasons(path):
+        try:
+            path.open("rb").close()  # libsndfile does not say what is wrong
+        except OSError as error:
+            raise AudioError(f"cannot be read ({error.strerror})") from error
         recording = _open_first(path)
         if not MIN_RATE <= recording.rate <= MAX_RATE:
             raise AudioError(f"sample rate of {recording.rate} Hz, expected {MIN_RATE} to {MAX_RATE}")

@@ -202,8 +202,15 @@ def _source_changes(old: Plan, sources: list[SourceFile]) -> str:
 def _measure(audio_dir: Path, file: SourceFile) -> SourceFile:
     try:
         return replace(file, duration_s=round(decoding.duration(audio_dir / file.path), 6))
+    except decoding.MissingDecoderError as error:
+        raise _missing_decoder(file, error) from error
     except decoding.AudioError as error:
         return replace(file, reason=str(error))
+
+
+def _missing_decoder(file: SourceFile, error: Exception) -> StageError:
+    """A recording that may be good is no reason to go on without it: another rank, or the next run, would have it."""
+    return StageError(f"preprocess: {printable(file.path)}: {error}; or take it out of the dataset")
 
 
 def make_units(recipe: Recipe, work: Workspace, units: list[Unit], settings: dict[str, Any]) -> None:
@@ -259,8 +266,8 @@ def make_unit(
 def _try_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None) -> Outcome:
     try:
         return cut_file(recipe, file, gate)
-    except decoding.MissingDecoderError as error:  # another rank could read it: no reason to leave it out
-        raise StageError(f"preprocess: {printable(file.path)}: {error}") from error
+    except decoding.MissingDecoderError as error:
+        raise _missing_decoder(file, error) from error
     except decoding.AudioError as error:
         return Outcome([], file.duration_s, str(error))
 

@@ -286,3 +286,10 @@ def test_hours_of_silence_in_few_bytes_are_refused(tmp_path: Path) -> None:
             file.write(np.zeros(8000, np.float32))
     with pytest.raises(decoding.AudioError, match=r"1\.0 hours in \d+ bytes: silence, or a damaged header"):
         decoding.duration(path)
+
+
+def test_a_file_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    with pytest.raises(decoding.AudioError, match=r"cannot be read \(No such file or directory\)"):
+        decoding.decode(tmp_path / "gone.wav")
+    with pytest.raises(decoding.AudioError, match=r"cannot be read \(Is a directory\)"):
+        decoding.decode(tmp_path)

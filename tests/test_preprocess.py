@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from recordings import write_av
 from safetensors.numpy import load_file
 
 from rvc_dist import audio, decoding, preprocess, workspace
@@ -854,3 +855,16 @@ def test_memory_does_not_grow_with_a_recording(tmp_path: Path) -> None:
     exit_code, peak_kb = map(int, result.stdout.split())
     assert exit_code == 0, result.stderr[-2000:]
     assert peak_kb < 550e3
+
+
+def test_a_missing_decoder_stops_the_stage_instead_of_losing_recordings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "audio" / "a.wav", noise(3.0))
+    write_av(tmp_path / "audio" / "b.m4a", noise(3.0, 48000), "aac", 48000)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "av", None)
+        with pytest.raises(StageError, match=r"b\.m4a: m4a needs the package PyAV: pip install av .*; or take it out"):
+            preprocess.run(recipe(tmp_path), Share())
+    preprocess.run(recipe(tmp_path), Share())
+    assert reasons(recipe(tmp_path)) == {"a.wav": "", "b.m4a": ""}
