@@ -1,6 +1,7 @@
 # Sourced by demo.sh and test.sh: makes the virtual environment of this checkout, once, and installs rvc_dist into it.
 # Usage: source launch/setup.sh EXTRAS      Honours PYTHON (interpreter) and VENV (folder of the environment).
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck shell=bash
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 VENV=${VENV:-.venv}
 if [[ ! -x $VENV/bin/python ]]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||

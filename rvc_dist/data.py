@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -440,5 +441,23 @@ def make_loader(
     dataset: ClipDataset, sampler: BucketBatchSampler, settings: Mapping[str, Any]
 ) -> DataLoader[list[Batch]]:
     """Steps as the sampler plans them; nothing else shards or shuffles."""
-    # A loader draws a seed for its workers; drawn from the global state it would depend on what ran before.
-    return DataLoader(dataset, sampler=sampler, batch_size=None, generator=torch.Generator(), **settings)
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        # A loader draws a seed for its workers; drawn from the global state it would depend on what ran before.
+        generator=torch.Generator(),
+        worker_init_fn=outlive_stop_signals,
+        **settings,
+    )
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """What asks a rank to save and stop often goes to its loader processes too, which it still needs for a step.
+
+    Of SIGTERM only the first is passed over: a second one is the rank's own, when it ends them.
+    """
+    del worker
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -37,6 +37,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         StageError: the launcher asked for another number of ranks than joined, or the hardware has no bf16.
     """
+    check_launcher(config)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted > 1 and not torch.cuda.is_available():
         # Without this, `accelerate launch --multi_gpu` on CPUs gives every process rank 0 of 1.
@@ -61,6 +62,27 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.use_bf16:
         check_bf16(accelerator.device)
     return accelerator
+
+
+def check_launcher(config: TrainConfig) -> None:
+    """Refuse what a launcher's file asks for and this program would not do.
+
+    Raises:
+        StageError: another precision than the recipe's, or DeepSpeed or FSDP.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16" if config.use_bf16 else "no"):
+        own = "bf16" if config.use_bf16 else "fp32"
+        raise StageError(
+            f"the launcher's mixed_precision is {precision}, the recipe's train.precision {own}: the recipe decides; "
+            "say --mixed_precision no to the launcher (or in its file), or train.precision bf16 in the recipe"
+        )
+    for name in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise StageError(
+                f"the launcher asks for {name}, which this program does not use: G and D are small, and every rank "
+                "holds them whole; launch with launch/multi_gpu.yaml or launch/two_nodes.yaml"
+            )
 
 
 class Wire:

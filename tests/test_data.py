@@ -1,9 +1,11 @@
 """The sampler, the alignment of features to frames, and batches."""
 
+import signal
 import time
 import tracemalloc
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -22,6 +24,7 @@ from rvc_dist.data import (
     covered_frames,
     feature_frames,
     held_out_sources,
+    make_loader,
 )
 from rvc_dist.workspace import Workspace, read_header, save_arrays, unit_files
 
@@ -227,3 +230,20 @@ def test_the_slices_of_one_long_recording_can_be_held_out(tmp_path):
     assert held < {"long.wav", "long.wav@300", "long.wav@600", "long.wav@900"}
     assert len(table.holdout) == 3
     assert not held & {clip.source for clip in table.train}
+
+
+def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    table = ClipTable.load(recipe)
+    sampler = BucketBatchSampler([c.num_frames for c in table.train], 2, 1, 0, 7)
+    settings = {"num_workers": 1, "prefetch_factor": 2, "persistent_workers": True}
+    steps = iter(make_loader(ClipDataset(recipe, table.train), sampler, settings))
+    next(steps)
+    (worker,) = psutil.Process().children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        worker.send_signal(number)
+    assert len([next(steps) for _ in range(10)]) == 10
+    worker.send_signal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # by PyTorch, when it hears of the death
+        time.sleep(10)

@@ -60,6 +60,26 @@ def test_a_missing_rank_is_noticed(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("variable", "value", "train", "message"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", {}, "mixed_precision is bf16, the recipe's train.precision fp32"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", {"precision": "bf16"}, "mixed_precision is fp16, .* bf16: the recipe"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", {}, "asks for DEEPSPEED, which this program does not use"),
+        ("ACCELERATE_USE_FSDP", "1", {}, "asks for FSDP"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_refused(monkeypatch, variable, value, train, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StageError, match=message):
+        distributed.make_accelerator(TrainConfig(**train))
+
+
+def test_a_launcher_may_say_what_the_recipe_says(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    distributed.check_launcher(TrainConfig(bf16_adamw=True))
+
+
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(tmp_path):
     recipe = tiny_recipe(tmp_path, max_steps=100_000)
     make_features(recipe)

@@ -108,7 +108,7 @@ def test_accelerate_reads_every_launcher_file(path: Path) -> None:
     config = load_config_from_file(str(path))
     assert config.num_processes % config.num_machines == 0
     # The recipe decides on these: a launcher that sets them too would contradict it.
-    assert str(config.mixed_precision) == "no"
+    assert str(config.mixed_precision) == ("bf16" if path.stem == "bf16" else "no")
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["dynamo_backend"] == "no"
     if config.num_machines > 1:
         assert config.main_process_port

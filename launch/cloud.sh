@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# A fresh cloud instance: driver check, environment, data, and the whole run on all GPUs. The same command goes on after
+# an interruption, on this instance or on another one.
+# Usage: bash launch/cloud.sh RECIPE DATA [--section.key VALUE ...]
+#   DATA   a folder of recordings (a mounted disk, for example), or an rclone path such as bucket:voices/alice
+#   SAVE   (environment) an rclone path where the run folder is kept: fetched first, sent every SAVE_EVERY_S seconds
+#          (default 300) and at the end. Not needed when run_dir is on a disk that outlives the instance.
+#   RANKS  (environment) ranks to start; default: one a GPU. On a machine without GPU it must be given.
+set -euo pipefail
+usage() { sed -n '4,9p' "$0" >&2; exit 2; }
+recipe=${1:-} data=${2:-}
+[[ -n $recipe && -n $data ]] || usage
+shift 2
+[[ -f $recipe ]] || { echo "cloud.sh: $recipe is not a file; expected a recipe such as configs/48k.yaml" >&2; exit 2; }
+recipe=$(realpath "$recipe")
+is_remote() { [[ $1 == *:* && ! -e $1 ]]; }
+if { is_remote "$data" || [[ -n ${SAVE:-} ]]; } && ! command -v rclone > /dev/null; then
+  echo "cloud.sh: $data or SAVE needs rclone: https://rclone.org/install, then \`rclone config\`" >&2
+  exit 1
+fi
+if ! is_remote "$data"; then
+  [[ -d $data ]] || { echo "cloud.sh: $data is not a folder; is the disk mounted?" >&2; exit 1; }
+  data=$(realpath "$data")
+fi
+
+# The driver, before anything is downloaded.
+if [[ -z ${RANKS:-} ]]; then
+  if ! command -v nvidia-smi > /dev/null; then
+    echo "cloud.sh: no nvidia-smi: this image has no NVIDIA driver. Take an image that has it, or set RANKS to train on" \
+      "the CPU" >&2
+    exit 1
+  fi
+  nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,noheader
+fi
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "${EXTRAS:-$([[ -z ${RANKS:-} ]] && echo gpu || echo cpu),f0,formats}"
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if (( gpus == 0 )) && [[ -z ${RANKS:-} ]]; then
+  echo "cloud.sh: the driver is there but torch sees no GPU: it is probably too old for this torch; see" \
+    "https://pytorch.org/get-started/locally for a torch that fits, or update the driver" >&2
+  exit 1
+fi
+ranks=${RANKS:-$gpus}
+run_dir=$(python - "$recipe" "$@" << 'PYTHON'
+import sys
+from rvc_dist.config import parse_recipe
+print(parse_recipe("run", ["--config", sys.argv[1], *sys.argv[2:]]).run_dir)
+PYTHON
+)
+
+if is_remote "$data"; then
+  rclone copy "$data" "$run_dir.audio" # a changed recording is fetched again, the others are not
+  data=$run_dir.audio
+fi
+save() {
+  rclone sync "$run_dir" "$SAVE" --exclude '.*.tmp'
+}
+if [[ -n ${SAVE:-} ]] && rclone lsf "$SAVE" > /dev/null 2>&1; then
+  rclone copy "$SAVE" "$run_dir" --ignore-existing
+fi
+
+if (( gpus > 0 && ranks == 1 )); then
+  launcher=(--config_file launch/one_gpu.yaml)
+elif (( gpus > 0 )); then
+  launcher=(--config_file launch/multi_gpu.yaml --num_processes "$ranks")
+elif (( ranks == 1 )); then
+  launcher=(--cpu --num_machines 1 --num_processes 1 --mixed_precision no --dynamo_backend no)
+else
+  launcher=(--config_file launch/cpu.yaml --num_processes "$ranks")
+fi
+# A group of its own, so that the notice of an interruption (SIGTERM) reaches the launcher and its ranks, which save a
+# checkpoint and end. Bash runs a trap only between commands, hence the wait.
+set -m
+accelerate launch "${launcher[@]}" -m rvc_dist run --config "$recipe" "$@" --data.audio_dir "$data" &
+job=$!
+if [[ -n ${SAVE:-} ]]; then
+  (while sleep "${SAVE_EVERY_S:-300}"; do save; done) &
+  saver=$!
+fi
+set +m
+trap 'kill -TERM -- -"$job" 2> /dev/null || true' TERM INT
+code=0
+wait "$job" || code=$?
+while kill -0 -- -"$job" 2> /dev/null; do # the trap ended the wait, or the launcher ended before its rank: it is saving
+  sleep 0.2
+done
+if [[ -n ${SAVE:-} ]]; then
+  kill -TERM -- -"$saver" 2> /dev/null || true # with an rclone that is at work
+  wait "$saver" || true
+  save
+fi
+(( code == 0 )) || echo "cloud.sh: ended with exit code $code; the same command goes on" >&2
+exit "$code"
