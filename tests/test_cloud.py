@@ -99,11 +99,11 @@ def test_what_is_missing_is_said_first(
 @pytest.mark.slow
 def test_an_interrupted_instance_is_continued_on_a_fresh_one(machine: dict[str, str], tmp_path: Path) -> None:
     run_dir, saved = tmp_path / "run", tmp_path / "remote" / "kept"
-    options = ["--run_dir", run_dir, "--extract.f0_method", "fcpe", "--train.max_steps", "30"]
+    options = ["--run_dir", run_dir, "--extract.f0_method", "fcpe"]
     options += ["--train.save_every_steps", "5", "--train.eval_every_steps", "1000"]
-    command = [ROOT / "configs" / "demo_cpu.yaml", "remote:voices", *options]
+    command = [ROOT / "configs" / "demo_cpu.yaml", "remote:voices", *options, "--train.max_steps"]
     more = {"SAVE": "remote:kept", "SAVE_EVERY_S": "3", "RANKS": "1"}
-    process = cloud(machine, *command, **more)
+    process = cloud(machine, *command, 1000, **more)
     try:
         deadline = time.monotonic() + 200
         while not list(saved.glob("checkpoints/step_*")):
@@ -122,7 +122,7 @@ def test_an_interrupted_instance_is_continued_on_a_fresh_one(machine: dict[str, 
 
     shutil.rmtree(run_dir)  # the instance is gone
     shutil.rmtree(f"{run_dir}.audio")
-    process = cloud(machine, *command, **more)
+    process = cloud(machine, *command, step + 3, **more)
     output = finish(process, timeout_s=200)
     assert process.returncode == 0, output[-3000:]
     assert f"continuing from step {step}," in output
