@@ -74,7 +74,7 @@ set -m
 accelerate launch "${launcher[@]}" -m rvc_dist run --config "$recipe" "$@" --data.audio_dir "$data" &
 job=$!
 if [[ -n ${SAVE:-} ]]; then
-  (while sleep "${SAVE_EVERY_S:-300}"; do save; done) &
+  (while sleep "${SAVE_EVERY_S:-300}"; do save || echo "cloud.sh: not saved to $SAVE, trying again later" >&2; done) &
   saver=$!
 fi
 set +m
@@ -87,7 +87,7 @@ done
 if [[ -n ${SAVE:-} ]]; then
   kill -TERM -- -"$saver" 2> /dev/null || true # with an rclone that is at work
   wait "$saver" || true
-  save
+  save || { echo "cloud.sh: the run could not be saved to $SAVE; it is in $run_dir" >&2; exit 1; }
 fi
 (( code == 0 )) || echo "cloud.sh: ended with exit code $code; the same command goes on" >&2
 exit "$code"
