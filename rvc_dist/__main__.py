@@ -8,12 +8,14 @@ import importlib
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
 from rvc_dist import __version__
 from rvc_dist.config import Recipe, parse_recipe
-from rvc_dist.workspace import Share, StageError, Stopped
+from rvc_dist.logs import RankLog, rank_log
+from rvc_dist.workspace import Share, StageError, Stopped, Workspace
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 """75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run."""
@@ -30,6 +32,8 @@ class Stage(NamedTuple):
     takes_shard: bool = False
     folders: str = ""
     """The folders that it takes besides the recipe, as its usage writes them."""
+    keeps_log: bool = True
+    """Whether its lines belong into RUN/logs: not those of a stage that works on no run, or only looks at it."""
 
 
 FLAGS = {"-h", "--help", "--print_config", "--json"}
@@ -41,7 +45,7 @@ STAGES = {
     "index": Stage("rvc_dist.index", "Build the retrieval index over the content features."),
     "train": Stage("rvc_dist.trainer", "Train the voice; continues from the newest checkpoint."),
     "export": Stage("rvc_dist.export", "Write voice files from the run's checkpoints."),
-    "infer": Stage("rvc_dist.infer", "Convert a recording with a trained voice."),
+    "infer": Stage("rvc_dist.infer", "Convert a recording with a trained voice.", keeps_log=False),
     "run": Stage("rvc_dist.pipeline", "All of it in order: preprocess, extract, index, train, export."),
     "import": Stage(
         "rvc_dist.importing", "Take over an experiment folder of Applio, ARVC or RVC-WebUI.", folders="DIR"
@@ -50,6 +54,7 @@ STAGES = {
         "rvc_dist.dataset",
         "Show minutes, loudness and pitch of a run's clips, and what was left out; compare runs. --json prints JSON.",
         folders="RUN ...",
+        keeps_log=False,
     ),
     "bench": Stage("rvc_dist.bench", "Measure training steps; --parity compares losses with float32 ones."),
     "demo": Stage("rvc_dist.demo", "The whole job on the embedded demo voice."),
@@ -71,12 +76,13 @@ class StderrHandler(logging.Handler):
 
 
 def set_up_logging(share: Share) -> None:
-    """INFO on the first rank, warnings on the others, each line with its rank when there are several."""
+    """On the screen INFO of the first rank, warnings of the others, each line with its rank when there are several."""
     rank = f"[rank {share.index}] " if share.count > 1 else ""
+    screen = StderrHandler(logging.INFO if share.is_first or share.array else logging.WARNING)
     logging.basicConfig(
-        level=logging.WARNING, format=f"%(asctime)s {rank}%(message)s", datefmt="%H:%M:%S", handlers=[StderrHandler()]
+        level=logging.WARNING, format=f"%(asctime)s {rank}%(message)s", datefmt="%H:%M:%S", handlers=[screen]
     )
-    logging.getLogger("rvc_dist").setLevel(logging.INFO if share.is_first or share.array else logging.WARNING)
+    logging.getLogger("rvc_dist").setLevel(logging.INFO)
 
 
 def take_shards(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -155,24 +161,39 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rvc-dist: unknown stage {name!r}; {hint}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        arguments, options = take_folders(name, arguments[1:])
+        given = arguments[1:]
+        arguments, options = take_folders(name, given)
         recipe, share = parse(name, arguments)
     except ValueError as error:
         print(f"rvc-dist {name}: {error}", file=sys.stderr)
         return EXIT_USAGE
     set_up_logging(share)
+    if not STAGES[name].keeps_log:
+        return run_stage(name, recipe, share, options)
+    with rank_log(Workspace(recipe.run_dir, recipe.name), share, [name, *given]) as log:
+        try:
+            return run_stage(name, recipe, share, options, log)
+        except Exception as error:
+            log.failed(error)
+            log.write_stacks()
+            raise
+
+
+def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], log: RankLog | None = None) -> int:
+    """Run a stage, tell the user's mistakes and the disk's in a sentence; its exit code."""
     try:
-        importlib.import_module(STAGES[name].module).run(recipe, share, **options)
+        with log.first_cause() if log is not None else nullcontext():
+            importlib.import_module(STAGES[name].module).run(recipe, share, **options)
     except Stopped as stopped:
         logging.getLogger("rvc_dist").warning("%s", stopped)
         return EXIT_STOPPED
-    except StageError as error:
-        print(f"rvc-dist {name}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
+    except (StageError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NOT_WRITABLE:
             raise
-        print(f"rvc-dist {name}: {error}", file=sys.stderr)
+        message = f"rvc-dist {name}: {error}"
+        if log is not None:
+            log.failed(error, message)
+        print(message, file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"rvc-dist {name}: interrupted; the same command continues", file=sys.stderr)

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,8 +88,10 @@ class Checkpoint:
 class Writer:
     """Writes checkpoints in a thread of its own, one at a time: training waits only for the copy to host memory."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, check: Callable[[], None] = lambda: None) -> None:
         self.folder, self.keep = folder, keep
+        self.check = check
+        """Called before each: raises a StageError when this process may not write here any more."""
         self.error: StageError | None = None
         """Why the last one could not be written."""
         self._thread: threading.Thread | None = None
@@ -102,6 +104,7 @@ class Writer:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
+            self.check()
             path = save(self.folder, checkpoint)
             prune(self.folder, self.keep, checkpoint.progress.best_step)
         except StageError as error:

@@ -406,6 +406,8 @@ class TrainConfig:
     """Steps between log lines; only then does the host wait for the device."""
     num_workers: int = 1
     """Loader processes a rank; 0 loads in the training process."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for the others before the run ends: more than the longest that one of them may take."""
 
     @property
     def use_bf16(self) -> bool:
@@ -428,6 +430,7 @@ class TrainConfig:
         for name in ("warmup_steps", "kl_warmup_steps", "num_workers"):
             yield from _at_least(f"train.{name}", getattr(self, name), 0)
         yield from _within("train.seed", self.seed, 0, MAX_SEED)
+        yield from _at_least("train.timeout_s", self.timeout_s, 1.0)
         if self.bf16_adamw and self.optimizer not in ("adamw", "anyprecision_adamw"):
             yield (
                 f"train.optimizer: got {self.optimizer} with train.bf16_adamw, which chooses anyprecision_adamw; "

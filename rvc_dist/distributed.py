@@ -19,12 +19,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from rvc_dist.config import TrainConfig
-from rvc_dist.workspace import StageError
+from rvc_dist.workspace import OtherRankError, StageError
 
 logger = logging.getLogger(__name__)
 
-COLLECTIVE_TIMEOUT_S = 600
-"""A rank that hears nothing for this long gives up, and its launcher ends the job."""
 ALLOCATOR_SETTINGS = "expandable_segments:True,max_split_size_mb:512"
 MIN_BF16_CAPABILITY = (8, 0)
 """Ampere: older GPUs emulate bf16, slower than float32, and have no TF32."""
@@ -51,7 +49,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[
             # With accumulation the first backward passes are local, and a static graph would be recorded from those.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.grad_accum_steps == 1),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
         ],
     )
     if accelerator.num_processes != wanted:
@@ -88,8 +86,8 @@ def check_launcher(config: TrainConfig) -> None:
 class Wire:
     """DDP's communication hook: averages gradients over ranks, as bf16 if asked to, and counts what it sends."""
 
-    def __init__(self, compress: bool) -> None:
-        self.compress = compress
+    def __init__(self, compress: bool, on_send: Callable[[], None] = lambda: None) -> None:
+        self.compress, self.on_send = compress, on_send
         self.num_bytes = 0
         """Bytes of gradients that this rank gave to all-reduce."""
 
@@ -101,6 +99,7 @@ class Wire:
 
     def send(self, bucket: Any) -> torch.futures.Future[Tensor]:
         self.num_bytes += bucket.buffer().numel() * (2 if self.compress else bucket.buffer().element_size())
+        self.on_send()
         hook = default_hooks.bf16_compress_hook if self.compress else default_hooks.allreduce_hook
         assert dist.group.WORLD is not None
         future: torch.futures.Future[Tensor] = hook(dist.group.WORLD, bucket)
@@ -128,7 +127,7 @@ def on_first_rank(accelerator: Accelerator, function: Callable[[], None]) -> Non
         except StageError as failed:
             error = failed
     if accelerator.reduce(torch.tensor([int(error is not None)], device=accelerator.device)).item():
-        raise error or StageError("rank 0 failed; its message says why")
+        raise error or OtherRankError("rank 0 failed; its message says why")
 
 
 def apply_kernel_settings(config: TrainConfig) -> None:
@@ -230,12 +229,12 @@ class StopSignal:
 
     FAILED = 1000
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, timeout_s: float) -> None:
         self._received = 0
         self._pending: tuple[Tensor, Any] | None = None
         self._group: Any = None
         if accelerator.num_processes > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:

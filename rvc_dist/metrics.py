@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from rvc_dist.watch import Pulse
+
 
 class Meter:
     """Running means of scalar tensors, kept on the device until they are read."""
@@ -53,8 +55,9 @@ class Meter:
 class PhaseTimer:
     """Time spent in the parts of a step. On CUDA by events, which are read only with `read`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pulse: Pulse | None = None) -> None:
         self._cuda = device.type == "cuda"
+        self._pulse = pulse or Pulse()
         self._spans: list[tuple[str, Any, Any]] = []
         self.num_steps = 0
 
@@ -68,7 +71,8 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         begin = self._now()
-        yield
+        with self._pulse.within(name):
+            yield
         self._spans.append((name, begin, self._now()))
 
     def read(self) -> dict[str, float]:

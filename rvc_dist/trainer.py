@@ -47,6 +47,7 @@ from rvc_dist.models.modules import slice_samples
 from rvc_dist.optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, step_if
 from rvc_dist.spectral import spectrogram
 from rvc_dist.validation import Validation
+from rvc_dist.watch import Watch
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -56,15 +57,17 @@ def run(recipe: Recipe, share: Share) -> None:
     """Train to the end of the budget, from the newest checkpoint if there is one.
 
     Raises:
-        StageError: the features are missing, or a checkpoint or pretrained file does not fit.
+        StageError: the features are missing, a checkpoint or pretrained file does not fit, or another job trains in
+            the same run folder.
         Stopped: a signal asked for the end; a checkpoint was written.
     """
     del share  # the Accelerator knows the ranks
-    trainer = Trainer(recipe)
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
+    with Watch(Workspace(recipe.run_dir, recipe.name)) as watch, watch.explain_timeouts(recipe.train.timeout_s):
+        trainer = Trainer(recipe, watch)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
 
 
 @dataclass
@@ -81,12 +84,19 @@ class Network:
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe) -> None:
+    """With a `watch`, it holds the run folder's lock and is watched from the moment that it knows its ranks."""
+
+    def __init__(self, recipe: Recipe, watch: Watch | None = None) -> None:
         self.recipe, self.config, self.spec = recipe, recipe.train, recipe.rate_spec
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.table = ClipTable.load(recipe)
         self.accelerator = make_accelerator(self.config)
         self.device = self.accelerator.device
+        if watch is None:
+            watch = Watch(self.work)  # one that never starts
+        else:
+            watch.start(self.accelerator)
+        self.pulse, self.lock = watch.pulse, watch.lock
 
         (resume_from,) = broadcast_object_list([checkpoint.latest(self.work.checkpoints_dir)])
         self.shape, modules = networks.build(recipe, self.table, resuming=resume_from is not None)
@@ -100,7 +110,7 @@ class Trainer:
             self.config.grad_accum_steps,
         )
         self.progress = checkpoint.Progress()
-        self.meter, self.timer = Meter(), PhaseTimer(self.device)
+        self.meter, self.timer = Meter(), PhaseTimer(self.device, self.pulse)
         self.recent: list[Step] = []
         saved = None
         if resume_from is not None:
@@ -114,11 +124,11 @@ class Trainer:
 
         modules = {name: module.to(self.device) for name, module in modules.items()}
         self.compiled = self._choose_compiled(modules)
-        self.wire = Wire(compress=self.config.grad_compression == "bf16")
+        self.wire = Wire(self.config.grad_compression == "bf16", self.pulse.sent)
         self.g, self.d = (self._prepare(name, module) for name, module in modules.items())
         if saved is not None:
             self._resume(saved)
-        self.writer = checkpoint.Writer(self.work.checkpoints_dir, self.config.keep_checkpoints)
+        self.writer = checkpoint.Writer(self.work.checkpoints_dir, self.config.keep_checkpoints, self.lock.check)
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         check_same_settings(self.accelerator, {f"compiled {name}": yes for name, yes in self.compiled.items()})
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.accelerator.is_main_process)
@@ -278,9 +288,11 @@ class Trainer:
             logger.info("already trained to step %d of %d", self.progress.step, self.total_steps)
             return
         steps = self._steps()
-        with StopSignal(self.accelerator) as stop, self._progress_bar() as bar:
+        with StopSignal(self.accelerator, self.config.timeout_s) as stop, self._progress_bar() as bar:
             began_at, frames_seen = time.monotonic(), 0.0
             while self.progress.step < self.total_steps and not self.overtrained:
+                is_logged = self._due(self.config.log_every_steps, self.progress.step + 1)
+                self.pulse.begin_step(self.progress.step + 1, "logged" if is_logged else "other")
                 with self.timer.phase("data"):
                     batches = next(steps)
                 full = all(len(batch.clips) == self.config.batch_size for batch in batches)
@@ -288,16 +300,19 @@ class Trainer:
                     self.train_step(batches)
                 frames_seen += batches[0].mean_frames * self.accelerator.num_processes
                 self._advance()
-                if self._due(self.config.log_every_steps):
+                if is_logged:
                     audio_s = frames_seen * self.spec.hop / self.recipe.data.sample_rate
-                    self.log(audio_s / (time.monotonic() - began_at), bar)
+                    with self.pulse.within("log"):
+                        self.log(audio_s / (time.monotonic() - began_at), bar)
                     began_at, frames_seen = time.monotonic(), 0.0
                 is_best = self._due(self.config.eval_every_steps) and self.validate()
-                asked = stop.poll(failed=self.writer.error is not None)
+                with self.pulse.within("stop_poll"):
+                    asked = stop.poll(failed=self.writer.error is not None or self.lock.is_lost)
                 if asked == StopSignal.FAILED:
                     break
                 if asked or is_best or self._save_due() or self.overtrained:
-                    self.save()
+                    with self.pulse.within("checkpoint"):
+                        self.save()
                 if asked and self.progress.step < self.total_steps:
                     self._finish_writing()
                     raise Stopped(
@@ -456,8 +471,9 @@ class Trainer:
             and waited >= self.config.overtrain_threshold
         )
 
-    def _due(self, every_steps: int) -> bool:
-        return self.progress.step % every_steps == 0 or self.progress.step == self.total_steps
+    def _due(self, every_steps: int, step: int | None = None) -> bool:
+        step = self.progress.step if step is None else step
+        return step % every_steps == 0 or step == self.total_steps
 
     def _save_due(self) -> bool:
         every_epochs = self.config.save_every_epochs
@@ -554,7 +570,8 @@ class Trainer:
         """Mel distance on held-out clips; True when it is the smallest so far."""
         assert isinstance(self.g.raw, Generator)
         step = self.progress.step
-        distance = self.validation.mel_distance(self.g.raw, step)
+        with self.pulse.within("validation"):
+            distance = self.validation.mel_distance(self.g.raw, step)
         if distance is None:
             return False
         self.tracker.scalars({"eval/mel_distance": distance}, step)
@@ -601,6 +618,7 @@ class Trainer:
         )
 
     def _written(self) -> None:
+        self.lock.check()
         self.writer.wait()
         if self.writer.error is not None:
             raise self.writer.error

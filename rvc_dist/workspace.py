@@ -42,6 +42,10 @@ class StageError(RuntimeError):
     """A stage cannot do its work; the message says what is wrong, where, and what to do."""
 
 
+class OtherRankError(StageError):
+    """This rank ends because another one failed, which has said why."""
+
+
 class Stopped(RuntimeError):  # noqa: N818 - no error: the run goes on later
     """The run was asked to stop and saved a checkpoint; the same command continues it."""
 
@@ -68,12 +72,26 @@ class Workspace:
         self.tensorboard_dir = self.root / "tensorboard"
         self.voice_dir = self.root / "voice"
         self.last_voice_file = self.voice_dir / f"{name}_last.pth"
+        self.logs_dir = self.root / "logs"
+        self.train_lock_file = self.root / "train.lock"
 
     def clips_file(self, unit: int) -> Path:
         return self.clips_dir / f"{unit:05d}.safetensors"
 
     def features_file(self, unit: int) -> Path:
         return self.features_dir / f"{unit:05d}.safetensors"
+
+    def rank_log(self, rank: int) -> Path:
+        """All that a rank logged, of every stage."""
+        return self.logs_dir / f"rank_{rank:05d}.log"
+
+    def beat_file(self, rank: int) -> Path:
+        """Where a rank of a training run is, while it runs."""
+        return self.logs_dir / f"rank_{rank:05d}.beat"
+
+    def failure_file(self, rank: int) -> Path:
+        """Why a rank failed, of the last stage that it ran."""
+        return self.logs_dir / f"failed_rank_{rank:05d}.json"
 
     def save_recipe(self, text: str) -> None:
         """Keep the resolved recipe with the run; the stages that make what the run consists of do so."""

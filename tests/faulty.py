@@ -1,4 +1,4 @@
-"""rvc_dist with a fault: FAULT=RANK:STEP:KIND makes that rank raise, or disappear, before that step.
+"""rvc_dist with a fault: FAULT=RANK:STEP:KIND makes that rank raise, disappear or sleep before that step.
 
 Usage: like `python -m rvc_dist`.
 """
@@ -6,10 +6,12 @@ Usage: like `python -m rvc_dist`.
 import os
 import signal
 import sys
+import time
 
 from rvc_dist import trainer
 from rvc_dist.__main__ import main
 
+SLEEP_S = 8
 rank, at, kind = os.environ["FAULT"].split(":")
 healthy = trainer.Trainer.train_step
 
@@ -18,7 +20,10 @@ def faulty(self, batches):
     if self.accelerator.process_index == int(rank) and self.progress.step + 1 == int(at):
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("this rank was made to fail")
+        elif kind == "sleep":
+            time.sleep(SLEEP_S)
+        else:
+            raise RuntimeError("this rank was made to fail")
     healthy(self, batches)
 
 

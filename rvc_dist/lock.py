@@ -1,0 +1,226 @@
+"""One training job a run folder: a lock file that its holder keeps alive, on any file system that all hosts share.
+
+Whether a holder on another host is alive is told by its file changing while one looks at it, by one's own clock: the
+clocks of two hosts are never compared, and no lock of the file system is relied on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from rvc_dist.workspace import StageError
+
+logger = logging.getLogger(__name__)
+
+STALE_S = 30.0
+"""A holder elsewhere that gives no sign of life for this long is taken for dead."""
+REFRESH_S = 2.0
+KEYS = {"host", "pid", "started", "pid_space", "slurm_job", "slurm_restarts", "elastic_run", "since", "token", "beat"}
+
+
+class RunLock:
+    """The lock file of a run folder, held by the main rank of its training job."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_lost = False
+        """Another job has taken the lock over, since this one was not heard of."""
+        self._mine = job() | {"token": secrets.token_hex(8), "beat": 0}
+        self._stream: int | None = None
+        self._waiting_for: tuple[str, float] | None = None
+        """What the other's file held, and since when it has not changed."""
+        self._refreshed_at = time.monotonic()
+
+    def try_acquire(self) -> bool:
+        """Take the lock if it is free or its holder is dead; False while that cannot be told yet: call again soon.
+
+        Raises:
+            StageError: another job that is alive holds it.
+        """
+        for _ in range(3):  # between two of these steps another process may be quicker
+            try:
+                self._stream = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                text = _read(self.path)
+                if text is not None and not self._is_dead(text):
+                    return False
+                if text is not None:
+                    self._remove(text)
+                continue
+            self._write()
+            return True
+        return False
+
+    def _is_dead(self, text: str) -> bool:
+        other = _parsed(text)
+        if self._waiting_for is not None and self._waiting_for[0] != text:
+            raise StageError(self._refusal(other))
+        if other is not None and other["pid_space"] == self._mine["pid_space"]:
+            is_me = other["pid"] == os.getpid()
+            if not is_me and is_running(other["pid"], other["started"]):
+                raise StageError(self._refusal(other))
+            return True
+        if other is not None and _is_restart(other, self._mine):
+            logger.info("going on with the run of %s", described(other))
+            return True
+        if self._waiting_for is None:
+            self._waiting_for = text, time.monotonic()
+            logger.info(
+                "%s: locked by %s; from here it cannot be seen whether it still runs: waiting up to %.0f s for a sign",
+                self.path,
+                described(other),
+                STALE_S,
+            )
+        return time.monotonic() - self._waiting_for[1] >= STALE_S
+
+    def _refusal(self, other: dict[str, Any] | None) -> str:
+        return (
+            f"{self.path.parent} is being trained by {described(other)}: two jobs on one run folder would spoil each "
+            "other's checkpoints. Wait for it or end it, or give this run another run_dir"
+        )
+
+    def _remove(self, text: str) -> None:
+        """Remove the file of a dead holder, unless somebody else has just taken the lock."""
+        aside = self.path.with_name(f"{self.path.name}.{self._mine['token']}")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(aside)
+            if _read(aside) == text:
+                aside.unlink()
+            else:
+                aside.rename(self.path)
+        other = _parsed(text)
+        if other is not None and other["token"] != self._mine["token"]:
+            logger.info("took %s over from %s, which runs no more", self.path, described(other))
+
+    def _write(self) -> None:
+        assert self._stream is not None
+        os.pwrite(self._stream, (json.dumps(self._mine) + "\n").encode(), 0)
+        os.fsync(self._stream)  # over NFS others see it only then
+
+    def refresh(self) -> None:
+        """Give a sign of life, if one is due; notice when the lock was lost."""
+        if self._stream is None or self.is_lost or time.monotonic() - self._refreshed_at < REFRESH_S:
+            return
+        with contextlib.suppress(StageError):  # is_lost says so
+            self.check()
+            self._mine["beat"] += 1
+            self._write()
+            self._refreshed_at = time.monotonic()
+
+    def check(self) -> None:
+        """Make sure that the lock is still this job's.
+
+        Raises:
+            StageError: another job has taken it.
+        """
+        if self._stream is None:
+            return
+        text = _read(self.path)
+        other = _parsed(text or "")
+        if text is not None and other is None:  # half of a line is being written: by this job's other thread, mostly
+            time.sleep(0.1)
+            other = _parsed(_read(self.path) or "")
+        if self.is_lost or other is None or other["token"] != self._mine["token"]:
+            self.is_lost = True
+            taker = f"now {described(other)} trains there" if other else "it is gone"
+            raise StageError(
+                f"{self.path}: this job has lost its lock, {taker}; it stops without writing a checkpoint. A job that "
+                f"is suspended for more than {STALE_S:.0f} s, or whose lock file is deleted, loses it"
+            )
+
+    def release(self) -> None:
+        if self._stream is None:
+            return
+        with contextlib.suppress(StageError, FileNotFoundError):
+            self.check()
+            self.path.unlink()
+        os.close(self._stream)
+        self._stream = None
+
+
+def job() -> dict[str, Any]:
+    """This process and the job that it belongs to, as plain data."""
+    slurm_job = os.environ.get("SLURM_JOB_ID")
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": started_at(os.getpid()),
+        "pid_space": pid_space(),
+        "slurm_job": slurm_job,
+        "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "elastic_run": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+    }
+
+
+def described(other: dict[str, Any] | None) -> str:
+    """A job as `job` gives it, for a sentence."""
+    if other is None:
+        return "a job that has not said yet who it is"
+    slurm = f", SLURM job {other['slurm_job']}" if other["slurm_job"] else ""
+    return f"pid {other['pid']} on {other['host']}{slurm}, since {other['since']}"
+
+
+def _is_restart(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether `now` is the job `before`, started again by the one who had ended it."""
+    requeued = before["slurm_job"] is not None and before["slurm_job"] == now["slurm_job"]
+    # "none" is what launchers with a fixed address and port call every run.
+    restarted = before["elastic_run"] not in (None, "", "none") and before["elastic_run"] == now["elastic_run"]
+    return restarted or (requeued and now["slurm_restarts"] > before["slurm_restarts"])
+
+
+def pid_space() -> str:
+    """What processes share whose process ids compare: the running kernel and the pid namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def started_at(pid: int) -> float:
+    """When a process started, in seconds: process ids are used again. 0 for one that does not run."""
+    import psutil
+
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return 0.0
+
+
+def is_running(pid: int, started: float) -> bool:
+    """Whether the process `pid` that started then still runs here."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return bool(abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # over NFS, a file that was removed meanwhile
+            return None
+        raise
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """What a holder wrote; None while it is still writing its first line."""
+    try:
+        other = json.loads(text)
+    except ValueError:
+        return None
+    return other if isinstance(other, dict) and other.keys() >= KEYS else None

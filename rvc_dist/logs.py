@@ -1,0 +1,224 @@
+"""What a run leaves to read afterwards: a log file of every rank, and which rank failed first.
+
+The screen shows the first rank and the others' warnings; the file of a rank has all of its lines, the traceback of
+what ended it and, when it died in native code, the stacks of that moment. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rvc_dist import __version__
+from rvc_dist.workspace import OtherRankError, Share, Workspace, atomic_write, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT, DATE_FORMAT = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S%z"
+PACKAGES = ("torch", "accelerate", "numpy")
+CAUSE_WAIT_S = 3.0
+"""How long a rank whose connection broke waits for the one that broke it to say why."""
+
+
+class RankLog(logging.Handler):
+    """Appends what one rank logs to its file, from INFO on.
+
+    The file is opened when the run folder exists, and lines are kept until then: a command that fails before it has
+    made anything leaves nothing behind.
+    """
+
+    def __init__(self, work: Workspace, share: Share) -> None:
+        super().__init__(logging.INFO)
+        self.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
+        self.work, self.share = work, share
+        self.path = work.rank_log(share.index)
+        self._kept: list[str] = []
+        self._stream: io.TextIOWrapper | None = None
+        self._given_up = False
+        self._set_faulthandler = False
+        self._old_failures: list[str] = []
+        """Of earlier runs, found at the start: no clocks need be compared."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(self.format(record))
+
+    def write(self, text: str) -> None:
+        """Append lines; a disk that refuses them is told once and never ends the run."""
+        self.acquire()
+        try:
+            if self._given_up:
+                return
+            self._kept.append(text)
+            if self._stream is None and self.work.root.is_dir():
+                self._open()
+            if self._stream is not None:
+                self._stream.write("".join(f"{kept}\n" for kept in self._kept))
+                self._stream.flush()
+                self._kept = []
+        except OSError as error:
+            self._given_up = True
+            logger.warning("%s cannot be written (%s): this rank goes on without a log file", self.path, error)
+        finally:
+            self.release()
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.work.failure_file(self.share.index).unlink(missing_ok=True)
+        self._old_failures = self._failures()
+        self._stream = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        if not faulthandler.is_enabled():  # else somebody wants the stacks elsewhere
+            faulthandler.enable(self._stream, all_threads=True)
+            self._set_faulthandler = True
+
+    def write_stacks(self) -> None:
+        """Append where every thread of this process is."""
+        if self._stream is not None:
+            faulthandler.dump_traceback(self._stream, all_threads=True)
+            self._stream.flush()
+
+    def close(self) -> None:
+        if self._set_faulthandler:
+            faulthandler.disable()
+            self._set_faulthandler = False
+        if self._stream is not None:
+            with contextlib.suppress(OSError):  # of a full disk, told before
+                self._stream.close()
+            self._stream = None
+        super().close()
+
+    def failed(self, error: BaseException, sentence: str = "") -> None:
+        """Write down what ends this rank, for its own log, the other ranks and the launcher's last lines.
+
+        Where the user is told in a `sentence`, the traceback goes to the log alone. An error that another rank caused
+        is only logged.
+        """
+        full = "".join(traceback.format_exception(error))
+        trace = sentence or full
+        self.write(self.format(logging.makeLogRecord({"msg": f"{sentence}\n{full}", "levelname": "CRITICAL"})))
+        if not isinstance(error, OtherRankError):
+            with contextlib.suppress(OSError):  # a full disk may be what ended it
+                if self.path.parent.is_dir():
+                    failure = {"rank": self.share.index, "host": socket.gethostname(), "time": time.time()}
+                    last_line = (trace.strip() or repr(error)).splitlines()[-1]
+                    write_json(self.work.failure_file(self.share.index), failure | {"error": last_line})
+            tell_launcher(trace)
+
+    def first_failure(self, wait_s: float = CAUSE_WAIT_S) -> str | None:
+        """Which other rank of this run failed first, and why; None when none has said so within `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            found = [json.loads(text) for text in self._failures() if text not in self._old_failures]
+            if found:
+                # Clocks of different hosts may differ; mostly only one rank is here.
+                first = min(found, key=lambda failure: failure["time"])
+                rank = first["rank"]
+                log = self.work.rank_log(rank)
+                return f"rank {rank} on {first['host']} failed first: see {log}: {first['error']}"
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.25)
+
+    def _failures(self) -> list[str]:
+        """What ranks wrote that failed. One look into the folder: a look for each rank would be a million of them."""
+        texts = []
+        for path in self.work.logs_dir.glob("failed_rank_*.json"):
+            with contextlib.suppress(OSError):  # its rank begins anew
+                texts.append(path.read_text(encoding="utf-8"))
+        return texts
+
+    @contextlib.contextmanager
+    def first_cause(self) -> Iterator[None]:
+        """Inside, an error that another rank's end caused becomes a sentence that says which rank, and why.
+
+        Raises:
+            OtherRankError: in the place of a collective's error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            cause = self.first_failure() if is_collective_error(error) else None
+            if cause is not None:
+                raise OtherRankError(cause) from error
+            raise
+
+
+@contextlib.contextmanager
+def rank_log(work: Workspace, share: Share, command: list[str]) -> Iterator[RankLog]:
+    """Inside, what this rank logs also goes to its file, and so do tracebacks that nobody catches."""
+    log = RankLog(work, share)
+    logging.getLogger().addHandler(log)
+    log.write(log.format(logging.makeLogRecord({"levelname": "INFO", "msg": introduction(share, command)})))
+    show_thread_error = threading.excepthook
+
+    def thread_failed(error: Any) -> None:
+        trace = "".join(traceback.format_exception(error.exc_type, error.exc_value, error.exc_traceback))
+        log.write(f"in thread {error.thread.name if error.thread else '?'}:\n{trace}")
+        show_thread_error(error)
+
+    threading.excepthook = thread_failed
+    try:
+        yield log
+    finally:
+        threading.excepthook = show_thread_error
+        logging.getLogger().removeHandler(log)
+        log.close()
+
+
+def introduction(share: Share, command: list[str]) -> str:
+    """Who writes here, with which command and versions."""
+    versions = [f"rvc_dist {__version__}", f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
+    what = "part" if share.array else "rank"
+    return (
+        f"{what} {share.index} of {share.count} on {socket.gethostname()}, pid {os.getpid()}: "
+        f"rvc-dist {shlex.join(command)}; in {Path.cwd()}; {', '.join(versions)}"
+    )
+
+
+def write_stacks() -> None:
+    """Where every thread is, into this rank's log if it has one."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, RankLog):
+            handler.write_stacks()
+
+
+def tell_launcher(trace: str) -> None:
+    """Leave `trace` where torchrun and `accelerate launch` look for the text that they print last.
+
+    Raises nothing: a launcher that cannot be told prints the exit code instead.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        more = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            atomic_write(Path(file), json.dumps({"message": {"message": trace, "extraInfo": more}}))
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether a rank could not hear from another: it may have ended, which is seldom this rank's fault."""
+    distributed = sys.modules.get("torch.distributed")
+    kinds = (distributed.DistError,) if distributed is not None and distributed.is_available() else ()
+    return isinstance(error, kinds) or (type(error) is RuntimeError and "gloo" in str(error).lower())
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective waited for as long as it may."""
+    return is_collective_error(error) and re.search(r"timed? ?out", str(error), re.IGNORECASE) is not None

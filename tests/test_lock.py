@@ -1,0 +1,243 @@
+"""Two jobs on one run folder, jobs that died, jobs on other hosts, and clocks that nobody may rely on."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from launching import finish, kill, start
+from tiny import make_features, tiny_recipe
+
+from rvc_dist import lock, trainer
+from rvc_dist.lock import RunLock
+from rvc_dist.workspace import Share, StageError, Workspace
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock as the lock sees it: clock[0] seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(lock.time, "monotonic", lambda: now[0])
+    return now
+
+
+def held_by(path, **changed):
+    """A lock file that another job wrote; as it is, one on a host whose processes cannot be seen from here."""
+    other = {
+        "host": "node7",
+        "pid": 4321,
+        "started": 1.0,
+        "pid_space": "another kernel",
+        "slurm_job": "815",
+        "slurm_restarts": 0,
+        "elastic_run": None,
+        "since": "2026-01-01 10:00:00+0000",
+        "token": "other",
+        "beat": 5,
+    } | changed
+    path.write_text(json.dumps(other) + "\n")
+
+
+def test_one_of_two_and_free_again_after_release(tmp_path):
+    path = tmp_path / "train.lock"
+    first = RunLock(path)
+    assert first.try_acquire()
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+    second = RunLock(path)
+    assert second.try_acquire()
+    second.release()
+
+
+def test_a_live_process_of_this_machine_is_refused_at_once_and_a_dead_one_not(tmp_path):
+    path = tmp_path / "train.lock"
+    sleeper = subprocess.Popen(["sleep", "60"])
+    seen = {"pid": sleeper.pid, "pid_space": lock.pid_space(), "started": lock.started_at(sleeper.pid)}
+    held_by(path, **seen)
+    try:
+        with pytest.raises(StageError) as caught:
+            RunLock(path).try_acquire()
+        for part in (str(tmp_path), f"pid {sleeper.pid} on node7, SLURM job 815, since 2026-01-01", "run_dir"):
+            assert part in str(caught.value)
+        assert json.loads(path.read_text())["token"] == "other"
+        held_by(path, **seen | {"started": seen["started"] - 100})  # its number was used again
+        taken = RunLock(path)
+        assert taken.try_acquire()
+        taken.release()
+    finally:
+        sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+    held_by(path, **seen)  # killed and nobody has asked for its exit code: a zombie
+    assert RunLock(path).try_acquire()
+    sleeper.wait()
+    held_by(path, **seen)
+    assert RunLock(path).try_acquire()
+
+
+@pytest.mark.parametrize("hours", [-1, 0, 1])
+def test_a_job_elsewhere_is_watched_by_ones_own_clock_alone(tmp_path, clock, hours):
+    path = tmp_path / "train.lock"
+    held_by(path, since="2030-01-01 10:00:00+0000")
+    wrong = time.time() + 3600 * hours
+    os.utime(path, (wrong, wrong))
+    waiting = RunLock(path)
+    for now in (1000.0, 1010.0, 1029.0):
+        clock[0] = now
+        assert not waiting.try_acquire()
+    clock[0] = 1000.0 + lock.STALE_S
+    assert waiting.try_acquire()
+    assert json.loads(path.read_text())["token"] != "other"
+    assert [p.name for p in tmp_path.iterdir()] == ["train.lock"]
+
+
+def test_a_job_elsewhere_that_moves_is_refused(tmp_path, clock):
+    path = tmp_path / "train.lock"
+    held_by(path)
+    waiting = RunLock(path)
+    assert not waiting.try_acquire()
+    held_by(path, beat=6)
+    clock[0] += lock.REFRESH_S
+    with pytest.raises(StageError, match="is being trained by pid 4321 on node7"):
+        waiting.try_acquire()
+
+
+def test_a_file_without_its_first_line_yet_is_waited_for(tmp_path, clock):
+    path = tmp_path / "train.lock"
+    path.write_text("")
+    waiting = RunLock(path)
+    assert not waiting.try_acquire()
+    held_by(path)
+    with pytest.raises(StageError, match="on node7"):
+        waiting.try_acquire()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "at_once"),
+    [
+        ({"slurm_job": "815"}, {"SLURM_JOB_ID": "815", "SLURM_RESTART_COUNT": "1"}, True),  # requeued
+        ({"slurm_job": "815"}, {"SLURM_JOB_ID": "815"}, False),  # two steps of one job
+        ({"slurm_job": "815"}, {"SLURM_JOB_ID": "816", "SLURM_RESTART_COUNT": "1"}, False),
+        ({"slurm_job": None}, {}, False),
+        ({"slurm_job": None, "elastic_run": "abc"}, {"TORCHELASTIC_RUN_ID": "abc"}, True),
+        ({"slurm_job": None, "elastic_run": "abc"}, {"TORCHELASTIC_RUN_ID": "abd"}, False),
+        ({"slurm_job": None, "elastic_run": "none"}, {"TORCHELASTIC_RUN_ID": "none"}, False),
+    ],
+)
+def test_a_job_that_was_started_again_goes_on_at_once(tmp_path, monkeypatch, before, now, at_once):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in now.items():
+        monkeypatch.setenv(name, value)
+    held_by(tmp_path / "train.lock", **before)
+    assert RunLock(tmp_path / "train.lock").try_acquire() is at_once
+
+
+@pytest.mark.parametrize("fate", ["taken", "deleted"])
+def test_a_lost_lock_is_noticed_and_left_to_its_new_holder(tmp_path, clock, fate):
+    path = tmp_path / "train.lock"
+    mine = RunLock(path)
+    assert mine.try_acquire()
+    first = path.read_text()
+    mine.refresh()
+    assert path.read_text() == first, "not due yet"
+    clock[0] += lock.REFRESH_S
+    mine.refresh()
+    assert json.loads(path.read_text())["beat"] == 1
+    mine.check()
+    path.unlink()
+    if fate == "taken":
+        held_by(path)
+    clock[0] += lock.REFRESH_S
+    mine.refresh()
+    assert mine.is_lost
+    with pytest.raises(StageError, match="lost its lock, " + ("now pid 4321" if fate == "taken" else "it is gone")):
+        mine.check()
+    mine.release()
+    assert (json.loads(path.read_text())["token"] == "other") if fate == "taken" else not path.exists()
+
+
+def test_of_many_that_find_a_dead_job_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_S", 0.3)
+    monkeypatch.setattr(lock, "REFRESH_S", 0.02)
+    path = tmp_path / "train.lock"
+    held_by(path)
+    locks = [RunLock(path) for _ in range(8)]
+    refused = []
+
+    def contend(number: int) -> None:
+        locks[number]._mine["pid_space"] = f"host {number}"
+        try:
+            while not locks[number].try_acquire():
+                time.sleep(0.01)
+        except StageError:
+            refused.append(number)
+        else:
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until:
+                locks[number].refresh()
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=contend, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    holders = [n for n in range(8) if locks[n]._stream is not None and not locks[n].is_lost]
+    assert len(holders) == 1
+    assert len(refused) >= 6
+    locks[holders[0]].check()
+
+
+def test_a_job_that_lost_its_lock_stops_without_a_checkpoint(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, max_steps=6, save_every_steps=3, eval_every_steps=99)
+    make_features(recipe)
+    work = Workspace(recipe.run_dir, recipe.name)
+    healthy = trainer.Trainer.train_step
+
+    def step(self, batches):
+        if self.progress.step == 1:
+            held_by(work.train_lock_file)
+        healthy(self, batches)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    with pytest.raises(StageError, match="now pid 4321 on node7"):
+        trainer.run(recipe, Share())
+    assert not list(work.checkpoints_dir.glob("*step_*"))
+    assert json.loads(work.train_lock_file.read_text())["token"] == "other"
+    assert "watch" not in [t.name for t in threading.enumerate()]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", max_steps=100_000, max_epochs=100_000, save_every_steps=2)
+    make_features(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "rvc_dist", "train", "--config", str(file)]
+    first = start(command)
+    try:
+        for line in first.stdout:
+            if "saved" in line:
+                break
+        else:
+            pytest.fail(first.communicate()[0])
+        second = start(command)
+        output = finish(second)
+        assert second.returncode == 1, output
+        assert f"rvc-dist train: {tmp_path / 'run'} is being trained by pid {first.pid} on" in output
+        assert "Traceback" not in output
+        assert first.poll() is None, "the first goes on"
+    finally:
+        kill(first)
+        first.communicate()
+    began_at = time.monotonic()
+    again = start([*command, "--train.max_steps", "1"])  # less than it has
+    assert "already trained" in finish(again)
+    assert again.returncode == 0
+    assert time.monotonic() - began_at < lock.STALE_S
+    assert not (tmp_path / "run" / "train.lock").exists()

@@ -1,0 +1,258 @@
+"""A slow step names the rank that it waits for; right delays give no alarm; a rank that hangs ends all in time."""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import psutil
+import pytest
+from launching import ROOT, finish, kill, launcher, start
+from tiny import make_features, tiny_recipe
+
+from rvc_dist import watch
+from rvc_dist.config import ConfigError, TrainConfig
+from rvc_dist.lock import pid_space, started_at
+from rvc_dist.watch import Pulse, Watch
+from rvc_dist.workspace import StageError, Workspace
+
+TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock: clock[0] seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    return now
+
+
+class Ranks:
+    """Several ranks' watches in one process, driven by hand instead of by their threads."""
+
+    def __init__(self, folder, count, clock):
+        self.clock = clock
+        self.all = [Watch(Workspace(folder, "x")) for _ in range(count)]
+        for rank, each in enumerate(self.all):
+            each._rank, each._num_ranks = rank, count
+            each._me = {"rank": rank, "host": f"node{rank}", "pid": 70 + rank, "started": 0.0, "pid_space": "?"}
+
+    def step(self, number, seconds, kind="other"):
+        """All ranks do a whole step."""
+        for each in self.all:
+            each.pulse.begin_step(number, kind)
+            for phase in "data", "g_forward", "d_step", "g_step":
+                with each.pulse.within(phase):
+                    pass
+        self.clock[0] += seconds
+
+    def wait(self, seconds, without=()):
+        """Time passes, in which all threads but those of the ranks in `without` do what they do every second."""
+        for _ in range(seconds):
+            self.clock[0] += 1.0
+            for rank, each in enumerate(self.all):
+                if rank not in without:
+                    each._beat()
+            for rank, each in enumerate(self.all):
+                if rank not in without:
+                    each._judge()
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def test_a_slow_step_names_the_rank_that_is_behind_and_says_when_it_went_on(tmp_path, clock, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    stacks = []
+    monkeypatch.setattr(watch, "write_stacks", lambda: stacks.append(1))
+    ranks = Ranks(tmp_path, 3, clock)
+    for number in range(1, 13):
+        ranks.step(number, 2.0)
+    fast, slow = [ranks.all[0], ranks.all[1]], ranks.all[2]
+    for each in ranks.all:
+        each.pulse.begin_step(13, "other")
+    with slow.pulse.within("data"):
+        for each in fast:
+            each.pulse._enter("d_step")
+            each.pulse.sent()
+        ranks.wait(10)
+        assert warnings(caplog) == []
+        ranks.wait(1)
+        assert warnings(caplog) == [
+            "step 13 takes 11 s, 6 times the median of 2 s: rank 2 on node2 (pid 72) is in data of step 13 since 11 s; "
+            "the others wait for it (rank 0 in d_step of step 13 (gradients sent))"
+        ]
+        assert len(stacks) == 3, "each rank into its own log"
+        ranks.wait(59)
+        assert len(warnings(caplog)) == 1
+        ranks.wait(1)
+        assert "step 13 takes 71 s, 36 times" in warnings(caplog)[1]
+        assert len(stacks) == 3
+    ranks.step(14, 0.0)
+    ranks.wait(1)
+    assert "step 13 went on after 72 s" in caplog.messages
+    assert len(warnings(caplog)) == 2
+
+
+def test_a_rank_that_is_slow_within_a_phase_is_told_by_the_gradients_that_it_has_not_sent(tmp_path, clock, caplog):
+    ranks = Ranks(tmp_path, 3, clock)
+    for number in range(1, 13):
+        ranks.step(number, 0.1)
+    for rank, each in enumerate(ranks.all):
+        each.pulse.begin_step(13, "other")
+        each.pulse._enter("d_step")
+        if rank != 1:
+            each.pulse.sent()
+    ranks.wait(6)
+    (told,) = warnings(caplog)
+    assert "rank 1 on node1 (pid 71) is in d_step of step 13 since 6 s; the others wait for it (rank 0 in" in told
+    ranks.all[1].pulse.sent()
+    ranks.wait(60)
+    assert "all ranks are in d_step of step 13 (gradients sent)" in warnings(caplog)[1]
+
+
+def test_a_stopped_rank_is_not_heard_of_whatever_the_phase(tmp_path, clock, caplog):
+    ranks = Ranks(tmp_path, 2, clock)
+    for each in ranks.all:
+        each.pulse.begin_step(1, "other")
+        each.pulse._enter("validation")
+    ranks.wait(30)
+    assert warnings(caplog) == [], "validation may take long"
+    ranks.wait(10, without=[1])
+    assert warnings(caplog) == []
+    ranks.wait(1, without=[1])
+    (told,) = warnings(caplog)
+    assert "step 1 takes 41 s: rank 1 on node1 (pid 71) has not been heard of for 11 s, last in validation" in told
+    assert "times the median" not in told
+    for file in tmp_path.glob("logs/rank_00001.beat"):
+        file.unlink()
+    ranks.wait(61, without=[1])
+    assert len(warnings(caplog)) == 1, "a rank that has ended is not waited for by its beat"
+
+
+def test_first_steps_validation_and_checkpoints_give_no_alarm(tmp_path, clock, caplog):
+    ranks = Ranks(tmp_path, 2, clock)
+    for each in ranks.all:
+        each.pulse.begin_step(1, "other")
+    ranks.wait(80)  # compiles
+    for number in range(2, 30):
+        ranks.step(number, 0.1)
+    for phase in watch.EXEMPT:
+        with ranks.all[0].pulse.within(phase), ranks.all[1].pulse.within(phase):
+            ranks.wait(80)
+        ranks.wait(2)
+    ranks.step(30, 0.1)
+    assert ranks.all[0].pulse.median_s == pytest.approx(0.1)
+    # The host runs ahead of the device and waits at every log line: those steps are compared with their like.
+    for number in range(31, 151):
+        ranks.step(number, 0.01 if number % 10 else 7.0, "other" if number % 10 else "logged")
+    ranks.all[0].pulse.begin_step(160, "logged")
+    ranks.wait(20)
+    assert warnings(caplog) == []
+
+
+def test_few_beats_a_second_of_thousands_of_ranks(tmp_path, monkeypatch):
+    class Fake:
+        process_index, num_processes = 0, 3200
+
+    watched = Watch(Workspace(tmp_path, "x"))
+    monkeypatch.setattr(watched, "_acquire", lambda _: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    watched.start(Fake())
+    assert watched._interval_s == 32.0
+    assert watched._silent_after_s == 96.0
+
+
+def test_a_phase_costs_microseconds():
+    pulse, num = Pulse(), 20_000
+    began_at = time.perf_counter()
+    for _ in range(num):
+        with pulse.within("data"):
+            pulse.sent()
+    assert (time.perf_counter() - began_at) / num < 50e-6, "a step has about ten, and takes tens of milliseconds"
+    assert pulse.count == 3 * num
+
+
+def test_a_timeout_names_the_rank_that_hangs_and_ends_it_if_it_is_of_this_host(tmp_path):
+    hung, alive = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    try:
+        work = Workspace(tmp_path, "x")
+        ranks = Ranks(tmp_path, 3, None)
+        for each, process in zip(ranks.all[1:], (hung, alive), strict=True):
+            here = {"pid": process.pid, "started": started_at(process.pid), "pid_space": pid_space()}
+            each._me |= here
+        me = ranks.all[0]
+        me._me["pid_space"], me._interval_s = pid_space(), 0.2
+        for each in ranks.all:
+            each.pulse.begin_step(8, "other")
+            each.pulse._enter("g_step")
+            each._beat()
+        ranks.all[2]._thread = threading.Thread(target=ranks.all[2]._run)
+        ranks.all[2]._interval_s = 0.1
+        ranks.all[2]._thread.start()
+        with pytest.raises(RuntimeError, match="gloo"), me.explain_timeouts(8.0):
+            raise RuntimeError(TIMED_OUT)  # before the ranks have met: nothing is known of them
+        me._thread = threading.Thread()
+        with pytest.raises(StageError) as caught, me.explain_timeouts(8.0):
+            raise RuntimeError(TIMED_OUT)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert str(caught.value).startswith(
+            f"rank 0 waited for train.timeout_s = 8 s, in g_step of step 8, for rank 1 on node1 (pid {hung.pid}), "
+            f"last in g_step of step 8. Where each rank was is in {work.logs_dir}"
+        )
+        assert hung.wait(5) == -signal.SIGKILL
+        assert alive.poll() is None
+        with pytest.raises(RuntimeError, match="shapes"), me.explain_timeouts(8.0):
+            raise RuntimeError("shapes differ")
+    finally:
+        ranks.all[2]._ended.set()
+        for process in (hung, alive):
+            process.kill()
+            process.wait()
+
+
+def test_the_timeout_is_checked():
+    assert list(TrainConfig(timeout_s=1.0).problems()) == []
+    assert list(TrainConfig(timeout_s=0.0).problems()) == ["train.timeout_s: got 0.0, expected at least 1.0"]
+    assert issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_sleeping_rank_is_named_and_a_stopped_one_ends_all_within_the_timeout(tmp_path, monkeypatch):
+    """The sleeper in the first half of the run; then it is stopped, and its launcher's SIGTERM does not reach it."""
+    timeout_s = 12.0
+    recipe = tiny_recipe(tmp_path, max_steps=100_000, max_epochs=100_000, eval_every_steps=10**6, timeout_s=timeout_s)
+    make_features(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    monkeypatch.setenv("FAULT", "1:14:sleep")
+    process = start([*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)])
+    output, stopped_at = [], None
+    try:
+        for line in process.stdout:
+            output.append(line)
+            if stopped_at is None and "step 14 went on after" in line:
+                ranks = {c.environ().get("RANK"): c for c in psutil.Process(process.pid).children()}
+                ranks["1"].suspend()
+                stopped_at = time.monotonic()
+        finish(process)
+    finally:
+        kill(process)
+    text = "".join(output)
+    assert stopped_at is not None, text[-5000:]
+    assert time.monotonic() - stopped_at < timeout_s + 10
+    assert process.returncode == 1
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
+    slow = next(line for line in output if "step 14 takes" in line)
+    assert "times the median" in slow
+    assert "(pid" in slow.partition(": rank 1 on ")[2]
+    assert "is in after data of step 14 since" in slow
+    assert "the others wait for it (rank 0 in d_step of step 14 (gradients sent))" in slow
+    log = (tmp_path / "logs" / "rank_00001.log").read_text()
+    assert 'faulty.py", line' in log.partition("most recent call first")[2], "where it slept"
+    assert f"rank 0 waited for train.timeout_s = {timeout_s:g} s" in text
+    assert f"for rank 1 on {os.uname().nodename} (pid {ranks['1'].pid}), last in" in text
