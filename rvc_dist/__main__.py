@@ -146,6 +146,11 @@ def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
     return parse_recipe(f"{name} {stage.folders}".strip(), arguments, about), share
 
 
+def stopped_code() -> int:
+    """EXIT_STOPPED; under an agent that would take it for a failure and start the ranks again at once, 0."""
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else EXIT_STOPPED
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -186,7 +191,7 @@ def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], 
             importlib.import_module(STAGES[name].module).run(recipe, share, **options)
     except Stopped as stopped:
         logging.getLogger("rvc_dist").warning("%s", stopped)
-        return EXIT_STOPPED
+        return stopped_code()
     except (StageError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NOT_WRITABLE:
             raise

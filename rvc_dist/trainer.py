@@ -137,6 +137,7 @@ class Trainer:
     def _prepare_run_folder(self) -> None:
         weights = sum(p.nbytes for n in self.networks.values() for p in n.raw.parameters())
         checkpoint.prepare_folder(self.work.checkpoints_dir, 3 * weights)  # and two moments of each
+        self.work.requeue_file.unlink(missing_ok=True)
         self.work.save_recipe(self.recipe.to_yaml())
 
     def _choose_compiled(self, modules: Mapping[str, nn.Module]) -> dict[str, bool]:
@@ -315,8 +316,11 @@ class Trainer:
                         self.save()
                 if asked and self.progress.step < self.total_steps:
                     self._finish_writing()
+                    name = signal.Signals(asked).name
+                    if self.accelerator.is_main_process:  # for batch scripts: a launcher hides its ranks' exit codes
+                        write_json(self.work.requeue_file, {"step": self.progress.step, "signal": name})
                     raise Stopped(
-                        f"stopped by {signal.Signals(asked).name} at step {self.progress.step} of "
+                        f"stopped by {name} at step {self.progress.step} of "
                         f"{self.total_steps}; a checkpoint was written and the same command continues"
                     )
         self._finish_writing()

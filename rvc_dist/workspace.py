@@ -69,6 +69,7 @@ class Workspace:
         self.checkpoints_dir = self.root / "checkpoints"
         self.pretrained_dir = self.root / "pretrained"
         self.compile_file = self.root / "compile.json"
+        self.requeue_file = self.root / "requeue.json"
         self.tensorboard_dir = self.root / "tensorboard"
         self.voice_dir = self.root / "voice"
         self.last_voice_file = self.voice_dir / f"{name}_last.pth"
