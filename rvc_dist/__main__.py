@@ -18,7 +18,7 @@ from rvc_dist.logs import RankLog, rank_log
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
-"""75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run."""
+"""75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run. The doctor has a 3 besides."""
 
 
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
@@ -27,7 +27,7 @@ NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 
 class Stage(NamedTuple):
     module: str
-    """Module with `run(recipe, share)`; imported only when the stage runs."""
+    """Module with `run(recipe, share)`, which may return an exit code; imported only when the stage runs."""
     about: str
     takes_shard: bool = False
     folders: str = ""
@@ -57,6 +57,11 @@ STAGES = {
         keeps_log=False,
     ),
     "bench": Stage("rvc_dist.bench", "Measure training steps; --parity compares losses with float32 ones."),
+    "doctor": Stage(
+        "rvc_dist.doctor",
+        "Check ranks, devices, network, disk, data and weights before training; exits with 1 on errors, 3 on warnings.",
+        keeps_log=False,
+    ),
     "demo": Stage("rvc_dist.demo", "The whole job on the embedded demo voice."),
 }
 
@@ -188,7 +193,7 @@ def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], 
     """Run a stage, tell the user's mistakes and the disk's in a sentence; its exit code."""
     try:
         with log.first_cause() if log is not None else nullcontext():
-            importlib.import_module(STAGES[name].module).run(recipe, share, **options)
+            code: int | None = importlib.import_module(STAGES[name].module).run(recipe, share, **options)
     except Stopped as stopped:
         logging.getLogger("rvc_dist").warning("%s", stopped)
         return stopped_code()
@@ -203,7 +208,7 @@ def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], 
     except KeyboardInterrupt:
         print(f"rvc-dist {name}: interrupted; the same command continues", file=sys.stderr)
         return EXIT_STOPPED
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ MIN_BF16_CAPABILITY = (8, 0)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Accelerator:
     """The Accelerator of this rank, after the kernel settings, which must precede the first CUDA call.
+
+    `timeout_s` is how long it waits for other ranks, now and in every collective; by default train.timeout_s.
 
     Raises:
         StageError: the launcher asked for another number of ranks than joined, or the hardware has no bf16.
@@ -49,7 +51,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[
             # With accumulation the first backward passes are local, and a static graph would be recorded from those.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.grad_accum_steps == 1),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s or config.timeout_s)),
         ],
     )
     if accelerator.num_processes != wanted:

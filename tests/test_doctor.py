@@ -1,0 +1,733 @@
+"""The doctor finds nothing on a healthy machine, names each fault with its remedy, and leaves no trace."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import resource
+import time
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from launching import ROOT, finish, launcher, start
+from tiny import make_features, tiny_recipe, with_train
+
+from rvc_dist import __main__ as cli
+from rvc_dist import checkpoint, doctor, networks
+from rvc_dist.config import DataConfig, ExtractConfig, PreprocessConfig, Recipe
+from rvc_dist.data import ClipTable
+from rvc_dist.doctor import disk, findings, machine, team, training, wire
+from rvc_dist.doctor.findings import Problem, Result, Severity
+from rvc_dist.doctor.team import Exam, Team
+from rvc_dist.optim import OptimizerState
+from rvc_dist.workspace import Plan, StageError, Unit, Workspace, save_arrays
+
+Usage = namedtuple("Usage", "total used free")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(disk, "MAX_FSYNC_S", 3600.0)  # the disk of a busy test machine may be slow
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    """Of a run whose features exist."""
+    recipe = tiny_recipe(tmp_path / "run", batch_size=1, num_workers=1)
+    make_features(recipe, num_clips=12)
+    return recipe
+
+
+def file_of(recipe: Recipe) -> str:
+    path = Path(recipe.run_dir).with_suffix(".yaml")
+    path.write_text(recipe.to_yaml())
+    return str(path)
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def the_problem(result: Result, severity: Severity) -> Problem:
+    (problem,) = result.problems
+    assert problem.severity == severity
+    assert problem.remedy
+    return problem
+
+
+def examined(check, exam: Exam) -> Result:
+    """What a check finds, its StageError included."""
+    result = Result()
+    try:
+        check(exam, result)
+    except StageError as error:
+        result.fail(*findings.with_remedy(str(error)))
+    return result
+
+
+def full(free: int):
+    return lambda _: Usage(2 * free, free, free)
+
+
+# The whole
+
+
+def test_a_healthy_run_has_no_problem_and_is_left_as_it_was(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    before = files_in(Path(recipe.run_dir))
+    began_at = time.process_time()  # other processes may keep this one waiting
+    assert cli.main(["doctor", "--config", file_of(recipe)]) == 0
+    assert time.process_time() - began_at < 20
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"rvc-dist doctor: tiny in {recipe.run_dir}, 1 rank"
+    assert lines[-1].startswith("0 errors, 0 warnings; ")
+    states = {line[7:].strip().split("  ")[0]: line.split()[0] for line in lines[1:-1] if line[:1].strip()}
+    assert states == {check.name: "ok" for check in doctor.CHECKS} | {"all-reduce": "skipped"}
+    assert files_in(Path(recipe.run_dir)) == before
+
+
+def test_without_data_the_machine_is_checked_and_no_folder_is_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    recipe = tiny_recipe(tmp_path / "runs" / "new", batch_size=1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert cli.main(["doctor", "--config", "recipe.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "no recipe with data was given" in out
+    assert "data made up, batch 1 clip(s) of 50 frames" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("severity", "code"), [("warn", 3), ("fail", 1)])
+def test_the_exit_code_is_that_of_the_worst_problem(recipe, severity, code, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    checks = (
+        doctor.Check("good", lambda _, result: result.same.update(size="3 GB")),
+        doctor.Check("bad", lambda _, result: getattr(result, severity)("it [hurts]", "rest")),
+        doctor.Check("careful", lambda _, result: result.warn("hm", "look")),
+    )
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    assert cli.main(["doctor", "--config", file_of(recipe)]) == code
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("ok ") and line.endswith("size 3 GB") for line in lines)
+    name = {"warn": "WARNING", "fail": "ERROR"}[severity]
+    at = next(i for i, line in enumerate(lines) if line.endswith(f"{name}: it [hurts]"))
+    assert lines[at + 1].endswith("remedy: rest")
+
+
+def test_a_check_that_fails_is_told_and_the_next_one_begins(recipe, monkeypatch):
+    def lost(_exam: Exam, _result: Result) -> None:
+        raise StageError("run/clips has no clips: run `rvc-dist preprocess` first")
+
+    def unreadable(_exam: Exam, _result: Result) -> None:
+        raise PermissionError(13, "Permission denied", "/a/b")
+
+    checks = (doctor.Check("a", lost), doctor.Check("b", unreadable), doctor.Check("c", lambda *_: None))
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    first, second, third = doctor.examine(Exam(recipe, Team()))
+    assert first.problems == [(Severity.ERROR, "run/clips has no clips", "run `rvc-dist preprocess` first")]
+    assert the_problem(second, Severity.ERROR).what == "/a/b: Permission denied"
+    assert third.problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_check_each_other_and_a_rank_that_differs_stands_beside_the_others(recipe, tmp_path):
+    def doctor_on_two(*arguments: object, code: int) -> list[str]:
+        process = start([*launcher(2), str(ROOT / "tests" / "doctor_on_ranks.py"), *map(str, arguments)])
+        output = finish(process, 120)
+        assert process.returncode == code, output
+        return [line.rstrip() for line in output.splitlines()]
+
+    def seconds_of_children() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before, began_at = files_in(Path(recipe.run_dir)), seconds_of_children()
+    healthy = doctor_on_two(file_of(recipe), code=0)
+    assert seconds_of_children() - began_at < 2 * 20, "with the start of the launcher and of Python"
+    assert any("0 errors, 0 warnings; " in line for line in healthy)
+    assert any("ranks 2, hosts 1, backend gloo" in line for line in healthy)
+    assert any("all-reduce" in line and "MB a step" in line for line in healthy)
+    assert any("run folder" in line and "shared yes" in line for line in healthy)
+    assert sum("rvc-dist doctor" in line for line in healthy) == 1, "only the first rank prints"
+
+    other = tmp_path / "other"
+    sick = doctor_on_two(file_of(recipe), other, code=1)
+    numpy = machine.installed("numpy")
+    assert any(f"ERROR: ranks differ in numpy (rank 0: {numpy}; rank 1: 1.0)" in line for line in sick)
+    assert any("ERROR: rank 1: numpy 1.0; rvc_dist needs numpy>=" in line for line in sick)
+    assert any("ERROR: ranks differ in run_dir (rank 0: " in line for line in sick)
+    assert any(f"ERROR: rank 1: {other}, which rank 0 has, does not exist here" in line for line in sick)
+    assert any(line.endswith(f"remedy: {team.SAME_FOLDER}") for line in sick)
+    assert files_in(Path(recipe.run_dir)) == before
+    assert not other.exists()
+
+
+# Findings
+
+
+def test_runs_of_ranks_are_shortened():
+    assert findings.ranks_text([0, 1, 2, 3, 7, 9, 10]) == "0-3, 7, 9-10"
+    assert findings.side_by_side(["2.6"] * 7 + ["2.5"]) == "ranks 0-6: 2.6; rank 7: 2.5"
+
+
+def test_a_verdict_tells_what_differs_and_who_has_a_problem():
+    results = [Result(same={"torch": "2.6"}, own={"host": "a"}, measured={"free": (1000.0, "GB")}) for _ in range(3)]
+    results[2] = Result(same={"torch": "2.5"}, own={"host": "b"}, measured={"free": (1.5, "GB")})
+    results[1].warn("hot", "cool it")
+    verdict = findings.verdict("versions", "install the same", results)
+    assert verdict.severity == Severity.ERROR
+    assert verdict.facts == ("host (ranks 0-1: a; rank 2: b), free 1.5 to 1000 GB")
+    assert verdict.problems == (
+        (Severity.ERROR, "ranks differ in torch (ranks 0-1: 2.6; rank 2: 2.5)", "install the same"),
+        (Severity.WARNING, "rank 1: hot", "cool it"),
+    )
+
+
+def test_a_problem_of_all_ranks_is_told_once():
+    results = [Result(), Result()]
+    for result in results:
+        result.fail("lost", "look")
+    results[0].same |= {"half": "done", "all": "done"}
+    results[1].same["all"] = "done"
+    verdict = findings.verdict("x", "", results)
+    assert verdict.problems == ((Severity.ERROR, "lost", "look"),)
+    assert verdict.facts == "all done"
+    results[1].problems.clear()  # it could have found the other half
+    assert "ranks differ in half (rank 0: done; rank 1: missing)" in str(findings.verdict("x", "", results).problems)
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ("run/features has no features: run `rvc-dist extract` first", "run `rvc-dist extract` first"),
+        ("a is damaged and was not used; remove a to continue\n  b is missing", "remove a to continue"),
+        ("train.precision: T4 is too old, it says. Set train.precision to fp32", "Set train.precision to fp32"),
+    ],
+)
+def test_a_stages_error_ends_with_the_remedy(message, remedy):
+    what, found = findings.with_remedy(message)
+    assert found == remedy
+    assert remedy not in what
+    assert what.endswith("b is missing") == ("b is missing" in message)
+
+
+def test_an_error_of_one_sentence_is_kept_whole():
+    assert findings.with_remedy("train.pretrained_g: /a/G.pth does not exist")[0].endswith("/a/G.pth does not exist")
+
+
+# Ranks
+
+
+def test_a_launchers_ranks_are_left_alone():
+    for environment in (
+        {},
+        {"RANK": "1", "WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script, which is no rank
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+    ):
+        before = dict(environment)
+        assert team.adopt_slurm_ranks(environment) == (int(environment.get("RANK", 0)), "")
+        assert environment == before
+
+
+def test_tasks_of_srun_are_ranks_when_they_can_find_each_other():
+    slurm = {"SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+    slurm["SLURM_STEP_TASKS_PER_NODE"] = "2(x2),1"
+    rank, missing = team.adopt_slurm_ranks(dict(slurm, MASTER_ADDR="node1"))
+    assert rank == 3
+    assert "srun started 5 tasks" in missing
+    assert "MASTER_PORT not set" in missing
+    environment = dict(slurm, MASTER_ADDR="node1", MASTER_PORT="29500")
+    assert team.adopt_slurm_ranks(environment) == (3, "")
+    wanted = {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1"}
+    assert wanted.items() <= environment.items()
+    assert team.tasks_per_node("2(x2),1") == [2, 2, 1]
+
+
+def test_tasks_that_cannot_meet_say_what_to_export(recipe, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    exam = team.join(recipe)
+    assert (exam.team.rank, exam.team.count, exam.ready) == (1, 1, False)
+    problem = the_problem(exam.joined, Severity.ERROR)
+    assert "MASTER_ADDR and MASTER_PORT not set" in problem.what
+    assert "export MASTER_ADDR=" in problem.remedy
+    assert "did not find each other" in examined(training.check_dry_step, exam).skipped
+    assert "did not find each other" in examined(wire.check_all_reduce, exam).skipped
+
+
+def test_a_rank_without_a_gpu_of_its_own_number_does_not_start(recipe, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    exam = team.join(recipe)
+    problem = the_problem(exam.joined, Severity.ERROR)
+    assert "number 1 on its host but sees 1 GPU" in problem.what
+    assert "--gpus-per-node" in problem.remedy
+
+
+def test_a_launcher_whose_ranks_do_not_join_is_told(recipe, monkeypatch):
+    def lonely(*_):
+        raise StageError("the launcher asked for 2 ranks but 1 joined; on CPUs launch with X")
+
+    monkeypatch.setattr(team, "make_accelerator", lonely)
+    exam = team.join(recipe)
+    problem = the_problem(exam.joined, Severity.ERROR)
+    assert problem.what == "the launcher asked for 2 ranks but 1 joined"
+    assert problem.remedy == "on CPUs launch with X"
+
+
+def test_a_rendezvous_that_fails_is_told(recipe, monkeypatch):
+    def unreachable(*_):
+        raise RuntimeError("The client socket has timed out after 60000ms (host1, 29500).\nmore")
+
+    monkeypatch.setattr(team, "make_accelerator", unreachable)
+    problem = the_problem(team.join(recipe).joined, Severity.ERROR)
+    assert problem.what.endswith("(host1, 29500).")
+    assert "MASTER_ADDR" in problem.remedy
+    assert "NCCL_SOCKET_IFNAME" in problem.remedy
+
+
+def test_clocks_that_disagree_are_a_warning():
+    result = Result()
+    team.skewed_clocks([100.0, 104.0, 99.5], result)
+    assert result.problems == []
+    team.skewed_clocks([100.0, 160.0, 98.0], result)
+    assert "rank 1 is 62 s ahead of rank 2's" in the_problem(result, Severity.WARNING).what
+
+
+# The machine
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "works", "severity"),
+    [
+        ("12.6", True, True, None),
+        (None, False, False, None),
+        ("12.6", False, False, None),
+        (None, True, False, Severity.WARNING),
+        ("13.0", True, False, Severity.ERROR),
+    ],
+)
+def test_torch_must_fit_the_driver(cuda, driver, works, severity):
+    result = Result()
+    machine.torch_and_driver(cuda, driver, works, result)
+    if severity is None:
+        assert result.problems == []
+    else:
+        assert "torch" in the_problem(result, severity).what
+
+
+def test_outdated_and_missing_packages_are_named():
+    versions = {"torch": "2.5.1", "numpy": "2.0.0"}
+    requirements = ["torch>=2.6", "numpy>=1.26", "rich>=13", "faiss-cpu>=1.8; extra == 'cpu'"]
+    result = Result()
+    machine.outdated(requirements, lambda name: versions.get(name, ""), result)
+    assert [(p.what, p.remedy) for p in result.problems] == [
+        ("torch 2.5.1; rvc_dist needs torch>=2.6", "pip install 'torch>=2.6'"),
+        ("rich is not installed; rvc_dist needs rich>=13", "pip install 'rich>=13'"),
+    ]
+
+
+def test_the_packages_of_a_recipe(tmp_path):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "a.m4a").write_bytes(b"x")
+    recipe = replace(
+        tiny_recipe(tmp_path / "run", optimizer="lion"),
+        data=DataConfig(audio_dir=str(tmp_path / "audio")),
+        extract=ExtractConfig(f0_method="hybrid[fcpe+dio+yin]"),
+        preprocess=PreprocessConfig(clean_dataset=True),
+    )
+    wanted = machine.wanted_packages(recipe, Workspace(recipe.run_dir, recipe.name))
+    assert set(wanted) == {"faiss", "torchfcpe", "pyworld", "noisereduce", "pytorch_optimizer", "av"}
+    assert wanted["pyworld"][0] == "pyworld-prebuilt"
+    assert wanted["av"] == ("av", "a.m4a in data.audio_dir")
+    eight_bit = with_train(recipe, optimizer="adamw_8bit")
+    assert "bitsandbytes" in machine.wanted_packages(eight_bit, Workspace(recipe.run_dir, recipe.name))
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_missing_package_is_an_error_as_long_as_a_stage_needs_it(recipe, done, monkeypatch):
+    def without(name, *_):
+        if name in ("torchfcpe", "pytorch_optimizer"):
+            raise ImportError(f"No module named '{name}'")
+        return real(name)
+
+    real = importlib.import_module
+    monkeypatch.setattr(machine.importlib, "import_module", without)
+    exam = Exam(replace(recipe, extract=ExtractConfig(f0_method="fcpe")), Team(), data_stages_done=done)
+    result = examined(machine.check_packages, exam)
+    problem = the_problem(result, Severity.WARNING if done else Severity.ERROR)
+    assert problem.what.startswith("extract.f0_method fcpe needs the package torchfcpe")
+    assert problem.remedy == "pip install torchfcpe"
+    exam = Exam(with_train(recipe, optimizer="lion"), Team(), data_stages_done=done)
+    assert the_problem(examined(machine.check_packages, exam), Severity.ERROR).remedy == "pip install pytorch-optimizer"
+
+
+def test_ranks_on_one_gpu_are_an_error():
+    seats = [machine.Seat("a", gpu, 1, frozenset(range(8))) for gpu in ("G0", "G1", "G1")]
+    seats.append(machine.Seat("b", "G1", 1, frozenset(range(8))))
+    result = Result()
+    machine.shared_seats(seats, result)
+    problem = the_problem(result, Severity.ERROR)
+    assert problem.what == "ranks 1-2 compute on the same GPU (G1 of a)"
+    assert "one rank a GPU" in problem.remedy
+
+
+def test_more_threads_than_cores_are_a_warning():
+    halves = [machine.Seat("a", "", 4, frozenset(range(0, 4))), machine.Seat("a", "", 4, frozenset(range(4, 8)))]
+    result = Result()
+    machine.shared_seats(halves, result)
+    assert result.problems == []
+    machine.shared_seats([s._replace(cores=frozenset(range(4))) for s in halves], result)
+    problem = the_problem(result, Severity.WARNING)
+    assert problem.what == "a: 2 rank(s) have 8 threads for 4 core(s)"
+    assert "OMP_NUM_THREADS=2" in problem.remedy
+
+
+def test_a_gpu_that_others_use_is_a_warning():
+    result = Result()
+    machine.crowded_gpu(80 << 30, 1 << 30, result)
+    assert result.problems == []
+    machine.crowded_gpu(80 * 10**9, 20 * 10**9, result)
+    assert "20.0 of the GPU's 80.0 GB are taken" in the_problem(result, Severity.WARNING).what
+
+
+def test_an_old_gpu_has_no_bf16(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    gpu = Team()
+    gpu.device = torch.device("cuda", 0)
+    result = examined(machine.check_precision, Exam(with_train(recipe, bf16_adamw=True), gpu))
+    problem = the_problem(result, Severity.ERROR)
+    assert "Tesla T4 (compute capability 7.5)" in problem.what
+    assert "train.precision fp32" in problem.remedy
+    assert result.same["TF32"] == "no"
+    result = examined(machine.check_precision, Exam(with_train(recipe, fast_train=True), gpu))
+    assert result.problems == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    result = examined(machine.check_precision, Exam(with_train(recipe, bf16_adamw=True, fast_train=True), gpu))
+    assert result.problems == []
+    assert (result.same["bf16"], result.same["TF32"]) == ("yes", "used")
+
+
+# Disk and memory
+
+
+def test_a_small_shared_memory_names_the_size_that_it_needs(recipe, monkeypatch):
+    exam = Exam(replace(recipe, train=replace(recipe.train, batch_size=2, num_workers=2)), Team())
+    exam.table = ClipTable.load(exam.recipe)
+    # Clips of at most 0.84 s are padded to 100 frames of 240 samples, 16 features and a pitch; four steps a worker.
+    needed = 2 * 100 * (240 + 16 + 1) * 4 * 2 * 4
+    monkeypatch.setattr(training.shutil, "disk_usage", full(needed))
+    result = examined(training.check_shared_memory, exam)
+    assert result.problems == []
+    assert result.measured["needed"] == (needed / 1e6, "MB")
+    monkeypatch.setattr(training.shutil, "disk_usage", full(needed - 1))
+    problem = the_problem(examined(training.check_shared_memory, exam), Severity.ERROR)
+    assert "--shm-size=1g" in problem.remedy
+    assert "train.num_workers 0" in problem.remedy
+    exam.recipe = with_train(exam.recipe, num_workers=0)
+    assert examined(training.check_shared_memory, exam).skipped == "no loader processes"
+
+
+@pytest.mark.parametrize(("free", "severity"), [(900, Severity.ERROR), (4000, Severity.WARNING), (5000, None)])
+def test_a_disk_must_hold_the_checkpoints(free, severity, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk.shutil, "disk_usage", full(free * 10**6))
+    result = Result()
+    disk.judge_disk(tmp_path, one=10**9, total=5 * 10**9, result=result)
+    if severity is None:
+        assert result.problems == []
+    else:
+        problem = the_problem(result, severity)
+        assert f"the disk has {'900 MB' if free == 900 else '4.00 GB'} free" in problem.what
+        assert "train.keep_checkpoints" in problem.remedy
+
+
+def test_checkpoints_that_are_there_need_no_room_again(recipe, monkeypatch):
+    exam = Exam(recipe, Team())
+    training.check_weights(exam, Result())
+    needs = []
+    monkeypatch.setattr(disk, "judge_disk", lambda _folder, _one, total, _result: needs.append(total))
+    disk.check_disk(exam, Result())
+    folder = exam.work.checkpoints_dir / "step_00000001"
+    folder.mkdir(parents=True)
+    (folder / "x").write_bytes(bytes(1000))
+    disk.check_disk(exam, Result())
+    weights = exam.weight_bytes
+    generator = sum(p.nbytes for p in exam.modules["generator"].parameters())
+    assert needs[0] == 5 * (3 * weights + checkpoint.SPARE_BYTES) + 3 * (generator // 2)
+    assert needs[1] == needs[0] - 1000
+
+
+def test_a_file_in_the_place_of_the_run_folder(tmp_path):
+    (tmp_path / "run").write_text("in the way")
+    result = examined(disk.check_run_folder, Exam(tiny_recipe(tmp_path / "run"), Team()))
+    problem = the_problem(result, Severity.ERROR)
+    assert str(tmp_path / "run") in problem.what
+    assert "remove what is in the way" in problem.remedy
+    assert (tmp_path / "run").read_text() == "in the way"
+
+
+def test_a_slow_disk_is_a_warning_and_a_refusing_one_leaves_no_trace(tmp_path, monkeypatch):
+    exam = Exam(tiny_recipe(tmp_path / "run"), Team())
+    monkeypatch.setattr(disk, "MAX_FSYNC_S", 0.0)
+    result = examined(disk.check_run_folder, exam)
+    assert "train.save_every_steps" in the_problem(result, Severity.WARNING).remedy
+    assert set(result.measured) == {"write, sync, rename", "writes"}
+    assert not (tmp_path / "run").exists()
+
+    def refuse(self, _target):
+        raise OSError(1, "Operation not permitted", str(self))
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert "Operation not permitted" in the_problem(examined(disk.check_run_folder, exam), Severity.ERROR).what
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_renaming_that_does_not_replace_is_an_error(tmp_path, monkeypatch):
+    # As on a filesystem that overwrites in place: who has the old file open sees the new text.
+    def overwrite(path: Path, data: bytes | str) -> None:
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+    monkeypatch.setattr(disk, "atomic_write", overwrite)
+    result = examined(disk.check_run_folder, Exam(tiny_recipe(tmp_path / "run"), Team()))
+    assert "not atomic" in the_problem(result, Severity.ERROR).what
+
+
+# Data and weights
+
+
+def test_what_is_there_before_the_data_stages(tmp_path):
+    audio = tmp_path / "audio"
+    recipe = replace(tiny_recipe(tmp_path / "run"), data=DataConfig(audio_dir=str(audio), sample_rate=24000))
+    assert "does not exist" in the_problem(examined(training.check_data, Exam(recipe, Team())), Severity.ERROR).what
+    audio.mkdir()
+    (audio / "a.wav").write_bytes(b"x")
+    (audio / "b.txt").write_bytes(b"x")
+    result = examined(training.check_data, Exam(recipe, Team()))
+    assert result.same == {"recordings": "1", "left out": "1"}
+    assert result.skipped.endswith("rvc-dist run makes them")
+    write_plan(recipe)
+    problem = the_problem(examined(training.check_data, Exam(recipe, Team())), Severity.WARNING)
+    assert "no finished features" in problem.what
+
+
+def write_plan(recipe: Recipe) -> Plan:
+    """For the four units of `recipe`'s twelve clips."""
+    plan = Plan("listing", {}, tuple(Unit(i, ()) for i in range(4)), ())
+    work = Workspace(recipe.run_dir, recipe.name)
+    work.clips_dir.mkdir(parents=True, exist_ok=True)
+    work.plan_file.write_text(plan.dumps())
+    return plan
+
+
+def test_features_of_other_clips_or_settings_are_a_warning(recipe):
+    exam, work = Exam(recipe, Team()), Workspace(recipe.run_dir, recipe.name)
+    plan = write_plan(recipe)
+    problem = the_problem(examined(training.check_data, exam), Severity.WARNING)
+    assert "4 of 4 units are missing or stale" in problem.what
+    assert "rvc-dist preprocess" in problem.remedy
+    for unit in plan.units:
+        save_arrays(work.clips_file(unit.id), {}, {"stamp": unit.stamp({}), "sample_rate": 24000, "clips": []})
+    problem = the_problem(examined(training.check_data, exam), Severity.WARNING)
+    assert "were made with other settings, or of other clips" in problem.what
+    assert not exam.data_stages_done
+
+
+def test_missing_features_damaged_files_and_another_rate(recipe):
+    work = Workspace(recipe.run_dir, recipe.name)
+    work.clips_file(1).unlink()
+    work.clips_file(2).write_bytes(b"damaged")
+    problem = the_problem(examined(training.check_data, Exam(recipe, Team())), Severity.ERROR)
+    assert "2 of 4 clips files are missing or damaged (00001.safetensors, 00002.safetensors)" in problem.what
+    assert "preprocess" in problem.remedy
+    other_rate = replace(recipe, data=replace(recipe.data, sample_rate=48000))
+    problem = the_problem(examined(training.check_data, Exam(other_rate, Team())), Severity.ERROR)
+    assert "24000 Hz" in problem.what
+    assert problem.remedy.startswith("run `rvc-dist preprocess`")
+    work.features_file(3).write_bytes(b"damaged")
+    problem = the_problem(examined(training.check_data, Exam(recipe, Team())), Severity.ERROR)
+    assert "00003.safetensors is damaged" in problem.what
+
+
+def test_a_global_batch_too_large_for_the_data_is_a_warning(recipe):
+    exam = Exam(with_train(recipe, batch_size=2, grad_accum_steps=2), Team())
+    problem = the_problem(examined(training.check_data, exam), Severity.WARNING)
+    assert problem.what == "the global batch of 4 is more than a quarter of the 10 clips"
+
+
+def test_pretrained_weights_that_do_not_fit(recipe, tmp_path):
+    file = tmp_path / "G.pth"
+    result = examined(training.check_weights, Exam(with_train(recipe, pretrained_g=str(file)), Team()))
+    assert "does not exist" in the_problem(result, Severity.ERROR).what
+    torch.save({"model": {"emb_g.weight": torch.zeros(1, 7)}}, file)
+    exam = Exam(with_train(recipe, pretrained_g=str(file)), Team())
+    exam.table = ClipTable.load(recipe)
+    assert (
+        "does not fit this recipe's network" in the_problem(examined(training.check_weights, exam), Severity.ERROR).what
+    )
+    assert examined(training.check_dry_step, exam).skipped == "the networks could not be built"
+
+
+def test_one_pretrained_network_of_two_is_a_warning(recipe, tmp_path, caplog):
+    exam = Exam(recipe, Team(), table=ClipTable.load(recipe))
+    _, modules = networks.build(recipe, exam.table, resuming=False)
+    torch.save({"model": modules["discriminator"].state_dict()}, tmp_path / "D.pth")
+    exam.recipe = with_train(recipe, pretrained_d=str(tmp_path / "D.pth"))
+    with caplog.at_level(logging.ERROR):
+        result = examined(training.check_weights, exam)
+    assert result.same["begins with"] == "D.pth"
+    assert "train.pretrained_g is not set" in the_problem(result, Severity.WARNING).what
+
+
+def test_a_damaged_checkpoint_and_one_of_another_recipe(recipe):
+    exam = Exam(recipe, Team(), table=ClipTable.load(recipe))
+    shape, modules = networks.build(recipe, exam.table, resuming=False)
+    saved = checkpoint.Checkpoint(
+        progress=checkpoint.Progress(step=7),
+        identity=networks.identity(recipe, shape, exam.table),
+        models={name: module.state_dict() for name, module in modules.items()},
+        optimizers={name: OptimizerState({}, []) for name in checkpoint.MODELS},
+    )
+    path = checkpoint.save(exam.work.checkpoints_dir, saved)
+    result = examined(training.check_weights, exam)
+    assert result.problems == []
+    assert result.same["begins with"] == "step_00000007"
+    other = Exam(with_train(recipe, bf16_adamw=True), Team(), table=exam.table)
+    problem = the_problem(examined(training.check_weights, other), Severity.ERROR)
+    assert "optimizer: adamw, now anyprecision_adamw" in problem.what
+    assert "another run_dir" in problem.remedy
+    (path / "generator.safetensors").write_bytes(b"damaged")
+    problem = the_problem(examined(training.check_weights, exam), Severity.ERROR)
+    assert "is damaged" in problem.what
+    assert "generator.safetensors has 7 bytes" in problem.what
+
+
+# A step, and the network
+
+
+def on_cpu() -> Team:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Team(accelerator=Accelerator(cpu=True))
+
+
+def test_the_dry_step_is_a_whole_step_of_the_recipe(recipe):
+    exam = Exam(with_train(recipe, bf16_adamw=True, grad_accum_steps=3), on_cpu(), table=ClipTable.load(recipe))
+    training.check_weights(exam, Result())
+    before = {name: p.detach().clone() for name, p in exam.modules["generator"].named_parameters()}
+    generator = exam.modules["generator"]
+    result = examined(training.check_dry_step, exam)
+    assert result.problems == []
+    assert any(not torch.equal(p, before[name]) for name, p in generator.named_parameters()), "weights are updated"
+    assert 0 < result.measured["mel loss"][0] < 10
+    seconds = result.measured["took"][0]
+    assert exam.step_s == pytest.approx(3 * seconds)
+    assert result.own["batch"] == "1 clip(s) of 100 frames"
+
+
+def test_a_step_that_is_not_finite_is_an_error(recipe):
+    exam = Exam(recipe, on_cpu(), table=ClipTable.load(recipe))
+    training.check_weights(exam, Result())
+    with torch.no_grad():
+        next(exam.modules["generator"].parameters()).fill_(float("nan"))
+    problem = the_problem(examined(training.check_dry_step, exam), Severity.ERROR)
+    assert "not finite" in problem.what
+    assert "loss/g_total" in problem.what
+    assert "fp32" in problem.remedy
+
+
+def test_a_clip_that_cannot_be_read_is_an_error(recipe):
+    exam = Exam(recipe, on_cpu(), table=ClipTable.load(recipe))
+    training.check_weights(exam, Result())
+    for unit in range(4):
+        save_arrays(exam.work.clips_file(unit), {}, {"stamp": "tiny"})
+    problem = the_problem(examined(training.check_dry_step, exam), Severity.ERROR)
+    assert "cannot be read" in problem.what
+
+
+def test_a_step_that_runs_out_of_memory_is_an_error(recipe, monkeypatch):
+    def greedy(_trainer, _batches):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    exam = Exam(recipe, on_cpu(), table=ClipTable.load(recipe))
+    training.check_weights(exam, Result())
+    monkeypatch.setattr(training.DryTrainer, "train_step", greedy)
+    monkeypatch.setattr(training.DryTrainer, "_batch_that_fits", lambda *_: 3)
+    problem = the_problem(examined(training.check_dry_step, exam), Severity.ERROR)
+    assert "not enough memory" in problem.what.replace("has not enough", "not enough")
+    assert "train.batch_size 3 would fit" in problem.what + problem.remedy
+
+
+def test_wrong_sums_are_found():
+    pattern = torch.arange(1000) % 3 + 1
+    for dtype in (torch.float32, torch.bfloat16):
+        total = (pattern * 6).to(dtype)  # ranks 0, 1 and 2 gave 1, 2 and 3 times the pattern
+        result = Result()
+        wire.judge_sum(total, pattern, 3, result)
+        assert result.problems == []
+        total[17] = 0.0
+        wire.judge_sum(total, pattern, 3, result)
+        assert "off by up to 100 %" in the_problem(result, Severity.ERROR).what
+        result = Result()
+        wire.judge_sum(total.fill_(float("nan")), pattern, 3, result)
+        the_problem(result, Severity.ERROR)
+
+
+def test_the_bytes_of_a_steps_gradients(recipe):
+    table = ClipTable.load(recipe)
+    shape, modules = networks.build(recipe, table, resuming=False)
+    real = sum(p.nbytes for module in modules.values() for p in module.parameters() if p.requires_grad)
+    assert wire.gradient_bytes(recipe, shape) == real
+    assert wire.gradient_bytes(with_train(recipe, grad_compression="bf16"), shape) == real // 2
+    full_width = Recipe()
+    assert wire.gradient_bytes(full_width, None) == pytest.approx(436e6, rel=0.005)
+
+
+def test_a_network_slower_than_the_device_is_a_warning(recipe):
+    result = Result()
+    wire.judge_communication(0.5, 1.0, 436_000_000, recipe, result)
+    wire.judge_communication(0.5, None, 436_000_000, recipe, result)
+    assert result.problems == []
+    wire.judge_communication(2.0, 1.0, 436_000_000, recipe, result)
+    problem = the_problem(result, Severity.WARNING)
+    assert "takes 2.00 s, computing it 1.00 s" in problem.what
+    assert "train.grad_compression bf16" in problem.remedy
+
+
+def test_an_all_reduce_that_fails_is_told(recipe, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("NCCL error: unhandled system error\nmore")
+
+    two = Team()
+    two.count = 2
+    monkeypatch.setattr(wire, "all_reduce", broken)
+    monkeypatch.setattr(wire.dist, "get_backend", lambda: "nccl")
+    problem = the_problem(examined(wire.check_all_reduce, Exam(recipe, two)), Severity.ERROR)
+    assert problem.what == "all-reduce over nccl fails: NCCL error: unhandled system error"
+    assert "NCCL_DEBUG" in problem.remedy
+
+
+def test_a_rank_that_does_not_answer_leaves_the_others_alone(monkeypatch):
+    def silent(*_args, **_options):
+        raise RuntimeError("Timed out waiting 60000ms for recv operation to complete")
+
+    two = Team()
+    two.count, two._group = 2, SimpleNamespace()
+    monkeypatch.setattr(team.dist, "all_gather_object", silent)
+    with pytest.raises(StageError, match="a rank did not answer within 60 s"):
+        two.gather(1)
+    assert two.gather(2) == [2]
+    assert two.count == 1
