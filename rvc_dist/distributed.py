@@ -226,13 +226,15 @@ class StopSignal:
 
     The handler only sets a flag. Each step takes the maximum of the flags of all ranks over gloo on the host, without
     waiting: the maximum of one step is read at the next, so the device is never waited for. A second signal acts as it
-    would have. FAILED, which is more than any signal, tells the others that a rank cannot go on.
+    would have. FAILED, which is more than any signal, tells the others that a rank cannot go on. A rank of torchrun
+    or `accelerate launch` takes the end of its launcher for SIGTERM: nobody else would end it.
     """
 
     FAILED = 1000
 
     def __init__(self, accelerator: Accelerator, timeout_s: float) -> None:
         self._received = 0
+        self._launcher = os.getppid() if dist.is_torchelastic_launched() else None
         self._pending: tuple[Tensor, Any] | None = None
         self._group: Any = None
         if accelerator.num_processes > 1:
@@ -259,6 +261,8 @@ class StopSignal:
             self._received = self.FAILED
         if self._group is None:
             return self._received
+        if self._launcher not in (None, os.getppid()):
+            self._received = self._received or signal.SIGTERM
         flag = torch.tensor([self._received])
         before, self._pending = self._pending, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, True))
         if before is None:

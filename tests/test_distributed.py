@@ -3,9 +3,11 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from launching import finish, kill, launcher, rvc_dist, start
@@ -56,6 +58,18 @@ def test_a_missing_rank_is_noticed(monkeypatch):
     monkeypatch.setattr(distributed, "Accelerator", lambda **_: alone)
     with pytest.raises(StageError, match="asked for 2 ranks but 1 joined"):
         distributed.make_accelerator(TrainConfig())
+
+
+def test_a_rank_whose_launcher_is_gone_asks_all_to_stop(monkeypatch, tmp_path):
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        stop = distributed.StopSignal(SimpleNamespace(num_processes=2))
+        assert [stop.poll(), stop.poll()] == [0, 0]
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert [stop.poll(), stop.poll()] == [0, signal.SIGTERM], "read one step later"
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
