@@ -62,6 +62,11 @@ STAGES = {
         "Check ranks, devices, network, disk, data and weights before training; exits with 1 on errors, 3 on warnings.",
         keeps_log=False,
     ),
+    "plan": Stage(
+        "rvc_dist.plan",
+        "Say what the run will cost on any number of ranks, and how many are worth it.",
+        keeps_log=False,
+    ),
     "demo": Stage("rvc_dist.demo", "The whole job on the embedded demo voice."),
 }
 

@@ -510,6 +510,35 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """The cluster that `rvc-dist plan` foretells the run on. Bandwidths are in gigabytes (10^9) a second."""
+
+    ranks: int = 8
+    """Ranks that the run is to have; the table shows powers of two beside it."""
+    ranks_per_node: int | None = None
+    """Ranks of a machine; null: its GPUs, or without any its cores over the threads of a rank."""
+    bandwidth_gb_s: float | None = None
+    """Between nodes, of a node in each direction; null: as `bench` measured it, else 3 (25 Gbit/s Ethernet)."""
+    local_bandwidth_gb_s: float | None = None
+    """Between the ranks of a node; null: as `bench` measured it on several ranks, else 10 (PCI Express)."""
+    latency_s: float = 5e-5
+    """Of one message between two ranks, in seconds."""
+    step_s: float | None = None
+    """Seconds of a full step on one rank; null: as `bench` measured it, and it is measured now if it never was."""
+    device_tflop_s: float | None = None
+    """Estimate step_s instead: TFLOP/s that a device really reaches, often a tenth to a third of its data sheet's."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("ranks", "ranks_per_node"):
+            yield from _at_least(f"plan.{name}", getattr(self, name), 1)
+        for name in ("bandwidth_gb_s", "local_bandwidth_gb_s", "step_s", "device_tflop_s"):
+            yield from _above(f"plan.{name}", getattr(self, name), 0.0)
+        yield from _at_least("plan.latency_s", self.latency_s, 0.0)
+        if self.step_s is not None and self.device_tflop_s is not None:
+            yield f"plan.device_tflop_s: got {self.device_tflop_s} with plan.step_s {self.step_s}; set only one"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a run produces."""
 
@@ -526,6 +555,7 @@ class Recipe:
     export: ExportConfig = field(default_factory=ExportConfig)
     infer: InferConfig = field(default_factory=InferConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         problems = []
@@ -540,6 +570,7 @@ class Recipe:
             self.train,
             self.infer,
             self.bench,
+            self.plan,
         )
         for section in sections:
             problems.extend(section.problems())

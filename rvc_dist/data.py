@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 BUCKET_FRAMES = 50
 """Clips are padded to a multiple of this many frames: at most 900 / 50 = 18 shapes."""
+MIN_STEPS_PER_EPOCH = 4
+"""Full steps an epoch below which a run is warned of its global batch, and more ranks are said not to pay."""
 MUTE_SOURCE = ""
 """The source of the silent clips, which belong to no recording."""
 
@@ -235,6 +237,11 @@ class BucketBatchSampler(Sampler[tuple[BatchPlan, ...]]):
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.lengths) // self.global_batch_size)
+
+    @property
+    def exceeds_dataset(self) -> bool:
+        """Whether the global batch is more than the clips bear: an epoch has fewer than MIN_STEPS_PER_EPOCH of it."""
+        return self.global_batch_size * MIN_STEPS_PER_EPOCH > len(self.lengths)
 
     @property
     def num_borrowed(self) -> int:

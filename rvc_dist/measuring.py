@@ -296,22 +296,10 @@ class MeasuredTrainer(Trainer):
 
     def key(self) -> dict[str, Any]:
         """What tells one result from another; plain data."""
-        config, data = self.config, self.recipe.data
         key = {
             "ranks": self.num_ranks,
-            "batch_size": config.batch_size,
-            "grad_accum_steps": config.grad_accum_steps,
-            "precision": "bf16" if config.use_bf16 else "fp32",
-            "optimizer": config.optimizer_name,
-            "fast_train": config.fast_train,
-            "compile": config.compile,
+            **recipe_key(self.recipe),
             "compiled": ", ".join(name for name, yes in self.compiled.items() if yes),
-            "grad_compression": config.grad_compression,
-            "activation_checkpointing": config.activation_checkpointing,
-            "cache_on_device": config.cache_on_device,
-            "multiscale_mel_loss": config.multiscale_mel_loss,
-            "sample_rate": data.sample_rate,
-            **asdict(self.recipe.model),
             "device": kernel_settings(self.device)["device"],
             "cpu": cpu_model(),
             "torch": torch.__version__,
@@ -331,6 +319,25 @@ class MeasuredTrainer(Trainer):
             "system": f"{platform.system()} {platform.machine()}",
             "rvc_dist": __version__,
         }
+
+
+def recipe_key(recipe: Recipe) -> dict[str, Any]:
+    """The part of a result's key that the recipe decides."""
+    config = recipe.train
+    return {
+        "batch_size": config.batch_size,
+        "grad_accum_steps": config.grad_accum_steps,
+        "precision": "bf16" if config.use_bf16 else "fp32",
+        "optimizer": config.optimizer_name,
+        "fast_train": config.fast_train,
+        "compile": config.compile,
+        "grad_compression": config.grad_compression,
+        "activation_checkpointing": config.activation_checkpointing,
+        "cache_on_device": config.cache_on_device,
+        "multiscale_mel_loss": config.multiscale_mel_loss,
+        "sample_rate": recipe.data.sample_rate,
+        **asdict(recipe.model),
+    }
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -82,3 +82,9 @@ def _mel_filters(device: torch.device, rate: int, n_fft: int, num_mels: int, fmi
         warnings.filterwarnings("ignore", message="Empty filters")
         bank = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=num_mels, fmin=fmin, fmax=fmax)
         return torch.tensor(bank, dtype=torch.float32, device=device)
+
+
+def forget_constants() -> None:
+    """Drop cached windows and filters: those that were made under another kind of tensor are of no use."""
+    _hann.cache_clear()
+    _mel_filters.cache_clear()

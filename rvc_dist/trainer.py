@@ -274,7 +274,7 @@ class Trainer:
             sampler.num_borrowed,
             100 * sampler.num_borrowed / num_clips,
         )
-        if sampler.global_batch_size * 4 > num_clips:
+        if sampler.exceeds_dataset:
             logger.warning(
                 "the global batch of %d is more than a quarter of the %d clips: an epoch has only %d steps; "
                 "fewer ranks or a smaller train.batch_size would learn more from the same data",
