@@ -64,7 +64,7 @@ def test_a_rank_whose_launcher_is_gone_asks_all_to_stop(monkeypatch, tmp_path):
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
     try:
-        stop = distributed.StopSignal(SimpleNamespace(num_processes=2))
+        stop = distributed.StopSignal(SimpleNamespace(num_processes=2), timeout_s=60)
         assert [stop.poll(), stop.poll()] == [0, 0]
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert [stop.poll(), stop.poll()] == [0, signal.SIGTERM], "read one step later"
