@@ -61,6 +61,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *,
         assert difference <= bound, f"{case}, {name}: {difference:.1e} of {norm:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
     settings = {

@@ -153,7 +153,7 @@ def check_protocol(method: F0Method) -> None:
     assert method(2.0 * steady[None]).isfinite().all()  # beyond full scale
 
 
-@pytest.mark.parametrize("name", [*LIGHT, "hybrid[yin+pm+swipe]", pytest.param("crepe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*LIGHT, "hybrid[yin+pm+swipe]"]  # crepe is crepe-tiny with more channels)
 def test_protocol(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     check_protocol(load_f0(ExtractConfig(f0_method=name, f0_min=150.0, f0_max=300.0), CPU))
     assert capfd.readouterr().out == ""
@@ -187,7 +187,7 @@ def test_methods_agree_with_crepe_on_speech(methods: dict[str, F0Method]) -> Non
 
 @pytest.mark.slow
 def test_methods_agree_with_crepe_full_on_speech(methods: dict[str, F0Method]) -> None:
-    check_agreement(load_f0(ExtractConfig(f0_method="crepe"), CPU), speech(8.0), methods)
+    check_agreement(load_f0(ExtractConfig(f0_method="crepe"), CPU), speech(4.0), methods)
 
 
 NOISE = {"crepe-tiny": 0.25, "pyin": 0.15}

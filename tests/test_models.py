@@ -326,6 +326,7 @@ def test_autocast_keeps_what_needs_float32() -> None:
         assert tensor.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pitch_guidance", "backend"), [(True, "aot_eager"), (False, "eager")])
 def test_generator_compiles_as_one_graph(pitch_guidance: bool, backend: str) -> None:
     torch.manual_seed(0)
@@ -339,6 +340,7 @@ def test_generator_compiles_as_one_graph(pitch_guidance: bool, backend: str) -> 
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_discriminator_compiles_as_one_graph() -> None:
     torch.manual_seed(0)
     discriminator = MultiPeriodDiscriminator("v1", 64)

@@ -225,6 +225,7 @@ def test_a_traced_step_holds_as_many_bytes_as_the_same_step_on_real_tensors(tmp_
     assert allocated.peak_bytes == pytest.approx(traced.peak_bytes, rel=0.02)
 
 
+@pytest.mark.slow
 def test_memory_follows_clips_precision_optimizer_and_checkpointing(tmp_path, monkeypatch):
     thin_networks(monkeypatch.setattr)
     recipe = tiny_recipe(tmp_path)
