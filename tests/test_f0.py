@@ -153,7 +153,7 @@ def check_protocol(method: F0Method) -> None:
     assert method(2.0 * steady[None]).isfinite().all()  # beyond full scale
 
 
-@pytest.mark.parametrize("name", [*LIGHT, "hybrid[yin+pm+swipe]"]  # crepe is crepe-tiny with more channels)
+@pytest.mark.parametrize("name", [*LIGHT, "hybrid[yin+pm+swipe]"])  # crepe is crepe-tiny with more channels
 def test_protocol(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     check_protocol(load_f0(ExtractConfig(f0_method=name, f0_min=150.0, f0_max=300.0), CPU))
     assert capfd.readouterr().out == ""
