@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -169,18 +169,29 @@ class ClipTable:
                 if frames < spec.segment // spec.hop + 1:
                     short += 1
                     continue
-                clips.append(ClipRef(int(path.stem), f"{i:05d}", clip["speaker"], _source(clip), frames))
+                clips.append(ClipRef(int(path.stem), f"{i:05d}", clip["speaker"], clip_source(clip), frames))
         if short:
             logger.warning("%d clips are shorter than the training segment and are left out", short)
         if not clips:
             raise StageError(f"{work.features_dir} holds no clip long enough to train on")
-        kept_out = held_out_sources({c.source for c in clips}, recipe.data.holdout, recipe.train.seed)
-        if recipe.data.holdout and not kept_out:
+        table = cls.split(recipe, clips, lambda speaker: _mutes(work, recipe, speaker), embedder)
+        if recipe.data.holdout and not table.holdout:
             logger.warning("data.holdout: one source file cannot be split; no validation, no best checkpoint")
+        return table
+
+    @classmethod
+    def split(
+        cls,
+        recipe: Recipe,
+        clips: Sequence[ClipRef],
+        mutes: Callable[[int], Sequence[ClipRef]],
+        embedder: dict[str, Any],
+    ) -> ClipTable:
+        """`clips` without the held-out ones, and the silent clips of each speaker; `embedder` made the content."""
+        kept_out = held_out_sources({c.source for c in clips}, recipe.data.holdout, recipe.train.seed)
         speakers = sorted({c.speaker for c in clips})
-        mutes = [c for s in speakers for c in _mutes(work, recipe, s)]
         return cls(
-            train=tuple(c for c in clips if c.source not in kept_out) + tuple(mutes),
+            train=(*(c for c in clips if c.source not in kept_out), *(c for s in speakers for c in mutes(s))),
             holdout=tuple(c for c in clips if c.source in kept_out),
             content_channels=embedder["width"],
             embedder=embedder,
@@ -188,7 +199,7 @@ class ClipTable:
         )
 
 
-def _source(clip: Mapping[str, Any]) -> str:
+def clip_source(clip: Mapping[str, Any]) -> str:
     """The recording of a clip, or the slice of a long one: clips of two slices do not overlap."""
     start_s = clip.get("slice_s", 0.0)
     return f"{clip['source']}@{start_s:.0f}" if start_s else str(clip["source"])

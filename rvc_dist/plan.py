@@ -21,7 +21,7 @@ from rich.table import Table
 from rvc_dist import audio, bench, decoding
 from rvc_dist.bench_report import console, empty_table, say
 from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
-from rvc_dist.data import BUCKET_FRAMES, BucketBatchSampler, ClipRef, ClipTable, cached_bytes, held_out_sources
+from rvc_dist.data import BUCKET_FRAMES, BucketBatchSampler, ClipRef, ClipTable, cached_bytes, clip_source
 from rvc_dist.forecast import (
     WORLD_SIZES,
     Cluster,
@@ -207,16 +207,12 @@ def training_clips(recipe: Recipe) -> tuple[ClipTable, str]:
     clips = [c for c in clips if c.num_frames > spec.segment // spec.hop]
     if not clips:
         raise StageError(f"plan: no clip is long enough to train on ({source})")
-    kept_out = held_out_sources({c.source for c in clips}, recipe.data.holdout, recipe.train.seed)
-    speakers = sorted({c.speaker for c in clips})
     silence = round(recipe.preprocess.chunk_len * recipe.data.sample_rate) // spec.hop
-    mutes = [ClipRef(-1, "00000", s, "", silence) for s in speakers for _ in range(recipe.extract.include_mutes)]
-    table = ClipTable(
-        train=tuple(c for c in clips if c.source not in kept_out) + tuple(mutes),
-        holdout=tuple(c for c in clips if c.source in kept_out),
-        content_channels=bench.CONTENT_WIDTH[recipe.model.version],
-        embedder={},
-        num_speakers=speakers[-1] + 1,
+    table = ClipTable.split(
+        recipe,
+        clips,
+        lambda speaker: [ClipRef(-1, "00000", speaker, "", silence)] * recipe.extract.include_mutes,
+        {"width": bench.CONTENT_WIDTH[recipe.model.version]},
     )
     return table, source
 
@@ -236,9 +232,8 @@ def _cut_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
         with safe_open(path, framework="numpy") as file:
             for i, clip in enumerate(header["clips"]):
                 (num_samples,) = file.get_slice(f"{i:05d}").get_shape()
-                source = f"{clip['source']}@{clip['slice_s']}"
                 frames = num_samples // recipe.rate_spec.hop
-                yield ClipRef(int(path.stem), f"{i:05d}", clip["speaker"], source, frames)
+                yield ClipRef(int(path.stem), f"{i:05d}", clip["speaker"], clip_source(clip), frames)
 
 
 def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
@@ -260,8 +255,9 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
             else:
                 cut = audio.cut_fixed if config.cut_method == "simple" else audio.cut_windows
                 pieces = [piece for _, piece in cut(wave, rate, config.chunk_len, config.overlap_len)]
+            recording = clip_source({"source": part.path, "slice_s": part.start_s})
             for i, piece in enumerate(pieces):
-                yield ClipRef(number, f"{i:05d}", part.speaker, f"{part.path}@{part.start_s}", len(piece) // hop)
+                yield ClipRef(number, f"{i:05d}", part.speaker, recording, len(piece) // hop)
 
 
 # What a step takes
