@@ -23,7 +23,7 @@ from rvc_dist import decoding
 from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, ModelConfig, Recipe
 from rvc_dist.extract import feature_stamp, imported_feature_settings, mute_stamp
 from rvc_dist.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
-from rvc_dist.preprocess import format_duration, imported_clip_settings
+from rvc_dist.preprocess import clips_report, imported_clip_settings, left_out_entry
 from rvc_dist.workspace import (
     Plan,
     Share,
@@ -538,10 +538,7 @@ def _check_length(path: Path, array: Array, per_s: int, seconds: float) -> None:
 def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, features: dict[str, Any]) -> None:
     """All that comes after the units: silent clips, reports, index, weights and the recipe."""
     headers = [h for u in plan.units if (h := read_header(work.clips_file(u.id)))]
-    files = [f for h in headers for f in h["files"]] + [
-        {"path": f.path, "speaker": f.speaker, "seconds_in": 0.0, "clips": 0, "seconds_out": 0.0, "reason": f.reason}
-        for f in plan.excluded
-    ]
+    files = [f for h in headers for f in h["files"]] + [left_out_entry(f) for f in plan.excluded]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
     for file in files:
@@ -563,17 +560,9 @@ def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, 
     recipe = import_weights(recipe, experiment, work, 1 + max(f["speaker"] for f in used))
     work.save_recipe(recipe.to_yaml())
     total_s = _total_seconds(experiment) or sum(f["seconds_in"] for f in used)
-    report = {
+    report = clips_report(files, total_s) | {
         "imported": str(experiment.folder),
-        "total_dataset_duration": format_duration(total_s),
-        "total_seconds": round(total_s, 3),
-        "clips": len(used),
-        "clip_seconds": round(sum(f["seconds_out"] for f in used), 3),
-        "speakers": sorted({f["speaker"] for f in used}),
-        "files_used": len(used),
-        "files_left_out": len(files) - len(used),
         "files_without_features": sum(1 for f in used if f["reason"]) if experiment.content_dir else len(used),
-        "files": files,
     }
     write_json(work.clips_report_file, report)
     logger.info(

@@ -404,23 +404,10 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         logger.info("preprocess: this part is done, %d units are left to others", left)
         return
     remove_leftovers(work.clips_dir, len(plan.units))
-    files = _by_recording([f for h in done for f in h["files"]]) + [
-        {"path": f.path, "speaker": f.speaker, "seconds_in": 0.0, "clips": 0, "seconds_out": 0.0, "reason": f.reason}
-        for f in plan.excluded
-    ]
+    files = _by_recording([f for h in done for f in h["files"]]) + [left_out_entry(f) for f in plan.excluded]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
-    total_s = sum(f["seconds_in"] for f in used)
-    report = {
-        "total_dataset_duration": format_duration(total_s),
-        "total_seconds": round(total_s, 3),
-        "clips": sum(f["clips"] for f in used),
-        "clip_seconds": round(sum(f["seconds_out"] for f in used), 3),
-        "speakers": sorted({f["speaker"] for f in used}),
-        "files_used": len(used),
-        "files_left_out": len(files) - len(used),
-        "files": files,
-    }
+    report = clips_report(files, sum(f["seconds_in"] for f in used))
     for file in files:
         if file["reason"]:
             logger.warning("preprocess: %s: %s", printable(file["path"]), file["reason"])
@@ -438,6 +425,27 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         len(files) - len(used),
         work.clips_report_file,
     )
+
+
+def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
+    """RUN/clips/report.json: what became of each of `files`, and of `total_s` seconds of usable recordings."""
+    used = [f for f in files if f["clips"]]
+    return {
+        "total_dataset_duration": format_duration(total_s),
+        "total_seconds": round(total_s, 3),
+        "clips": sum(f["clips"] for f in used),
+        "clip_seconds": round(sum(f["seconds_out"] for f in used), 3),
+        "speakers": sorted({f["speaker"] for f in used}),
+        "files_used": len(used),
+        "files_left_out": len(files) - len(used),
+        "files": files,
+    }
+
+
+def left_out_entry(file: SourceFile) -> dict[str, Any]:
+    """The entry of a recording that no unit holds."""
+    nothing = {"seconds_in": 0.0, "clips": 0, "seconds_out": 0.0}
+    return {"path": file.path, "speaker": file.speaker, **nothing, "reason": file.reason}
 
 
 def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str, Any]]:
