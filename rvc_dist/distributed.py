@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
+from rvc_dist import zero
 from rvc_dist.config import TrainConfig
 from rvc_dist.workspace import OtherRankError, StageError
 
@@ -39,9 +37,15 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
     """
     check_launcher(config)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted > 1 and not torch.cuda.is_available():
-        # Without this, `accelerate launch --multi_gpu` on CPUs gives every process rank 0 of 1.
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    backend = None
+    if not torch.cuda.is_available():
+        if zero.asked_for():
+            # So Accelerate hands CPUs to DeepSpeed; any other way it forgets DeepSpeed, or the other ranks.
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+            backend = "gloo"
+        elif wanted > 1:
+            # Without this, `accelerate launch --multi_gpu` on CPUs gives every process rank 0 of 1.
+            os.environ["ACCELERATE_USE_CPU"] = "true"
     apply_kernel_settings(config)
     accelerator = Accelerator(
         # Its bf16 would convert every output of the networks, features too, to float32: the step has its own autocast.
@@ -51,7 +55,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         kwargs_handlers=[
             # With accumulation the first backward passes are local, and a static graph would be recorded from those.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.grad_accum_steps == 1),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s or config.timeout_s)),
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s or config.timeout_s)),
         ],
     )
     if accelerator.num_processes != wanted:
@@ -61,6 +65,8 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         )
     if config.use_bf16:
         check_bf16(accelerator.device)
+    if zero.asked_for():
+        zero.fill_settings(accelerator, config)
     return accelerator
 
 
@@ -68,7 +74,7 @@ def check_launcher(config: TrainConfig) -> None:
     """Refuse what a launcher's file asks for and this program would not do.
 
     Raises:
-        StageError: another precision than the recipe's, or DeepSpeed or FSDP.
+        StageError: another precision than the recipe's, FSDP, or DeepSpeed where it does not work.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16" if config.use_bf16 else "no"):
@@ -77,43 +83,13 @@ def check_launcher(config: TrainConfig) -> None:
             f"the launcher's mixed_precision is {precision}, the recipe's train.precision {own}: the recipe decides; "
             "say --mixed_precision no to the launcher (or in its file), or train.precision bf16 in the recipe"
         )
-    for name in ("DEEPSPEED", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
-            raise StageError(
-                f"the launcher asks for {name}, which this program does not use: G and D are small, and every rank "
-                "holds them whole; launch with launch/multi_gpu.yaml or launch/two_nodes.yaml"
-            )
-
-
-class Wire:
-    """DDP's communication hook: averages gradients over ranks, as bf16 if asked to, and counts what it sends."""
-
-    def __init__(self, compress: bool, on_send: Callable[[], None] = lambda: None) -> None:
-        self.compress, self.on_send = compress, on_send
-        self.num_bytes = 0
-        """Bytes of gradients that this rank gave to all-reduce."""
-
-    def attach(self, module: nn.Module) -> None:
-        """Nothing on one rank, where `module` is not wrapped."""
-        if isinstance(module, DistributedDataParallel):
-            # Not the method itself: DDP refuses annotations that are text.
-            module.register_comm_hook(self, lambda wire, bucket: wire.send(bucket))
-
-    def send(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        self.num_bytes += bucket.buffer().numel() * (2 if self.compress else bucket.buffer().element_size())
-        self.on_send()
-        hook = default_hooks.bf16_compress_hook if self.compress else default_hooks.allreduce_hook
-        assert dist.group.WORLD is not None
-        future: torch.futures.Future[Tensor] = hook(dist.group.WORLD, bucket)
-        return future
-
-
-def local_gradients(module: nn.Module, local: bool) -> AbstractContextManager[None]:
-    """Inside, if `local`, forward and backward passes of `module` add to this rank's gradients and send nothing."""
-    if local and isinstance(module, DistributedDataParallel):
-        context: AbstractContextManager[None] = module.no_sync()
-        return context
-    return nullcontext()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise StageError(
+            "the launcher asks for FSDP, which this program does not use: G and D fit every GPU; launch with "
+            "launch/multi_gpu.yaml, or share the optimizer's state among the ranks with launch/zero1.yaml"
+        )
+    if zero.asked_for():
+        zero.check(config)
 
 
 def on_first_rank(accelerator: Accelerator, function: Callable[[], None]) -> None:
@@ -206,19 +182,6 @@ def check_bf16(device: torch.device) -> None:
             f"{capability[0]}.{capability[1]}; bf16 needs 8.0 (Ampere) or newer and is emulated, slower than float32, "
             "below it. Set train.precision to fp32 and train.bf16_adamw to false; train.fast_train still helps"
         )
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` passes gradients through but gets none: no useless gradients, no useless all-reduce."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 class StopSignal:

@@ -22,15 +22,16 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from rvc_dist import __version__
+from rvc_dist import __version__, zero
 from rvc_dist.config import Recipe
 from rvc_dist.data import BUCKET_FRAMES, Batch
-from rvc_dist.distributed import kernel_settings, local_gradients, synchronize
+from rvc_dist.distributed import kernel_settings, synchronize
 from rvc_dist.metrics import PhaseTimer
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.plain_step import PlainDiscriminator, PlainTrainer
 from rvc_dist.trainer import Trainer
+from rvc_dist.workspace import StageError
 
 PARTS = ("data", "g_forward", "d_step", "g_step")
 """Of a step, in their order; all but the first are the trainer's."""
@@ -129,6 +130,9 @@ class MeasuredTrainer(Trainer):
     """The trainer itself, on a run folder that is only for measuring: nothing is saved, validated or logged."""
 
     def __init__(self, recipe: Recipe) -> None:
+        """As Trainer's; StageError under DeepSpeed, whose sending cannot be left out for comparison."""
+        if zero.asked_for():
+            raise StageError("steps are measured with DDP: launch with launch/multi_gpu.yaml, not with DeepSpeed")
         super().__init__(recipe)
         self.timer = self.parts = PartTimer(self.device)
 
@@ -186,8 +190,8 @@ class MeasuredTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 with (
                     stopwatch(self.device) as span,
-                    local_gradients(self.g.ddp, local),
-                    local_gradients(self.d.ddp, local),
+                    self.g.local(local),
+                    self.d.local(local),
                 ):
                     self.train_step(batches)
                 self.parts.take()

@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -305,6 +305,10 @@ OPTIMIZERS: dict[str, Factory] = {
 """Every name of config.OptimizerName, and what makes it of trainable parameters and the recipe."""
 
 
+ELEMENTWISE = frozenset({"adamw", "radam", "anyprecision_adamw", "adabelief", "adan", "ademamix", "adopt", "lion"})
+"""Those that treat every number of a parameter alone, so that it does not matter how parameters are cut and joined."""
+
+
 def make_optimizer(config: TrainConfig, module: nn.Module) -> Optimizer:
     """The recipe's optimizer of all trainable parameters of `module`, which is on its device already.
 
@@ -329,7 +333,13 @@ class OptimizerState:
     numbers of each one's state, None where it has none. ATTRIBUTES, in the first: what the optimizer itself counts."""
 
 
-def optimizer_state(optimizer: Optimizer, module: nn.Module) -> OptimizerState:
+class HasParameters(Protocol):
+    """A module, for what is asked of it here."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+def optimizer_state(optimizer: Optimizer, module: HasParameters) -> OptimizerState:
     """A copy of the state of `optimizer`, whose parameters are `module`'s."""
     names = {p: name for name, p in module.named_parameters()}
     tensors: dict[str, Tensor] = {}
@@ -351,7 +361,7 @@ def optimizer_state(optimizer: Optimizer, module: nn.Module) -> OptimizerState:
     return OptimizerState(tensors, groups)
 
 
-def load_optimizer_state(optimizer: Optimizer, module: nn.Module, state: OptimizerState) -> None:
+def load_optimizer_state(optimizer: Optimizer, module: HasParameters, state: OptimizerState) -> None:
     """Give `optimizer`, whose parameters are `module`'s, the state of one that was made alike; it goes on to the bit.
 
     RECIPE_OPTIONS stay those of `optimizer`. Tensors get the type and the device that its own would have.

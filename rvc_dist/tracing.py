@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rvc_dist import checkpoint, memory, spectral
+from rvc_dist.averaging import Network
 from rvc_dist.config import Recipe
 from rvc_dist.data import BUCKET_FRAMES, Batch
 from rvc_dist.measuring import PartTimer, flop_counter
@@ -27,7 +28,7 @@ from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator, GeneratorShape
 from rvc_dist.networks import RECOMPUTED
 from rvc_dist.optim import make_optimizer
-from rvc_dist.trainer import Network, Trainer
+from rvc_dist.trainer import Trainer
 
 MOST_MICRO_BATCHES = 2
 """Traced of a step: further ones need no more memory and cost like the others."""
@@ -132,7 +133,7 @@ class TracedTrainer(Trainer):
             for module in modules:
                 memory.recompute(module, RECOMPUTED)
         self.g, self.d = (Network(m, m, m, make_optimizer(self.config, m)) for m in modules)
-        self.accelerator = cast(Any, SimpleNamespace(num_processes=1, backward=lambda loss: loss.backward()))
+        self.accelerator = cast(Any, SimpleNamespace(num_processes=1))
         self.progress, self.total_steps = checkpoint.Progress(), 1
         self.meter, self.timer, self.recent = Meter(), PartTimer(self.device), []
 

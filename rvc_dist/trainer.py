@@ -13,14 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from rvc_dist import checkpoint, compilation, losses, memory, networks
+from rvc_dist import checkpoint, compilation, losses, memory, networks, zero
+from rvc_dist.averaging import Network, Wire, frozen
 from rvc_dist.config import LossConfig, Recipe
 from rvc_dist.data import (
     Batch,
@@ -33,10 +32,7 @@ from rvc_dist.data import (
 )
 from rvc_dist.distributed import (
     StopSignal,
-    Wire,
     check_same_settings,
-    frozen,
-    local_gradients,
     make_accelerator,
     on_first_rank,
 )
@@ -44,7 +40,7 @@ from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.metrics import Meter, PhaseTimer, ProgressBar, Tracker
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import slice_samples
-from rvc_dist.optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, step_if
+from rvc_dist.optim import learning_rate, make_optimizer
 from rvc_dist.spectral import spectrogram
 from rvc_dist.validation import Validation
 from rvc_dist.watch import Watch
@@ -68,19 +64,6 @@ def run(recipe: Recipe, share: Share) -> None:
             trainer.train()
         finally:
             trainer.close()
-
-
-@dataclass
-class Network:
-    """A network in its guises, and what optimizes it."""
-
-    raw: nn.Module
-    """The module itself: for validation and checkpoints."""
-    call: nn.Module
-    """The module as it is computed, compiled or not: for passes whose gradients are not this network's."""
-    ddp: nn.Module
-    """`call`, prepared by Accelerate: gradients of a backward pass through it are averaged over ranks."""
-    optimizer: Optimizer
 
 
 class Trainer:
@@ -130,7 +113,8 @@ class Trainer:
             self._resume(saved)
         self.writer = checkpoint.Writer(self.work.checkpoints_dir, self.config.keep_checkpoints, self.lock.check)
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
-        check_same_settings(self.accelerator, {f"compiled {name}": yes for name, yes in self.compiled.items()})
+        compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
+        check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero.stage(self.accelerator)})
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.accelerator.is_main_process)
         self.validation = Validation(recipe, self.table, self.dataset, self.accelerator, self.tracker)
 
@@ -168,8 +152,7 @@ class Trainer:
     def _compute_alone(self, calls: Mapping[str, nn.Module], batch: Batch) -> None:
         """What a step computes, on this rank alone and without updates; the networks are computed as `calls`."""
         networks = self.networks
-        alone = (replace(network, call=calls[name], ddp=calls[name]) for name, network in networks.items())
-        self.g, self.d = alone
+        self.g, self.d = (Network(n.raw, calls[name], calls[name], n.optimizer) for name, n in networks.items())
         try:
             out, real = self._generate(batch, local=False)
             self._learn_to_tell_apart(real, out.wave.detach(), batch)
@@ -206,6 +189,7 @@ class Trainer:
         raw = {name: network.raw for name, network in self.networks.items()}
         for network in self.networks.values():
             network.optimizer.zero_grad(set_to_none=True)
+            network.detach()
         one, two = (
             memory.peak_of(partial(self._compute_alone, raw, batch.first(count)), self.device) for count in (1, 2)
         )
@@ -219,7 +203,10 @@ class Trainer:
 
     def _prepare(self, name: str, module: nn.Module) -> Network:
         call = compilation.compiled(module, self.device) if self.compiled[name] else module
-        network = Network(module, call, self.accelerator.prepare_model(call), make_optimizer(self.config, module))
+        optimizer = make_optimizer(self.config, module)
+        if zero.stage(self.accelerator):
+            return zero.ZeroNetwork.prepare(self.accelerator, module, call, optimizer, self.wire, self._autocast())
+        network = Network(module, call, self.accelerator.prepare_model(call), optimizer)
         self.wire.attach(network.ddp)
         return network
 
@@ -229,9 +216,8 @@ class Trainer:
 
     def _load_weights(self, saved: checkpoint.Checkpoint) -> None:
         for name, network in self.networks.items():
-            network.raw.load_state_dict(saved.models[name])
             try:
-                load_optimizer_state(network.optimizer, network.raw, saved.optimizers[name])
+                network.load(saved.models[name], saved.optimizers[name])
             except ValueError as error:
                 raise StageError(
                     f"{self.work.checkpoints_dir}: step {saved.progress.step} does not fit the {name}'s optimizer; "
@@ -344,7 +330,7 @@ class Trainer:
             # G sees each micro-batch again after D's update; only the last pass of this loop is kept for that.
             with self.timer.phase("g_forward"), torch.set_grad_enabled(i == last):
                 out, real = self._generate(batch, local=last > 0)
-            with self.timer.phase("d_step"), local_gradients(self.d.ddp, i < last):
+            with self.timer.phase("d_step"), self.d.local(i < last):
                 loss_d = self._learn_to_tell_apart(real, out.wave.detach(), batch)
             add_to(values, {"loss/d": loss_d})
             finite[i] &= loss_d.isfinite()
@@ -357,7 +343,7 @@ class Trainer:
                 if i < last:
                     with self.timer.phase("g_forward"):
                         out, real = self._generate(batch, local=i > 0)
-                with self.timer.phase("g_step"), local_gradients(self.g.ddp, i > 0):
+                with self.timer.phase("g_step"), self.g.local(i > 0):
                     terms = self._learn_to_deceive(out, real, batch)
                 add_to(values, terms)
                 finite[i] &= terms["loss/g_total"].isfinite()
@@ -373,7 +359,7 @@ class Trainer:
         compilation.begin_pass()
         noise = Noise.draw(self.shape, batch.seeds, batch.content.shape[1], self.device)
         network = self.g.ddp if torch.is_grad_enabled() else self.g.call
-        with local_gradients(network, local), self._autocast():
+        with self.g.local(local), self._autocast():
             out: GeneratorOutput = network(batch.content, batch.lengths, coarse, f0, spec, batch.speaker, noise)
         return out, slice_samples(batch.wave, out.start, self.shape.segment_frames, self.spec.hop)
 
@@ -383,14 +369,14 @@ class Trainer:
             scores = self.d.ddp(torch.cat([real, fake])).scores
         real_scores, fake_scores = zip(*(s.chunk(2) for s in scores), strict=True)
         loss = losses.discriminator_loss(real_scores, fake_scores) * batch.share
-        self.accelerator.backward(loss)
+        self.d.backward(loss)
         return loss
 
     def _learn_to_deceive(self, out: GeneratorOutput, real: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Add G's gradients of one micro-batch; its losses."""
         terms = self._generator_terms(out, real, batch)
         loss = weighted_sum(terms, self.config.loss, self._kl_warmup())
-        self.accelerator.backward(loss)
+        self.g.backward(loss)
         return {f"loss/g_{k}": v for k, v in terms.items()} | {"loss/g_total": loss}
 
     def _kl_warmup(self) -> float:
@@ -426,11 +412,7 @@ class Trainer:
 
     def _update(self, network: Network, values: dict[str, Tensor]) -> Tensor:
         """One update from the gradients, unless they are not finite: true [] if they are, the same on all ranks."""
-        norm = nn.utils.get_total_norm([p.grad for p in network.raw.parameters() if p.grad is not None])
-        if self.config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(network.raw.parameters(), self.config.max_grad_norm, norm)
-        good = norm.isfinite()
-        step_if(network.optimizer, good)
+        norm, good = network.update(self.config.max_grad_norm)
         add_to(values, {f"grad/norm_{'g' if network is self.g else 'd'}": norm})
         return good
 
@@ -606,20 +588,21 @@ class Trainer:
                 f"train.max_grad_norm. The checkpoints in {self.work.checkpoints_dir} are from before"
             )
         meter = self.meter.state(self.accelerator)
-        if self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        states = {name: network.optimizer_state(is_main) for name, network in self.networks.items()}
+        if is_main:
             self.tracker.flush()
-            self.writer.start(self._snapshot(meter))
-
-    def _snapshot(self, meter: dict[str, Any]) -> checkpoint.Checkpoint:
-        """This moment as a checkpoint; its weights share the memory of the networks."""
-        return checkpoint.Checkpoint(
-            progress=self.progress,
-            identity=self.identity,
-            models={name: network.raw.state_dict() for name, network in self.networks.items()},
-            optimizers={name: optimizer_state(n.optimizer, n.raw) for name, n in self.networks.items()},
-            meter=meter,
-            num_ranks=self.accelerator.num_processes,
-        )
+            self.writer.start(
+                checkpoint.Checkpoint(
+                    progress=self.progress,
+                    identity=self.identity,
+                    # Until the writer has copied them, these share the memory of the networks.
+                    models={name: network.raw.state_dict() for name, network in self.networks.items()},
+                    optimizers={name: state for name, state in states.items() if state is not None},
+                    meter=meter,
+                    num_ranks=self.accelerator.num_processes,
+                )
+            )
 
     def _written(self) -> None:
         self.lock.check()

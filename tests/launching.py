@@ -20,20 +20,34 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, "COLUMNS": "200"}
 
 
-def launcher(num_ranks: int) -> list[str]:
-    """The command before `-m rvc_dist ...`."""
-    if num_ranks == 1:
+def launcher(num_ranks: int, launch_file: str | None = None) -> list[str]:
+    """The command before `-m rvc_dist ...`; `launch_file` is one of launch/."""
+    if num_ranks == 1 and launch_file is None:
         return [sys.executable]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    port = ["--main_process_port", "0"]
-    return [*accelerate, "--num_processes", str(num_ranks), *port, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    ranks = ["--num_processes", str(num_ranks), "--main_process_port", "0"]
+    if launch_file is not None:
+        return [*accelerate, "--config_file", str(ROOT / "launch" / launch_file), *ranks]
+    return [
+        *accelerate,
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        *ranks,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
 
 
-def start(command: list[str], **options: object) -> subprocess.Popen[str]:
+def start(
+    command: list[str], more_environment: dict[str, str] | None = None, **options: object
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(),
+        env=environment() | (more_environment or {}),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -60,18 +74,18 @@ def kill(process: subprocess.Popen[str]) -> None:
                 each.kill()
 
 
-def rvc_dist(num_ranks: int, *arguments: object, code: int = 0) -> str:
+def rvc_dist(num_ranks: int, *arguments: object, code: int = 0, launch_file: str | None = None) -> str:
     """Run `rvc-dist ARGUMENTS` on `num_ranks` ranks, expect its exit code, return what it printed."""
-    process = start([*launcher(num_ranks), "-m", "rvc_dist", *map(str, arguments)])
+    process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", *map(str, arguments)])
     output = finish(process)
     assert process.returncode == code, output[-5000:]
     return output
 
 
-def torchrun(num_ranks: int, script: str, *arguments: object) -> str:
+def torchrun(num_ranks: int, script: str, *arguments: object, more_environment: dict[str, str] | None = None) -> str:
     """Run a script of tests/ on `num_ranks` ranks."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    process = start([*run, str(ROOT / "tests" / script), *map(str, arguments)])
+    process = start([*run, str(ROOT / "tests" / script), *map(str, arguments)], more_environment)
     output = finish(process)
     assert process.returncode == 0, output[-5000:]
     return output

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from tiny import thin_networks
 
@@ -21,6 +22,7 @@ from rvc_dist.config import Recipe, load_recipe
 
 
 def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> None:
+    AcceleratorState._reset_state()  # in which DeepSpeed's settings would be those of the recipe before
     run = trainer.Trainer(recipe)
     if short:
         size, batches = run.sampler.global_batch_size, run.sampler.global_batches(0)

@@ -110,6 +110,8 @@ def test_accelerate_reads_every_launcher_file(path: Path) -> None:
     # The recipe decides on these: a launcher that sets them too would contradict it.
     assert str(config.mixed_precision) == ("bf16" if path.stem == "bf16" else "no")
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["dynamo_backend"] == "no"
+    is_zero = re.fullmatch(r"zero(\d)", path.stem)
+    assert config.deepspeed_config.get("zero_stage") == (int(is_zero[1]) if is_zero else None)
     if config.num_machines > 1:
         assert config.main_process_port
         # Accelerate's parser ignores this key of a file: only the command line can say it.

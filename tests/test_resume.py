@@ -22,9 +22,9 @@ def prepared(folder: Path, **train: object) -> Path:
     return file
 
 
-def kill_at(recipe: Path, num_ranks: int, step: int) -> bool:
+def kill_at(recipe: Path, num_ranks: int, step: int, launch_file: str | None = None) -> bool:
     """Run until the log shows `step`, then kill every process at once; False when the run ended before."""
-    process = start([*launcher(num_ranks), "-m", "rvc_dist", "train", "--config", str(recipe)])
+    process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", "train", "--config", str(recipe)])
     try:
         assert process.stdout is not None
         for line in process.stdout:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rvc_dist import checkpoint, compilation, extract, networks
+from rvc_dist.averaging import Network
 from rvc_dist.bench import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, DataConfig, Recipe
 from rvc_dist.data import (
@@ -37,7 +38,7 @@ from rvc_dist.metrics import Meter, PhaseTimer
 from rvc_dist.models.generator import GeneratorShape
 from rvc_dist.optim import make_optimizer
 from rvc_dist.sources import list_sources
-from rvc_dist.trainer import Network, Trainer
+from rvc_dist.trainer import Trainer
 from rvc_dist.workspace import Plan, StageError, read_header
 
 SHM = Path("/dev/shm")
