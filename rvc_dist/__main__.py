@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rvc_dist import __version__
 from rvc_dist.config import Recipe, parse_recipe
 from rvc_dist.logs import RankLog, rank_log
-from rvc_dist.workspace import Share, StageError, Stopped, Workspace
+from rvc_dist.workspace import Share, StageError, Stopped, Workspace, adopt_slurm_ranks
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 """75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run. The doctor has a 3 besides."""
@@ -136,8 +136,11 @@ def take_folders(name: str, arguments: list[str]) -> tuple[list[str], dict[str, 
 
 def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
     """The recipe, and which part of the work this process does."""
-    stage, share = STAGES[name], Share.from_environment()
+    stage = STAGES[name]
     shards, arguments = take_shards(arguments)
+    if not shards:  # tasks of srun that were given theirs are not ranks
+        adopt_slurm_ranks(os.environ)
+    share = Share.from_environment()
     if shards and not stage.takes_shard:
         takers = ", ".join(n for n, s in STAGES.items() if s.takes_shard)
         raise ValueError(f"--shard: {name} is not a stage that can be split so, only {takers}")

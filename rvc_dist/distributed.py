@@ -36,6 +36,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         StageError: the launcher asked for another number of ranks than joined, or the hardware has no bf16.
     """
     check_launcher(config)
+    check_meeting_point()
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     backend = None
     if not torch.cuda.is_available():
@@ -90,6 +91,22 @@ def check_launcher(config: TrainConfig) -> None:
         )
     if zero.asked_for():
         zero.check(config)
+
+
+def check_meeting_point() -> None:
+    """Refuse several ranks that do not know where to find each other: srun alone does not say.
+
+    Raises:
+        StageError: MASTER_ADDR or MASTER_PORT is not set.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if count > 1 and missing:
+        raise StageError(
+            f"{count} ranks were started, which cannot find each other: {' and '.join(missing)} not set; before srun: "
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+            "MASTER_PORT=29500 (a free port)"
+        )
 
 
 def on_first_rank(accelerator: Accelerator, function: Callable[[], None]) -> None:

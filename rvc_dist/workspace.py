@@ -14,9 +14,10 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -218,6 +219,27 @@ def cut_units(files: Sequence[SourceFile]) -> tuple[Unit, ...]:
     if current:
         units.append(Unit(len(units), tuple(current)))
     return tuple(units)
+
+
+def adopt_slurm_ranks(environment: MutableMapping[str, str]) -> None:
+    """Under plain srun, one task a rank and no launcher: set what a launcher would set.
+
+    Only srun itself sets SLURM_STEP_NUM_TASKS: a batch script is no rank.
+    """
+    count, rank = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("SLURM_PROCID", "")
+    if "RANK" in environment or "WORLD_SIZE" in environment or count == "1" or not rank:
+        return
+    environment.update(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=environment.get("SLURM_LOCALID", "0"))
+    per_node = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = int(environment.get("SLURM_NODEID", "0"))
+    if node < len(per_node):
+        environment["LOCAL_WORLD_SIZE"] = str(per_node[node])
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's `2(x3),1` -> [2, 2, 2, 1]."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, times in parts for _ in range(int(times or 1))]
 
 
 @dataclass(frozen=True)

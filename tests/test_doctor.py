@@ -229,36 +229,10 @@ def test_an_error_of_one_sentence_is_kept_whole():
 # Ranks
 
 
-def test_a_launchers_ranks_are_left_alone():
-    for environment in (
-        {},
-        {"RANK": "1", "WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
-        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script, which is no rank
-        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
-    ):
-        before = dict(environment)
-        assert team.adopt_slurm_ranks(environment) == (int(environment.get("RANK", 0)), "")
-        assert environment == before
-
-
-def test_tasks_of_srun_are_ranks_when_they_can_find_each_other():
-    slurm = {"SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
-    slurm["SLURM_STEP_TASKS_PER_NODE"] = "2(x2),1"
-    rank, missing = team.adopt_slurm_ranks(dict(slurm, MASTER_ADDR="node1"))
-    assert rank == 3
-    assert "srun started 5 tasks" in missing
-    assert "MASTER_PORT not set" in missing
-    environment = dict(slurm, MASTER_ADDR="node1", MASTER_PORT="29500")
-    assert team.adopt_slurm_ranks(environment) == (3, "")
-    wanted = {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1"}
-    assert wanted.items() <= environment.items()
-    assert team.tasks_per_node("2(x2),1") == [2, 2, 1]
-
-
 def test_tasks_that_cannot_meet_say_what_to_export(recipe, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     exam = team.join(recipe)
     assert (exam.team.rank, exam.team.count, exam.ready) == (1, 1, False)
     problem = the_problem(exam.joined, Severity.ERROR)

@@ -461,3 +461,23 @@ def test_at_the_end_of_its_time_a_job_is_requeued_but_not_when_its_user_cancels_
     cluster.wait("the end of the job", lambda: not cluster("squeue --noheader"))
     assert "JobState=CANCELLED " in cluster(f"scontrol --oneliner show job {job}")
     assert cluster.log(job).count("back into the queue") == 1
+
+
+@needs_slurm
+@pytest.mark.slurm
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_tasks_of_srun_are_ranks_without_a_launcher(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", max_steps=2)
+    make_features(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    srun = f"srun --quiet --nodes=2 --ntasks=2 --export=ALL {sys.executable} -m rvc_dist train --config {file}"
+    logs = Workspace(recipe.run_dir, "").logs_dir
+    with pytest.raises(AssertionError, match="MASTER_ADDR and MASTER_PORT not set; before srun: export MASTER_ADDR="):
+        cluster(srun)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    output = cluster(srun, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_ports(1))
+    assert "2 ranks: " in output
+    assert "trained to step 2" in output
+    assert sorted(path.name for path in logs.iterdir()) == ["rank_00000.log", "rank_00001.log"]

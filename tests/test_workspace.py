@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from rvc_dist import workspace
-from rvc_dist.workspace import Plan, Share, SourceFile, StageError, Unit, Workspace
+from rvc_dist.workspace import (
+    Plan,
+    Share,
+    SourceFile,
+    StageError,
+    Unit,
+    Workspace,
+    adopt_slurm_ranks,
+    tasks_per_node,
+)
 
 ODD_NAMES = ["sp ace.wav", "quo'te\".wav", "new\nline.wav", "ünï✓.wav", os.fsdecode(b"b\xff.wav"), "\u2028.wav"]
 
@@ -231,6 +240,30 @@ def test_share_parse(text: str, index: int, count: int) -> None:
 def test_share_parse_refuses(text: str) -> None:
     with pytest.raises(ValueError, match=r"--shard: got .*, expected I/N with 0 <= I < N"):
         Share.parse(text)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"RANK": "1", "WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script, which is no rank
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+    ],
+)
+def test_a_launchers_ranks_are_left_alone(environment):
+    before = dict(environment)
+    adopt_slurm_ranks(environment)
+    assert environment == before
+
+
+def test_tasks_of_srun_are_ranks():
+    slurm = {"SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+    environment = slurm | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+    adopt_slurm_ranks(environment)
+    wanted = {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert wanted.items() <= environment.items()
+    assert tasks_per_node("2(x2),1") == [2, 2, 1]
 
 
 def test_share_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from rvc_dist.device import local_device
 from rvc_dist.distributed import make_accelerator
 from rvc_dist.doctor.findings import Result, Severity, first_line, with_remedy
 from rvc_dist.models.generator import GeneratorShape
-from rvc_dist.workspace import StageError, Workspace
+from rvc_dist.workspace import Share, StageError, Workspace
 
 SAME_FOLDER = "every rank must see the same run folder and be given the same recipe: put run_dir on a shared filesystem"
 ANSWER_TIMEOUT_S = 60
@@ -113,45 +112,10 @@ class Exam:
         return not any(p.severity == Severity.ERROR for p in self.joined.problems)
 
 
-def adopt_slurm_ranks(environment: dict[str, str] | os._Environ[str]) -> tuple[int, str]:
-    """Under plain srun, one task a rank and no launcher: set what a launcher would set.
-
-    Returns this task's rank, and what is missing for the tasks to find each other ("" when nothing is). Only srun
-    itself sets SLURM_STEP_NUM_TASKS: a batch script is no rank.
-    """
-    count, rank = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("SLURM_PROCID", "")
-    if "RANK" in environment or "WORLD_SIZE" in environment or count == "1" or not rank:
-        return int(environment.get("RANK", "0")), ""
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    if missing:
-        return int(rank), (
-            f"srun started {count} tasks, which cannot find each other: {' and '.join(missing)} not set; this task was "
-            "checked alone"
-        )
-    environment |= {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": environment.get("SLURM_LOCALID", "0")}
-    per_node = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    node = int(environment.get("SLURM_NODEID", "0"))
-    if node < len(per_node):
-        environment["LOCAL_WORLD_SIZE"] = str(per_node[node])
-    return int(rank), ""
-
-
-def tasks_per_node(text: str) -> list[int]:
-    """SLURM's `2(x3),1` -> [2, 2, 2, 1]."""
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(count) for count, times in parts for _ in range(int(times or 1))]
-
-
 def join(recipe: Recipe) -> Exam:
     """Find the other ranks as training does; what goes wrong becomes a problem, and this rank goes on alone."""
     joined = Result()
-    rank, missing = adopt_slurm_ranks(os.environ)
-    if missing:
-        joined.fail(
-            missing,
-            'before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
-            "MASTER_PORT=29500 (a free port)",
-        )
+    rank = Share.from_environment().index
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if 0 < num_gpus <= local_rank:
         joined.fail(
@@ -164,7 +128,7 @@ def join(recipe: Recipe) -> Exam:
         # What the hardware cannot do is a finding of its own, no reason to stop here.
         plain = replace(recipe.train, precision="fp32", bf16_adamw=False)
         accelerator = make_accelerator(plain, ANSWER_TIMEOUT_S)
-        team = Team(rank if missing else accelerator.process_index, accelerator)
+        team = Team(accelerator.process_index, accelerator)
     except StageError as error:
         joined.fail(*with_remedy(str(error)))
         return Exam(recipe, Team(rank), joined)
