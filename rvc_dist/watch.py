@@ -10,20 +10,23 @@ import contextlib
 import json
 import logging
 import os
-import signal
+import secrets
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from rvc_dist.distributed import on_first_rank
-from rvc_dist.lock import RunLock, is_running, pid_space, started_at
+from rvc_dist.lock import RunLock
 from rvc_dist.logs import is_timeout, write_stacks
 from rvc_dist.workspace import StageError, Workspace
 
@@ -121,6 +124,7 @@ class Watch:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._file: int | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._me: dict[str, Any] = {}
 
     def start(self, accelerator: Accelerator) -> None:
@@ -131,10 +135,11 @@ class Watch:
         """
         self._rank, self._num_ranks = accelerator.process_index, accelerator.num_processes
         self._interval_s = max(1.0, self._num_ranks / BEATS_PER_S)
-        pid = os.getpid()
-        self._me = {"rank": self._rank, "host": socket.gethostname(), "pid": pid, "started": started_at(pid)}
-        self._me["pid_space"] = pid_space()
+        token = secrets.token_hex(8)
+        self._me = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "token": token}
         self._acquire(accelerator)
+        if self._num_ranks > 1:
+            self._start_guard(token)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -156,6 +161,19 @@ class Watch:
                 return
             time.sleep(0.5)
 
+    def _start_guard(self, token: str) -> None:
+        """A process that ends this one when the others ask for it."""
+        file = self.work.hanging_file
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s): ranks that hang are left to their launchers", file, error)
+            return
+        script = str(Path(__file__).with_name("guard.py"))
+        command = [sys.executable, "-E", "-S", script, str(file), token, str(self._interval_s)]
+        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
     def __enter__(self) -> Watch:
         return self
 
@@ -164,6 +182,8 @@ class Watch:
         if self._thread is not None:
             self._thread.join()
         self.lock.release()
+        if self._guard is not None:
+            self._guard.communicate()
         if self._file is not None:
             os.close(self._file)
             with contextlib.suppress(OSError):
@@ -171,7 +191,7 @@ class Watch:
 
     @contextlib.contextmanager
     def explain_timeouts(self, timeout_s: float) -> Iterator[None]:
-        """Inside, a collective that waited too long names the ranks that it waited for, and ends those of this host.
+        """Inside, a collective that waited too long names the ranks that it waited for, and has their guards end them.
 
         A process that is stopped or hangs would not hear the launcher ask it to end, and the job would outlive its
         timeout by the launcher's patience.
@@ -185,8 +205,7 @@ class Watch:
             if self._thread is None or not is_timeout(error):
                 raise
             late = self._late()
-            for beat in late:
-                self._end(beat)
+            self._end(late)
             names = listed([f"{b.name}, last in {b.where}" for b in late])
             raise StageError(
                 f"rank {self._rank} waited for train.timeout_s = {timeout_s:g} s, in {self.pulse.phase} of step "
@@ -205,12 +224,13 @@ class Watch:
         behind = least_done(beats)
         return silent or (behind if len(behind) < len(beats) else [])
 
-    def _end(self, beat: Beat) -> None:
-        pid, here = beat.data["pid"], beat.data["pid_space"] == self._me["pid_space"]
-        if here and beat.data["rank"] != self._rank and is_running(pid, beat.data["started"]):
-            logger.warning("ending %s, which hangs", beat.name)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    def _end(self, beats: list[Beat]) -> None:
+        file = self.work.hanging_file
+        try:
+            with file.open("a", encoding="ascii") as stream:
+                stream.writelines(f"{b.data['token']}\n" for b in beats if b.data["rank"] != self._rank)
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s): who hangs is left to its launcher", file, error)
 
     def _run(self) -> None:
         while not self._ended.wait(self._interval_s):

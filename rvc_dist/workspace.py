@@ -91,6 +91,11 @@ class Workspace:
         """Where a rank of a training run is, while it runs."""
         return self.logs_dir / f"rank_{rank:05d}.beat"
 
+    @property
+    def hanging_file(self) -> Path:
+        """Which ranks of a training run are to be ended by their guards."""
+        return self.logs_dir / "hanging"
+
     def failure_file(self, rank: int) -> Path:
         """Why a rank failed, of the last stage that it ran."""
         return self.logs_dir / f"failed_rank_{rank:05d}.json"

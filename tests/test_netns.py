@@ -68,21 +68,20 @@ class Job:
     def screen(self, host: int) -> Path:
         return self.recipe.parent / f"screen{self.num_launches}_{host}.txt"
 
-    def launch(self, *, max_restarts: int = 0, join_timeout_s: int = 60, only_first: bool = False) -> None:
+    def launch(self, *, max_restarts: int = 0, join_timeout_s: int = 60, only: int | None = None) -> None:
         self.num_launches += 1
         self.launchers = []
         rendezvous = f"join_timeout={join_timeout_s},read_timeout={join_timeout_s},keep_alive_max_attempt=2000"
-        for i, host in enumerate(self.hosts[:1] if only_first else self.hosts):
+        for i, host in enumerate(self.hosts):
+            if only not in (None, i):
+                continue
             command = [
                 *[sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "launch/two_nodes.yaml"],
                 *["--num_processes", 2, "--machine_rank", i, "--main_process_ip", self.hosts[0].name],
                 *["--rdzv_backend", "c10d", "--rdzv_conf", rendezvous, "--max_restarts", max_restarts],
                 *["-m", "rvc_dist", "train", "--config", self.recipe, "--train.timeout_s", TIMEOUT_S],
             ]
-            more = {
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3",
-            }
+            more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             if i == 1:
                 clock = str(ROOT / "tests" / "fast_clock")
                 more |= {"CLOCK_AHEAD_S": "-3600", "PYTHONPATH": f"{clock}:{environment()['PYTHONPATH']}"}
@@ -99,7 +98,8 @@ class Job:
                 )
 
     def log(self) -> str:
-        return "".join(f"--- node{i}\n{self.screen(i).read_text()[-3000:]}" for i in range(len(self.launchers)))
+        screens = [path for i in range(len(self.hosts)) if (path := self.screen(i)).is_file()]
+        return "".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in screens)
 
     def step(self) -> int:
         """The last step on the screen of the first host since the launch."""
@@ -153,12 +153,13 @@ def two(tmp_path):
         yield Job(prepared(tmp_path / "two"), [first, second]), cable
 
 
-def test_a_node_that_never_joins_ends_the_launcher_with_a_reason(two):
+@pytest.mark.parametrize(("started", "error"), [(0, "RendezvousTimeoutError"), (1, "RendezvousConnectionError")])
+def test_a_node_that_never_joins_ends_the_others_launcher_with_a_reason(two, started, error):
     job, _ = two
-    job.launch(join_timeout_s=3, only_first=True)
+    job.launch(join_timeout_s=3, only=started)
     assert job.all_gone(3 + 10 + START_S) >= 3
     assert job.codes() == [1]
-    assert "RendezvousTimeoutError" in job.log().splitlines()[-1]
+    assert error in job.log().splitlines()[-1]
 
 
 def test_what_a_network_does_and_what_is_killed_changes_no_bit(two, unbroken):
@@ -188,6 +189,16 @@ def test_what_a_network_does_and_what_is_killed_changes_no_bit(two, unbroken):
 
     job.launch()
     job.wait_for_step(1)  # of this launch
+    stopped = job.rank(1)
+    os.kill(stopped, signal.SIGSTOP)
+    job.all_gone(TIMEOUT_S + 10)
+    assert job.codes() == [1, 1], job.log()
+    assert f"(pid {stopped}), last in" in job.screen(0).read_text(), "the other host's rank named it"
+    assert f"process {stopped} hangs" in job.screen(1).read_text(), "its guard ended it"
+    job.verify_newest()
+
+    job.launch()
+    job.wait_for_step(1)
     cable.is_cut = True  # for good: the other launcher waits for TCP besides
     job.all_gone(TIMEOUT_S + 15)
     assert job.codes() == [1, 1], job.log()

@@ -1,20 +1,23 @@
 """A slow step names the rank that it waits for; right delays give no alarm; a rank that hangs ends all in time."""
 
+import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from launching import ROOT, finish, kill, launcher, start
 from tiny import make_features, tiny_recipe
 
-from rvc_dist import watch
+from rvc_dist import guard, watch
 from rvc_dist.config import ConfigError, TrainConfig
-from rvc_dist.lock import pid_space, started_at
 from rvc_dist.watch import Pulse, Watch
 from rvc_dist.workspace import StageError, Workspace
 
@@ -37,7 +40,7 @@ class Ranks:
         self.all = [Watch(Workspace(folder, "x")) for _ in range(count)]
         for rank, each in enumerate(self.all):
             each._rank, each._num_ranks = rank, count
-            each._me = {"rank": rank, "host": f"node{rank}", "pid": 70 + rank, "started": 0.0, "pid_space": "?"}
+            each._me = {"rank": rank, "host": f"node{rank}", "pid": 70 + rank, "token": f"token{rank}"}
 
     def step(self, number, seconds, kind="other"):
         """All ranks do a whole step."""
@@ -176,16 +179,35 @@ def test_a_phase_costs_microseconds():
     assert pulse.count == 3 * num
 
 
-def test_a_timeout_names_the_rank_that_hangs_and_ends_it_if_it_is_of_this_host(tmp_path):
-    hung, alive = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+GUARDED = """
+import subprocess, sys, time
+guard = subprocess.Popen([sys.executable, "-S", *sys.argv[1:]], stdin=subprocess.PIPE)
+print(guard.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def guarded(work: Workspace, token: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """A process that sleeps, and its guard."""
+    command = [sys.executable, "-c", GUARDED, guard.__file__, str(work.hanging_file), token, "0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    its_guard = psutil.Process(int(process.stdout.readline()))
+    status = Path(f"/proc/{its_guard.pid}/status")
+    while not int(re.search(r"SigIgn:\s+(\w+)", status.read_text())[1], 16) >> (signal.SIGUSR1 - 1) & 1:
+        time.sleep(0.01)  # it is starting
+    return process, its_guard
+
+
+def test_a_timeout_names_the_rank_that_hangs_and_its_guard_ends_it(tmp_path):
+    """Stopped, so that no signal but KILL reaches it; the guards hear no signal that is meant for ranks."""
+    work = Workspace(tmp_path, "x")
+    work.logs_dir.mkdir()
+    (hung, its_guard), (alive, other_guard) = (guarded(work, f"token{rank}") for rank in (1, 2))
     try:
-        work = Workspace(tmp_path, "x")
         ranks = Ranks(tmp_path, 3, None)
-        for each, process in zip(ranks.all[1:], (hung, alive), strict=True):
-            here = {"pid": process.pid, "started": started_at(process.pid), "pid_space": pid_space()}
-            each._me |= here
         me = ranks.all[0]
-        me._me["pid_space"], me._interval_s = pid_space(), 0.2
+        me._interval_s = 0.2
         for each in ranks.all:
             each.pulse.begin_step(8, "other")
             each.pulse._enter("g_step")
@@ -193,25 +215,34 @@ def test_a_timeout_names_the_rank_that_hangs_and_ends_it_if_it_is_of_this_host(t
         ranks.all[2]._thread = threading.Thread(target=ranks.all[2]._run)
         ranks.all[2]._interval_s = 0.1
         ranks.all[2]._thread.start()
+        hung.send_signal(signal.SIGSTOP)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            other_guard.send_signal(number)
         with pytest.raises(RuntimeError, match="gloo"), me.explain_timeouts(8.0):
             raise RuntimeError(TIMED_OUT)  # before the ranks have met: nothing is known of them
+        assert not work.hanging_file.exists()
         me._thread = threading.Thread()
         with pytest.raises(StageError) as caught, me.explain_timeouts(8.0):
             raise RuntimeError(TIMED_OUT)
         assert isinstance(caught.value.__cause__, RuntimeError)
         assert str(caught.value).startswith(
-            f"rank 0 waited for train.timeout_s = 8 s, in g_step of step 8, for rank 1 on node1 (pid {hung.pid}), "
+            "rank 0 waited for train.timeout_s = 8 s, in g_step of step 8, for rank 1 on node1 (pid 71), "
             f"last in g_step of step 8. Where each rank was is in {work.logs_dir}"
         )
         assert hung.wait(5) == -signal.SIGKILL
         assert alive.poll() is None
+        assert other_guard.is_running()
         with pytest.raises(RuntimeError, match="shapes"), me.explain_timeouts(8.0):
             raise RuntimeError("shapes differ")
+        alive.kill()
+        assert not psutil.wait_procs([its_guard, other_guard], timeout=5)[1], "a guard outlived its rank"
     finally:
         ranks.all[2]._ended.set()
-        for process in (hung, alive):
-            process.kill()
-            process.wait()
+        for process in (hung, alive, its_guard, other_guard):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        hung.wait()
+        alive.wait()
 
 
 def test_the_timeout_is_checked():
