@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -47,7 +48,8 @@ def compiled(module: nn.Module, device: torch.device) -> nn.Module:
 
 def begin_pass() -> None:
     """Before each pass through G: nobody reads the outputs of earlier compiled passes any more."""
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    if "torch._inductor.cudagraph_trees" in sys.modules:  # else there are none, and it would take a second to import
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 def eager_unless(full: bool) -> AbstractContextManager[Any]:

@@ -23,6 +23,7 @@ from rvc_dist.bench_report import console, empty_table, say
 from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
 from rvc_dist.data import BUCKET_FRAMES, BucketBatchSampler, ClipRef, ClipTable, cached_bytes, clip_source
 from rvc_dist.forecast import (
+    HIDDEN_SHARE,
     WORLD_SIZES,
     Cluster,
     Forecast,
@@ -180,6 +181,10 @@ def make_plan(recipe: Recipe) -> RunPlan:
         recipe.rate_spec.hop / recipe.data.sample_rate,
     )
     memory = machine.get("memory", {})
+    assumed += [
+        f"{HIDDEN_SHARE:.0%} of a step's compute hides communication, where no benchmark measured it",
+        f"{WORKSPACE_SHARE:.0%} of the traced memory for workspaces, {RUNTIME_BYTES / 1e9:g} GB for libraries",
+    ]
     return RunPlan(recipe, table, clips_from, traced, pace, pace_from, cluster, tuple(assumed), rows, memory)
 
 
@@ -451,7 +456,7 @@ def sentences(plan: RunPlan) -> Iterator[str]:
     yield pays(plan)
     yield f"Clips: {plan.clips_from}."
     yield f"Step time: {plan.pace_from}."
-    yield f"Assumed: {'; '.join(plan.assumed) or 'nothing of the cluster'}."
+    yield f"Assumed: {'; '.join(plan.assumed)}."
     parts = plan.memory_bytes(mine.ranks)
     listed = ", ".join(f"{name} {num_bytes / 1e9:.2f}" for name, num_bytes in parts.items())
     line = (
