@@ -21,24 +21,12 @@ def environment() -> dict[str, str]:
 
 
 def launcher(num_ranks: int, launch_file: str | None = None) -> list[str]:
-    """The command before `-m rvc_dist ...`; `launch_file` is one of launch/."""
+    """The command before `-m rvc_dist ...`, by one of the files of launch/; none is needed for one rank."""
     if num_ranks == 1 and launch_file is None:
         return [sys.executable]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    ranks = ["--num_processes", str(num_ranks), "--main_process_port", "0"]
-    if launch_file is not None:
-        return [*accelerate, "--config_file", str(ROOT / "launch" / launch_file), *ranks]
-    return [
-        *accelerate,
-        "--multi_gpu",
-        "--num_machines",
-        "1",
-        *ranks,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    file = ROOT / "launch" / (launch_file or "cpu.yaml")
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    return [*accelerate, "--num_processes", str(num_ranks), "--main_process_port", "0"]
 
 
 def start(
