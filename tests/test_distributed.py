@@ -54,8 +54,12 @@ def test_frozen_passes_gradients_through_and_leaves_other_flags_alone():
 def test_a_missing_rank_is_noticed(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     alone = Accelerator(cpu=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "Accelerator", lambda **_: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(StageError, match="2 ranks were started, which cannot find each other: MASTER_PORT not set"):
+        distributed.make_accelerator(TrainConfig())
+    monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(StageError, match="asked for 2 ranks but 1 joined"):
         distributed.make_accelerator(TrainConfig())
 
