@@ -94,7 +94,7 @@ class Network:
         load_optimizer_state(self.optimizer, self.raw, state)
 
     def detach(self) -> None:
-        """From now on this rank computes alone, for what its last words need."""
+        """Send nothing any more: a rank that ran out of memory still computes, alone, what would have fitted."""
 
 
 @contextmanager

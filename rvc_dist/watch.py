@@ -177,13 +177,16 @@ class Watch:
     def __enter__(self) -> Watch:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
         self.lock.release()
         if self._guard is not None:
             self._guard.communicate()
+            if kind is None:  # else other guards may still have to read it
+                with contextlib.suppress(OSError):
+                    self.work.hanging_file.unlink()
         if self._file is not None:
             os.close(self._file)
             with contextlib.suppress(OSError):

@@ -57,7 +57,7 @@ def check(config: TrainConfig) -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise StageError("the launcher asks for DeepSpeed, which is not installed: pip install 'rvc-dist[deepspeed]'")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of the autocast that is cared for below
     warnings.filterwarnings("ignore", ".*torch.distributed.*deprecated", FutureWarning)  # DeepSpeed's own calls
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
