@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,10 @@ from tiny import make_features, tiny_recipe, with_train
 from torch import nn
 
 from rvc_dist import checkpoint, zero
-from rvc_dist.config import TrainConfig
+from rvc_dist.config import Recipe, TrainConfig
+from rvc_dist.doctor.findings import Result
+from rvc_dist.doctor.machine import check_versions
+from rvc_dist.doctor.team import Exam, Team
 from rvc_dist.optim import ELEMENTWISE, OPTIMIZERS, make_optimizer
 from rvc_dist.workspace import StageError
 
@@ -33,34 +37,45 @@ def as_zero(stage: int) -> dict[str, str]:
     return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_the_steps_are_those_of_ddp(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path / "run", save_every_steps=10_000)
+def assert_same_steps(folder: Path, num_ranks: int, environment: dict[str, str]) -> None:
+    """Of no stage and of each stage, in weights, losses and bytes sent."""
+    recipe = tiny_recipe(folder / "run", save_every_steps=10_000)
     make_features(recipe, num_clips=27)
-    recipes = tmp_path / "recipes"
+    recipes = folder / "recipes"
     recipes.mkdir()
     for name, train in CASES.items():
         (recipes / f"{name}.yaml").write_text(with_train(recipe, **train).to_yaml())
     saved = []
     for stage in (0, *zero.STAGES):
-        output = tmp_path / f"stage{stage}"
-        environment = as_zero(stage) if stage else None
-        torchrun(2, "step_on_ranks.py", recipes, 2, STEPS, output, more_environment=environment)
+        output, more = folder / f"stage{stage}", environment | (as_zero(stage) if stage else {})
+        torchrun(num_ranks, "step_on_ranks.py", recipes, 2, STEPS, output, more_environment=more)
         saved.append({name: load_file(output / f"{name}.safetensors") for name in CASES})
-    ddp = saved[0]
+    plain = saved[0]
     for stage, tensors in zip(zero.STAGES, saved[1:], strict=True):
         for name in CASES:
             # Rounding of gradients to bf16, and of what follows, is not the same rounding twice.
             bound = 1e-2 if name == "bf16" else 1e-5
-            compared = [k for k in ddp[name] if k.startswith(("weight.", "loss."))]
+            compared = [k for k in plain[name] if k.startswith(("weight.", "loss."))]
             assert len(compared) > 100
             for key in compared:
-                one, other = ddp[name][key].double(), tensors[name][key].double()
+                one, other = plain[name][key].double(), tensors[name][key].double()
                 assert (one - other).norm() <= bound * one.norm(), (stage, name, key)
-        micro_batches = 2 if stage == 2 else 1
-        sent = {name: int(ddp[name]["bytes"]) * (micro_batches if name == "accumulated" else 1) for name in CASES}
-        assert {name: int(tensors[name]["bytes"]) for name in CASES} == sent
+        if num_ranks > 1:
+            micro_batches = 2 if stage == 2 else 1
+            sent = {n: int(plain[n]["bytes"]) * (micro_batches if n == "accumulated" else 1) for n in CASES}
+            assert {name: int(tensors[name]["bytes"]) for name in CASES} == sent
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_steps_are_those_of_ddp(tmp_path: Path) -> None:
+    assert_same_steps(tmp_path, 2, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_steps_on_a_gpu_are_those_of_one_without_deepspeed(tmp_path: Path) -> None:
+    assert_same_steps(tmp_path, 1, {"ACCELERATE_USE_CPU": "false"})
 
 
 @pytest.mark.slow
@@ -178,3 +193,15 @@ def test_settings_that_do_not_fit_are_all_named() -> None:
         "fp16",
         "optimizer",
     ]
+
+
+def test_the_doctor_compares_the_versions_of_deepspeed_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def versions() -> dict[str, str]:
+        result = Result()
+        check_versions(Exam(Recipe(), Team()), result)
+        return result.same
+
+    assert "deepspeed" not in versions()
+    for name, value in as_zero(1).items():
+        monkeypatch.setenv(name, value)
+    assert versions()["deepspeed"] == version("deepspeed")

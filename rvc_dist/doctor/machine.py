@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
-from rvc_dist import __version__
+from rvc_dist import __version__, zero
 from rvc_dist.config import Recipe, f0_method_names
 from rvc_dist.decoding import AV_SUFFIXES
 from rvc_dist.distributed import MIN_BF16_CAPABILITY, device_name
@@ -46,7 +46,8 @@ def check_versions(exam: Exam, result: Result) -> None:
     """Every rank has the same versions, new enough, and a torch that fits the driver."""
     del exam
     result.same |= {"rvc_dist": __version__, "python": platform.python_version()}
-    result.same |= {name: found for name in PACKAGES if (found := installed(name))}
+    packages = (*PACKAGES, "deepspeed") if zero.asked_for() else PACKAGES
+    result.same |= {name: found for name in packages if (found := installed(name))}
     faiss = [f"{name} {found}" for name in FAISS if (found := installed(name))]
     if faiss:
         result.same["index"] = " and ".join(faiss)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from rvc_dist import zero
 from rvc_dist.config import Recipe
 from rvc_dist.data import ClipTable
 from rvc_dist.device import local_device
@@ -146,6 +147,8 @@ def check_ranks(exam: Exam, result: Result) -> None:
     result.same |= {"ranks": str(team.count), "hosts": str(len(set(exam.hosts)))}
     if team.count > 1:
         result.same["backend"] = dist.get_backend()
+    if team.accelerator is not None and (stage := zero.stage(team.accelerator)):
+        result.same["ZeRO stage"] = str(stage)
     recipes = team.gather(dict(_settings(exam.recipe)))
     for key in recipes[0]:
         values = [str(settings[key]) for settings in recipes]
