@@ -21,12 +21,13 @@ def environment() -> dict[str, str]:
 
 
 def launcher(num_ranks: int, launch_file: str | None = None) -> list[str]:
-    """The command before `-m rvc_dist ...`, by one of the files of launch/; none is needed for one rank."""
-    if num_ranks == 1 and launch_file is None:
+    """The command before `-m rvc_dist ...`: torchrun's, or accelerate's with a file of launch/; none for one rank."""
+    if launch_file is not None:
+        accelerate = ["accelerate.commands.launch", "--config_file", str(ROOT / "launch" / launch_file)]
+        return [sys.executable, "-m", *accelerate, "--num_processes", str(num_ranks), "--main_process_port", "0"]
+    if num_ranks == 1:
         return [sys.executable]
-    file = ROOT / "launch" / (launch_file or "cpu.yaml")
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    return [*accelerate, "--num_processes", str(num_ranks), "--main_process_port", "0"]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
 
 
 def start(

@@ -103,7 +103,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(tmp_path
     make_features(recipe)
     config = tmp_path / "recipe.yaml"
     config.write_text(recipe.to_yaml())
-    process = start([*launcher(2), "-m", "rvc_dist", "train", "--config", str(config)])
+    process = start([*launcher(2, "cpu.yaml"), "-m", "rvc_dist", "train", "--config", str(config)])
     try:
         events = tmp_path / "tensorboard"
         deadline = time.monotonic() + 120

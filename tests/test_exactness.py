@@ -92,10 +92,9 @@ def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_every_optimizer_takes_the_same_steps_on_one_two_and_four_ranks(tmp_path):
+def test_every_optimizer_takes_the_same_steps_on_one_rank_and_on_four(tmp_path):
     names = [name for name in get_args(OptimizerName) if name != "adamw_8bit"]
     settings = cases(names) | {"short": {"max_grad_norm": 1.0}, "accumulated": {"grad_accum_steps": 1}}
-    results = {num_ranks: first_steps(tmp_path, settings, num_ranks, thin=True) for num_ranks in (1, 2, 4)}
-    for num_ranks in (2, 4):
-        for name in settings:
-            assert_same(results[1][name], results[num_ranks][name], weights=1e-4, case=f"{name} on {num_ranks} ranks")
+    one, four = (first_steps(tmp_path, settings, num_ranks, thin=True) for num_ranks in (1, 4))
+    for name in settings:
+        assert_same(one[name], four[name], weights=1e-4, case=name)

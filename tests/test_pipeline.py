@@ -14,6 +14,8 @@ import rvc_dist as package
 from rvc_dist.config import load_recipe
 from rvc_dist.pipeline import DATA_STAGES
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 VOICE = Path(package.__file__).parent / "demo_voice" / "voice"
 SOURCE = Path(package.__file__).parent / "demo_voice" / "source" / "fr.flac"
 STAGES = ("preprocess", "extract", "index", "train", "export", "infer")
@@ -38,6 +40,7 @@ def runs(dataset, tmp_path_factory):
         options = {
             "run_dir": folder,
             "data.audio_dir": dataset,
+            "extract.f0_method": "swipe",
             "train.max_steps": 3,
             "train.eval_every_steps": 2,
             "infer.input": SOURCE,
@@ -50,7 +53,6 @@ def runs(dataset, tmp_path_factory):
     return folders
 
 
-@pytest.mark.distributed
 def test_data_stages_give_the_same_bytes_on_one_rank_and_on_two(runs):
     for stage in ("clips", "features", "index"):
         names = sorted(p.name for p in (runs[1] / stage).iterdir())
@@ -60,7 +62,6 @@ def test_data_stages_give_the_same_bytes_on_one_rank_and_on_two(runs):
             assert (runs[1] / stage / name).read_bytes() == (runs[2] / stage / name).read_bytes(), name
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_bad_file_is_in_the_report_and_the_good_ones_are_used(runs, num_ranks):
     report = json.loads((runs[num_ranks] / "clips" / "report.json").read_text())
@@ -71,7 +72,6 @@ def test_the_bad_file_is_in_the_report_and_the_good_ones_are_used(runs, num_rank
     assert "notes.wav" in (runs[num_ranks] / "output.txt").read_text()
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_voice_converts(runs, num_ranks):
     folder = runs[num_ranks]
@@ -89,7 +89,6 @@ def test_the_voice_converts(runs, num_ranks):
     assert 0 < np.abs(wave).max() < 1
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_run_skips_what_is_done_and_saves_the_recipe(runs, num_ranks):
     again = (runs[num_ranks] / "again.txt").read_text()

@@ -47,7 +47,7 @@ def assert_same_steps(folder: Path, num_ranks: int, environment: dict[str, str])
         (recipes / f"{name}.yaml").write_text(with_train(recipe, **train).to_yaml())
     saved = []
     for stage in (0, *zero.STAGES):
-        output, more = folder / f"stage{stage}", environment | (as_zero(stage) if stage else {})
+        output, more = folder / f"stage{stage}", environment | {"THIN": "1"} | (as_zero(stage) if stage else {})
         torchrun(num_ranks, "step_on_ranks.py", recipes, 2, STEPS, output, more_environment=more)
         saved.append({name: load_file(output / f"{name}.safetensors") for name in CASES})
     plain = saved[0]
