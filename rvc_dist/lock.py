@@ -124,9 +124,12 @@ class RunLock:
         """
         if self._stream is None:
             return
-        text = _read(self.path)
-        other = _parsed(text or "")
-        if text is not None and other is None:  # half of a line is being written: by this job's other thread, mostly
+        other = _parsed(_read(self.path) or "")
+        for _ in range(10):
+            if other is not None:
+                break
+            # Half of a line is being written, by this job's other thread, mostly; or one who found the lock of a dead
+            # job looks whether this is still that, and puts it back.
             time.sleep(0.1)
             other = _parsed(_read(self.path) or "")
         if self.is_lost or other is None or other["token"] != self._mine["token"]:

@@ -160,6 +160,21 @@ def test_a_lost_lock_is_noticed_and_left_to_its_new_holder(tmp_path, clock, fate
     assert (json.loads(path.read_text())["token"] == "other") if fate == "taken" else not path.exists()
 
 
+def test_a_lock_that_another_job_looks_at_is_not_lost(tmp_path):
+    """It moves a lock that it took for a dead job's aside, sees that it is another's, and moves it back."""
+    path, aside = tmp_path / "train.lock", tmp_path / "train.lock.other"
+    mine = RunLock(path)
+    assert mine.try_acquire()
+    path.rename(aside)
+    back = threading.Timer(0.3, aside.rename, [path])
+    back.start()
+    mine.check()
+    back.join()
+    assert not mine.is_lost
+    mine.release()
+    assert not path.exists()
+
+
 def test_of_many_that_find_a_dead_job_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE_S", 0.3)
     monkeypatch.setattr(lock, "REFRESH_S", 0.02)
