@@ -36,8 +36,9 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         StageError: the launcher asked for another number of ranks than joined, or the hardware has no bf16.
     """
     check_launcher(config)
-    check_meeting_point()
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted > 1:
+        check_meeting_point(wanted)
     backend = None
     if not torch.cuda.is_available():
         if zero.asked_for():
@@ -93,18 +94,17 @@ def check_launcher(config: TrainConfig) -> None:
         zero.check(config)
 
 
-def check_meeting_point() -> None:
-    """Refuse several ranks that do not know where to find each other: srun alone does not say.
+def check_meeting_point(num_ranks: int) -> None:
+    """Refuse ranks that do not know where to find each other: srun alone does not say.
 
     Raises:
         StageError: MASTER_ADDR or MASTER_PORT is not set.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if count > 1 and missing:
+    if missing:
         raise StageError(
-            f"{count} ranks were started, which cannot find each other: {' and '.join(missing)} not set; before srun: "
-            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+            f"{num_ranks} ranks were started, which cannot find each other: {' and '.join(missing)} not set; "
+            'before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
             "MASTER_PORT=29500 (a free port)"
         )
 

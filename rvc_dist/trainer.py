@@ -30,12 +30,7 @@ from rvc_dist.data import (
     make_dataset,
     make_loader,
 )
-from rvc_dist.distributed import (
-    StopSignal,
-    check_same_settings,
-    make_accelerator,
-    on_first_rank,
-)
+from rvc_dist.distributed import StopSignal, check_same_settings, make_accelerator, on_first_rank
 from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.metrics import Meter, PhaseTimer, ProgressBar, Tracker
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise

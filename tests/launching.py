@@ -25,8 +25,10 @@ def launcher(num_ranks: int, launch_file: str | None = None) -> list[str]:
     if launch_file is not None:
         accelerate = ["accelerate.commands.launch", "--config_file", str(ROOT / "launch" / launch_file)]
         return [sys.executable, "-m", *accelerate, "--num_processes", str(num_ranks), "--main_process_port", "0"]
-    if num_ranks == 1:
-        return [sys.executable]
+    return [sys.executable] if num_ranks == 1 else torchrun_launcher(num_ranks)
+
+
+def torchrun_launcher(num_ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
 
 
@@ -73,8 +75,8 @@ def rvc_dist(num_ranks: int, *arguments: object, code: int = 0, launch_file: str
 
 def torchrun(num_ranks: int, script: str, *arguments: object, more_environment: dict[str, str] | None = None) -> str:
     """Run a script of tests/ on `num_ranks` ranks."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    process = start([*run, str(ROOT / "tests" / script), *map(str, arguments)], more_environment)
+    command = [*torchrun_launcher(num_ranks), str(ROOT / "tests" / script), *map(str, arguments)]
+    process = start(command, more_environment)
     output = finish(process)
     assert process.returncode == 0, output[-5000:]
     return output
