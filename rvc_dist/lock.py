@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 STALE_S = 30.0
 """A holder elsewhere that gives no sign of life for this long is taken for dead."""
 REFRESH_S = 2.0
-LOOKED_AT_S = 1.0
-"""A lock file that is away or half-written for no longer than this is not lost."""
 KEYS = {"host", "pid", "started", "pid_space", "slurm_job", "slurm_restarts", "elastic_run", "since", "token", "beat"}
 
 
@@ -126,11 +124,14 @@ class RunLock:
         """
         if self._stream is None:
             return
-        until = time.monotonic() + LOOKED_AT_S
-        while (other := _parsed(_read(self.path) or "")) is None and time.monotonic() < until:
+        other = _parsed(_read(self.path) or "")
+        for _ in range(10):
+            if other is not None:
+                break
             # Half of a line is being written, by this job's other thread, mostly; or one who found the lock of a dead
             # job looks whether this is still that, and puts it back.
             time.sleep(0.1)
+            other = _parsed(_read(self.path) or "")
         if self.is_lost or other is None or other["token"] != self._mine["token"]:
             self.is_lost = True
             taker = f"now {described(other)} trains there" if other else "it is gone"
