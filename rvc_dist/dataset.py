@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from rvc_dist.audio import SLICE_THRESHOLD_DB
 from rvc_dist.config import Recipe
+from rvc_dist.preprocess import account, sum_lost
 from rvc_dist.workspace import Plan, Share, StageError, Unit, Workspace, printable, read_header
 
 if TYPE_CHECKING:
@@ -128,6 +129,10 @@ class Summary:
     pitch: tuple[Band, ...]
     left_out: tuple[tuple[str, str], ...]
     """(recording, reason), also of recordings of which a part was left out."""
+    seconds_in: float
+    """Of all recordings."""
+    lost: dict[str, float]
+    """Seconds that are in no clip, by why."""
 
 
 def run(recipe: Recipe, share: Share, runs: list[str] | None = None, as_json: bool = False) -> None:
@@ -175,12 +180,14 @@ def summarise(root: Path) -> Summary:
     recordings: dict[int, set[str]] = {}
     left_out = [(f.path, f.reason) for f in plan.excluded]
     rate, missing, bare = 0, 0, 0
+    files: list[dict[str, Any]] = []
     for unit in plan.units:
         header = read_header(work.clips_file(unit.id))
         if header is None or header.get("stamp") != unit.stamp(plan.settings):
             missing += 1
             continue
         rate = header["sample_rate"]
+        files += header["files"]
         for file in header["files"]:
             if file["reason"]:
                 left_out.append((file["path"], file["reason"]))
@@ -206,6 +213,8 @@ def summarise(root: Path) -> Summary:
         total=figures(None, total),
         pitch=bands(total.cents),
         left_out=tuple(left_out),
+        seconds_in=sum(f["seconds_in"] for f in files),
+        lost=sum_lost(files),
     )
 
 
@@ -387,6 +396,7 @@ def show(console: Console, summary: Summary, with_pitch: bool) -> None:
         )
     if with_pitch:
         show_pitch(console, [summary])
+    console.print(account(summary.seconds_in, summary.lost).capitalize(), soft_wrap=True)
     show_left_out(console, summary)
 
 
@@ -399,6 +409,7 @@ def show_comparison(console: Console, summaries: list[Summary]) -> None:
     for title, cell in (SOUND | PITCH).items():
         table.add_row(title, *(cell(s.total) for s in summaries))
     table.add_row("left out, incomplete", *(str(len(s.left_out)) for s in summaries))
+    table.add_row("min in no clip", *(f"{sum(s.lost.values()) / 60:.2f}" for s in summaries))
     console.print(table)
     show_pitch(console, summaries)
 
@@ -434,7 +445,7 @@ def show_left_out(console: Console, summary: Summary) -> None:
     for path, reason in summary.left_out:
         by_reason.setdefault(reason, []).append(printable(path))
     if not by_reason:
-        console.print("Nothing was left out.")
+        console.print("No recording was left out.")
         return
     console.print(f"Left out, or incomplete: {len(summary.left_out)}")
     ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))

@@ -45,6 +45,8 @@ MAX_HOURS = 100
 """A header that promises more is damaged, or that of a stream whose length was not known when it was written."""
 BOMB_SECONDS, BOMB_BYTES_PER_S = 600.0, 250.0
 """A longer file with fewer bytes a second is silence, or has a damaged header: speech takes 600 and more."""
+UNREADABLE, GAP = "unreadable", "gap in its time stamps"
+"""Why a decoder does not give seconds that a recording holds."""
 _MP3_KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _MP3_KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
 _MP3_RATES = (44100, 48000, 32000, 0)
@@ -63,9 +65,12 @@ class Recording(ABC):
 
     rate: int
     duration_s: float
+    lost: list[tuple[float, str]]
+    """Seconds that it holds and that the last reading of `blocks` did not give, each with UNREADABLE or GAP."""
 
     def blocks(self, start_s: float = 0.0, num_samples: int | None = None) -> Iterator[Samples]:
         """Samples from start_s on, to the end or so many, block by block: [S, channels] float32, full scale at 1."""
+        self.lost = []
         blocks, left = self._blocks(start_s, num_samples), num_samples
         with contextlib.closing(blocks):
             for block in blocks:

@@ -459,7 +459,7 @@ def import_unit(
     told: list[dict[str, Any]] = []
     for file in unit.files:
         entry = {"path": file.path, "speaker": file.speaker, "seconds_in": file.duration_s, "clips": 0}
-        told.append(entry | {"seconds_out": 0.0, "reason": ""})
+        told.append(entry | {"seconds_out": 0.0, "lost": {decoding.UNREADABLE: file.duration_s}, "reason": ""})
         try:
             wave, _ = decoding.decode(experiment.waves_dir / file.path)
         except decoding.AudioError as error:
@@ -469,7 +469,8 @@ def import_unit(
         clip = {"speaker": file.speaker, "source": recording_of(file.path), "slice_s": 0.0, "start_s": 0.0}
         waves[key] = wave
         clips.append(clip)
-        told[-1] |= {"clips": 1, "seconds_out": round(len(wave) / rate, 3)}
+        seconds = round(len(wave) / rate, 6)
+        told[-1] |= {"clips": 1, "seconds_in": seconds, "seconds_out": round(seconds, 3), "lost": {}}
         if not experiment.content_dir:
             continue
         try:

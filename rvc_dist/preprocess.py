@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -51,6 +51,9 @@ OFFSET = 0.01
 """A mean above this is told: a recording should have none. The high-pass filter takes it away."""
 MIN_CLIP_S = 0.5
 """Shorter clips are dropped: every version's training slice is below this, with room for the trimming of features."""
+SILENCE, TAIL = "silence", "rest shorter than a chunk"
+SHORT, LOUD = f"shorter than {MIN_CLIP_S} s", f"peak above {audio.MAX_PEAK}"
+"""Why seconds of a recording are in no clip, beside the decoder's reasons: the words of every account."""
 
 
 class Clip(NamedTuple):
@@ -63,6 +66,8 @@ class Outcome(NamedTuple):
 
     clips: list[Clip]
     seconds_in: float
+    lost: dict[str, float]
+    """Seconds that are in no clip, by why: with those in clips, each counted once, they are `seconds_in`."""
     reason: str
 
 
@@ -251,6 +256,7 @@ def make_unit(
                 "seconds_in": outcome.seconds_in,
                 "clips": len(outcome.clips),
                 "seconds_out": round(samples / recipe.data.sample_rate, 3),
+                "lost": outcome.lost,
                 "reason": outcome.reason,
             }
         )
@@ -269,7 +275,7 @@ def _try_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None) -> Outco
     except decoding.MissingDecoderError as error:
         raise _missing_decoder(file, error) from error
     except decoding.AudioError as error:
-        return Outcome([], file.duration_s, str(error))
+        return Outcome([], file.duration_s, {decoding.UNREADABLE: file.duration_s}, str(error))
 
 
 class Levels:
@@ -298,8 +304,21 @@ class Levels:
             yield f"has a DC offset of {offset:.3f}"
 
 
-def read_slice(recipe: Recipe, file: SourceFile, levels: Levels) -> tuple[audio.Wave, float, list[str]]:
-    """A slice of a recording at the voice's rate [S], its length in seconds, and what is to be said of it.
+class Slice(NamedTuple):
+    """A slice of a recording as it was read."""
+
+    wave: audio.Wave
+    """At the voice's rate [S]."""
+    seconds: float
+    """What was decoded."""
+    lost: list[tuple[float, str]]
+    """What was not, with the decoder's reasons."""
+    notes: list[str]
+    """What is to be said of it."""
+
+
+def read_slice(recipe: Recipe, file: SourceFile, levels: Levels) -> Slice:
+    """A slice of a recording.
 
     Raises:
         AudioError: it cannot be read, or holds nothing.
@@ -324,42 +343,73 @@ def read_slice(recipe: Recipe, file: SourceFile, levels: Levels) -> tuple[audio.
         notes.append(f"only {seconds:.1f} of the {file.duration_s:.1f} s that its header promises can be read")
     elif file.is_last and num == most:
         notes.append(f"longer than its header says; what follows {file.start_s + seconds:.0f} s is left out")
-    return np.concatenate(parts), seconds, notes
+    return Slice(np.concatenate(parts), seconds, recording.lost, notes)
 
 
 def cut_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None = None) -> Outcome:
     """Decode, resample, filter, clean, level and cut one recording or slice.
 
     Raises:
-        AudioError: it gives no clip; the message is the reason.
+        AudioError: it cannot be read; the message is the reason.
     """
     config, rate, levels = recipe.preprocess, recipe.data.sample_rate, Levels()
-    wave, seconds_in, notes = read_slice(recipe, file, levels)
+    read = read_slice(recipe, file, levels)
     if levels.peak < audio.SILENT_PEAK:
-        raise decoding.AudioError("silent (peak below -60 dB)")
-    notes += levels.notes()
-    wave = _clean(recipe, wave, gate)
+        return _outcome([], read, {SILENCE: len(read.wave)}, [*read.notes, "silent (peak below -60 dB)"])
+    notes = read.notes + list(levels.notes())
+    wave = _clean(recipe, read.wave, gate)
 
     clips: list[Clip] = []
     kinds: Counter[str] = Counter()
     longest = MAX_CLIP_FRAMES * recipe.rate_spec.hop
+    spans: list[tuple[int, int, str]] = []
     for start, piece in _pieces(recipe, wave):
-        peak = float(np.abs(piece).max(initial=0.0))
-        if len(piece) < MIN_CLIP_S * rate:
-            kinds[f"shorter than {MIN_CLIP_S} s dropped"] += 1
-        elif not peak <= audio.MAX_PEAK:
-            kinds[f"with a peak above {audio.MAX_PEAK} dropped"] += 1
-        elif peak < audio.SILENT_PEAK:
-            kinds["silent, dropped"] += 1
-        else:
-            if len(piece) > longest:
-                kinds[f"longer than the {longest / rate:.1f} s of which training makes use"] += 1
-            levelled = audio.normalise(piece) if config.normalization == "post" else piece
-            clips.append(Clip(round(file.start_s + start / rate, 4), np.ascontiguousarray(levelled)))
+        fate = _fate(piece, rate)
+        spans.append((start, start + len(piece), fate))
+        if fate:
+            kinds[f"dropped ({fate})"] += 1
+            continue
+        if len(piece) > longest:
+            kinds[f"longer than the {longest / rate:.1f} s of which training makes use"] += 1
+        levelled = audio.normalise(piece) if config.normalization == "post" else piece
+        clips.append(Clip(round(file.start_s + start / rate, 4), np.ascontiguousarray(levelled)))
     notes += [f"{count} {'clip' if count == 1 else 'clips'} {what}" for what, count in sorted(kinds.items())]
     if not clips:
-        raise decoding.AudioError(", ".join(notes) if kinds else _why_nothing(recipe, len(wave)))
-    return Outcome(clips, seconds_in, ", ".join(notes))
+        notes = notes if kinds else [_why_nothing(recipe, len(wave))]
+    return _outcome(clips, read, _lost(spans, len(wave), SILENCE if config.cut_method == "automatic" else TAIL), notes)
+
+
+def _fate(piece: audio.Wave, rate: int) -> str:
+    """Why a piece becomes no clip, or nothing."""
+    peak = float(np.abs(piece).max(initial=0.0))
+    if len(piece) < MIN_CLIP_S * rate:
+        return SHORT
+    if not peak <= audio.MAX_PEAK:
+        return LOUD
+    return SILENCE if peak < audio.SILENT_PEAK else ""
+
+
+def _lost(spans: list[tuple[int, int, str]], num_samples: int, rest: str) -> dict[str, int]:
+    """Samples that no clip holds, by why. `spans` are (first sample, last + 1, why not), in order; the clips' say "".
+
+    Clips overlap, so each sample is counted once: as held where any clip holds it, as `rest` where no span has it.
+    """
+    reasons = sorted({rest, "", *(why for *_, why in spans)})
+    of_sample = np.full(num_samples, reasons.index(rest), np.uint8)
+    for start, stop, why in sorted(spans, key=lambda span: not span[2]):  # the clips last: they count before all else
+        of_sample[start:stop] = reasons.index(why)
+    return {why: int(np.count_nonzero(of_sample == i)) for i, why in enumerate(reasons) if why}
+
+
+def _outcome(clips: list[Clip], read: Slice, lost_samples: dict[str, int], notes: list[str]) -> Outcome:
+    """With what the decoder did not give added to what the cutting left."""
+    lost: dict[str, float] = defaultdict(
+        float, {why: num / len(read.wave) * read.seconds for why, num in lost_samples.items()}
+    )
+    for seconds, why in read.lost:
+        lost[why] += seconds
+    seconds_in = round(read.seconds + sum(seconds for seconds, _ in read.lost), 6)
+    return Outcome(clips, seconds_in, {why: round(s, 6) for why, s in sorted(lost.items()) if s}, ", ".join(notes))
 
 
 def _clean(recipe: Recipe, wave: audio.Wave, gate: NoiseGate | None) -> audio.Wave:
@@ -425,6 +475,7 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         len(files) - len(used),
         work.clips_report_file,
     )
+    logger.info("preprocess: %s", account(report["seconds_in"], report["lost"]))
 
 
 def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
@@ -435,6 +486,8 @@ def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
         "total_seconds": round(total_s, 3),
         "clips": sum(f["clips"] for f in used),
         "clip_seconds": round(sum(f["seconds_out"] for f in used), 3),
+        "seconds_in": round(sum(f["seconds_in"] for f in files), 3),
+        "lost": {why: round(seconds, 3) for why, seconds in sum_lost(files).items()},
         "speakers": sorted({f["speaker"] for f in used}),
         "files_used": len(used),
         "files_left_out": len(files) - len(used),
@@ -442,9 +495,25 @@ def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
     }
 
 
+def sum_lost(files: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds that are in no clip, by why, the most first."""
+    total: Counter[str] = Counter()
+    for file in files:
+        total.update(file["lost"])
+    return dict(total.most_common())
+
+
+def account(seconds_in: float, lost: dict[str, float]) -> str:
+    """What became of the seconds of recordings; a second that several clips hold is counted once."""
+    parts = ", ".join(f"{why} {seconds:.1f} s" for why, seconds in lost.items())
+    all_lost = sum(lost.values())
+    told = f"{all_lost:.1f} s not ({parts})" if lost else "nothing was lost"
+    return f"of {seconds_in:.1f} s of recordings {seconds_in - all_lost:.1f} s are in clips, {told}"
+
+
 def left_out_entry(file: SourceFile) -> dict[str, Any]:
     """The entry of a recording that no unit holds."""
-    nothing = {"seconds_in": 0.0, "clips": 0, "seconds_out": 0.0}
+    nothing = {"seconds_in": 0.0, "clips": 0, "seconds_out": 0.0, "lost": {}}
     return {"path": file.path, "speaker": file.speaker, **nothing, "reason": file.reason}
 
 
@@ -459,6 +528,7 @@ def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str,
         if known is not entry:
             for key in ("seconds_in", "clips", "seconds_out"):
                 known[key] = round(known[key] + part[key], 6)
+            known["lost"] = sum_lost([known, part])
     for path, found in reasons.items():
         told = [f"from {format_duration(at)}: {why}" if len(found) > 1 else why for at, why in sorted(found) if why]
         more = [f"and {len(told) - most} slices more"] if len(told) > most else []

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every stamp: raise it when a stage's output changes for the same settings."""
 HEADER_KEY = "rvc_dist"
 """All metadata of a safetensors file is one JSON text: the format keeps several keys in no fixed order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -50,7 +51,14 @@ def make_run(
                 {"speaker": s, "source": f.path, "start_s": 0.0} for f, (s, _) in zip(unit.files, of_unit, strict=True)
             ],
             "files": [
-                {"path": f.path, "speaker": f.speaker, "seconds_in": 2 * f.duration_s, "clips": 1, "reason": ""}
+                {
+                    "path": f.path,
+                    "speaker": f.speaker,
+                    "seconds_in": 2 * f.duration_s,
+                    "clips": 1,
+                    "lost": {"silence": f.duration_s},
+                    "reason": "",
+                }
                 for f in unit.files
             ],
         }
@@ -152,7 +160,8 @@ def test_clips_alone_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "2 of 3 units are not made yet: run `rvc-dist preprocess` to its end" in text
     assert "1 of 1 units have no features: `rvc-dist extract` gives the pitch" in text
     assert "Pitch" not in text
-    assert "Nothing was left out." in text
+    assert "No recording was left out." in text
+    assert re.search(r"Of \d+\.\d s of recordings (\d+\.\d) s are in clips, \1 s not \(silence \1 s\)", text)
 
 
 def shown(capsys: pytest.CaptureFixture[str], *runs: Path, **options: Any) -> str:

@@ -391,17 +391,27 @@ def test_report_by_hand(tmp_path: Path) -> None:
         "total_seconds": 10.25,
         "clips": 6,
         "clip_seconds": 11.75,
+        "seconds_in": 10.25,
+        "lost": {},
         "speakers": [0, 3],
         "files_used": 3,
         "files_left_out": 1,
     }
     assert list(files) == ["0/a.wav", "0/b.wav", "3/bad.wav", "3/c.wav"]
-    assert files["0/b.wav"] == {"speaker": 0, "seconds_in": 7.0, "clips": 4, "seconds_out": 8.5, "reason": ""}
+    assert files["0/b.wav"] == {
+        "speaker": 0,
+        "seconds_in": 7.0,
+        "clips": 4,
+        "seconds_out": 8.5,
+        "lost": {},
+        "reason": "",
+    }
     assert files["3/bad.wav"] == {
         "speaker": 3,
         "seconds_in": 0.0,
         "clips": 0,
         "seconds_out": 0.0,
+        "lost": {},
         "reason": "not readable as audio (Format not recognised)",
     }
     assert [(c["source"], c["speaker"]) for c, _ in clips(config)][-1] == ("3/c.wav", 3)
@@ -453,8 +463,8 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
         "500/a.wav": "speaker id 500 is above 108",
         "silent.wav": "silent (peak below -60 dB)",
         "whisper.wav": "silent (no frame above -42 dB RMS)",
-        "blip.wav": "1 clip shorter than 0.5 s dropped",
-        "int16.wav": "1 clip with a peak above 2.5 dropped",
+        "blip.wav": "1 clip dropped (shorter than 0.5 s)",
+        "int16.wav": "1 clip dropped (peak above 2.5)",
         "inf.wav": "has samples that are not finite numbers",
         "cut.flac": "not readable as audio (flac decoder lost sync)",
         "pipe.wav": "not a regular file",
@@ -686,6 +696,7 @@ def test_a_long_recording_is_done_in_slices(
             "seconds_in": pytest.approx(10.25, abs=0.06),
             "clips": 3,
             "seconds_out": pytest.approx(10.25, abs=0.06),
+            "lost": {},
             "reason": "",
         }
     ]
