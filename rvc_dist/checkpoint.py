@@ -69,6 +69,8 @@ class Checkpoint:
     meter: dict[str, Any] = field(default_factory=lambda: {"names": [], "ranks": []})
     """`Meter.state` of a run that stopped between two log lines."""
     num_ranks: int = 1
+    trained_speakers: tuple[int, ...] = ()
+    """Speaker ids that were ever trained, rising; none where an older version of rvc_dist wrote the checkpoint."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """File stem to what it holds."""
@@ -173,6 +175,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             "optimizer_groups": {name: s.groups for name, s in checkpoint.optimizers.items()},
             "meter": checkpoint.meter,
             "num_ranks": checkpoint.num_ranks,
+            "trained_speakers": checkpoint.trained_speakers,
         }
         atomic_write(beside / STATE, json.dumps(state, indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(beside.iterdir())}
@@ -306,6 +309,7 @@ def load(path: Path) -> Checkpoint:
         optimizers={n: OptimizerState(load_file(path / f"optimizer_{n}.safetensors"), groups[n]) for n in MODELS},
         meter=state["meter"],
         num_ranks=state["num_ranks"],
+        trained_speakers=tuple(state.get("trained_speakers", ())),
     )
 
 

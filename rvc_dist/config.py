@@ -472,8 +472,8 @@ class InferConfig:
     """Share of retrieved features, 0 (no index) to 1."""
     protect: float = 0.33
     """Share of retrieved features kept in unvoiced frames; 0.5 turns the protection off."""
-    speaker: int = 0
-    """Speaker id, for voices with several."""
+    speaker: int | None = None
+    """Id of a trained speaker; null: the only one, the lowest of several, or 0 where the voice does not say."""
     window_s: float = 30.0
     """Longest piece converted at once, in seconds: bounds the memory."""
     seed: int = 1234

@@ -141,6 +141,11 @@ class ClipTable:
     embedder: dict[str, Any]
     num_speakers: int
 
+    @property
+    def trained_speakers(self) -> tuple[int, ...]:
+        """The speakers that the networks hear, in rising order: silent clips alone teach nobody's voice."""
+        return tuple(sorted({c.speaker for c in self.train if c.source != MUTE_SOURCE}))
+
     @classmethod
     def load(cls, recipe: Recipe) -> ClipTable:
         """Read the headers of every unit.

@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ def run(recipe: Recipe, share: Share) -> None:
     if not work.clips_report_file.is_file():
         raise StageError(f"{work.clips_report_file} is missing: run `rvc-dist preprocess` first")
     dataset_length = read_json(work.clips_report_file)["total_dataset_duration"]
-    num_speakers = ClipTable.load(recipe).num_speakers
+    table = ClipTable.load(recipe)
     files: dict[int, Path] = {}
     for path in found:
         checkpoint.verify(path)
         saved = checkpoint.load(path)
-        voice = voice_dict(recipe, saved, dataset_length, num_speakers)
+        saved = replace(saved, trained_speakers=saved.trained_speakers or table.trained_speakers)
+        voice = voice_dict(recipe, saved, dataset_length, table.num_speakers)
         step, epoch = saved.progress.step, saved.progress.epoch
         files[step] = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
         write_voice(files[step], voice)
@@ -106,6 +108,7 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
         "vocoder": VOCODER_NAMES[shape.vocoder],
         "energy": False,
         "speakers_id": num_speakers,
+        "trained_speakers": list(saved.trained_speakers),
         "architecture": "RVC",
         **EmbedderId.from_features(saved.identity["embedder"]).to_voice(),
         "dataset_length": dataset_length,

@@ -49,6 +49,25 @@ class Voice:
     embedder: EmbedderId
     """contentvec where the file says nothing."""
     version: Literal["v1", "v2"]
+    trained_speakers: tuple[int, ...] = ()
+    """Rows of the speaker table that were trained; none where the file does not say, as those of other tools."""
+
+    def speaker(self, asked: int | None) -> int:
+        """The row to speak with: `asked`, or the voice's only one, or the lowest of several, which is logged.
+
+        Raises:
+            StageError: `asked` was never trained.
+        """
+        known = self.trained_speakers or range(self.generator.shape.num_speakers)
+        ids = ", ".join(map(str, self.trained_speakers)) or f"0 to {len(known) - 1}"
+        if asked is None:
+            if len(self.trained_speakers) > 1:
+                logger.info("infer: speaker %d of those trained (%s); infer.speaker chooses another", known[0], ids)
+            return known[0]
+        if asked not in known:
+            what = "was trained on" if self.trained_speakers else "has"
+            raise StageError(f"infer.speaker: got {asked}, this voice {what} speaker{'s' * (len(known) > 1)} {ids}")
+        return asked
 
     @property
     def rate(self) -> int:
@@ -76,6 +95,7 @@ class Voice:
             # The list carries one row a speaker of the network it was made from; the table itself is what counts.
             generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
             embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
+            trained = _trained_speakers(data.get("trained_speakers", []), generator.shape.num_speakers)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise StageError(f"infer.model: {path} holds no voice that can be built here ({reason})") from error
@@ -85,7 +105,18 @@ class Voice:
             differ = sorted(k for k in {**wanted, **got} if wanted.get(k) != got.get(k))
             raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
         generator.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
-        return cls(generator.to(device).eval(), embedder, version)
+        return cls(generator.to(device).eval(), embedder, version, trained)
+
+
+def _trained_speakers(ids: Any, num_speakers: int) -> tuple[int, ...]:
+    """The `trained_speakers` of a voice file, rising.
+
+    Raises:
+        ValueError: they are no rows of its speaker table.
+    """
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_speakers for i in ids):
+        raise ValueError(f"its trained_speakers are no list of ids below {num_speakers}, its number of speakers")
+    return tuple(sorted(set(ids)))
 
 
 def _read_voice_file(path: Path) -> dict[str, Any]:
@@ -115,6 +146,7 @@ class Converter:
     retriever: Retriever | None
     recipe: Recipe
     device: torch.device
+    speaker: int
 
     @classmethod
     def load(cls, recipe: Recipe) -> Converter:
@@ -125,12 +157,10 @@ class Converter:
         """
         work, config, device = Workspace(recipe.run_dir, recipe.name), recipe.infer, local_device()
         voice = Voice.load(Path(config.model) if config.model else work.last_voice_file, device)
-        speakers = voice.generator.shape.num_speakers
-        if config.speaker >= speakers:
-            raise StageError(f"infer.speaker: got {config.speaker}, this voice has {speakers} (0 to {speakers - 1})")
+        speaker = voice.speaker(config.speaker)
         extractor = _extractor(recipe, voice)
         width = voice.generator.shape.content_channels
-        return cls(voice, extractor, _retriever(config, work, width), recipe, device)
+        return cls(voice, extractor, _retriever(config, work, width), recipe, device, speaker)
 
     @torch.no_grad()
     def __call__(self, wave: audio.Wave) -> audio.Wave:
@@ -176,7 +206,7 @@ class Converter:
         guided = self.voice.generator.shape.pitch_guidance
         content, f0 = content.unsqueeze(0).to(self.device), f0.unsqueeze(0).to(self.device)
         lengths = torch.tensor([content.shape[1]], device=self.device)
-        speaker = torch.tensor([self.recipe.infer.speaker], device=self.device)
+        speaker = torch.tensor([self.speaker], device=self.device)
         coarse = coarse_pitch(f0) if guided else None
         return self.voice.generator.infer(content, lengths, coarse, f0 if guided else None, speaker)[0, 0].float()
 

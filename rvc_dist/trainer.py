@@ -88,6 +88,7 @@ class Trainer:
             self.config.grad_accum_steps,
         )
         self.progress = checkpoint.Progress()
+        self.trained_speakers = self.table.trained_speakers
         self.meter, self.timer = Meter(), PhaseTimer(self.device, self.pulse)
         self.recent: list[Step] = []
         saved = None
@@ -95,6 +96,7 @@ class Trainer:
             on_first_rank(self.accelerator, partial(checkpoint.verify, resume_from, self.identity))
             saved = checkpoint.load(resume_from)
             self.progress = saved.progress
+            self.trained_speakers = tuple(sorted({*self.trained_speakers, *saved.trained_speakers}))
         self.left_in_epoch = len(self.sampler.global_batches(self.progress.epoch, self.progress.seen))
         self.total_steps = self._total_steps()
         self.dataset = make_dataset(recipe, self.table, self.device)
@@ -596,6 +598,7 @@ class Trainer:
                     optimizers={name: state for name, state in states.items() if state is not None},
                     meter=meter,
                     num_ranks=self.accelerator.num_processes,
+                    trained_speakers=self.trained_speakers,
                 )
             )
 

@@ -100,6 +100,7 @@ def test_every_field_that_readers_know(recipe: Recipe, generator: Generator) -> 
         "vocoder": "HiFi-GAN",
         "energy": False,
         "speakers_id": 1,
+        "trained_speakers": [0],
         "architecture": "RVC",
         "embedder_model": "mfcc",
         "embedder_hash": EMBEDDER["hash"],

@@ -459,8 +459,40 @@ def test_a_v1_voice(recipe: Recipe, tmp_path: Path) -> None:
 def test_the_speaker_counts(recipe: Recipe) -> None:
     first = convert_file(recipe)
     assert not np.array_equal(convert_file(changed(recipe, "infer", speaker=1)), first)
-    with pytest.raises(StageError, match=r"infer\.speaker: got 2, this voice has 2 \(0 to 1\)"):
+    with pytest.raises(StageError, match=r"infer\.speaker: got 2, this voice has speakers 0 to 1$"):
         infer.run(changed(recipe, "infer", speaker=2), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "wanted"),
+    [
+        ([1], None, 1),  # only folder 1/ was there
+        ([1], 0, "infer.speaker: got 0, this voice was trained on speaker 1"),
+        ([2, 0], None, 0),
+        ([2, 0], 2, 2),
+        ([2, 0], 1, "infer.speaker: got 1, this voice was trained on speakers 0, 2"),
+        (None, None, 0),  # of another tool
+        (None, 108, 108),
+        (None, 109, "infer.speaker: got 109, this voice has speakers 0 to 108"),
+        ([109], None, "its trained_speakers are no list of ids below 109"),
+        ([-1], None, "its trained_speakers are no list"),
+        ([True], None, "its trained_speakers are no list"),
+        ("0", None, "its trained_speakers are no list"),
+    ],
+)
+def test_only_trained_speakers_speak(
+    recipe: Recipe, tmp_path: Path, trained: Any, asked: int | None, wanted: int | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = voice_contents(recipe, make_generator(recipe, num_speakers=109))
+    write_voice(tmp_path / "v.pth", damaged(contents, trained_speakers=trained))
+    recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"), speaker=asked)
+    if isinstance(wanted, str):
+        with pytest.raises(StageError, match=re.escape(wanted)):
+            infer.Converter.load(recipe)
+        return
+    with caplog.at_level("INFO"):
+        assert infer.Converter.load(recipe).speaker == wanted
+    assert ("infer: speaker 0 of those trained (0, 2)" in caplog.text) == (trained == [2, 0] and asked is None)
 
 
 def damaged(contents: dict[str, Any], **values: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from tiny import EMBEDDER, make_features, tiny_recipe, with_train
 from torch import nn
 
 from rvc_dist import checkpoint, export, trainer, validation
-from rvc_dist.config import load_recipe
+from rvc_dist.config import DataConfig, load_recipe
+from rvc_dist.data import MUTE_SOURCE, ClipTable
 from rvc_dist.infer import Voice
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace
@@ -68,6 +69,27 @@ def test_a_run_leaves_checkpoints_scalars_pictures_and_sounds(tmp_path):
     assert "mel/real_above_generated" in events.Tags()["images"]
     for name in ("grad/norm_g", "grad/norm_d", "train/lr", "perf/audio_s_per_s", "perf/g_step_s"):
         assert len(scalars(recipe, name)) == 4
+
+
+def test_the_voice_file_knows_its_trained_speakers(tmp_path):
+    recipe = replace(tiny_recipe(tmp_path, max_steps=1), data=DataConfig(sample_rate=24000, holdout=0.0))
+    make_features(recipe, speakers=(1, 3))  # no folder 0/ and 2/; all of them have silent clips
+    assert train(recipe).trained_speakers == (1, 3)
+    assert train(with_train(recipe, max_steps=2)).trained_speakers == (1, 3)
+    export.run(recipe, Share())
+    voice = Voice.load(Workspace(recipe.run_dir, recipe.name).last_voice_file, torch.device("cpu"))
+    assert (voice.trained_speakers, voice.speaker(None)) == ((1, 3), 1)
+    with pytest.raises(StageError, match=r"infer\.speaker: got 0, this voice was trained on speakers 1, 3"):
+        voice.speaker(0)
+
+
+def test_silent_clips_train_no_speaker(tmp_path):
+    recipe = replace(tiny_recipe(tmp_path), data=DataConfig(sample_rate=24000, holdout=0.0))
+    make_features(recipe, speakers=(0, 1, 2))
+    table = ClipTable.load(recipe)
+    only_silent = replace(table, train=tuple(c for c in table.train if c.speaker != 1 or c.source == MUTE_SOURCE))
+    assert {c.speaker for c in only_silent.train} == {0, 1, 2}
+    assert only_silent.trained_speakers == (0, 2)
 
 
 def test_the_mel_loss_falls(tmp_path):

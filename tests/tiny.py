@@ -1,5 +1,6 @@
 """A run folder small enough to train in a second: tones as clips, smooth random features, a very narrow network."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def tiny_recipe(run_dir: Path, **train: object) -> Recipe:
     )
 
 
-def make_features(recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, num_speakers: int = 1) -> None:
+def make_features(recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, speakers: Sequence[int] = (0,)) -> None:
     """Write what preprocess and extract would: three clips a unit and source, lengths that differ a little."""
     work, rate, rng = Workspace(recipe.run_dir, recipe.name), recipe.data.sample_rate, np.random.default_rng(0)
     for unit in range(-(-num_clips // 3)):
@@ -49,7 +50,7 @@ def make_features(recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, num_
             features[f"{i:05d}.content"] = content.astype(np.float32)
             features[f"{i:05d}.f0"] = np.full(2 * num_content, hz, dtype=np.float32)
             sizes = {"num_samples": num_samples, "num_content": num_content, "num_f0": 2 * num_content}
-            clips.append({"speaker": unit % num_speakers, "source": f"{unit}.wav", "start_s": 0.0} | sizes)
+            clips.append({"speaker": speakers[unit % len(speakers)], "source": f"{unit}.wav", "start_s": 0.0} | sizes)
         header = {"stamp": "tiny", "sample_rate": rate, "clips": clips}
         save_arrays(work.clips_file(unit), waves, header)
         save_arrays(work.features_file(unit), features, header | {"embedder": EMBEDDER})
