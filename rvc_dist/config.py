@@ -35,6 +35,11 @@ class RateSpec(NamedTuple):
     upsample_rates: tuple[int, ...]
     upsample_kernels: tuple[int, ...]
 
+    @property
+    def reach(self) -> int:
+        """How far a frame's window reaches beyond its hop, on either side: n_fft - hop is even everywhere."""
+        return (self.n_fft - self.hop) // 2
+
 
 _V2 = {
     24000: RateSpec(1024, 240, 80, 8640, (10, 6, 2, 2), (20, 12, 4, 4)),

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rvc_dist import memory
-from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, Recipe, TrainConfig
+from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
 from rvc_dist.workspace import StageError, Workspace, read_header, unit_files
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ class ClipRef:
 class Batch:
     """What one rank trains on in one step; padding is zero."""
 
-    wave: Tensor
-    """[B, 1, S] float32"""
+    wave_with_reach: Tensor
+    """[B, 1, reach + S + reach] float32: S and what the windows of the first and last frame reach beyond it"""
     content: Tensor
     """[B, T, C] float32"""
     f0: Tensor
@@ -76,6 +77,13 @@ class Batch:
     micro-batches, averaged over ranks, is the mean over the global batch."""
     mean_frames: float
     """Valid frames of the global batch over the number of ranks: what the KL divergence is divided by."""
+    reach: int
+    """In samples; see `RateSpec.reach`."""
+
+    @property
+    def wave(self) -> Tensor:
+        """[B, 1, S]: the samples of the frames alone, a view."""
+        return self.wave_with_reach[:, :, self.reach : self.wave_with_reach.shape[2] - self.reach]
 
     def _map(self, function: Any) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -106,8 +114,8 @@ class BatchPlan:
 class ClipData(NamedTuple):
     """One clip as it is trained on."""
 
-    wave: Tensor
-    """[S] float32"""
+    wave_with_reach: Tensor
+    """[reach + T * hop + reach] float32"""
     content: Tensor
     """[T, C] float32"""
     f0: Tensor
@@ -329,14 +337,14 @@ class ClipDataset(Dataset[list[Batch]]):
     def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...]) -> None:
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.clips = clips
-        self.rate, self.hop, self.seed = recipe.data.sample_rate, recipe.rate_spec.hop, recipe.train.seed
+        self.rate, self.spec, self.seed = recipe.data.sample_rate, recipe.rate_spec, recipe.train.seed
 
     def __getitem__(self, plans: tuple[BatchPlan, ...]) -> list[Batch]:
         return [self.read_batch(plan) for plan in plans]
 
     def read_batch(self, plan: BatchPlan) -> Batch:
         clips = [self.read(self.clips[i], self._first_frame(i, plan.epoch)) for i in plan.clips]
-        return collate(clips, plan, self.hop, tuple(self._noise_seed(i, plan.epoch) for i in plan.clips))
+        return collate(clips, plan, self.spec, tuple(self._noise_seed(i, plan.epoch) for i in plan.clips))
 
     def _first_frame(self, index: int, epoch: int) -> int:
         """Long clips show another part of at most 900 frames each epoch; the choice needs no state."""
@@ -353,19 +361,19 @@ class ClipDataset(Dataset[list[Batch]]):
         """A clip from frame `first` on, at most MAX_CLIP_FRAMES of it: aligned and trimmed."""
         last = min(clip.num_frames, first + MAX_CLIP_FRAMES)
         wave, content, f0 = self._tensors(clip)
-        frames = slice(first, last)
+        hop, frames = self.spec.hop, slice(first, last)
         return ClipData(
-            wave=wave[first * self.hop : last * self.hop],
-            content=content[feature_frames(last, self.rate, self.hop, F0_PER_S // 2, content.device)[frames]],
-            f0=f0[feature_frames(last, self.rate, self.hop, F0_PER_S, f0.device)[frames]],
+            wave_with_reach=part_with_reach(wave, first * hop, last * hop, self.spec.reach),
+            content=content[feature_frames(last, self.rate, hop, F0_PER_S // 2, content.device)[frames]],
+            f0=f0[feature_frames(last, self.rate, hop, F0_PER_S, f0.device)[frames]],
             speaker=clip.speaker,
         )
 
     def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor]:
-        """The whole wave, or what reads a part of it; content [T50, C]; f0 [T100]."""
+        """The whole wave [S], or what reads a part of it; content [T50, C]; f0 [T100]."""
         features = _open(self.work.mute_file if clip.unit < 0 else self.work.features_file(clip.unit))
         if clip.unit < 0:
-            wave = torch.zeros(clip.num_frames * self.hop)
+            wave = torch.zeros(clip.num_frames * self.spec.hop)
         else:
             wave = _open(self.work.clips_file(clip.unit)).get_slice(clip.key)
         return wave, features.get_tensor(f"{clip.key}.content"), features.get_tensor(f"{clip.key}.f0")
@@ -380,7 +388,7 @@ class CachedClips(ClipDataset):
 
     def _load(self, clip: ClipRef, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         wave, content, f0 = super()._tensors(clip)
-        return wave[: clip.num_frames * self.hop].to(device), content.to(device), f0.to(device)
+        return wave[: clip.num_frames * self.spec.hop + self.spec.reach].to(device), content.to(device), f0.to(device)
 
     def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor]:
         return self._cache[clip] if clip in self._cache else super()._tensors(clip)
@@ -388,8 +396,23 @@ class CachedClips(ClipDataset):
 
 def cached_bytes(recipe: Recipe, clips: tuple[ClipRef, ...], content_channels: int) -> int:
     """Device memory that `CachedClips` takes: wave, content at 50 frames a second, f0 at 100, all float32."""
-    seconds = sum(c.num_frames for c in dict.fromkeys(clips)) * recipe.rate_spec.hop / recipe.data.sample_rate
-    return round(seconds * 4 * (recipe.data.sample_rate + content_channels * F0_PER_S / 2 + F0_PER_S))
+    different = dict.fromkeys(clips)
+    seconds = sum(c.num_frames for c in different) * recipe.rate_spec.hop / recipe.data.sample_rate
+    per_s = recipe.data.sample_rate + content_channels * F0_PER_S / 2 + F0_PER_S
+    return round(4 * (seconds * per_s + len(different) * recipe.rate_spec.reach))
+
+
+def part_with_reach(wave: Any, first: int, last: int, reach: int) -> Tensor:
+    """Samples first - reach .. last + reach of a clip's `wave` [S], reflected where the clip has none.
+
+    So their spectrogram is that of the whole clip, reflected at its ends, as other tools of RVC take it. `wave` may be
+    a slice of a safetensors file, of which only this part is read.
+    """
+    (size,) = wave.get_shape() if hasattr(wave, "get_shape") else wave.shape
+    begin, end = max(0, first - reach), min(size, last + reach)
+    part: Tensor = wave[begin:end]
+    missing = (begin - (first - reach), last + reach - end)
+    return F.pad(part[None], missing, mode="reflect")[0] if any(missing) else part
 
 
 @lru_cache(maxsize=1024)
@@ -419,18 +442,18 @@ def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device) -> Clip
     return CachedClips(recipe, table.train, device)
 
 
-def collate(clips: list[ClipData], plan: BatchPlan, hop: int, seeds: tuple[int, ...]) -> Batch:
+def collate(clips: list[ClipData], plan: BatchPlan, spec: RateSpec, seeds: tuple[int, ...]) -> Batch:
     """Pad clips with zeros to the plan's frames, on the device that they are on."""
-    size, width, padded, device = len(clips), clips[0].content.shape[1], plan.padded_frames, clips[0].wave.device
-    wave = torch.zeros(size, 1, padded * hop, device=device)
+    size, width, padded, device = len(clips), clips[0].content.shape[1], plan.padded_frames, clips[0].f0.device
+    wave = torch.zeros(size, 1, padded * spec.hop + 2 * spec.reach, device=device)
     content = torch.zeros(size, padded, width, device=device)
     f0 = torch.zeros(size, padded, device=device)
     for i, clip in enumerate(clips):
-        wave[i, 0, : len(clip.wave)] = clip.wave
+        wave[i, 0, : len(clip.wave_with_reach)] = clip.wave_with_reach
         content[i, : len(clip.content)] = clip.content
         f0[i, : len(clip.f0)] = clip.f0
     return Batch(
-        wave=wave,
+        wave_with_reach=wave,
         content=content,
         f0=f0,
         lengths=torch.tensor([len(c.content) for c in clips]),
@@ -439,6 +462,7 @@ def collate(clips: list[ClipData], plan: BatchPlan, hop: int, seeds: tuple[int, 
         seeds=seeds,
         share=plan.share,
         mean_frames=plan.mean_frames,
+        reach=spec.reach,
     )
 
 

@@ -21,7 +21,7 @@ from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import LEAKY_SLOPE, slice_samples
-from rvc_dist.spectral import spectrogram
+from rvc_dist.spectral import spectrogram_with_reach
 from rvc_dist.trainer import weighted_sum
 
 Outputs = list[tuple[Tensor, list[Tensor]]]
@@ -68,8 +68,8 @@ class PlainTrainer(NamedTuple):
 
     def step(self, batch: Batch, kl_warmup: float) -> dict[str, Tensor]:
         """One update of D and one of G; the losses, named as the trainer names them."""
-        shape, device = self.generator.shape, batch.wave.device
-        spec = spectrogram(batch.wave.squeeze(1), self.n_fft, shape.hop)
+        shape, device = self.generator.shape, batch.f0.device
+        spec = spectrogram_with_reach(batch.wave_with_reach.squeeze(1), self.n_fft, shape.hop)
         pitch = (coarse_pitch(batch.f0), batch.f0) if shape.pitch_guidance else (None, None)
         noise = Noise.draw(shape, batch.seeds, batch.content.shape[1], device)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.use_bf16)

@@ -32,6 +32,16 @@ def spectrogram(wave: Tensor, n_fft: int, hop: int) -> Tensor:
             wave = F.pad(wave.unsqueeze(1), (left, overhang - left), mode="reflect").squeeze(1)
         else:
             wave = wave[:, -left : wave.shape[1] + overhang - left]
+        return spectrogram_with_reach(wave, n_fft, hop)
+
+
+def spectrogram_with_reach(wave: Tensor, n_fft: int, hop: int) -> Tensor:
+    """`spectrogram` of a `wave` [B, reach + T * hop + reach] that has what its first and last windows reach beyond it.
+
+    The reach is (n_fft - hop) / 2 samples. Nothing is reflected here.
+    """
+    with torch.autocast(wave.device.type, enabled=False):
+        wave = wave.float()
         bins = torch.stft(wave, n_fft, hop, window=_hann(n_fft, wave.device), center=False, return_complex=True)
         return torch.view_as_real(bins).square().sum(-1).add(1e-6).sqrt()
 

@@ -154,7 +154,7 @@ class TracedTrainer(Trainer):
         """Operations of a step on full micro-batches of clips of so many frames."""
         size, micro_batches = self.config.batch_size, self.config.grad_accum_steps
         batch = Batch(
-            wave=torch.zeros(size, 1, frames * self.spec.hop),
+            wave_with_reach=torch.zeros(size, 1, frames * self.spec.hop + 2 * self.spec.reach),
             content=torch.zeros(size, frames, self.shape.content_channels),
             f0=torch.zeros(size, frames),
             lengths=torch.full((size,), frames),
@@ -163,6 +163,7 @@ class TracedTrainer(Trainer):
             seeds=(0,) * size,
             share=1 / micro_batches,
             mean_frames=float(size * frames * micro_batches),
+            reach=self.spec.reach,
         )
         traced = min(micro_batches, MOST_MICRO_BATCHES)
         with flop_counter() as counter:

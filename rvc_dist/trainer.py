@@ -36,7 +36,7 @@ from rvc_dist.metrics import Meter, PhaseTimer, ProgressBar, Tracker
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import slice_samples
 from rvc_dist.optim import learning_rate, make_optimizer
-from rvc_dist.spectral import spectrogram
+from rvc_dist.spectral import spectrogram_with_reach
 from rvc_dist.validation import Validation
 from rvc_dist.watch import Watch
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace, read_json, write_json
@@ -351,7 +351,7 @@ class Trainer:
 
     def _generate(self, batch: Batch, local: bool) -> tuple[GeneratorOutput, Tensor]:
         """G's output for a batch, and the real slice [B, 1, segment] that it imitates."""
-        spec = spectrogram(batch.wave.squeeze(1), self.spec.n_fft, self.spec.hop)
+        spec = spectrogram_with_reach(batch.wave_with_reach.squeeze(1), self.spec.n_fft, self.spec.hop)
         coarse, f0 = self._pitch(batch.f0)
         compilation.begin_pass()
         noise = Noise.draw(self.shape, batch.seeds, batch.content.shape[1], self.device)

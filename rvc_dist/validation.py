@@ -58,7 +58,7 @@ class Validation:
         read = self.dataset.read(clip)
         frames = len(read.content)
         plan = BatchPlan(clips=(0,), epoch=0, padded_frames=frames, share=1.0, mean_frames=frames)
-        batch = collate([read], plan, self.recipe.rate_spec.hop, seeds=(0,)).to(self.accelerator.device)
+        batch = collate([read], plan, self.recipe.rate_spec, seeds=(0,)).to(self.accelerator.device)
         guided = self.recipe.model.pitch_guidance
         coarse, f0 = (coarse_pitch(batch.f0), batch.f0) if guided else (None, None)
         fake = generator.infer(batch.content, batch.lengths, coarse, f0, batch.speaker)

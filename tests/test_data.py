@@ -3,15 +3,18 @@
 import signal
 import time
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import workspace_of
 from safetensors.numpy import load_file
-from tiny import make_features, tiny_recipe
+from tiny import EMBEDDER, make_features, tiny_recipe
 
-from rvc_dist.config import RATES
+from rvc_dist.config import RATES, RateSpec
 from rvc_dist.data import (
     BatchPlan,
     BucketBatchSampler,
@@ -26,6 +29,7 @@ from rvc_dist.data import (
     held_out_sources,
     make_loader,
 )
+from rvc_dist.spectral import spectrogram_with_reach
 from rvc_dist.workspace import Workspace, read_header, save_arrays, unit_files
 
 
@@ -174,15 +178,16 @@ def test_holdout_is_by_source_and_never_everything():
 
 
 def test_collate_pads_with_zeros():
+    spec = RATES["v2"][24000]
     clips = [
-        ClipData(torch.ones(6), torch.ones(3, 2), torch.ones(3), 0),
-        ClipData(torch.ones(4), torch.ones(2, 2), torch.ones(2), 5),
+        ClipData(torch.ones(n * spec.hop + 2 * spec.reach), torch.ones(n, 2), torch.ones(n), speaker)
+        for n, speaker in ((3, 0), (2, 5))
     ]
     plan = BatchPlan(clips=(7, 3), epoch=0, padded_frames=4, share=1.0, mean_frames=2.5)
-    batch = collate(clips, plan, hop=2, seeds=(70, 30))
-    assert batch.wave.shape == (2, 1, 8)
+    batch = collate(clips, plan, spec, seeds=(70, 30))
+    assert batch.wave.shape == (2, 1, 4 * spec.hop)
     assert batch.content.shape == (2, 4, 2)
-    assert batch.wave.sum() == 10
+    assert batch.wave_with_reach.sum() == 5 * spec.hop + 4 * spec.reach
     assert batch.content[1, 2:].abs().sum() == 0
     assert batch.lengths.tolist() == [3, 2]
     assert batch.speaker.tolist() == [0, 5]
@@ -213,7 +218,52 @@ def test_a_cached_dataset_gives_the_same_batches(tmp_path):
         assert torch.equal(getattr(read, name), getattr(cached, name))
     seconds = 24000 * 4 + 50 * 16 * 4 + 100 * 4
     frames = sum(c.num_frames for c in dict.fromkeys(table.train))
-    assert cached_bytes(recipe, table.train, 16) == round(frames / 100 * seconds)
+    beyond = 4 * recipe.rate_spec.reach * len(dict.fromkeys(table.train))
+    assert cached_bytes(recipe, table.train, 16) == round(frames / 100 * seconds) + beyond
+
+
+def whole_file_spectrogram(wave: torch.Tensor, spec: RateSpec) -> torch.Tensor:
+    """As other tools of RVC take it of a file [S], before they cut it to the features: [F, T]."""
+    padded = F.pad(wave[None], (spec.reach, spec.reach), mode="reflect")
+    window = torch.hann_window(spec.n_fft)
+    bins = torch.stft(padded, spec.n_fft, spec.hop, window=window, center=False, return_complex=True)
+    return (bins[0].abs().square() + 1e-6).sqrt()
+
+
+@pytest.mark.parametrize("kind", [ClipDataset, CachedClips])
+@pytest.mark.parametrize("rate", RATES["v2"])
+def test_a_clips_spectrogram_is_the_whole_files_cut_to_its_frames(tmp_path, rate, kind):
+    """149 content frames for 3.0 s, samples beyond the last hop or none, and a clip of which a part is shown."""
+    recipe = tiny_recipe(tmp_path)
+    recipe = replace(recipe, data=replace(recipe.data, sample_rate=rate, holdout=0.0))
+    work, spec, rng = workspace_of(recipe), recipe.rate_spec, np.random.default_rng(1)
+    make_features(recipe, num_clips=1)
+    lengths = [(3 * rate, 149), (3 * rate + 77, 149), (3 * rate + 77, 150), (300 * spec.hop, 160), (12 * rate, 599)]
+    waves = {f"{i:05d}": rng.normal(0, 0.3, n).astype(np.float32) for i, (n, _) in enumerate(lengths)}
+    arrays, clips = {}, []
+    for i, (num_samples, num_content) in enumerate(lengths):
+        arrays[f"{i:05d}.content"] = np.zeros((num_content, 16), np.float32)
+        arrays[f"{i:05d}.f0"] = np.zeros(2 * num_content, np.float32)
+        sizes = {"num_samples": num_samples, "num_content": num_content, "num_f0": 2 * num_content}
+        clips.append({"speaker": 0, "source": f"{i}.wav", "start_s": 0.0} | sizes)
+    header = {"stamp": "", "sample_rate": rate, "clips": clips, "embedder": EMBEDDER}
+    save_arrays(work.clips_file(0), waves, header)
+    save_arrays(work.features_file(0), arrays, header)
+    table = ClipTable.load(recipe)
+    dataset = kind(recipe, table.train, *([torch.device("cpu")] if kind is CachedClips else []))
+    firsts = set()
+    for number, clip in enumerate(table.train[:5]):
+        whole = whole_file_spectrogram(torch.from_numpy(waves[clip.key]), spec)
+        for epoch in (0, 1):
+            first = dataset._first_frame(number, epoch)
+            batch = dataset.read_batch(BatchPlan((number,), epoch, 900, 1.0, 1.0))
+            last = first + int(batch.lengths)
+            firsts.add(first)
+            ours = spectrogram_with_reach(batch.wave_with_reach[0], spec.n_fft, spec.hop)[0, :, : last - first]
+            torch.testing.assert_close(ours, whole[:, first:last], rtol=1e-5, atol=1e-5)
+            samples = torch.from_numpy(waves[clip.key])[first * spec.hop : last * spec.hop]
+            assert torch.equal(batch.wave[0, 0, : len(samples)], samples)
+    assert len(firsts) == 3, "the long clip begins elsewhere in each epoch"
 
 
 def test_the_slices_of_one_long_recording_can_be_held_out(tmp_path):

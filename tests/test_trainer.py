@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import EMBEDDER, make_features, tiny_recipe, with_train
 from torch import nn
 
-from rvc_dist import checkpoint, export, trainer, validation
+from rvc_dist import checkpoint, export, spectral, trainer, validation
 from rvc_dist.config import DataConfig, load_recipe
 from rvc_dist.data import MUTE_SOURCE, ClipTable
 from rvc_dist.infer import Voice
@@ -186,6 +187,38 @@ def test_the_generator_step_gives_the_discriminator_no_gradients(tmp_path):
     assert all(p.requires_grad for p in train_one.d.raw.parameters())
     assert any(not torch.equal(before[k], v) for k, v in train_one.d.raw.state_dict().items())
     train_one.close()
+
+
+def test_a_step_sees_the_whole_files_spectrogram(tmp_path, monkeypatch):
+    """Losses and gradients are those of spectrograms taken of the whole file and cut, as other tools of RVC do."""
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    net = trainer.Trainer(recipe)
+    (batch,) = next(net._steps())
+
+    def of_whole_files(wave, n_fft, hop):
+        rows = torch.zeros(len(batch.clips), n_fft // 2 + 1, batch.content.shape[1])
+        for row, number, length in zip(rows, batch.clips, batch.lengths, strict=True):
+            clip = net.table.train[number]
+            file = net.work.clips_file(clip.unit)
+            samples = safe_open(file, "pt").get_tensor(clip.key) if clip.unit >= 0 else torch.zeros(int(length) * hop)
+            assert len(samples) >= length * hop
+            row[:, :length] = spectral.spectrogram(samples[None], n_fft, hop)[0, :, :length]
+        return rows
+
+    results = []
+    for way in (trainer.spectrogram_with_reach, of_whole_files):
+        monkeypatch.setattr(trainer, "spectrogram_with_reach", way)
+        out, real = net._generate(batch, local=False)
+        terms = net._generator_terms(out, real, batch)
+        net.g.raw.zero_grad()
+        trainer.weighted_sum(terms, recipe.train.loss, 1.0).backward()
+        gradients = torch.cat([p.grad.flatten() for p in net.g.raw.parameters() if p.grad is not None])
+        results.append((torch.stack([*terms.values()]).detach(), gradients))
+    net.close()
+    (losses, gradients), (whole_losses, whole_gradients) = results
+    torch.testing.assert_close(losses, whole_losses, rtol=1e-6, atol=1e-7)
+    assert (gradients - whole_gradients).norm() <= 1e-5 * whole_gradients.norm()
 
 
 def test_changed_shapes_are_refused_with_every_mismatch(tmp_path):

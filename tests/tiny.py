@@ -37,19 +37,22 @@ def tiny_recipe(run_dir: Path, **train: object) -> Recipe:
 
 
 def make_features(recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, speakers: Sequence[int] = (0,)) -> None:
-    """Write what preprocess and extract would: three clips a unit and source, lengths that differ a little."""
+    """Write what preprocess and extract would: three clips a unit and source, lengths that differ a little.
+
+    As with HuBERT, content ends some 25 ms before the wave, whose length is no whole number of frames.
+    """
     work, rate, rng = Workspace(recipe.run_dir, recipe.name), recipe.data.sample_rate, np.random.default_rng(0)
     for unit in range(-(-num_clips // 3)):
         waves, features, clips = {}, {}, []
         for i in range(min(3, num_clips - 3 * unit)):
             num_content = int(seconds * 50) + 4 * i
-            num_samples = num_content * rate // 50
+            num_samples = (num_content + 1) * rate // 50 + 2 * i + 1
             hz = 100.0 + 20 * (3 * unit + i)
             waves[f"{i:05d}"] = (0.3 * np.sin(2 * np.pi * hz * np.arange(num_samples) / rate)).astype(np.float32)
             content = rng.standard_normal((num_content, WIDTH)).cumsum(axis=0) / 5
             features[f"{i:05d}.content"] = content.astype(np.float32)
-            features[f"{i:05d}.f0"] = np.full(2 * num_content, hz, dtype=np.float32)
-            sizes = {"num_samples": num_samples, "num_content": num_content, "num_f0": 2 * num_content}
+            features[f"{i:05d}.f0"] = np.full(2 * num_content + 2, hz, dtype=np.float32)
+            sizes = {"num_samples": num_samples, "num_content": num_content, "num_f0": 2 * num_content + 2}
             clips.append({"speaker": speakers[unit % len(speakers)], "source": f"{unit}.wav", "start_s": 0.0} | sizes)
         header = {"stamp": "tiny", "sample_rate": rate, "clips": clips}
         save_arrays(work.clips_file(unit), waves, header)

@@ -266,7 +266,8 @@ def read_batch(exam: Exam) -> Batch:
 
 def made_up_batch(recipe: Recipe, shape: GeneratorShape, device: torch.device) -> Batch:
     """Noise in the shapes of the recipe's clips; on a CPU one clip, just long enough."""
-    rate, hop = recipe.data.sample_rate, recipe.rate_spec.hop
+    rate, spec = recipe.data.sample_rate, recipe.rate_spec
+    hop = spec.hop
     size, frames = 1, shape.segment_frames + 1
     if device.type == "cuda":
         size, frames = recipe.train.batch_size, max(frames, int(recipe.preprocess.chunk_len * rate / hop))
@@ -276,13 +277,13 @@ def made_up_batch(recipe: Recipe, shape: GeneratorShape, device: torch.device) -
     f0 = torch.from_numpy(made_up_pitch(math.ceil(frames * hop * F0_PER_S / rate) + 1))[:frames]
     f0 = torch.nn.functional.pad(f0, (0, frames - len(f0)))
     clip = ClipData(
-        wave=0.1 * torch.randn(frames * hop, generator=generator),
+        wave_with_reach=0.1 * torch.randn(frames * hop + 2 * spec.reach, generator=generator),
         content=torch.randn(frames, shape.content_channels, generator=generator),
         f0=f0,
         speaker=0,
     )
     plan = BatchPlan(tuple(range(size)), 0, padded, share=1.0, mean_frames=float(frames * size))
-    return collate([clip] * size, plan, hop, tuple(range(size)))
+    return collate([clip] * size, plan, spec, tuple(range(size)))
 
 
 def peak_memory(device: torch.device) -> int:
