@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rvc_dist.features.identity import EmbedderId
-from rvc_dist.models.state_dict import from_upstream, load_pth
+from rvc_dist.files import ForeignFileError
+from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.optim import OptimizerState
 from rvc_dist.workspace import StageError, atomic_write, read_json
 
@@ -353,20 +355,28 @@ def read_pretrained(path: Path, key: str) -> Pretrained:
     Raises:
         StageError: no such file, or not one that holds weights alone.
     """
-    if not path.is_file():
-        raise StageError(f"{key}: {path} does not exist")
     try:
         data = load_pth(path)
-    except ValueError as error:
+    except FileNotFoundError as error:
+        raise StageError(f"{key}: {path} does not exist") from error
+    except ForeignFileError as error:
         raise StageError(f"{key}: {path} is not a file of plain weights ({error})") from error
     state = data.get("model", data.get("weight", data)) if isinstance(data, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise StageError(f"{key}: {path} holds no state dict; expected a dict with `model`, as G_*.pth and D_*.pth")
+    if "weight" in data and "config" in data and not any(str(k).startswith("enc_q.") for k in state):
+        kind = key[-1].upper()
+        raise StageError(
+            f"{key}: {path} is a voice file, made to convert with: it has no "
+            f"{'posterior encoder (enc_q)' if kind == 'G' else 'discriminator'}, which training needs; give the "
+            f"{kind}_*.pth of the training that it came from, or pretrained weights such as f0{kind}48k.pth"
+        )
     try:
-        embedder = EmbedderId.from_voice(data)
+        return Pretrained(from_upstream(weights(state)), EmbedderId.from_voice(data))
+    except ForeignFileError as error:
+        raise StageError(f"{key}: {path} cannot be trained on from: {error}; give another file") from error
     except ValueError as error:
         raise StageError(f"{key}: {path} does not say what it was trained with: {error}") from error
-    return Pretrained(from_upstream(state), embedder)
 
 
 def check_embedder(path: Path, trained_with: EmbedderId | None, features: EmbedderId, key: str) -> None:

@@ -22,7 +22,9 @@ import numpy.typing as npt
 from rvc_dist import decoding
 from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, ModelConfig, Recipe
 from rvc_dist.extract import feature_stamp, imported_feature_settings, mute_stamp
+from rvc_dist.files import ForeignFileError, read_npy
 from rvc_dist.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
+from rvc_dist.index_file import check_index
 from rvc_dist.preprocess import clips_report, imported_clip_settings, left_out_entry
 from rvc_dist.workspace import (
     Plan,
@@ -52,6 +54,8 @@ CONTENT_PER_S = F0_PER_S // 2
 LENGTH_TOLERANCE_S = 0.1
 """Features may be so much shorter or longer than their clip: trackers and encoders differ by a frame or two."""
 V1_WIDTH = 256
+MAX_NUMBERS = 1 << 26
+"""Of the features of one clip: half an hour."""
 SHOWN = 5
 
 WIDTHS = {
@@ -517,14 +521,14 @@ def read_array(path: Path, num_dims: int) -> Array:
         FeatureError: it is missing, no array of numbers of `num_dims` dimensions, empty, or not finite.
     """
     try:
-        data = np.load(path, allow_pickle=False)
+        data = read_npy(path)
     except FileNotFoundError:
         raise FeatureError(f"{path.parent.name}: missing") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise FeatureError(f"{path.parent.name}: no readable .npy file ({type(error).__name__})") from error
-    if not isinstance(data, np.ndarray) or data.dtype.kind not in "fiu" or data.ndim != num_dims or not data.size:
-        got = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
-        raise FeatureError(f"{path.parent.name}: {got}, expected numbers in {num_dims} dimensions")
+    except (ForeignFileError, OSError) as error:
+        raise FeatureError(f"{path.parent.name}: {error}") from error
+    if data.ndim != num_dims or data.size > MAX_NUMBERS:
+        what = f"{data.dtype} {list(data.shape)}, expected at most {MAX_NUMBERS} numbers in {num_dims} dimensions"
+        raise FeatureError(f"{path.parent.name}: {what}")
     array: Array = np.ascontiguousarray(data, np.float32)
     if not np.isfinite(array).all():
         raise FeatureError(f"{path.parent.name}: values that are not finite")
@@ -627,27 +631,25 @@ def _find_mute(experiment: Experiment, written: str) -> Path | None:
 
 def import_index(recipe: Recipe, experiment: Experiment, work: Workspace, frames: int) -> None:
     """Take over the newest index if it holds the imported features; else the index stage makes one."""
-    found = [p for p in experiment.folder.glob("*.index") if not p.name.startswith("trained_")]
-    if not found:
+    files = [p for p in experiment.folder.glob("*.index") if not p.name.startswith("trained_")]
+    if not files:
         return
-    path = max(found, key=lambda p: p.stat().st_mtime)
+    path = max(files, key=lambda p: p.stat().st_mtime)
     try:
         import faiss
 
-        whole = faiss.read_index(str(path))
-        inverted = faiss.extract_index_ivf(whole)
+        found = check_index(path, experiment.width)
+        if not found.num_cells:
+            raise ForeignFileError("it has no cells")
+        if found.num_vectors != frames and not (frames > KMEANS_ABOVE and found.num_vectors == KMEANS_CENTRES):
+            raise ForeignFileError(f"it has {found.num_vectors} vectors, the features {frames} frames")
     except ImportError:
         return  # the index stage says what to install
-    except RuntimeError:  # of faiss: unreadable, or no IVF index
-        logger.warning("import: the index stage makes a new index, since %s is not an IVF index of FAISS", path.name)
+    except ForeignFileError as error:
+        logger.warning("import: the index stage makes a new index, since %s is of no use: %s", path.name, error)
         return
-    reduced = frames > KMEANS_ABOVE and whole.ntotal == KMEANS_CENTRES
-    if whole.d != experiment.width or not (whole.ntotal == frames or reduced):
-        logger.warning(
-            "import: the index stage makes a new index: %s has %d vectors %d wide, the features %d frames %d wide",
-            *(path.name, whole.ntotal, whole.d, frames, experiment.width),
-        )
-        return
+    whole = faiss.read_index(str(path))
+    inverted = faiss.extract_index_ivf(whole)
     inverted.nprobe = recipe.index.nprobe
     file = work.index_dir / index_name(recipe, inverted.nlist, recipe.index.nprobe)
     vectors = io.BytesIO()

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rvc_dist.config import Recipe
+from rvc_dist.files import ForeignFileError
+from rvc_dist.index_file import MAX_IN_MEMORY, check_index
 from rvc_dist.workspace import (
     Share,
     StageError,
@@ -54,8 +56,6 @@ SAME_DISTANCE = 1.0 + 1e-5
 """Squared distances that differ by no more than this factor differ by their rounding alone."""
 NO_LISTS = b"il00"
 """How FAISS ends the file of an index without lists."""
-MAX_IN_MEMORY = 1_000_000_000
-"""Bytes of an index file above which retrieval maps it instead of reading it."""
 
 Vectors = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
@@ -484,25 +484,23 @@ class Retriever:
     """Mixes content features with their nearest neighbours in an index; a large index stays on the disk.
 
     Raises:
-        StageError: the file is not an index that faiss reads, or is of another kind or width.
+        StageError: the file is not an index of RVC, or is of another width.
     """
 
     def __init__(self, path: Path, width: int) -> None:
         faiss = _faiss()
-        if not path.is_file():
-            raise StageError(f"infer.index: {path} does not exist")
-        is_large = path.stat().st_size > MAX_IN_MEMORY
         try:
-            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if is_large else 0)
-        except RuntimeError as error:
-            raise StageError(f"infer.index: {path} is not a FAISS index") from error
-        if self._index.d != width:
-            raise StageError(f"infer.index: {path} holds features {self._index.d} wide, the voice's are {width} wide")
-        if not self._index.ntotal:
-            raise StageError(f"infer.index: {path} is empty")
-        # Some other kinds keep no vectors, and faiss ends the process when asked for them.
-        if not isinstance(faiss.downcast_index(self._index), (faiss.IndexIVF, faiss.IndexFlat)):
-            raise StageError(f"infer.index: {path} is a {type(self._index).__name__}, expected an IVF index of RVC")
+            if not check_index(path, width).num_vectors:
+                raise ForeignFileError("it is empty")
+        except FileNotFoundError as error:
+            raise StageError(f"infer.index: {path} does not exist") from error
+        except ForeignFileError as error:
+            raise StageError(
+                f"infer.index: {path} is no index for this voice: {error}; give the added_*.index that was made with "
+                "it, or --infer.index_rate 0"
+            ) from error
+        is_large = path.stat().st_size > MAX_IN_MEMORY
+        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if is_large else 0)
         self._vectors: Vectors | None = None if is_large else self._index.reconstruct_n(0, self._index.ntotal)
 
     def __call__(self, content: Vectors, rate: float) -> Vectors:

@@ -6,6 +6,7 @@ Shapes: S samples, T frames, C channels. Positions in the input are counted in f
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from rvc_dist.extract import Extractor
 from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.features.identity import EmbedderId
+from rvc_dist.files import ForeignFileError
 from rvc_dist.index import Retriever
 from rvc_dist.models.generator import Generator, GeneratorShape
-from rvc_dist.models.state_dict import from_upstream, load_pth
+from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.workspace import Share, StageError, Workspace
 
 logger = logging.getLogger(__name__)
@@ -81,10 +84,12 @@ class Voice:
             StageError: no such file, or not a voice that this package can build.
         """
         data = _read_voice_file(path)
-        version = data.get("version", "v1")
-        vocoder = data.get("vocoder") or "HiFi-GAN"
+        version, vocoder = data.get("version", "v1"), data.get("vocoder") or "HiFi-GAN"
         try:
-            state = from_upstream(data["weight"])
+            if type(vocoder) is not str or version not in ("v1", "v2"):
+                raise ValueError(f"vocoder {reprlib.repr(vocoder)}, version {reprlib.repr(version)}")
+            # Only training hears recordings through the posterior encoder.
+            state = {k: v for k, v in from_upstream(weights(data["weight"])).items() if not k.startswith("enc_q.")}
             shape = GeneratorShape.from_export_config(
                 data["config"],
                 version=version,
@@ -92,19 +97,21 @@ class Voice:
                 content_channels=state["enc_p.emb_phone.weight"].shape[1],
                 vocoder=VOCODER_ALIASES.get(vocoder, vocoder),
             )
-            # The list carries one row a speaker of the network it was made from; the table itself is what counts.
-            generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
+            with torch.device("meta"):  # nothing is allocated before the file is known to have it
+                # The list carries one row a speaker of the network it was made from; the table itself is what counts.
+                generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
             embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
             trained = _trained_speakers(data.get("trained_speakers", []), generator.shape.num_speakers)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:300]
             raise StageError(f"infer.model: {path} holds no voice that can be built here ({reason})") from error
-        wanted = {k: v.shape for k, v in generator.state_dict().items() if not k.startswith("enc_q.")}
-        got = {k: v.shape for k, v in state.items() if not k.startswith("enc_q.")}
+        del generator.enc_q
+        wanted = {k: v.shape for k, v in generator.state_dict().items()}
+        got = {k: v.shape for k, v in state.items()}
         if wanted != got:
-            differ = sorted(k for k in {**wanted, **got} if wanted.get(k) != got.get(k))
+            differ = sorted(k[:80] for k in {**wanted, **got} if wanted.get(k) != got.get(k))
             raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
-        generator.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+        generator.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
         return cls(generator.to(device).eval(), embedder, version, trained)
 
 
@@ -125,11 +132,11 @@ def _read_voice_file(path: Path) -> dict[str, Any]:
     Raises:
         StageError: no such file, or not one with `weight` and `config`.
     """
-    if not path.is_file():
-        raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth")
     try:
         data = load_pth(path)
-    except ValueError as error:
+    except FileNotFoundError as error:
+        raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth") from error
+    except ForeignFileError as error:
         raise StageError(f"infer.model: {path} is not a voice file ({error})") from error
     if isinstance(data, dict) and {"weight", "config"} <= data.keys():
         return data

@@ -279,7 +279,7 @@ def spoil(folder: Path) -> dict[str, str]:
         "0_0_0.wav": "features not imported: extracted: missing",
         "0_0_1.wav": "features not imported: extracted: 0.40 s long, the clip 1.00 s",
         "0_0_2.wav": "features not imported: f0_voiced: values that are not finite",
-        "3_1_0.wav": "features not imported: extracted: no readable .npy file (ValueError)",
+        "3_1_0.wav": "features not imported: extracted: no .npy file of plain numbers",
         "3_1_1.wav": "not readable as audio (Format not recognised)",
         "9_9_9.wav": "in filelist.txt, but the wave is missing",
         "200_0_0.wav": "speaker id 200 is above 108",
@@ -361,18 +361,22 @@ def test_weights_and_an_index_that_do_not_fit_are_left_out(
     assert "G_6.pth is left out: D_6.pth is missing" in caplog.text
     assert "the weights of step 5 are left out: train.pretrained_g" in caplog.text
     assert "does not fit this recipe's network" in caplog.text
-    assert f"{path.name} has 300 vectors 768 wide, the features 250 frames 768 wide" in caplog.text
+    assert f"{path.name} is of no use: it has 300 vectors, the features 250 frames" in caplog.text
     assert not workspace_of(recipe).index_dir.exists()
     index.run(found, Share())
     assert index.complete(found)
 
     flat = faiss.IndexFlatL2(768)
     flat.add(np.zeros((250, 768), np.float32))
-    for number, contents in enumerate((b"no index", faiss.serialize_index(flat).tobytes())):
+    wide = faiss.IndexFlatL2(256)
+    others = {b"no index": "it is cut short"}
+    others |= {faiss.serialize_index(flat).tobytes(): "it has no cells"}
+    others |= {faiss.serialize_index(wide).tobytes(): "it holds features 256 wide, expected 768"}
+    for number, (contents, reason) in enumerate(others.items()):
         caplog.clear()
         path.write_bytes(contents)
         imported(replace(recipe, run_dir=str(tmp_path / f"other{number}")))
-        assert f"{path.name} is not an IVF index of FAISS" in caplog.text
+        assert f"{path.name} is of no use: {reason}" in caplog.text
 
 
 def test_weights_that_the_user_names_go_before(copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -111,7 +111,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"extract\.f0_penn_model: .*w\.pt does not hold the weights of FCNF0\+\+"):
         made_from(path)
     torch.save({"model": 3}, path)
-    with pytest.raises(ValueError, match=r"w\.pt holds something else than a mapping"):
+    with pytest.raises(ValueError, match=r"w\.pt is not a file of weights: it holds something else than a mapping"):
         made_from(path)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"w\.pt is not a file of weights"):

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
-from rvc_dist.models.state_dict import load_pth
+from rvc_dist.files import ForeignFileError, regular_size
+from rvc_dist.models.torch_file import load_pth, weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -498,21 +499,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError when the file is something else.
     """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
     try:
-        content = load_pth(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a file of weights that torch reads (weights_only): {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds something else than a mapping of names to tensors")
-    return content
+        if path.suffix == ".safetensors":
+            regular_size(path)
+            content: Any = load_file(path)
+        else:
+            content = load_pth(path)
+            if isinstance(content, dict) and isinstance(content.get("model"), dict):  # as training of penn writes it
+                content = content["model"]
+        return weights(content, with_counters=True)
+    except (ForeignFileError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a file of weights: {error}") from error
 
 
 def hub_file(repository: str, filename: str, revision: str = "") -> Path:

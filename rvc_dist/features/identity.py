@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -47,7 +48,9 @@ class EmbedderId:
         if name is None:
             return None
         if not isinstance(name, str) or not isinstance(digest, str | None):
-            raise ValueError(f"embedder_model {name!r} and embedder_hash {digest!r} are not texts")
+            raise ValueError(
+                f"embedder_model {reprlib.repr(name)} and embedder_hash {reprlib.repr(digest)} are not texts"
+            )
         return cls(name, digest or None, _read_mix(data.get("embedder_mix")))
 
     def to_voice(self) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def _read_mix(data: Any) -> EmbedderMix:
     try:
         mix = EmbedderMix(tuple(int(layer) for layer in data["layers"]), float(data["ratio"]))
     except (KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"its embedder_mix {data!r} is not a mapping of layers and ratio") from error
+        raise ValueError(f"its embedder_mix {reprlib.repr(data)} is not a mapping of layers and ratio") from error
     if problems := list(mix.problems()):
-        raise ValueError(f"its embedder_mix {data!r} is not one ({'; '.join(problems)})")
+        raise ValueError(f"its embedder_mix {reprlib.repr(data)} is not one ({'; '.join(problems)})")
     return mix

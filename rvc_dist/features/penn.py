@@ -9,7 +9,6 @@ T frames at 100 per second, C channels. Key names and shapes are those of the pu
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from rvc_dist.config import F0_PER_S, FEATURE_RATE, ExtractConfig
 from rvc_dist.features.content import make_torchaudio_importable, read_tensors
 from rvc_dist.features.f0 import F0Method, check_range, find_weights, viterbi
-from rvc_dist.models.state_dict import load_pth
 
 RATE = 8000
 WINDOW = 1024
@@ -79,7 +77,7 @@ class PennPitch(F0Method):
         with torch.device("meta"):
             self.network = FCNF0()
         try:
-            self.network.load_state_dict(_read_checkpoint(path), assign=True)
+            self.network.load_state_dict(read_tensors(path), assign=True)
         except RuntimeError as error:
             raise ValueError(f"extract.f0_penn_model: {path} does not hold the weights of FCNF0++: {error}") from error
         self.network.eval().requires_grad_(False).to(device)
@@ -120,17 +118,3 @@ def local_mean_hz(logits: Tensor, path: Tensor) -> Tensor:
 
 def _bin_of(hz: float) -> float:
     return 1200.0 * math.log2(hz / LOWEST_HZ) / CENTS_PER_BIN
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file: bare, or under `model` in the checkpoint that penn's training writes."""
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        content = load_pth(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a file of weights that torch reads (weights_only): {error}") from error
-    tensors = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} holds something else than a mapping of names to tensors, or that under `model`")
-    return tensors

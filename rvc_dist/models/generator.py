@@ -6,7 +6,8 @@ B batch, T frames, S samples (S = T * hop), C channels, F frequency bins.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,16 +117,23 @@ class GeneratorShape:
     ) -> GeneratorShape:
         """The generator of a voice file; `vocoder` in the export's spelling ("HiFi-GAN") or the recipe's.
 
-        Raises ValueError for a list of another length, another kind of resblock, or a rate that `version` lacks.
+        Raises ValueError for a list of another length, an entry that no network can have, or a rate that `version`
+        lacks or that the upsampling does not give.
         """
         if len(config) != _EXPORT_ENTRIES:
             raise ValueError(f"config of the voice: got {len(config)} entries, expected {_EXPORT_ENTRIES}")
-        rate = int(config[17])
+        for name, got, is_fit in _export_checks(config):
+            if not is_fit:
+                raise ValueError(f"config of the voice: got {name} {reprlib.repr(got)}, which no network of RVC has")
+        rate = config[17]
         if rate not in RATES.get(version, {}):
             raise ValueError(f"config of the voice: got version {version!r} at {rate} Hz, which RVC does not have")
-        if str(config[9]) != "1":
-            raise ValueError(f"config of the voice: got resblock {config[9]!r}, expected '1'")
         rate_spec = RATES[version][rate]
+        if math.prod(config[12]) != rate_spec.hop:
+            raise ValueError(
+                f"config of the voice: its upsample_rates {list(config[12])} give {math.prod(config[12])} samples a "
+                f"frame, {rate} Hz needs {rate_spec.hop}"
+            )
         return cls(
             content_channels=content_channels,
             spec_channels=config[0],
@@ -148,6 +156,33 @@ class GeneratorShape:
             pitch_guidance=f0,
             vocoder=vocoder.lower(),
         )
+
+
+def _export_checks(config: Sequence[Any]) -> Iterator[tuple[str, Any, bool]]:
+    """(what, its value, whether it is one) of each entry; a later one is only asked for when the earlier ones are."""
+
+    def counts(value: Any, most: int) -> bool:
+        return type(value) in (list, tuple) and 0 < len(value) <= 8 and all(count(v, most) for v in value)
+
+    def count(value: Any, most: int = 1 << 15) -> bool:
+        return type(value) is int and 0 < value <= most
+
+    widths = {0: "spec_channels", 2: "inter_channels", 3: "hidden_channels", 4: "filter_channels", 5: "num_heads"}
+    widths |= {13: "upsample_initial_channel", 15: "num_speakers", 16: "gin_channels", 17: "sample rate"}
+    for at, name in widths.items():
+        yield name, config[at], count(config[at], 1 << 17)
+    yield "num_layers", config[6], count(config[6], 64)
+    yield "kernel_size", config[7], count(config[7], 31)
+    yield "num_heads", config[5], config[3] % config[5] == 0 and config[2] % 2 == 0
+    yield "dropout", config[8], type(config[8]) in (int, float) and 0 <= config[8] <= 1
+    yield "resblock", config[9], type(config[9]) in (int, str) and str(config[9]) == "1"
+    kernels, dilations, rates, ups = config[10], config[11], config[12], config[14]
+    yield "resblock_kernels", kernels, counts(kernels, 31) and all(k % 2 for k in kernels)
+    is_fit = type(dilations) in (list, tuple) and len(dilations) == len(kernels)
+    yield "resblock_dilations", dilations, is_fit and all(counts(d, 64) for d in dilations)
+    yield "upsample_rates", rates, counts(rates, 64) and config[13] % 2 ** len(rates) == 0
+    is_fit = counts(ups, 128) and len(ups) == len(rates)
+    yield "upsample_kernels", ups, is_fit and all(k >= r and (k - r) % 2 == 0 for k, r in zip(ups, rates, strict=True))
 
 
 class Noise(NamedTuple):

@@ -1,0 +1,131 @@
+"""FAISS index files, judged before faiss reads them: it trusts their sizes, and ends the process over some.
+
+Read here are the two kinds that RVC has, in the format of FAISS's impl/index_write.cpp: an IndexFlat, and an
+IndexIVFFlat over one, both of squared distances, with their lists in the same file.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rvc_dist.files import ForeignFileError, regular_size
+
+FLAT, IVF_FLAT = b"IxF2", b"IwFl"
+SQUARED_DISTANCE = 1
+MAX_IN_MEMORY = 1_000_000_000
+"""Bytes of an index file above which retrieval maps it instead of reading it."""
+CHUNK = 1 << 22
+"""Numbers that are looked at at once."""
+
+
+class IndexSize(NamedTuple):
+    """What an index holds."""
+
+    num_vectors: int
+    num_cells: int
+    """0 for an index without cells."""
+
+
+def check_index(path: Path, width: int) -> IndexSize:
+    """What is in an index file of vectors `width` wide, all of which is as faiss and RVC expect it.
+
+    Raises:
+        ForeignFileError: it is not.
+        OSError: it cannot be opened.
+    """
+    size = regular_size(path)
+    with path.open("rb") as stream:
+        file = _File(stream, size)
+        kind, num = file.head(width)
+        if kind == FLAT:
+            file.vectors(num, width)
+            cells = 0
+        else:
+            cells = _check_cells(file, num, width)
+    if file.left:
+        raise ForeignFileError(f"it has {file.left} bytes after its end")
+    return IndexSize(num, cells)
+
+
+def _check_cells(file: _File, num: int, width: int) -> int:
+    cells: int
+    cells, nprobe = file.unpack("<QQ")
+    kind, num_centres = file.head(width)
+    if kind != FLAT or num_centres != cells or not cells or not nprobe:
+        raise ForeignFileError(f"it has {cells} cells, {num_centres} centres and nprobe {nprobe}")
+    file.vectors(cells, width)
+    if file.unpack("<BQ") != (0, 0):
+        raise ForeignFileError("it holds a direct map, which RVC's do not")
+    lists, num_lists, code_size, form, count = file.unpack("<4sQQ4sQ")
+    if (lists, num_lists, code_size) != (b"ilar", cells, 4 * width):
+        raise ForeignFileError("it keeps its lists elsewhere or not at all")
+    sizes = file.numbers("<u8", count)
+    if form == b"sprs" and not count % 2:  # pairs of list and size
+        order, sizes = sizes[::2], sizes[1::2]
+        is_fit = bool((order < cells).all() and (order[1:] > order[:-1]).all())
+    else:
+        is_fit = form == b"full" and count == cells
+    if not is_fit or sum(sizes.tolist()) != num or num * (4 * width + 8) > file.left:
+        raise ForeignFileError("the sizes of its lists do not fit its cells, its vectors or the file")
+    is_there = np.zeros(num, bool)
+    for length in sizes[sizes > 0].tolist():
+        file.finite(length * width)
+        numbers = file.numbers("<u8", length)
+        if numbers.max() >= num:
+            raise ForeignFileError(f"it numbers a vector {numbers.max()} of {num}")
+        is_there[numbers] = True
+    if not is_there.all():
+        raise ForeignFileError("it numbers several vectors alike")
+    return cells
+
+
+class _File:
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self.stream, self.left, self.is_large = stream, size, size > MAX_IN_MEMORY
+
+    def take(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise ForeignFileError("it is cut short")
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        self.take(struct.calcsize(form))
+        return struct.unpack(form, self.stream.read(struct.calcsize(form)))
+
+    def numbers(self, dtype: str, count: int) -> npt.NDArray[Any]:
+        self.take(count * np.dtype(dtype).itemsize)
+        return np.fromfile(self.stream, dtype, count)
+
+    def head(self, width: int) -> tuple[bytes, int]:
+        """(kind, number of vectors) of what begins here."""
+        kind, found, num, _, _, is_trained, metric = self.unpack("<4siqqqBi")
+        if kind not in (FLAT, IVF_FLAT):
+            raise ForeignFileError(f"it is of FAISS's kind {kind!r}, expected an IVF,Flat or Flat index of distances")
+        if (is_trained, metric) != (1, SQUARED_DISTANCE) or num < 0:
+            raise ForeignFileError(
+                f"it has {num} vectors, metric {metric} and is_trained {is_trained}, expected 1 and 1"
+            )
+        if found != width:
+            raise ForeignFileError(f"it holds features {found} wide, expected {width}")
+        return kind, num
+
+    def vectors(self, num: int, width: int) -> None:
+        (count,) = self.unpack("<Q")
+        if count != num * width:
+            raise ForeignFileError(f"it has {count} numbers for {num} vectors {width} wide")
+        self.finite(count)
+
+    def finite(self, count: int) -> None:
+        """Pass over `count` numbers; in a large file, of which a search sees little, they are not looked at."""
+        if self.is_large:
+            self.take(4 * count)
+            self.stream.seek(4 * count, 1)
+            return
+        for first in range(0, count, CHUNK):
+            if not np.isfinite(self.numbers("<f4", min(CHUNK, count - first))).all():
+                raise ForeignFileError("it holds numbers that are not finite")
