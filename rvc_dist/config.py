@@ -87,7 +87,8 @@ class DataConfig:
     sample_rate: int = 48000
     """Sample rate of the voice in Hz: 24000, 32000, 40000, 44100 or 48000."""
     holdout: float = 0.05
-    """Share of the source files kept out of training, for validation and the choice of the best checkpoint."""
+    """Share of each speaker's seconds kept out of training, for validation and the choice of the best checkpoint: at
+    least about 10 s of a speaker who has enough, never above 10% unless this says so."""
 
     def problems(self) -> Iterator[str]:
         if self.sample_rate not in _V2:
@@ -400,7 +401,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """Newest checkpoints kept, besides the best."""
     eval_every_steps: int = 500
-    """Steps between validations on the held-out files."""
+    """Steps between validations on held-out clips."""
     overtrain_detect: bool = False
     """Stop when validation has not improved for overtrain_threshold epochs."""
     overtrain_threshold: int = 50

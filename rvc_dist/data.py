@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rvc_dist import memory
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
+from rvc_dist.holdout import SpeakerShare, hold_out
 from rvc_dist.workspace import StageError, Workspace, read_header, unit_files
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,28 @@ Seen = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class ClipRef:
-    """Where one training clip lies, and how long it is once wave, content and f0 are trimmed to the shortest."""
+    """Where one training clip lies, what it was cut from, and how long it is."""
 
     unit: int
     key: str
     speaker: int
     source: str
+    """The recording."""
     num_frames: int
+    """Once wave, content and f0 are trimmed to the shortest."""
+    start_s: float = 0.0
+    """In its recording."""
+    duration_s: float = 0.0
+    """Of all its samples."""
+    content: str = ""
+    """Hash of the recording, where it is known."""
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any], unit: int, index: int, num_samples: int, num_frames: int) -> ClipRef:
+        """Clip `index` of a unit with this `header`."""
+        clip, duration_s = header["clips"][index], num_samples / header["sample_rate"]
+        where = (clip["speaker"], str(clip["source"]), num_frames, clip["start_s"], duration_s)
+        return cls(unit, f"{index:05d}", *where, clip.get("content", ""))
 
 
 @dataclass(frozen=True)
@@ -141,13 +157,15 @@ def covered_frames(rate: int, hop: int, num_samples: int, num_content: int, num_
 
 @dataclass(frozen=True)
 class ClipTable:
-    """All clips of a run, split into training and validation by source file."""
+    """All clips of a run, split into training and validation: see `rvc_dist.holdout`."""
 
     train: tuple[ClipRef, ...]
     holdout: tuple[ClipRef, ...]
     content_channels: int
     embedder: dict[str, Any]
     num_speakers: int
+    shares: tuple[SpeakerShare, ...] = ()
+    """What of each speaker is held out."""
 
     @property
     def trained_speakers(self) -> tuple[int, ...]:
@@ -182,15 +200,12 @@ class ClipTable:
                 if frames < spec.segment // spec.hop + 1:
                     short += 1
                     continue
-                clips.append(ClipRef(int(path.stem), f"{i:05d}", clip["speaker"], clip_source(clip), frames))
+                clips.append(ClipRef.of(header, int(path.stem), i, clip["num_samples"], frames))
         if short:
             logger.warning("%d clips are shorter than the training segment and are left out", short)
         if not clips:
             raise StageError(f"{work.features_dir} holds no clip long enough to train on")
-        table = cls.split(recipe, clips, lambda speaker: _mutes(work, recipe, speaker), embedder)
-        if recipe.data.holdout and not table.holdout:
-            logger.warning("data.holdout: one source file cannot be split; no validation, no best checkpoint")
-        return table
+        return cls.split(recipe, clips, lambda speaker: _mutes(work, recipe, speaker), embedder)
 
     @classmethod
     def split(
@@ -201,21 +216,17 @@ class ClipTable:
         embedder: dict[str, Any],
     ) -> ClipTable:
         """`clips` without the held-out ones, and the silent clips of each speaker; `embedder` made the content."""
-        kept_out = held_out_sources({c.source for c in clips}, recipe.data.holdout, recipe.train.seed)
+        held, lost, shares = hold_out(clips, recipe.data.holdout, recipe.train.seed)
         speakers = sorted({c.speaker for c in clips})
+        train = (c for c in clips if c not in held and c not in lost)
         return cls(
-            train=(*(c for c in clips if c.source not in kept_out), *(c for s in speakers for c in mutes(s))),
-            holdout=tuple(c for c in clips if c.source in kept_out),
+            train=(*train, *(c for s in speakers for c in mutes(s))),
+            holdout=tuple(c for c in clips if c in held),
             content_channels=embedder["width"],
             embedder=embedder,
             num_speakers=speakers[-1] + 1,
+            shares=shares,
         )
-
-
-def clip_source(clip: Mapping[str, Any]) -> str:
-    """The recording of a clip, or the slice of a long one: clips of two slices do not overlap."""
-    start_s = clip.get("slice_s", 0.0)
-    return f"{clip['source']}@{start_s:.0f}" if start_s else str(clip["source"])
 
 
 def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:
@@ -225,16 +236,6 @@ def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:
     sizes = header["num_samples"], header["num_content"], header["num_f0"]
     frames = covered_frames(recipe.data.sample_rate, recipe.rate_spec.hop, *sizes)
     return [ClipRef(-1, "00000", speaker, MUTE_SOURCE, frames)] * recipe.extract.include_mutes
-
-
-def held_out_sources(sources: set[str], share: float, seed: int) -> set[str]:
-    """The source files kept for validation: at least one if `share` > 0, never all."""
-    ordered = sorted(sources)
-    count = min(len(ordered) - 1, max(1, round(share * len(ordered)))) if share else 0
-    if count <= 0:
-        return set()
-    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(ordered))[:count]
-    return {ordered[i] for i in chosen}
 
 
 class BucketBatchSampler(Sampler[tuple[BatchPlan, ...]]):

@@ -53,6 +53,8 @@ Array = npt.NDArray[np.float32]
 CONTENT_PER_S = F0_PER_S // 2
 LENGTH_TOLERANCE_S = 0.1
 """Features may be so much shorter or longer than their clip: trackers and encoders differ by a frame or two."""
+OVERLAP_S = 0.3
+"""Of neighbouring clips, as the tools cut them by default."""
 V1_WIDTH = 256
 MAX_NUMBERS = 1 << 26
 """Of the features of one clip: half an hour."""
@@ -329,7 +331,7 @@ def list_waves(experiment: Experiment) -> list[SourceFile]:
             len(unlisted),
             _some(unlisted),
         )
-    return files
+    return in_their_recordings(files)
 
 
 def _speaker_of(name: str) -> int:
@@ -338,10 +340,24 @@ def _speaker_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def recording_of(name: str) -> str:
-    """What a clip was cut from, by its name: clips of one recording must not be split into training and validation."""
-    match = re.fullmatch(r"((?:\d+_)?\d+)_\d+\.wav", name, re.ASCII)
-    return match[1] if match else name
+def recording_of(name: str) -> tuple[str, int]:
+    """What a clip was cut from and its number there, by its name: Applio's and ARVC's, RVC-WebUI's, rvc-next's."""
+    match = re.fullmatch(r"((?:\d+_)?\d+|ms\d+_s\d+_[0-9a-f]+)_(\d+)\.wav", name, re.ASCII)
+    return (match[1], int(match[2])) if match else (name, 0)
+
+
+def in_their_recordings(files: list[SourceFile]) -> list[SourceFile]:
+    """`files` with where each begins in its recording, as far as numbers and lengths tell.
+
+    The tools cut with an overlap, so each is taken to begin within the one before: only neighbours share samples.
+    """
+    ends_s: dict[tuple[int, str], float] = {}
+    starts_s = {}
+    for file in sorted(files, key=lambda f: recording_of(f.path)):
+        recording = (file.speaker, recording_of(file.path)[0])
+        starts_s[file.path] = round(max(0.0, ends_s.get(recording, 0.0) - OVERLAP_S), 6)
+        ends_s[recording] = starts_s[file.path] + file.duration_s
+    return [replace(f, start_s=starts_s[f.path]) for f in files]
 
 
 def _some(names: list[str]) -> str:
@@ -470,7 +486,7 @@ def import_unit(
             told[-1]["reason"] = str(error)
             continue
         key = f"{len(clips):05d}"
-        clip = {"speaker": file.speaker, "source": recording_of(file.path), "slice_s": 0.0, "start_s": 0.0}
+        clip = {"speaker": file.speaker, "source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
         waves[key] = wave
         clips.append(clip)
         seconds = round(len(wave) / rate, 6)

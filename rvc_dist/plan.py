@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.table import Table
 from rvc_dist import audio, bench, decoding
 from rvc_dist.bench_report import console, empty_table, say
 from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
-from rvc_dist.data import BUCKET_FRAMES, BucketBatchSampler, ClipRef, ClipTable, cached_bytes, clip_source
+from rvc_dist.data import BUCKET_FRAMES, BucketBatchSampler, ClipRef, ClipTable, cached_bytes
 from rvc_dist.forecast import (
     HIDDEN_SHARE,
     WORLD_SIZES,
@@ -235,10 +235,9 @@ def _cut_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
                 f"{recipe.data.sample_rate}: run `rvc-dist preprocess` again"
             )
         with safe_open(path, framework="numpy") as file:
-            for i, clip in enumerate(header["clips"]):
+            for i in range(len(header["clips"])):
                 (num_samples,) = file.get_slice(f"{i:05d}").get_shape()
-                frames = num_samples // recipe.rate_spec.hop
-                yield ClipRef(int(path.stem), f"{i:05d}", clip["speaker"], clip_source(clip), frames)
+                yield ClipRef.of(header, int(path.stem), i, num_samples, num_samples // recipe.rate_spec.hop)
 
 
 def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
@@ -255,14 +254,14 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
             continue
         for part in measured.slices():
             wave = np.broadcast_to(np.float32(0), round(part.duration_s * rate))  # takes no memory
-            if config.cut_method == "skip":
-                pieces = [wave]
-            else:
+            pieces: Iterable[tuple[int, audio.Wave]] = [(0, wave)]
+            if config.cut_method != "skip":
                 cut = audio.cut_fixed if config.cut_method == "simple" else audio.cut_windows
-                pieces = [piece for _, piece in cut(wave, rate, config.chunk_len, config.overlap_len)]
-            recording = clip_source({"source": part.path, "slice_s": part.start_s})
-            for i, piece in enumerate(pieces):
-                yield ClipRef(number, f"{i:05d}", part.speaker, recording, len(piece) // hop)
+                pieces = cut(wave, rate, config.chunk_len, config.overlap_len)
+            for start, piece in pieces:
+                where = (part.start_s + start / rate, len(piece) / rate)
+                key = f"{start:09d}@{part.start_s:.0f}"
+                yield ClipRef(number, key, part.speaker, part.path, len(piece) // hop, *where)
 
 
 # What a step takes

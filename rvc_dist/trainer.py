@@ -6,6 +6,7 @@ Shapes: B clips, T spectrogram frames, S samples.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 import traceback
@@ -18,7 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from rvc_dist import checkpoint, compilation, losses, memory, networks, zero
+from rvc_dist import checkpoint, compilation, holdout, losses, memory, networks, zero
 from rvc_dist.averaging import Network, Wire, frozen
 from rvc_dist.config import LossConfig, Recipe
 from rvc_dist.data import (
@@ -75,6 +76,11 @@ class Trainer:
         else:
             watch.start(self.accelerator)
         self.pulse, self.lock = watch.pulse, watch.lock
+        if self.accelerator.is_main_process:
+            for level, line in holdout.report(self.table.shares, recipe.data.holdout):
+                logger.log(level, line)
+            if self.config.overtrain_detect and not self.table.holdout:
+                logger.warning("train.overtrain_detect does nothing: no clip is held out to see overtraining on")
 
         (resume_from,) = broadcast_object_list([checkpoint.latest(self.work.checkpoints_dir)])
         self.shape, modules = networks.build(recipe, self.table, resuming=resume_from is not None)
@@ -558,7 +564,11 @@ class Trainer:
         if distance is None:
             return False
         self.tracker.scalars({"eval/mel_distance": distance}, step)
-        is_best = self.progress.best_metric is None or distance < self.progress.best_metric
+        if not math.isfinite(distance):
+            logger.warning("validation at step %d: the mel distance is %s, which is never the best", step, distance)
+            return False
+        best = self.progress.best_metric
+        is_best = best is None or not distance >= best  # older versions of rvc_dist kept one that is not a number
         if is_best:
             epoch = self.progress.epoch
             self.progress = replace(self.progress, best_metric=distance, best_step=step, best_epoch=epoch)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import workspace_of
-from safetensors.numpy import load_file
 from tiny import EMBEDDER, make_features, tiny_recipe
 
 from rvc_dist.config import RATES, RateSpec
@@ -26,11 +25,10 @@ from rvc_dist.data import (
     collate,
     covered_frames,
     feature_frames,
-    held_out_sources,
     make_loader,
 )
 from rvc_dist.spectral import spectrogram_with_reach
-from rvc_dist.workspace import Workspace, read_header, save_arrays, unit_files
+from rvc_dist.workspace import save_arrays
 
 
 def speech_lengths(count: int) -> list[int]:
@@ -166,17 +164,6 @@ def test_covered_frames_is_the_most_that_all_three_reach(rate):
     assert one_more or (frames + 1) * hop > num_samples or feature_frames(frames + 1, rate, hop, 100)[-1] >= num_f0
 
 
-def test_holdout_is_by_source_and_never_everything():
-    sources = {f"{i}.wav" for i in range(40)}
-    kept_out = held_out_sources(sources, 0.1, 1)
-    assert len(kept_out) == 4
-    assert kept_out < sources
-    assert held_out_sources(sources, 0.1, 1) == kept_out
-    assert held_out_sources({"a.wav", "b.wav"}, 0.05, 1) < {"a.wav", "b.wav"}
-    assert held_out_sources({"a.wav"}, 0.5, 1) == set()
-    assert held_out_sources(sources, 0.0, 1) == set()
-
-
 def test_collate_pads_with_zeros():
     spec = RATES["v2"][24000]
     clips = [
@@ -264,22 +251,6 @@ def test_a_clips_spectrogram_is_the_whole_files_cut_to_its_frames(tmp_path, rate
             samples = torch.from_numpy(waves[clip.key])[first * spec.hop : last * spec.hop]
             assert torch.equal(batch.wave[0, 0, : len(samples)], samples)
     assert len(firsts) == 3, "the long clip begins elsewhere in each epoch"
-
-
-def test_the_slices_of_one_long_recording_can_be_held_out(tmp_path):
-    recipe = tiny_recipe(tmp_path)
-    make_features(recipe, num_clips=12)
-    work = Workspace(recipe.run_dir, recipe.name)
-    for unit, path in enumerate(unit_files(work.features_dir)):
-        header = read_header(path)
-        clips = [clip | {"source": "long.wav", "slice_s": 300.0 * unit} for clip in header["clips"]]
-        save_arrays(path, load_file(path), header | {"clips": clips})
-    table = ClipTable.load(recipe)
-    held = {clip.source for clip in table.holdout}
-    assert len(held) == 1
-    assert held < {"long.wav", "long.wav@300", "long.wav@600", "long.wav@900"}
-    assert len(table.holdout) == 3
-    assert not held & {clip.source for clip in table.train}
 
 
 def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path):

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rvc_dist import __main__ as cli
 from rvc_dist import bench, measuring, plan, preprocess, spectral
 from rvc_dist.config import BenchConfig, ConfigError, DataConfig, PlanConfig, PreprocessConfig, Recipe
-from rvc_dist.data import BucketBatchSampler
+from rvc_dist.data import BucketBatchSampler, ClipTable
 from rvc_dist.forecast import (
     BUCKET_BYTES,
     FIRST_BUCKET_BYTES,
@@ -272,7 +272,8 @@ def test_the_runs_own_clips_are_the_trainers(tmp_path):
     make_features(recipe)
     table, source = plan.training_clips(recipe)
     assert source == "the run's clips"
-    assert (len(table.train), len(table.holdout)) == (7, 3)  # of three recordings one is held out; one silence
+    assert (len(table.train), len(table.holdout)) == (7, 2)  # one clip is on neither side; one silence
+    assert table == ClipTable.load(recipe)
 
 
 # Where the step time comes from

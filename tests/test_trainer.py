@@ -431,6 +431,24 @@ def test_overtraining_ends_the_run(tmp_path, monkeypatch, caplog):
     assert "overtraining" in caplog.text
 
 
+def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, caplog):
+    recipe = tiny_recipe(tmp_path, max_steps=4, eval_every_steps=1)
+    make_features(recipe)
+    distances = iter([float("nan"), 2.0, float("inf"), float("nan")])
+    monkeypatch.setattr(validation.Validation, "mel_distance", lambda *_: next(distances))
+    progress = train(recipe).progress
+    assert (progress.best_metric, progress.best_step) == (2.0, 2)
+    assert "validation at step 1: the mel distance is nan" in caplog.text
+
+
+def test_overtraining_cannot_be_seen_without_validation_and_the_run_says_so(tmp_path, caplog):
+    recipe = tiny_recipe(tmp_path, max_steps=1, overtrain_detect=True)
+    make_features(recipe, num_clips=3)
+    train(replace(recipe, data=replace(recipe.data, holdout=0.05)))
+    assert "train.overtrain_detect does nothing: no clip is held out" in caplog.text
+    assert "data.holdout: nothing is held out of speaker 0 (2.1 s)" in caplog.text
+
+
 def test_validation_leaves_the_training_noise_where_it_was(tmp_path):
     often = tiny_recipe(tmp_path / "often", max_steps=5, eval_every_steps=1)
     never = tiny_recipe(tmp_path / "never", max_steps=5, eval_every_steps=1000)

@@ -53,7 +53,8 @@ def make_features(recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, spea
             features[f"{i:05d}.content"] = content.astype(np.float32)
             features[f"{i:05d}.f0"] = np.full(2 * num_content + 2, hz, dtype=np.float32)
             sizes = {"num_samples": num_samples, "num_content": num_content, "num_f0": 2 * num_content + 2}
-            clips.append({"speaker": speakers[unit % len(speakers)], "source": f"{unit}.wav", "start_s": 0.0} | sizes)
+            where = {"source": f"{unit}.wav", "start_s": round(i * seconds, 4)}  # they overlap a little
+            clips.append({"speaker": speakers[unit % len(speakers)]} | where | sizes)
         header = {"stamp": "tiny", "sample_rate": rate, "clips": clips}
         save_arrays(work.clips_file(unit), waves, header)
         save_arrays(work.features_file(unit), features, header | {"embedder": EMBEDDER})
