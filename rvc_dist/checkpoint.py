@@ -73,6 +73,8 @@ class Checkpoint:
     num_ranks: int = 1
     trained_speakers: tuple[int, ...] = ()
     """Speaker ids that were ever trained, rising; none where an older version of rvc_dist wrote the checkpoint."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """`fingerprint.of_data`; empty where an older version wrote it."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """File stem to what it holds."""
@@ -178,6 +180,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             "meter": checkpoint.meter,
             "num_ranks": checkpoint.num_ranks,
             "trained_speakers": checkpoint.trained_speakers,
+            "data": checkpoint.data,
         }
         atomic_write(beside / STATE, json.dumps(state, indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(beside.iterdir())}
@@ -278,9 +281,19 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
             f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}: continue it with "
             "the version that made it, or give the run another run_dir"
         )
-    if identity is None:
-        return
-    before, now = _comparable(state["identity"]), _comparable(identity)
+    if identity is not None:
+        check_identity(path, state["identity"], identity)
+
+
+def identity_of(path: Path) -> dict[str, Any]:
+    """The identity of the checkpoint in `path`, which `verify` has accepted."""
+    identity: dict[str, Any] = read_json(path / STATE)["identity"]
+    return identity
+
+
+def check_identity(path: Path, made_with: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises StageError, with every mismatch, when the checkpoint in `path` was `made_with` another identity."""
+    before, now = _comparable(made_with), _comparable(identity)
     differ = [k for k in {**before, **now} if not _agree(before.get(k), now.get(k))]
     if differ:
         listed = "".join(f"\n  {k}: {before.get(k)}, now {now.get(k)}" for k in differ)
@@ -312,6 +325,7 @@ def load(path: Path) -> Checkpoint:
         meter=state["meter"],
         num_ranks=state["num_ranks"],
         trained_speakers=tuple(state.get("trained_speakers", ())),
+        data=state.get("data", {}),
     )
 
 

@@ -550,8 +550,8 @@ class Recipe:
 
     name: str = "voice"
     """Name of the voice; files are called after it."""
-    run_dir: str = "run"
-    """Folder of the run: clips, features, index, checkpoints, voice."""
+    run_dir: str = ""
+    """Folder of the run: clips, features, index, checkpoints, voice. By default runs/NAME."""
     data: DataConfig = field(default_factory=DataConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
@@ -582,6 +582,8 @@ class Recipe:
             problems.extend(section.problems())
         if problems:
             raise ConfigError("\n".join(problems))
+        if not self.run_dir:
+            object.__setattr__(self, "run_dir", f"runs/{self.name}")
 
     @property
     def rate_spec(self) -> RateSpec:

@@ -38,6 +38,7 @@ def run(recipe: Recipe, share: Share) -> None:
     if not share.is_first:
         return
     work = Workspace(recipe.run_dir, recipe.name)
+    work.check_name()
     found = checkpoint.all_in(work.checkpoints_dir)
     if not found:
         raise StageError(f"{work.checkpoints_dir} has no checkpoint: run `rvc-dist train` first")
@@ -50,7 +51,8 @@ def run(recipe: Recipe, share: Share) -> None:
         checkpoint.verify(path)
         saved = checkpoint.load(path)
         saved = replace(saved, trained_speakers=saved.trained_speakers or table.trained_speakers)
-        voice = voice_dict(recipe, saved, dataset_length, table.num_speakers)
+        trained_length = saved.data.get("dataset_length") or dataset_length  # the recordings may be others by now
+        voice = voice_dict(recipe, saved, trained_length, table.num_speakers)
         step, epoch = saved.progress.step, saved.progress.epoch
         files[step] = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
         write_voice(files[step], voice)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rvc_dist import audio
+from rvc_dist import audio, preprocess
 from rvc_dist.config import F0_HOP, FEATURE_RATE, Recipe
 from rvc_dist.device import fixed_threads, local_device
 from rvc_dist.features.content import Embedder, load_embedder
@@ -106,8 +106,9 @@ def run(recipe: Recipe, share: Share) -> None:
     """
     work = Workspace(recipe.run_dir, recipe.name)
     clips = clip_stamps(work)
-    if share.is_first:
-        work.save_recipe(recipe.to_yaml())
+    if wrong := preprocess.other_settings(recipe):
+        raise StageError(wrong)
+    work.check_name()
     if is_imported(recipe, work, clips):
         logger.info("extract: the features were imported with the clips")  # without a look for the encoder
         return
@@ -119,6 +120,8 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
     extractor = Extractor.load(recipe)
     settings = feature_settings(recipe) | {"embedder": extractor.describe()}
     withdraw_report(work, settings, clips, share)
+    if share.is_first:
+        work.save_recipe(recipe.to_yaml())
     if recipe.extract.include_mutes and (share.is_first or share.array):
         save_mute(recipe, work, extractor, settings)
     todo = [u for u in share.take(list(clips)) if done_header(recipe, work, u, settings, clips[u]) is None]
@@ -184,6 +187,17 @@ def complete(recipe: Recipe) -> bool | None:
     known = settings in (feature_settings(recipe) | {"embedder": embedder}, imported_feature_settings(recipe, embedder))
     done = known and report["clips"] == stamp(list(clip_stamps(work).values()))
     return (done and mute_done(recipe, work, settings)) or None
+
+
+def other_settings(recipe: Recipe) -> str:
+    """What is wrong when the run's features were made with other settings than the recipe's, and what to do."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    report = read_report(work)
+    differ = report and changes(report.get("settings", {}), feature_settings(recipe), shared=True)
+    remedy = "run `rvc-dist extract` again, or set back what differs"
+    return (
+        f"{work.features_dir} holds features of other settings than the recipe's: {remedy} ({differ})" if differ else ""
+    )
 
 
 def read_report(work: Workspace) -> dict[str, Any] | None:

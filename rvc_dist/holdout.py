@@ -14,7 +14,8 @@ from itertools import product, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from rvc_dist.data import ClipRef
+    from rvc_dist.config import Recipe
+    from rvc_dist.data import ClipRef, ClipTable
 
 LEAST_S = 10.0
 """Of a speaker who has enough for it."""
@@ -26,6 +27,8 @@ ENOUGH = 0.75
 """Of what a speaker should at least have held out; for less than a clip more, no further boundary is worth its loss."""
 SAME_S = 1e-3
 """Starts of clips are rounded: those that share less than this do not overlap."""
+MAX_VALIDATED = 32
+"""Clips of one validation, or as many as there are speakers."""
 LISTED = 6
 """Most speakers whose shares are shown one by one."""
 
@@ -172,6 +175,11 @@ def evenly(clips: Sequence[ClipRef], count: int, seed: int) -> list[ClipRef]:
         tree.setdefault(clip.speaker, {}).setdefault(clip.source, []).append(clip)
     queues = [list(_in_turn(recordings.values())) for _, recordings in sorted(tree.items())]
     return list(_in_turn(queues))[: max(count, len(tree))]
+
+
+def validated(recipe: Recipe, table: ClipTable) -> list[ClipRef]:
+    """The clips that every validation of a run converts."""
+    return evenly(table.holdout, MAX_VALIDATED, recipe.train.seed)
 
 
 def _in_turn(queues: Iterable[Sequence[ClipRef]]) -> Iterator[ClipRef]:

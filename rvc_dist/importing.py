@@ -26,6 +26,7 @@ from rvc_dist.files import ForeignFileError, read_npy
 from rvc_dist.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
 from rvc_dist.index_file import check_index
 from rvc_dist.preprocess import clips_report, imported_clip_settings, left_out_entry
+from rvc_dist.sources import content_of
 from rvc_dist.workspace import (
     Plan,
     Share,
@@ -487,6 +488,7 @@ def import_unit(
             continue
         key = f"{len(clips):05d}"
         clip = {"speaker": file.speaker, "source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
+        clip["content"] = content_of(experiment.waves_dir / file.path)
         waves[key] = wave
         clips.append(clip)
         seconds = round(len(wave) / rate, 6)
@@ -728,7 +730,7 @@ def keep_weights(
     train = replace(
         recipe.train, pretrained_g=str(files[0]), pretrained_d=str(files[1]), activation_checkpointing=False
     )
-    _, modules = networks.build(replace(recipe, train=train), table, resuming=False)
+    _, modules = networks.build(replace(recipe, train=train), table)
     kept = [work.pretrained_dir / file.name for file in files]
     for target, name in zip(kept, checkpoint.MODELS, strict=True):
         buffer = io.BytesIO()

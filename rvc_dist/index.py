@@ -102,6 +102,7 @@ def run(recipe: Recipe, share: Share) -> None:
     if not share.is_first:
         return
     work = Workspace(recipe.run_dir, recipe.name)
+    work.check_name()
     wanted = wanted_stamp(recipe, work)
     if complete(recipe):
         logger.info("index: %s is up to date", work.index_file())

@@ -30,26 +30,33 @@ RECOMPUTED = (ResBlock, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscrimi
 """What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
 
 
-def build(recipe: Recipe, table: ClipTable, resuming: bool) -> tuple[GeneratorShape, dict[str, nn.Module]]:
-    """Both networks, by checkpoint.MODELS, the same on all ranks; pretrained unless a checkpoint will fill them.
+def build(
+    recipe: Recipe, table: ClipTable, resumed: Mapping[str, Any] | None = None
+) -> tuple[GeneratorShape, dict[str, nn.Module]]:
+    """Both networks, by checkpoint.MODELS, the same on all ranks.
+
+    They begin with the pretrained weights, unless a checkpoint with the identity `resumed` will fill them: then those
+    files need not be there any more.
 
     Raises:
         StageError: a pretrained file is missing, or does not fit the recipe or the dataset.
     """
     config = recipe.train
-    # A resumed run needs of the pretrained files only the number of speakers.
     pretrained = {
         name: checkpoint.read_pretrained(Path(file), f"train.{key}")
         for name, key in PRETRAINED.items()
-        if (file := getattr(config, key)) is not None and (name == "generator" or not resuming)
+        if (file := getattr(config, key)) is not None and resumed is None
     }
     states = {name: file.state for name, file in pretrained.items()}
-    if "generator" in pretrained and not resuming:
+    if "generator" in pretrained:
         features = EmbedderId.from_features(table.embedder)
         checkpoint.check_embedder(
             Path(str(config.pretrained_g)), pretrained["generator"].embedder, features, "train.pretrained_g"
         )
-    num_speakers = _num_speakers(table, config.pretrained_g, states.get("generator"))
+    if resumed is None:
+        num_speakers = _num_speakers(table, config.pretrained_g, states.get("generator"))
+    else:
+        num_speakers = max(table.num_speakers, resumed["generator.num_speakers"])
     shape = GeneratorShape.from_recipe(recipe, table.content_channels, num_speakers)
     torch.manual_seed(config.seed)
     modules: dict[str, nn.Module] = {
@@ -60,11 +67,9 @@ def build(recipe: Recipe, table: ClipTable, resuming: bool) -> tuple[GeneratorSh
         key = PRETRAINED[name]
         if config.activation_checkpointing:
             memory.recompute(module, RECOMPUTED)
-        if resuming:
-            continue
         if name in states:
             checkpoint.load_pretrained(Path(getattr(config, key)), states[name], module, f"train.{key}")
-        else:
+        elif resumed is None:
             logger.info("train.%s is not set: these weights start from random numbers", key)
     return shape, modules
 

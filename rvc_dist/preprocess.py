@@ -15,7 +15,7 @@ import numpy as np
 
 from rvc_dist import audio, decoding
 from rvc_dist.config import MAX_CLIP_FRAMES, Recipe
-from rvc_dist.sources import list_sources
+from rvc_dist.sources import content_of, list_sources
 from rvc_dist.workspace import (
     MAX_SLICE_S,
     Plan,
@@ -84,7 +84,7 @@ def run(recipe: Recipe, share: Share) -> None:
     settings = clip_settings(recipe)
     plan = make_plan(recipe, work, settings, share)
     if share.is_first:
-        work.save_recipe(recipe.to_yaml())
+        save_recipe(recipe, work)
     todo = [u for u in share.take(plan.units) if not is_done(work.clips_file(u.id), u.stamp(settings))]
     logger.info(
         "preprocess: %d units of %.1f min, %d to do here",
@@ -148,6 +148,22 @@ def clip_settings(recipe: Recipe) -> dict[str, Any]:
         "preprocess.normalization": p.normalization,
         "preprocess.clean": float(p.clean_strength) if p.clean_dataset else 0.0,
     }
+
+
+def save_recipe(recipe: Recipe, work: Workspace) -> None:
+    """Keep the recipe with the run; of features that are there already, what they were made with."""
+    if work.features_report_file.is_file() and (kept := work.kept_recipe()) is not None:
+        recipe = replace(recipe, extract=kept.extract, model=kept.model)
+    work.save_recipe(recipe.to_yaml())
+
+
+def other_settings(recipe: Recipe) -> str:
+    """What is wrong when the run's clips were made with other settings than the recipe's, and what to do."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    plan = Plan.load(work.plan_file)
+    differ = plan and changes(plan.settings, clip_settings(recipe), shared=True)
+    remedy = "run `rvc-dist preprocess` and `extract` again, or set back what differs"
+    return f"{work.clips_dir} holds clips of other settings than the recipe's: {remedy} ({differ})" if differ else ""
 
 
 def _no_clip(recipe: Recipe, reasons: list[tuple[str, str]]) -> StageError:
@@ -260,11 +276,11 @@ def make_unit(
                 "reason": outcome.reason,
             }
         )
+        content = content_of(Path(recipe.data.audio_dir, file.path)) if outcome.clips else ""
         for clip in outcome.clips:
             arrays[f"{len(clips):05d}"] = clip.wave
-            clips.append(
-                {"speaker": file.speaker, "source": file.path, "slice_s": file.start_s, "start_s": clip.start_s}
-            )
+            where = {"slice_s": file.start_s, "start_s": clip.start_s, "content": content}
+            clips.append({"speaker": file.speaker, "source": file.path} | where)
     header = {"stamp": unit.stamp(settings), "sample_rate": recipe.data.sample_rate, "clips": clips, "files": files}
     save_arrays(work.clips_file(unit.id), arrays, header)
 

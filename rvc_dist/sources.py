@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from dataclasses import replace
@@ -10,6 +11,9 @@ from pathlib import Path
 from rvc_dist.config import MAX_SPEAKERS
 from rvc_dist.decoding import AUDIO_SUFFIXES
 from rvc_dist.workspace import SourceFile, StageError, listed, printable
+
+CONTENT_BYTES = 1_000_000
+"""Of either end of a recording, that tell it from others."""
 
 
 def list_sources(audio_dir: Path, run_dir: Path | None = None) -> list[SourceFile]:
@@ -79,6 +83,21 @@ def _source(path: Path, audio_dir: Path) -> SourceFile:
     elif not status.st_size:
         reason = "empty file (0 bytes)"
     return SourceFile(str(relative), speaker, status.st_size, status.st_mtime_ns, reason=reason)
+
+
+def content_of(path: Path) -> str:
+    """A short hash of a recording's size and of its first and last megabyte, whatever it is called and wherever it is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for at in (0, max(CONTENT_BYTES, size - CONTENT_BYTES)):
+            file.seek(at)
+            digest.update(file.read(CONTENT_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _without_doubles(files: list[SourceFile], audio_dir: Path) -> list[SourceFile]:

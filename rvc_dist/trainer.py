@@ -19,7 +19,18 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from rvc_dist import checkpoint, compilation, holdout, losses, memory, networks, zero
+from rvc_dist import (
+    checkpoint,
+    compilation,
+    extract,
+    fingerprint,
+    holdout,
+    losses,
+    memory,
+    networks,
+    preprocess,
+    zero,
+)
 from rvc_dist.averaging import Network, Wire, frozen
 from rvc_dist.config import LossConfig, Recipe
 from rvc_dist.data import (
@@ -69,6 +80,9 @@ class Trainer:
         self.recipe, self.config, self.spec = recipe, recipe.train, recipe.rate_spec
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.table = ClipTable.load(recipe)
+        self.work.check_name()
+        if wrong := preprocess.other_settings(recipe) or extract.other_settings(recipe):
+            raise StageError(wrong)
         self.accelerator = make_accelerator(self.config)
         self.device = self.accelerator.device
         if watch is None:
@@ -83,8 +97,13 @@ class Trainer:
                 logger.warning("train.overtrain_detect does nothing: no clip is held out to see overtraining on")
 
         (resume_from,) = broadcast_object_list([checkpoint.latest(self.work.checkpoints_dir)])
-        self.shape, modules = networks.build(recipe, self.table, resuming=resume_from is not None)
+        saved = None
+        if resume_from is not None:
+            on_first_rank(self.accelerator, partial(checkpoint.verify, resume_from))
+            saved = checkpoint.load(resume_from)
+        self.shape, modules = networks.build(recipe, self.table, None if saved is None else saved.identity)
         self.identity = networks.identity(recipe, self.shape, self.table)
+        self.data = fingerprint.of_data(recipe, self.table)
         self.sampler = BucketBatchSampler(
             [c.num_frames for c in self.table.train],
             self.config.batch_size,
@@ -97,11 +116,12 @@ class Trainer:
         self.trained_speakers = self.table.trained_speakers
         self.meter, self.timer = Meter(), PhaseTimer(self.device, self.pulse)
         self.recent: list[Step] = []
-        saved = None
-        if resume_from is not None:
-            on_first_rank(self.accelerator, partial(checkpoint.verify, resume_from, self.identity))
-            saved = checkpoint.load(resume_from)
-            self.progress = saved.progress
+        if saved is not None:
+            on_first_rank(
+                self.accelerator, partial(checkpoint.check_identity, resume_from, saved.identity, self.identity)
+            )
+            on_first_rank(self.accelerator, partial(fingerprint.check, resume_from, saved.data, self.data))
+            self.progress = fingerprint.adjusted(saved.progress, saved.data, self.data)
             self.trained_speakers = tuple(sorted({*self.trained_speakers, *saved.trained_speakers}))
         self.left_in_epoch = len(self.sampler.global_batches(self.progress.epoch, self.progress.seen))
         self.total_steps = self._total_steps()
@@ -609,6 +629,7 @@ class Trainer:
                     meter=meter,
                     num_ranks=self.accelerator.num_processes,
                     trained_speakers=self.trained_speakers,
+                    data=self.data,
                 )
             )
 

@@ -15,13 +15,10 @@ from torch import Tensor
 from rvc_dist.config import Recipe
 from rvc_dist.data import BatchPlan, ClipDataset, ClipRef, ClipTable, collate
 from rvc_dist.features.f0 import coarse_pitch
-from rvc_dist.holdout import evenly
+from rvc_dist.holdout import validated
 from rvc_dist.metrics import Tracker
 from rvc_dist.models.generator import Generator
 from rvc_dist.spectral import log_mel
-
-MAX_CLIPS = 32
-"""Of one validation, or as many as there are speakers."""
 
 
 @dataclass
@@ -38,7 +35,7 @@ class Validation:
     def mel_distance(self, generator: Generator, step: int) -> float | None:
         """Mean over clips and ranks, None without held-out clips; the first clip is shown in TensorBoard."""
         device = self.accelerator.device
-        clips = evenly(self.table.holdout, MAX_CLIPS, self.recipe.train.seed)
+        clips = validated(self.recipe, self.table)
         mine = list(enumerate(clips))[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = torch.zeros(2, device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -23,6 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rvc_dist.config import ConfigError, Recipe, load_recipe
+
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
@@ -102,7 +104,27 @@ class Workspace:
 
     def save_recipe(self, text: str) -> None:
         """Keep the resolved recipe with the run; the stages that make what the run consists of do so."""
+        self.check_name()
         atomic_write(self.config_file, text)
+
+    def check_name(self) -> None:
+        """Nothing, unless the run folder is that of another voice.
+
+        Raises:
+            StageError: it is; a folder has one name, by which its files are called.
+        """
+        kept = self.kept_recipe()
+        if kept is not None and kept.name != self.name:
+            raise StageError(
+                f"run_dir: {self.root} is the run of {kept.name}, the recipe's name is {self.name}; give another "
+                f"run_dir, or to call the voice otherwise change the name in {self.config_file} too"
+            )
+
+    def kept_recipe(self) -> Recipe | None:
+        """RUN/config.yaml, or None where there is none that this version reads."""
+        with contextlib.suppress(ConfigError):
+            return load_recipe(self.config_file) if self.config_file.is_file() else None
+        return None
 
     def index_file(self) -> Path | None:
         """The run's retrieval index, or None when the index stage has not run."""
@@ -290,9 +312,10 @@ def stamp(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """`key: old -> new` for every setting that differs, for the line that says why work is redone."""
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], shared: bool = False) -> str:
+    """`key: old -> new` for every setting that differs, or only for those that both have, to say why work is redone."""
     keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    keys = [k for k in keys if k in before and k in after] if shared else keys
     return ", ".join(f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys)
 
 

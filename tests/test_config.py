@@ -151,6 +151,13 @@ def test_the_edges_of_every_range_are_accepted(key: str, value: Any) -> None:
     assert node == value
 
 
+def test_each_recipe_has_a_run_folder_of_its_own() -> None:
+    recipes = [load_recipe(path) for path in (Path(__file__).parent.parent / "configs").glob("*.yaml")]
+    assert len({r.run_dir for r in recipes}) == len({r.name for r in recipes}) == len(recipes) >= 8
+    assert Recipe(name="ann").run_dir == "runs/ann"
+    assert Recipe(name="ann", run_dir="here").run_dir == "here"
+
+
 def test_all_problems_are_told_at_once() -> None:
     wrong = {
         "name": "a/b",

@@ -558,7 +558,7 @@ def test_pretrained_weights_that_do_not_fit(recipe, tmp_path):
 
 def test_one_pretrained_network_of_two_is_a_warning(recipe, tmp_path, caplog):
     exam = Exam(recipe, Team(), table=ClipTable.load(recipe))
-    _, modules = networks.build(recipe, exam.table, resuming=False)
+    _, modules = networks.build(recipe, exam.table)
     torch.save({"model": modules["discriminator"].state_dict()}, tmp_path / "D.pth")
     exam.recipe = with_train(recipe, pretrained_d=str(tmp_path / "D.pth"))
     with caplog.at_level(logging.ERROR):
@@ -569,7 +569,7 @@ def test_one_pretrained_network_of_two_is_a_warning(recipe, tmp_path, caplog):
 
 def test_a_damaged_checkpoint_and_one_of_another_recipe(recipe):
     exam = Exam(recipe, Team(), table=ClipTable.load(recipe))
-    shape, modules = networks.build(recipe, exam.table, resuming=False)
+    shape, modules = networks.build(recipe, exam.table)
     saved = checkpoint.Checkpoint(
         progress=checkpoint.Progress(step=7),
         identity=networks.identity(recipe, shape, exam.table),
@@ -662,7 +662,7 @@ def test_wrong_sums_are_found():
 
 def test_the_bytes_of_a_steps_gradients(recipe):
     table = ClipTable.load(recipe)
-    shape, modules = networks.build(recipe, table, resuming=False)
+    shape, modules = networks.build(recipe, table)
     real = sum(p.nbytes for module in modules.values() for p in module.parameters() if p.requires_grad)
     assert wire.gradient_bytes(recipe, shape) == real
     assert wire.gradient_bytes(with_train(recipe, grad_compression="bf16"), shape) == real // 2

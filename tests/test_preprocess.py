@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from rvc_dist import audio, decoding, preprocess, workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
+from rvc_dist.sources import content_of
 from rvc_dist.workspace import Plan, Share, StageError, Workspace
 
 RATE = 24000
@@ -880,3 +881,12 @@ def test_a_missing_decoder_stops_the_stage_instead_of_losing_recordings(
             preprocess.run(recipe(tmp_path), Share())
     preprocess.run(recipe(tmp_path), Share())
     assert reasons(recipe(tmp_path)) == {"a.wav": "", "b.m4a": ""}
+
+
+def test_a_recordings_content_is_its_bytes_whatever_it_is_called(tmp_path):
+    recordings = {"a": bytes(3_000_000), "b": bytes(3_000_000), "c": bytes(3_000_001), "d": bytes(2_999_999) + b"x"}
+    for name, data in {**recordings, "e": b"", "f": b"x"}.items():
+        (tmp_path / name).write_bytes(data)
+    hashes = [content_of(tmp_path / name) for name in "abcdef"]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 5

@@ -1,5 +1,6 @@
 """The loop on one rank, in this process, with a very narrow network."""
 
+import json
 import logging
 import os
 import signal
@@ -13,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import EMBEDDER, make_features, tiny_recipe, with_train
 from torch import nn
 
-from rvc_dist import checkpoint, export, spectral, trainer, validation
+from rvc_dist import checkpoint, export, extract, index, preprocess, spectral, trainer, validation
 from rvc_dist.config import DataConfig, load_recipe
 from rvc_dist.data import MUTE_SOURCE, ClipTable
 from rvc_dist.infer import Voice
 from rvc_dist.models.state_dict import to_upstream
-from rvc_dist.workspace import Share, StageError, Stopped, Workspace
+from rvc_dist.workspace import Plan, Share, StageError, Stopped, Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +229,86 @@ def test_changed_shapes_are_refused_with_every_mismatch(tmp_path):
     with pytest.raises(StageError, match="optimizer: adamw, now radam"):
         train(with_train(recipe, optimizer="radam", max_steps=9))
     assert load_recipe(tmp_path / "config.yaml") == recipe
+
+
+def test_another_voice_in_a_trained_run_folder_is_refused_and_nothing_is_touched(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    train(recipe)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "checkpoints" in p.parts}
+    config = (tmp_path / "config.yaml").read_text()
+    make_features(recipe, voice="theirs")  # in files of the same names
+    for steps in (4, 9):
+        message = (
+            r"step_00000004 was trained on other recordings \(3 \(0\.wav, 1\.wav, 2\.wav\)\).*none is the same.*run_dir"
+        )
+        with pytest.raises(StageError, match=message):
+            train(with_train(recipe, max_steps=steps))
+    assert {p: p.read_bytes() for p in before} == before
+    assert (tmp_path / "config.yaml").read_text() == config
+
+
+def test_changed_recordings_are_told_and_the_best_begins_anew_with_other_validation_clips(tmp_path, caplog):
+    recipe = tiny_recipe(tmp_path, max_steps=2, eval_every_steps=1)
+    make_features(recipe)
+    first = train(recipe)
+    assert "the data changed" not in caplog.text
+    assert first.data["dataset_length"] == "00:00:05"
+    # The same data, and a seed or share that choose the same clips: nothing changes.
+    again = train(with_train(recipe, max_steps=3)).progress
+    assert again.best_step in (1, 2, 3)
+    assert "begins anew" not in caplog.text
+    make_features(recipe, num_clips=12)
+    more = train(with_train(recipe, max_steps=4)).progress
+    assert "the data changed since step_00000003: 1 (3.wav) new; the epoch begins anew" in caplog.text
+    assert more.seen == ((2, 1),), "of the new clips none but this step's were seen"
+    caplog.clear()
+    for number, other in enumerate(
+        (replace(recipe, data=replace(recipe.data, holdout=0.4)), with_train(recipe, seed=5))
+    ):
+        after = train(with_train(other, max_steps=5 + number)).progress
+        assert "validation has other clips or another seed" in caplog.text
+        assert (after.best_step, after.step) == (5 + number, 5 + number), "what was best on other clips does not count"
+        caplog.clear()
+
+
+def test_a_checkpoint_that_does_not_know_its_data_goes_on_with_a_line(tmp_path, monkeypatch, caplog):
+    recipe = tiny_recipe(tmp_path, max_steps=1)
+    make_features(recipe)
+    monkeypatch.setattr(trainer.fingerprint, "of_data", lambda *_: {})
+    train(recipe)
+    monkeypatch.undo()
+    make_features(recipe, voice="any")
+    with caplog.at_level(logging.INFO):
+        assert train(with_train(recipe, max_steps=2)).data["recordings"].keys() == {"any 0", "any 1", "any 2"}
+    assert "is from before checkpoints knew their data" in caplog.text
+
+
+def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    work = Workspace(recipe.run_dir, recipe.name)
+    work.features_report_file.write_text(json.dumps({"settings": extract.feature_settings(recipe), "clips": "tiny"}))
+    work.plan_file.write_text(Plan("", preprocess.clip_settings(recipe), (), ()).dumps())
+    train(recipe)
+    kept = work.config_file.read_text()
+    others = {
+        r"extract\.f0_method: pyin -> rmvpe": replace(recipe, extract=replace(recipe.extract, f0_method="rmvpe")),
+        r"model\.version: v2 -> v1": replace(recipe, model=replace(recipe.model, version="v1")),
+        r"preprocess\.clean: 0\.0 -> 0\.5": replace(recipe, preprocess=replace(recipe.preprocess, clean_dataset=True)),
+        r"is the run of tiny, the recipe's name is other": replace(recipe, name="other"),
+    }
+    for message, other in others.items():
+        with pytest.raises(StageError, match=message):
+            train(with_train(other, max_steps=9))
+    with pytest.raises(StageError, match=r"clips of other settings.*preprocess\.chunk_len: 3\.0 -> 4\.0"):
+        extract.run(replace(recipe, preprocess=replace(recipe.preprocess, chunk_len=4.0)), Share())
+    for stage in (export, index, extract):
+        with pytest.raises(StageError, match="is the run of tiny"):
+            stage.run(replace(recipe, name="other"), Share())
+    assert work.config_file.read_text() == kept
+    preprocess.save_recipe(replace(others[r"extract\.f0_method: pyin -> rmvpe"], data=DataConfig("new", 24000)), work)
+    assert load_recipe(work.config_file) == replace(recipe, data=DataConfig("new", 24000)), "until extract has run"
 
 
 def test_features_of_another_encoder_are_not_trained_on(tmp_path, monkeypatch):
@@ -472,8 +553,9 @@ def test_pretrained_weights_start_the_run_and_bring_their_speaker_table(tmp_path
     result = train(tuned)
     assert result.identity["generator.num_speakers"] == 109
     torch.testing.assert_close(result.models["generator"]["emb_g.weight"], generator["emb_g.weight"])
-    wider = with_train(tuned, max_steps=2)
-    assert train(wider).progress.step == 2  # resumes, although the pretrained files are still named
+    (tmp_path / "G.pth").unlink()
+    assert train(with_train(tuned, max_steps=2)).progress.step == 2
+    assert train(with_train(tuned, max_steps=3, pretrained_g=None)).identity["generator.num_speakers"] == 109
 
 
 def test_pretrained_weights_of_another_shape_are_refused(tmp_path):

@@ -36,10 +36,13 @@ def tiny_recipe(run_dir: Path, **train: object) -> Recipe:
     )
 
 
-def make_features(recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, speakers: Sequence[int] = (0,)) -> None:
+def make_features(
+    recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, speakers: Sequence[int] = (0,), voice: str = "ours"
+) -> None:
     """Write what preprocess and extract would: three clips a unit and source, lengths that differ a little.
 
-    As with HuBERT, content ends some 25 ms before the wave, whose length is no whole number of frames.
+    `voice` stands for what is in the recordings. As with HuBERT, content ends some 25 ms before the wave, whose length
+    is no whole number of frames.
     """
     work, rate, rng = Workspace(recipe.run_dir, recipe.name), recipe.data.sample_rate, np.random.default_rng(0)
     for unit in range(-(-num_clips // 3)):
@@ -53,7 +56,8 @@ def make_features(recipe: Recipe, num_clips: int = 9, seconds: float = 0.6, spea
             features[f"{i:05d}.content"] = content.astype(np.float32)
             features[f"{i:05d}.f0"] = np.full(2 * num_content + 2, hz, dtype=np.float32)
             sizes = {"num_samples": num_samples, "num_content": num_content, "num_f0": 2 * num_content + 2}
-            where = {"source": f"{unit}.wav", "start_s": round(i * seconds, 4)}  # they overlap a little
+            where = {"source": f"{unit}.wav", "content": f"{voice} {unit}"}
+            where["start_s"] = round(i * seconds, 4)  # they overlap a little
             clips.append({"speaker": speakers[unit % len(speakers)]} | where | sizes)
         header = {"stamp": "tiny", "sample_rate": rate, "clips": clips}
         save_arrays(work.clips_file(unit), waves, header)

@@ -121,7 +121,10 @@ def check_weights(exam: Exam, result: Result) -> None:
     recipe = exam.recipe
     newest = checkpoint.latest(exam.work.checkpoints_dir)
     table = exam.table or stand_in_table(recipe)
-    shape, exam.modules = networks.build(recipe, table, resuming=newest is not None)
+    if newest is not None and exam.team.is_first:  # reading gigabytes once is enough
+        checkpoint.verify(newest)
+    saved = None if newest is None else checkpoint.identity_of(newest)
+    shape, exam.modules = networks.build(recipe, table, saved)
     exam.shape = shape
     millions = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in exam.modules.items()}
     result.same |= {name: f"{count:.1f} M weights" for name, count in millions.items()}
@@ -133,8 +136,8 @@ def check_weights(exam: Exam, result: Result) -> None:
             f"{lacking} is not set, the other network is pretrained",
             f"set {lacking} to the file that belongs to it: a pair trains far better than one",
         )
-    if newest is not None and exam.team.is_first:  # reading gigabytes once is enough
-        checkpoint.verify(newest, networks.identity(recipe, shape, table) if exam.table else None)
+    if newest is not None and saved is not None and exam.table is not None:
+        checkpoint.check_identity(newest, saved, networks.identity(recipe, shape, table))
 
 
 def check_shared_memory(exam: Exam, result: Result) -> None:
