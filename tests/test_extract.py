@@ -281,6 +281,19 @@ def test_clips_in_a_batch_agree_with_clips_alone(recipe: Recipe) -> None:
     assert not np.allclose(batched[0][0], batched[3][0], atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("hz", "told"), [(40.0, "lower extract.f0_min"), (220.0, ""), (1500.0, "raise extract.f0_max")]
+)
+def test_a_voice_beyond_the_range_is_reported(
+    hz: float, told: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(F0_METHODS, "pyin", type("Steady", (SteadyPitch,), {"HZ": hz}))
+    extract.run(recipe, Share())
+    warnings = [r.getMessage() for r in caplog.records if "frames with a pitch" in r.getMessage()]
+    assert len(warnings) == bool(told)
+    assert all("100% of the frames" in w and f"{told} if" in w for w in warnings)
+
+
 @pytest.mark.usefixtures("quick_pitch")
 def test_only_clips_of_one_length_share_a_batch_and_never_too_many(recipe: Recipe) -> None:
     extractor = Extractor.load(changed(recipe, "extract", batch_clips=2))

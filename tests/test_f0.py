@@ -159,6 +159,38 @@ def test_protocol(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out == ""
 
 
+DEAF = {("pesto", 55), ("harvest", 1050)}
+"""What these two do not hear of a range that they are given; and to pesto a tone of 40 Hz is one of 120."""
+
+
+@each
+@pytest.mark.parametrize("harmonics", [1, 11])
+def test_what_lies_beyond_the_range_is_unvoiced(methods: dict[str, F0Method], name: str, harmonics: int) -> None:
+    time = torch.arange(RATE // 3) / RATE
+    noise = 5e-4 * torch.from_numpy(np.random.default_rng(0).standard_normal(len(time))).float()
+
+    def heard(hz: float) -> Tensor:
+        parts = [0.1 / k * torch.sin(2 * torch.pi * k * hz * time) for k in range(1, harmonics + 1) if k * hz < 7600]
+        return methods[name]((torch.stack(parts).sum(dim=0) + noise)[None])[0, 8:-8]
+
+    for hz in (*(() if name == "pesto" else (40, 48)), 1130, 1200, 1500, 2000, 3300):
+        assert (heard(hz) > 0).sum() <= (6 if name == "fcpe" else 0), hz
+    within = 35.0 if name == "fcpe" else 20.0  # of a third of a second
+    for hz in (55, 1050):
+        if (name, hz) not in DEAF and not (harmonics == 1 and hz == 55):
+            assert (cents(heard(hz), torch.tensor(float(hz)).expand(17)).abs() < within).sum() >= 16, hz
+
+
+def test_frames_at_the_edges_are_counted() -> None:
+    for name in ("swipe", "hybrid[yin+swipe]"):
+        method = load_f0(ExtractConfig(f0_method=name), CPU)
+        for hz in (40.0, 300.0, 1500.0):
+            method(voice(hz, 1.0)[0][None])
+        pitched, low, high = method.counts.tolist()
+        assert pitched > 250
+        assert min(low, high) > 0.1 * pitched, name
+
+
 def speech(seconds: float) -> Tensor:
     return torch.from_numpy(soundfile.read(SPEECH, dtype="float32", frames=int(seconds * RATE))[0])[None]
 

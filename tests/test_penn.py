@@ -94,6 +94,7 @@ def test_what_is_not_allowed_is_never_entered(peaked: dict[str, Tensor], tmp_pat
     wave = 0.3 * torch.sin(2 * torch.pi * 200.0 * torch.arange(4000) / 16000)
     # Without its peak the network knows nothing, which is unvoiced.
     assert not made_from(tmp_path / "w.pt", 300.0, 600.0)(wave[None]).any()
+    assert not made_from(tmp_path / "w.pt", 50.0, 247.5)(wave[None]).any()  # the foot of the peak is no pitch
     for low, high in ((10.0, 20.0), (2500.0, 3000.0)):
         with pytest.raises(ValueError, match=r"f0_max: got .* penn finds nothing: it hears 31\.0 to 1984\.0 Hz"):
             made_from(tmp_path / "w.pt", low, high)

@@ -34,6 +34,9 @@ SILENCE_RMS = 2.0**-15
 SILENCE_WINDOW = 1024
 """Samples around a frame that must all be silent, which is as far as the trackers look."""
 
+AT_EDGE_CENTS = 10.0
+"""A pitch so near to f0_min or f0_max, or beyond it, is at the edge of the range."""
+
 CENTS_PER_BIN = 20.0
 CENTS_OFFSET = 1997.3794084376191
 """Bin i of CREPE and RMVPE is CENTS_PER_BIN * i + CENTS_OFFSET cents above 10 Hz."""
@@ -60,6 +63,8 @@ class F0Method(ABC):
         self.f0_max = config.f0_max
         self.autotune_strength = config.f0_autotune_strength if config.f0_autotune else 0.0
         self.device = device
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        """Frames so far with a pitch, of them those at or below f0_min, and at or above f0_max."""
 
     @abstractmethod
     def track(self, wave: Tensor) -> Tensor:
@@ -83,6 +88,9 @@ class F0Method(ABC):
         f0 = self.track(wave).to(self.device, torch.float32)[:num_frames]
         if f0.shape[0] < num_frames:
             f0 = torch.cat([f0, f0[-1:].expand(num_frames - f0.shape[0])])
+        near = 2.0 ** (AT_EDGE_CENTS / 1200.0)
+        found = torch.stack([f0 > 0, (f0 > 0) & (f0 <= self.f0_min * near), f0 >= self.f0_max / near])
+        self.counts += (found & sounding).sum(dim=1)
         # A comparison with NaN is false, so that NaN becomes 0 as well.
         voiced = (f0 >= self.f0_min) & (f0 <= self.f0_max) & sounding
         if self.autotune_strength > 0.0:
@@ -156,7 +164,7 @@ class CrepePitch(F0Method):
         path = torch.from_numpy(viterbi(masked.cpu().numpy())).to(self.device)
 
         periodicity = salience.gather(1, path[:, None])[:, 0]
-        f0 = local_average_hz(masked.clamp_min(0.0), path).clamp(self.f0_min, self.f0_max)
+        f0 = local_average_hz(salience, path)  # of all bins: at the range's edge the peak may lie beyond it
         f0 = F.avg_pool1d(f0[None], 3, 1, padding=1, count_include_pad=False)[0]
         neighbours = F.pad(periodicity[None], (1, 1), mode="replicate")[0].unfold(0, 3, 1)
         return torch.where(neighbours.median(dim=1).values >= self.MIN_PERIODICITY, f0, 0.0)
@@ -235,7 +243,9 @@ class SwiftPitch(F0Method):
         self.detector = swift_f0.SwiftF0(threads=config.num_threads, spin=False)
 
     def track(self, wave: Tensor) -> Tensor:
-        found = self.detector.detect(wave.cpu().numpy(), FEATURE_RATE, self.f0_min, self.f0_max)
+        # A step further on either side, or it hears what is just beyond as the range's edge.
+        low, high = self.f0_min / self.STEP, self.f0_max * self.STEP
+        found = self.detector.detect(wave.cpu().numpy(), FEATURE_RATE, low, high)
         voiced = found.confidence >= self.MIN_CONFIDENCE
         return torch.from_numpy(resample_pitch(np.where(voiced, found.pitch_hz, 0.0), found.timestamps, wave.shape[0]))
 
@@ -272,6 +282,8 @@ class HybridPitch(F0Method):
         super().__init__(config, device)
         # Tuned once, after the median.
         self.methods = [F0_METHODS[name](replace(config, f0_method=name, f0_autotune=False), device) for name in names]
+        for method in self.methods:  # of what they hear beyond the range nothing reaches the median
+            method.counts = self.counts
 
     def track(self, wave: Tensor) -> Tensor:
         return majority_median(torch.cat([method(wave[None]) for method in self.methods]))

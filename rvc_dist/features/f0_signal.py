@@ -26,15 +26,26 @@ QUIET = 0.03
 does: the hum of a recording is periodic, but nobody's voice."""
 
 
+WIDER_DOWN, WIDER_UP = 4.0 / 3.0, 4.0
+"""How far yin and swipe look beyond the range: asked for a range alone, they hear a tone outside of it as its lowest or
+highest pitch, or as one an octave or two below."""
+HIGHEST_HZ = FEATURE_RATE / 3
+MAX_YIN_APERIODICITY = 0.4
+
+
 class SignalMethod(F0Method):
-    """A tracker that a NumPy library computes."""
+    """A tracker that a NumPy library computes within the range alone, so that yin says what lies above it."""
 
     @abstractmethod
     def analyse(self, wave: Samples) -> Hertz:
         """`track` in NumPy: [S] -> about [S // 160]."""
 
     def track(self, wave: Tensor) -> Tensor:
-        return torch.from_numpy(self.analyse(wave.cpu().numpy()))
+        samples = wave.cpu().numpy()
+        f0, true_f0 = self.analyse(samples), yin(samples, self.f0_min, self.f0_max)
+        num_frames = min(len(f0), len(true_f0))
+        f0, true_f0 = f0[:num_frames], true_f0[:num_frames]
+        return torch.from_numpy(np.where((f0 > 0) & (true_f0 > self.f0_max), true_f0, f0))
 
 
 def window_of(f0_min: float) -> int:
@@ -66,22 +77,25 @@ class PyinPitch(SignalMethod):
             frame_length=window_of(self.f0_min),
             hop_length=F0_HOP,
         )[0]
-        return f0
+        return np.where(f0 > self.f0_min, f0, 0.0)  # the lowest is given to all that has no period within the range
 
 
-class YinPitch(SignalMethod):
+class YinPitch(F0Method):
     """YIN (de Cheveigné and Kawahara 2002) by librosa, which says nothing of voicing: that is by `is_periodic`."""
 
-    MAX_APERIODICITY = 0.4
+    def track(self, wave: Tensor) -> Tensor:
+        return torch.from_numpy(yin(wave.cpu().numpy(), self.f0_min, self.f0_max))
 
-    def analyse(self, wave: Samples) -> Hertz:
-        import librosa
 
-        window = window_of(self.f0_min)
-        f0: Hertz = librosa.yin(
-            wave, fmin=self.f0_min, fmax=self.f0_max, sr=FEATURE_RATE, frame_length=window, hop_length=F0_HOP
-        )[: len(wave) // F0_HOP]
-        return np.where(is_periodic(wave, f0, window, self.MAX_APERIODICITY), f0, 0.0)
+def yin(wave: Samples, f0_min: float, f0_max: float) -> Hertz:
+    """YIN's pitch in a wider range than f0_min to f0_max, 0 where unvoiced: [S] -> [S // 160] in Hz."""
+    import librosa
+
+    window = window_of(f0_min)
+    low, high = f0_min / WIDER_DOWN, min(f0_max * WIDER_UP, HIGHEST_HZ)
+    f0: Hertz = librosa.yin(wave, fmin=low, fmax=high, sr=FEATURE_RATE, frame_length=window, hop_length=F0_HOP)
+    f0 = f0[: len(wave) // F0_HOP]
+    return np.where(is_periodic(wave, f0, window, MAX_YIN_APERIODICITY), f0, 0.0)
 
 
 def is_periodic(wave: Samples, f0: Hertz, window: int, limit: float) -> npt.NDArray[np.bool_]:
@@ -206,15 +220,18 @@ class SwipePitch(F0Method):
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        octaves = math.log2(self.f0_max / self.f0_min)
+        steps_down = round(1200.0 * math.log2(WIDER_DOWN) / self.CENTS)
+        self.lowest = self.f0_min * 2.0 ** (-steps_down * self.CENTS / 1200.0)
+        octaves = math.log2(min(self.f0_max * WIDER_UP, HIGHEST_HZ) / self.lowest)
         steps = np.arange(math.ceil(octaves * 1200.0 / self.CENTS) + 1)
-        candidates = self.f0_min * 2.0 ** (steps * self.CENTS / 1200.0)
+        candidates = self.lowest * 2.0 ** (steps * self.CENTS / 1200.0)
         erbs = np.arange(_erbs_of(self.f0_min / 4), _erbs_of(FEATURE_RATE / 2), self.ERBS)
         frequencies = 229.0 * (10.0 ** (erbs / 21.4) - 1.0)
         self.kernels = torch.from_numpy(swipe_kernels(candidates, frequencies)).float().to(device)
         # The best window holds eight periods; a candidate takes the sizes on either side of that, by their nearness.
         ideal = np.log2(8.0 * FEATURE_RATE / candidates)
-        sizes = np.arange(round(ideal[-1]), round(ideal[0]) + 1)
+        longest = round(math.log2(8.0 * FEATURE_RATE / self.f0_min))
+        sizes = np.arange(round(ideal[-1]), longest + 1)
         ideal = ideal.clip(sizes[0], sizes[-1])
         self.windows = []
         for size in sizes:
@@ -238,10 +255,10 @@ class SwipePitch(F0Method):
         at = step.clamp(1, strength.shape[0] - 2)
         left, peak, right = (strength.gather(0, (at + d)[None])[0] for d in (-1, 0, 1))
         curvature = (2.0 * peak - left - right).clamp_min(1e-9)
-        shift = torch.where(at == step, (0.5 * (right - left) / curvature).clamp(-0.5, 0.5), 0.0)
-        f0 = self.f0_min * torch.exp2((step + shift) * self.CENTS / 1200.0)
-        voiced = (best >= self.MIN_STRENGTH) & is_loud(wave)
-        return torch.where(voiced, f0.clamp(self.f0_min, self.f0_max), 0.0)
+        shift = (0.5 * (right - left) / curvature).clamp(-0.5, 0.5)
+        f0 = self.lowest * torch.exp2((step + shift) * self.CENTS / 1200.0)
+        voiced = (best >= self.MIN_STRENGTH) & (at == step) & is_loud(wave)  # at either end there is no maximum
+        return torch.where(voiced, f0, 0.0)
 
 
 def _erbs_of(hz: float) -> float:

@@ -89,11 +89,14 @@ class PennPitch(F0Method):
         padded = F.pad(self.resample(wave), (WINDOW // 2, WINDOW // 2))
         frames = padded.unfold(0, WINDOW, RATE // F0_PER_S)[:, None]
         logits = torch.cat([self.network(part) for part in torch.split(frames, self.BATCH_FRAMES)])
-        logits = torch.where(self.allowed, logits, -torch.inf)
+        inside = torch.where(self.allowed, logits.softmax(dim=1), 0.0).sum(dim=1) >= 0.5  # else it heard another pitch
+        allowed = torch.where(self.allowed, logits, -torch.inf)
         # Transitions are a triangle, as in crepe; a logit differs from its log-probability by a constant a frame.
         width = MAX_OCTAVES_PER_S / F0_PER_S * 1200.0 / CENTS_PER_BIN + 1.0
-        path = torch.from_numpy(viterbi(logits.cpu().numpy(), width)).to(self.device)
-        return torch.where(periodicity(logits) >= MIN_PERIODICITY, local_mean_hz(logits, path), 0.0)
+        path = torch.from_numpy(viterbi(allowed.cpu().numpy(), width)).to(self.device)
+        # Of all bins: at the range's edge the peak may lie beyond it.
+        f0 = local_mean_hz(logits, path)
+        return torch.where(inside & (periodicity(allowed) >= MIN_PERIODICITY), f0, 0.0)
 
 
 def periodicity(logits: Tensor) -> Tensor:
