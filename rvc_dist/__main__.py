@@ -7,13 +7,14 @@ import errno
 import importlib
 import logging
 import os
+import shlex
 import sys
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
 from rvc_dist import __version__
-from rvc_dist.config import Recipe, parse_recipe
+from rvc_dist.config import Recipe, nearest_key, parse_recipe
 from rvc_dist.logs import RankLog, rank_log
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace, adopt_slurm_ranks
 
@@ -36,7 +37,7 @@ class Stage(NamedTuple):
     """Whether its lines belong into RUN/logs: not those of a stage that works on no run, or only looks at it."""
 
 
-FLAGS = {"-h", "--help", "--print_config", "--json"}
+FLAGS = {"-h", "--help", "--print_config", "--json", "--parity"}
 """Options that no value follows."""
 
 STAGES = {
@@ -134,6 +135,38 @@ def take_folders(name: str, arguments: list[str]) -> tuple[list[str], dict[str, 
     return ["--name", voice, "--run_dir", f"runs/{voice}", *options, "--data.audio_dir", folder], {}
 
 
+def meant_by(name: str, word: str) -> list[str]:
+    """The options that a word which belongs to none was probably meant as."""
+    text, equals, value = word.partition("=")
+    _, suffix = os.path.splitext(word)
+    if word == "-c":  # the file's name follows
+        return []
+    if not equals and suffix in (".yaml", ".yml"):
+        return ["--config", word]
+    if not equals and name == "infer" and suffix:
+        return [{".pth": "--infer.model", ".index": "--infer.index"}.get(suffix, "--infer.input"), word]
+    key = nearest_key(text.lstrip("-"))
+    return [f"--{key}{equals}{value}"] if key else [word]
+
+
+def check_words(name: str, arguments: list[str]) -> None:
+    """Raises ValueError, with the command that was probably meant, when a word is neither an option nor its value."""
+    meant: list[str] = []
+    stray = ""
+    rest = iter(arguments)
+    for word in rest:
+        if word in FLAGS or word.startswith("--"):
+            meant.append(word)
+            meant += islice(rest, 0 if word in FLAGS or "=" in word else 1)
+        else:
+            stray = stray or word
+            meant += meant_by(name, word)
+    if stray and meant != arguments:
+        raise ValueError(f"{stray!r} is no option; did you mean: rvc-dist {name} {shlex.join(meant)}")
+    if stray:
+        raise ValueError(f"{stray!r} is no option; expected --section.key VALUE (--help lists every key)")
+
+
 def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
     """The recipe, and which part of the work this process does."""
     stage = STAGES[name]
@@ -149,6 +182,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
     for part in map(Share.parse, shards):
         # Under a launcher too, each rank takes its part of the shard.
         share = Share(part.index * share.count + share.index, part.count * share.count, array=True)
+    check_words(name, arguments)
     about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
     if name == "demo":
         from rvc_dist.demo import demo_arguments
@@ -176,6 +210,10 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in STAGES:
         near = difflib.get_close_matches(name, STAGES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(STAGES)}"
+        if "." in name or name.startswith("-"):  # a file or an option
+            stage = "run" if name.startswith("-") or name.endswith((".yaml", ".yml")) else "infer"
+            words = arguments if name.startswith("-") else meant_by(stage, name) + arguments[1:]
+            hint = f"did you mean: rvc-dist {stage} {shlex.join(words)}"
         print(f"rvc-dist: unknown stage {name!r}; {hint}", file=sys.stderr)
         return EXIT_USAGE
     try:

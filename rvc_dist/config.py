@@ -684,13 +684,12 @@ def _unknown_keys(path: Path) -> Iterator[str]:
 
 def _readable(message: str) -> str:
     """jsonargparse's message in the form of ours: `key: got X, expected Y`."""
-    import difflib
     import re
 
-    unknown = re.fullmatch(r"unrecognized arguments: --([\w.]+).*", message, re.DOTALL)
+    unknown = re.fullmatch(r"unrecognized arguments: --([\w.-]+).*", message, re.DOTALL)
     if unknown:
-        near = difflib.get_close_matches(unknown[1], [key for key, _ in _leaves(Recipe().to_dict())], n=1)
-        return f"unknown key {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "; --help lists every key")
+        near = nearest_key(unknown[1])
+        return f"unknown key {unknown[1]}" + (f"; did you mean {near}?" if near else "; --help lists every key")
     found = re.search(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL)
     if not found:
         return message
@@ -703,6 +702,14 @@ def _readable(message: str) -> str:
         return f"{key}: {rest}"
     kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal", lambda m: m[1] or "one of ", typed[1])
     return f"{key}: got {typed[2]}, expected {'a list such as [9]' if kind == 'tuple' else kind}"
+
+
+def nearest_key(text: str) -> str:
+    """The key of the recipe that `text` resembles most, or an empty text."""
+    import difflib
+
+    keys = ["config", *(key for key, _ in _leaves(Recipe().to_dict()))]
+    return next(iter(difflib.get_close_matches(text.replace("-", "_"), keys, n=1)), "")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

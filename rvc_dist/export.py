@@ -58,13 +58,21 @@ def run(recipe: Recipe, share: Share) -> None:
         write_voice(files[step], voice)
         logger.info("export: %s", files[step])
     _copy(files[step], work.last_voice_file)
-    if saved.progress.best_metric is None:
+    progress, best_file = saved.progress, work.voice_dir / f"{recipe.name}_best.pth"
+    if progress.best_step in files and progress.best_metric is not None:
+        _copy(files[progress.best_step], best_file)
+        why = f"its mel distance on the held-out clips, {progress.best_metric:.4f}, is the lowest that was measured"
+        logger.info("export: %s is of step %d, epoch %d: %s", best_file, progress.best_step, progress.best_epoch, why)
         return
-    best = saved.progress.best_step
-    if best in files:
-        _copy(files[best], work.voice_dir / f"{recipe.name}_best.pth")
-    else:
-        logger.warning("export: no %s_best.pth, since the checkpoint of step %d is gone", recipe.name, best)
+    why = (
+        "no checkpoint was validated on held-out clips yet (data.holdout, train.eval_every_steps)"
+        if progress.best_metric is None
+        else f"the checkpoint of step {progress.best_step}, the best, is gone"
+    )
+    before = (
+        "the one that is there is of an earlier export" if best_file.exists() else f"no {best_file.name} is written"
+    )
+    logger.warning("export: %s: %s", before, why)
 
 
 def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str, num_speakers: int) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import soundfile
@@ -15,7 +17,14 @@ from torch import Tensor
 
 import rvc_dist
 from rvc_dist.config import EmbedderMix, ExtractConfig
-from rvc_dist.features.content import EMBEDDERS, Embedder, Version, load_embedder, make_torchaudio_importable
+from rvc_dist.features.content import (
+    EMBEDDERS,
+    Embedder,
+    Version,
+    hub_silence,
+    load_embedder,
+    make_torchaudio_importable,
+)
 
 CPU = torch.device("cpu")
 SPEECH = Path(rvc_dist.__file__).parent / "demo_voice" / "voice" / "000.flac"
@@ -318,6 +327,28 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+
+    def refuse(_session: object, url: str, **_options: object) -> None:
+        calls.append(url)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(type(huggingface_hub.utils.get_session()), "head", refuse)
+    hub_silence.cache_clear()
+    for name in ("contentvec", "spin"):
+        with pytest.raises(FileNotFoundError, match=rf"{constants.ENDPOINT} did not give it \(no route\)"):
+            load(name)
+    hub_silence.cache_clear()
+    assert calls == [constants.ENDPOINT]
+    assert not cache.exists()
+    logging.getLogger("huggingface_hub.file_download").warning("on the root's handlers alone")
+    assert "alone" not in capfd.readouterr().err
 
 
 NAMED = {

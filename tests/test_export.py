@@ -122,7 +122,10 @@ def test_the_weights_are_those_of_the_checkpoint(recipe: Recipe, generator: Gene
     assert torch.equal(weight["dec.ups.0.weight_v"], state["dec.ups.0.parametrizations.weight.original1"].half())
 
 
-def test_last_is_the_newest_and_best_the_best(recipe: Recipe, generator: Generator) -> None:
+def test_last_is_the_newest_and_best_the_best(
+    recipe: Recipe, generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     save(recipe, generator, step=10, epoch=2, **BEST)
     save(recipe, generator, step=9, epoch=1)
     export.run(recipe, ALONE)
@@ -135,11 +138,18 @@ def test_last_is_the_newest_and_best_the_best(recipe: Recipe, generator: Generat
     assert (folder / "tiny_last.pth").read_bytes() == (folder / "tiny_3e_100s.pth").read_bytes()
     assert (folder / "tiny_best.pth").read_bytes() == (folder / "tiny_2e_10s.pth").read_bytes()
     assert load(folder / "tiny_last.pth")["step"] == 100
+    assert (
+        "tiny_best.pth is of step 10, epoch 2: its mel distance on the held-out clips, 1.2500, is the low"
+        in caplog.text
+    )
 
 
-def test_without_validation_there_is_no_best(recipe: Recipe, generator: Generator) -> None:
+def test_without_validation_there_is_no_best(
+    recipe: Recipe, generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
     save(recipe, generator, step=10, epoch=2)
     export.run(recipe, ALONE)
+    assert "no tiny_best.pth is written: no checkpoint was validated" in caplog.text
     assert names(recipe) == ["tiny_2e_10s.pth", "tiny_last.pth"]
     assert load(workspace_of(recipe).last_voice_file)["overtrain_info"] == "not measured"
 
@@ -151,7 +161,7 @@ def test_a_best_checkpoint_that_is_gone_is_warned_of(
     with caplog.at_level(logging.WARNING):
         export.run(recipe, ALONE)
     assert names(recipe) == ["tiny_4e_20s.pth", "tiny_last.pth"]
-    assert "the checkpoint of step 10 is gone" in caplog.text
+    assert "no tiny_best.pth is written: the checkpoint of step 10, the best, is gone" in caplog.text
 
 
 def test_the_hash_is_of_the_weights_alone(recipe: Recipe, generator: Generator) -> None:

@@ -11,8 +11,9 @@ import logging
 import math
 import sys
 from abc import ABC, abstractmethod
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Version = Literal["v1", "v2"]
+Errors: TypeAlias = tuple[type[Exception], ...]
 
 FRAME_SAMPLES = 320
 """Samples a content frame at 16 kHz: 50 frames a second."""
@@ -523,17 +525,44 @@ def hub_file(repository: str, filename: str, revision: str = "") -> Path:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+    logging.getLogger("huggingface_hub").handlers.clear()  # else each of its warnings is printed here and by the root
+    download = partial(hf_hub_download, repository, filename, revision=revision or None)
+    reasons: Errors = (OSError, EntryNotFoundError, HFValidationError, *_transport_errors())
     try:
-        return Path(hf_hub_download(repository, filename, revision=revision or None))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
-        how = (
-            "and HF_HUB_OFFLINE is set, so the hub was not asked."
-            if constants.HF_HUB_OFFLINE
-            else f"and {constants.ENDPOINT} did not give it ({str(error).splitlines()[0]})."
-        )
-        at = f" (revision {revision})" if revision else ""
-        raise FileNotFoundError(f"{filename} of {repository}{at} is not in the cache {where}, {how}") from error
+        return Path(download(local_files_only=True))
+    except reasons as error:
+        missing, reason = error, "" if constants.HF_HUB_OFFLINE else hub_silence()
+    if not constants.HF_HUB_OFFLINE and not reason:
+        try:
+            return Path(download())
+        except reasons as error:
+            missing, reason = error, str(error).splitlines()[0]
+    where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
+    how = (
+        "and HF_HUB_OFFLINE is set, so the hub was not asked."
+        if constants.HF_HUB_OFFLINE
+        else f"and {constants.ENDPOINT} did not give it ({reason})."
+    )
+    at = f" (revision {revision})" if revision else ""
+    raise FileNotFoundError(f"{filename} of {repository}{at} is not in the cache {where}, {how}") from missing
+
+
+@cache
+def hub_silence() -> str:
+    """Why the hub does not answer, or an empty text; asked once, since each of its own retries takes half a minute."""
+    from huggingface_hub import constants, get_session
+
+    reasons: Errors = (OSError, *_transport_errors())
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT / 2)
+    except reasons as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return ""
+
+
+def _transport_errors() -> Errors:
+    """What the libraries raise that versions of huggingface_hub ask the hub by, where it is no OSError."""
+    return tuple(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
 
 
 def _hub_weights(encoder: HubEncoder) -> Path:
