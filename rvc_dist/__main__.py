@@ -11,19 +11,29 @@ import shlex
 import sys
 from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rvc_dist import __version__
 from rvc_dist.config import Recipe, nearest_key, parse_recipe
 from rvc_dist.logs import RankLog, rank_log
-from rvc_dist.workspace import Share, StageError, Stopped, Workspace, adopt_slurm_ranks
+from rvc_dist.workspace import (
+    NO_SPACE,
+    Share,
+    StageError,
+    Stopped,
+    Workspace,
+    adopt_slurm_ranks,
+    remove_half_written,
+    space,
+)
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 """75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run. The doctor has a 3 besides."""
 
 
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
-"""Errors of the user's disk and folders, which name the file: a traceback would say less."""
+OF_THE_DISK = NO_SPACE | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
+"""Errors that are the disk's or the user's, also where the file is not known."""
 
 
 class Stage(NamedTuple):
@@ -226,13 +236,28 @@ def main(arguments: list[str] | None = None) -> int:
     set_up_logging(share)
     if not STAGES[name].keeps_log:
         return run_stage(name, recipe, share, options)
-    with rank_log(Workspace(recipe.run_dir, recipe.name), share, [name, *given]) as log:
+    work = Workspace(recipe.run_dir, recipe.name)
+    if share.is_first:
+        remove_half_written(work.root, ".*.tmp", "*/.*.tmp")
+    with rank_log(work, share, [name, *given]) as log:
         try:
             return run_stage(name, recipe, share, options, log)
         except Exception as error:
             log.failed(error)
             log.write_stacks()
             raise
+
+
+def disk_sentence(error: OSError, recipe: Recipe) -> str | None:
+    """What to tell the user of an error of the disk or of a path; None where a traceback says more: a fault of ours."""
+    file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
+    if error.errno not in OF_THE_DISK and (file is None or Path(file).is_relative_to(Path(__file__).parent)):
+        return None
+    where = file or f"a file of the run in {recipe.run_dir}"
+    if error.errno in NO_SPACE:
+        free = "" if " free" in str(error) else f"; {space(Path(file or recipe.run_dir))}"
+        return f"{where}: {error.strerror}{free}. Free some space, or raise the limit, and run the same command"
+    return f"{where}: {error.strerror}; this path must exist or be free to make, on a disk that works and lets you in"
 
 
 def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], log: RankLog | None = None) -> int:
@@ -244,9 +269,10 @@ def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], 
         logging.getLogger("rvc_dist").warning("%s", stopped)
         return stopped_code()
     except (StageError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in NOT_WRITABLE:
+        told = str(error) if isinstance(error, StageError) else disk_sentence(error, recipe)
+        if told is None:
             raise
-        message = f"rvc-dist {name}: {error}"
+        message = f"rvc-dist {name}: {told}"
         if log is not None:
             log.failed(error, message)
         print(message, file=sys.stderr)

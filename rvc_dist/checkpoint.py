@@ -6,17 +6,22 @@ written last, lists every file's size and SHA-256. Nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,7 +30,7 @@ from rvc_dist.files import ForeignFileError
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.optim import OptimizerState
-from rvc_dist.workspace import StageError, atomic_write, read_json
+from rvc_dist.workspace import StageError, atomic_write, read_json, space
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +122,13 @@ class Writer:
             self.error = error
         except OSError as error:
             self.error = StageError(f"{self.folder}: old checkpoints cannot be removed ({error})")
+        except BaseException as error:
+            self.error = StageError(
+                f"{self.folder}: the checkpoint of step {checkpoint.progress.step} cannot be written ({error!r}); "
+                f"{space(self.folder, checkpoint.num_bytes)}; earlier checkpoints are untouched and the same command "
+                "goes on from them"
+            )
+            raise  # a fault of ours: the thread's traceback is printed and logged
         else:
             logger.info("saved %s", path)
 
@@ -138,7 +150,7 @@ def prepare_folder(folder: Path, num_bytes: int) -> None:
         atomic_write(folder / ".probe", "")
         (folder / ".probe").unlink()
         for path in folder.glob(".step_*.tmp"):
-            shutil.rmtree(path)
+            _clear(path)
     except OSError as error:
         raise StageError(
             f"{folder}: checkpoints cannot be written there ({error.strerror}); nothing was trained. Make the folder "
@@ -164,9 +176,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         StageError: the disk is full or refuses; what was there before is untouched.
     """
     final = folder / f"step_{checkpoint.progress.step:08d}"
-    beside, replaced = folder / f".{final.name}.tmp", folder / f".{final.name}.old.tmp"
-    for path in (beside, replaced):
-        shutil.rmtree(path, ignore_errors=True)
+    beside = folder / f".{final.name}.{secrets.token_hex(8)}.tmp"
     try:
         beside.mkdir(parents=True)
         _check_space(folder, checkpoint.num_bytes)
@@ -186,20 +196,50 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(beside.iterdir())}
         atomic_write(beside / MANIFEST, json.dumps(manifest, indent=1))
         _sync_folder(beside)
-        if final.exists():
-            final.rename(replaced)
-        beside.rename(final)
+        if os.path.lexists(final):
+            _discard(final, beside)
+        else:
+            beside.rename(final)
         _sync_folder(folder)
-    except OSError as error:
-        raise StageError(f"{final}: cannot be written ({error.strerror}); earlier checkpoints are untouched") from error
+    except (OSError, SafetensorError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise StageError(
+            f"{final}: cannot be written ({reason}); {space(folder, checkpoint.num_bytes + SPARE_BYTES)}; earlier "
+            "checkpoints are untouched. Free some space, or raise the limit, and run the same command"
+        ) from error
     finally:
-        for path in (beside, replaced):
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _clear(beside)
     return final
 
 
+def _discard(path: Path, successor: Path | None = None) -> None:
+    """Remove a checkpoint, under another name: when this is killed halfway, no half of it looks like a whole one.
+
+    Its place is taken by `successor`.
+    """
+    aside = path.with_name(f".{path.name}.old.tmp")
+    _clear(aside)
+    path.rename(aside)
+    if successor is not None:
+        successor.rename(path)
+    _clear(aside)
+
+
+def _clear(path: Path) -> None:
+    """Remove a folder, or a link to one, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with path.open("xb") as stream:
+        mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path)
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors 0.8 makes a file that its owner alone may read
+        path.chmod(mode)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
@@ -221,21 +261,36 @@ def _sha256(path: Path) -> str:
 
 
 def all_in(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+    """The checkpoints below `folder`, oldest first; copies that a user made under other names are none."""
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8}", p.name) and p.is_dir())
+
+
+def whole_in(folder: Path) -> list[Path]:
+    """The checkpoints below `folder` that are as they were written, oldest first; a warning names the others.
+
+    Raises:
+        StageError: there are some, and none is whole.
+    """
+    problems = {path: damage(path) for path in all_in(folder)}
+    whole = [path for path, found in problems.items() if not found]
+    if problems and not whole:
+        verify(max(problems))
+    for path in problems.keys() - set(whole):
+        logger.warning("%s is damaged and was passed over (%s); remove it", path, "; ".join(problems[path]))
+    return whole
 
 
 def latest(folder: Path) -> Path | None:
-    found = all_in(folder)
-    return found[-1] if found else None
+    """The newest checkpoint; one without a manifest, which is written last, was never whole or is half removed."""
+    return next((p for p in reversed(all_in(folder)) if (p / MANIFEST).is_file()), None)
 
 
 def prune(folder: Path, keep: int, best_step: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
-    found = all_in(folder)
+    found = [p for p in all_in(folder) if (p / MANIFEST).is_file()]
     for path in found[:-keep]:
         if path.name != f"step_{best_step:08d}":
-            shutil.rmtree(path)
+            _discard(path)
 
 
 def damage(path: Path) -> list[str]:
@@ -275,19 +330,14 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
             else "no other whole checkpoint is left; remove the folder to start over"
         )
         raise StageError(f"{path} is damaged and was not used; {remedy}" + "".join(f"\n  {p}" for p in problems))
-    state = read_json(path / STATE)
-    if state.get("format") != FORMAT:
-        raise StageError(
-            f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}: continue it with "
-            "the version that made it, or give the run another run_dir"
-        )
+    state = _state(path)
     if identity is not None:
         check_identity(path, state["identity"], identity)
 
 
 def identity_of(path: Path) -> dict[str, Any]:
     """The identity of the checkpoint in `path`, which `verify` has accepted."""
-    identity: dict[str, Any] = read_json(path / STATE)["identity"]
+    identity: dict[str, Any] = _state(path)["identity"]
     return identity
 
 
@@ -302,6 +352,21 @@ def check_identity(path: Path, made_with: Mapping[str, Any], identity: Mapping[s
         )
 
 
+def _state(path: Path) -> Any:
+    """The contents of a whole checkpoint's STATE.
+
+    Raises:
+        StageError: it is of another format.
+    """
+    state = read_json(path / STATE)
+    if state.get("format") != FORMAT:
+        raise StageError(
+            f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}: continue it with "
+            "the version that made it, or give the run another run_dir"
+        )
+    return state
+
+
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {k: EmbedderId.from_features(v) if k == "embedder" else v for k, v in identity.items()}
 
@@ -313,8 +378,8 @@ def _agree(before: Any, now: Any) -> bool:
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in `path`, which `verify` has accepted."""
-    state = read_json(path / STATE)
+    """The checkpoint in `path`, which `verify` has accepted or `whole_in` has found."""
+    state = _state(path)
     progress = state["progress"] | {"seen": tuple((size, steps) for size, steps in state["progress"]["seen"])}
     groups = state["optimizer_groups"]
     return Checkpoint(

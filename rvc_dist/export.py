@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import io
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,16 +38,14 @@ def run(recipe: Recipe, share: Share) -> None:
         return
     work = Workspace(recipe.run_dir, recipe.name)
     work.check_name()
-    found = checkpoint.all_in(work.checkpoints_dir)
-    if not found:
+    if not checkpoint.all_in(work.checkpoints_dir):
         raise StageError(f"{work.checkpoints_dir} has no checkpoint: run `rvc-dist train` first")
     if not work.clips_report_file.is_file():
         raise StageError(f"{work.clips_report_file} is missing: run `rvc-dist preprocess` first")
     dataset_length = read_json(work.clips_report_file)["total_dataset_duration"]
     table = ClipTable.load(recipe)
     files: dict[int, Path] = {}
-    for path in found:
-        checkpoint.verify(path)
+    for path in checkpoint.whole_in(work.checkpoints_dir):
         saved = checkpoint.load(path)
         saved = replace(saved, trained_speakers=saved.trained_speakers or table.trained_speakers)
         trained_length = saved.data.get("dataset_length") or dataset_length  # the recordings may be others by now
@@ -57,10 +54,10 @@ def run(recipe: Recipe, share: Share) -> None:
         files[step] = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
         write_voice(files[step], voice)
         logger.info("export: %s", files[step])
-    _copy(files[step], work.last_voice_file)
+    atomic_write(work.last_voice_file, files[step].read_bytes())
     progress, best_file = saved.progress, work.voice_dir / f"{recipe.name}_best.pth"
     if progress.best_step in files and progress.best_metric is not None:
-        _copy(files[progress.best_step], best_file)
+        atomic_write(best_file, files[progress.best_step].read_bytes())
         why = f"its mel distance on the held-out clips, {progress.best_metric:.4f}, is the lowest that was measured"
         logger.info("export: %s is of step %d, epoch %d: %s", best_file, progress.best_step, progress.best_epoch, why)
         return
@@ -145,9 +142,3 @@ def write_voice(path: Path, voice: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(voice, buffer)
     atomic_write(path, buffer.getvalue())
-
-
-def _copy(source: Path, target: Path) -> None:
-    beside = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, beside)
-    beside.replace(target)

@@ -6,7 +6,6 @@ place of each (some 20 bytes a frame). Shapes: N vectors, Q queries, K neighbour
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from rvc_dist.workspace import (
     Share,
     StageError,
     Workspace,
-    beside_name,
+    beside,
     read_header,
     read_json,
     remove_half_written,
@@ -110,7 +109,7 @@ def run(recipe: Recipe, share: Share) -> None:
     _faiss()  # before all frames are read, not after
     remove_half_written(work.index_dir)
     frames = Frames.find(work)
-    with _beside(work.vectors_file) as vectors_beside:
+    with beside(work.vectors_file, 4 * len(frames) * frames.width) as vectors_beside:
         sample, queries = save_vectors(recipe, frames, vectors_beside)
         vectors = VectorFile(vectors_beside)
         logger.info("index: %d frames; training the cells on %d vectors", len(frames), len(sample))
@@ -118,11 +117,13 @@ def run(recipe: Recipe, share: Share) -> None:
         del sample
         index.nprobe = recipe.index.nprobe
         file = work.index_dir / index_name(recipe, index.nlist, index.nprobe)
-        with _beside(file) as beside:
-            write_index(index, vectors, beside)
-            found = fit_nprobe(recipe, index, beside, Recall(vectors, queries))
+        with beside(file, 4 * len(vectors) * frames.width) as index_beside:
+            write_index(index, vectors, index_beside)
+            found = fit_nprobe(recipe, index, index_beside, Recall(vectors, queries))
             file = work.index_dir / index_name(recipe, index.nlist, index.nprobe)
-            beside.replace(file)
+            # From here to the end no report may call files of two datasets one index that is up to date.
+            work.index_report_file.unlink(missing_ok=True)
+            index_beside.replace(file)
         vectors_beside.replace(work.vectors_file)
     for old in work.index_dir.glob("added_*.index"):
         if old != file:
@@ -273,14 +274,14 @@ def save_vectors(recipe: Recipe, frames: Frames, path: Path) -> tuple[Vectors, Q
     """
     algorithm = recipe.index.algorithm
     if algorithm == "faiss" or (algorithm == "auto" and len(frames) <= KMEANS_ABOVE):
-        with path.open("wb") as file:
+        with path.open("xb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(frames), frames.width)}
             np.lib.format.write_array_header_1_0(file, header)
             sample = frames.sample(file)
         return sample.vectors, sample.some(NUM_QUERIES)
     sample = frames.sample()
     centres = reduce(sample.vectors)
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         np.save(file, centres)
     queries = sample.some(NUM_QUERIES)
     return centres, queries._replace(own=np.full_like(queries.own, -1))
@@ -362,7 +363,7 @@ def write_index(index: Any, vectors: VectorFile, path: Path) -> None:
     filled = np.flatnonzero(sizes)
     is_sparse = len(filled) <= index.nlist // 2
     counts = np.stack([filled, sizes[filled]], axis=1).ravel() if is_sparse else sizes
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         file.write(_head(index))
         file.write(b"ilar")
         file.write(np.array([index.nlist, index.code_size], "<u8").data)
@@ -461,24 +462,6 @@ def raised(recall: Callable[[int], float], nprobe: int, cells: int, wanted: floa
         else:
             nprobe, found = middle, reached
     return nprobe, found
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A name in the folder of `path` to write under and to rename when whole; what is not renamed is removed.
-
-    Raises:
-        StageError: the folder cannot be written.
-    """
-    beside = path.with_name(beside_name())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-    except OSError as error:
-        raise StageError(f"{path} cannot be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
 
 
 class Retriever:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from rvc_dist.index import Retriever
 from rvc_dist.models.generator import Generator, GeneratorShape
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
-from rvc_dist.workspace import Share, StageError, Workspace
+from rvc_dist.workspace import BESIDE_GLOB, Share, StageError, Workspace, beside, remove_half_written, space
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ def run(recipe: Recipe, share: Share) -> None:
     logger.info("infer: %s, %.1f s", source, seconds)
     rate, blocks = converter.voice.rate, audio.stream(source, FEATURE_RATE)
     try:
-        write(target, convert(converter, blocks, round(seconds * rate)), rate)
+        write(target, convert(converter, blocks, round(seconds * rate)), rate, round(seconds * rate))
     except decoding.AudioError as error:
         raise StageError(f"infer.input: {source}: {error}") from error
     logger.info("infer: %s", target)
@@ -297,14 +298,13 @@ def check_output(source: Path, target: Path) -> None:
     Raises:
         StageError: it cannot, or it is the recording itself.
     """
-    if target.is_dir():
-        raise StageError(f"infer.output: {target} is a folder, expected a file name that ends in .wav or .flac")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.with_name(f".{target.name}.tmp")
-        probe.touch()
-        probe.unlink()
+        if target.is_dir():
+            raise StageError(f"infer.output: {target} is a folder, expected a file name that ends in .wav or .flac")
+        with beside(target) as probe:
+            probe.touch(exist_ok=False)
         is_source = target.exists() and target.samefile(source)
+        remove_half_written(target.parent, BESIDE_GLOB)
     except OSError as error:
         raise StageError(f"infer.output: {target} cannot be written ({error.strerror})") from error
     if is_source:
@@ -393,28 +393,28 @@ def quietest_frame(wave: audio.Wave) -> int:
     return first + int(np.argmin(candidates))
 
 
-def write(path: Path, blocks: Iterator[audio.Wave], rate: int) -> None:
-    """Write blocks as 16-bit wav or flac, turned down if any sample would clip. The file appears when it is whole."""
+def write(path: Path, blocks: Iterator[audio.Wave], rate: int, num_samples: int | None = None) -> None:
+    """Write blocks as 16-bit wav or flac, turned down if any sample would clip. The file appears when it is whole.
+
+    Raises:
+        OSError, StageError: it cannot be written; where the disk is full, they say what `num_samples` need.
+    """
     import soundfile
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = path.with_name(f".{path.name}.raw.tmp")
-    done = path.with_name(f".{path.name}.tmp")
     peak = 0.0
-    try:
-        with raw.open("wb") as stream:
-            for block in blocks:
-                peak = max(peak, float(np.abs(block).max(initial=0.0)))
-                stream.write(block.astype(np.float32).tobytes())
+    num_bytes = num_samples and 6 * num_samples  # as float32, then in 16 bits
+    with beside(path, num_bytes) as half, tempfile.TemporaryFile(dir=path.parent) as raw:
+        for block in blocks:
+            peak = max(peak, float(np.abs(block).max(initial=0.0)))
+            raw.write(block.astype(np.float32).tobytes())
+        raw.seek(0)
         gain = np.float32(min(1.0, MAX_PEAK / peak) if peak > 0 else 1.0)
         kind = path.suffix[1:].upper()
-        with (
-            raw.open("rb") as stream,
-            soundfile.SoundFile(done, "w", samplerate=rate, channels=1, format=kind, subtype="PCM_16") as file,
-        ):
-            while samples := stream.read(1 << 22):
-                file.write(np.frombuffer(samples, dtype=np.float32) * gain)
-        done.replace(path)
-    finally:
-        raw.unlink(missing_ok=True)
-        done.unlink(missing_ok=True)
+        form: dict[str, Any] = {"samplerate": rate, "channels": 1, "format": kind, "subtype": "PCM_16"}
+        try:
+            with half.open("xb+") as stream, soundfile.SoundFile(stream.fileno(), "w", closefd=False, **form) as file:
+                while samples := raw.read(1 << 22):
+                    file.write(np.frombuffer(samples, dtype=np.float32) * gain)
+        except soundfile.LibsndfileError as error:  # it does not say which error of the disk
+            raise StageError(f"infer.output: {path} cannot be written ({error}); {space(path, num_bytes)}") from error
+        half.replace(path)

@@ -557,6 +557,8 @@ class Trainer:
         """Take weights and optimizers from the newest checkpoint and go on with the data that comes next."""
         on_first_rank(self.accelerator, self._written)
         (newest,) = broadcast_object_list([checkpoint.latest(self.work.checkpoints_dir)])
+        if newest is not None:
+            on_first_rank(self.accelerator, partial(checkpoint.verify, newest, self.identity))
         saved = checkpoint.load(newest) if newest is not None else None
         before = self.progress.rolled_back_at
         if saved is None or (before is not None and saved.progress.step <= before):

@@ -1,11 +1,15 @@
 """Checkpoints are whole or refused; pretrained weights fit or every misfit is listed."""
 
 import json
+import os
+import re
+import shutil
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -219,6 +223,83 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
         checkpoint.save(tmp_path, make(step, net, optimizer))
     checkpoint.prune(tmp_path, keep=2, best_step=3)
     assert [p.name[-1] for p in checkpoint.all_in(tmp_path)] == ["3", "5", "6"]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_kill_inside_a_removal_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch, replaced):
+    net, optimizer = net_and_optimizer()
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, make(step, net, optimizer))
+
+    def killed(folder):
+        next(folder.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    again = make(1, net, optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, again) if replaced else checkpoint.prune(tmp_path, keep=2, best_step=3)
+    monkeypatch.undo()
+    assert [p.name[-1] for p in checkpoint.whole_in(tmp_path)] == (["1", "2", "3"] if replaced else ["2", "3"])
+    assert len(checkpoint.all_in(tmp_path)) == len(checkpoint.whole_in(tmp_path))
+    checkpoint.prepare_folder(tmp_path, 1)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_copies_links_and_halves_are_no_checkpoints_to_go_on_from(tmp_path, caplog):
+    net, optimizer = net_and_optimizer()
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "another disk"
+    for step in (4, 5, 8):
+        checkpoint.save(folder, make(step, net, optimizer))
+    for copy in ("step_best", "step_00000008_copy", "step_9", "step_000000009", "step_0000000९"):
+        shutil.copytree(folder / "step_00000004", folder / copy)
+    (folder / "step_00000005").rename(elsewhere)
+    (folder / "step_00000005").symlink_to(elsewhere)
+    shutil.copytree(folder / "step_00000008", folder / "step_00000009")  # a copy that is not done
+    (folder / "step_00000009" / "manifest.json").unlink()
+    assert checkpoint.latest(folder).name == "step_00000008"
+    assert [p.name[-1] for p in checkpoint.whole_in(folder)] == ["4", "5", "8"]
+    assert "step_00000009 is damaged and was passed over (manifest.json is missing); remove it" in caplog.text
+    checkpoint.prune(folder, keep=1, best_step=4)
+    assert [p.name[-1] for p in checkpoint.whole_in(folder)] == ["4", "8"]
+    assert not checkpoint.damage(elsewhere), "only the link is gone"
+    (folder / "step_00000008").rename(tmp_path / "moved")
+    (folder / "step_00000008").symlink_to(tmp_path / "gone")
+    checkpoint.save(folder, make(8, net, optimizer))
+    assert checkpoint.latest(folder).name == "step_00000008"
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_a_checkpoint_has_the_mode_that_the_umask_asks_for(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        path = checkpoint.save(tmp_path, make(1, *net_and_optimizer()))
+    finally:
+        os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in path.iterdir()} == {oct(0o666 & ~umask)}
+    assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: File too large (os error 27)"), OSError(27, "x")])
+def test_what_safetensors_raises_is_an_error_of_the_disk(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(error))
+    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer.start(make(2, *net_and_optimizer()))
+    writer.wait()
+    reason = r"step_00000002: cannot be written \(.*File too large.*\); 16\.\d+ MB needed, \d+ MB free; earlier .* Free"
+    assert re.search(reason, str(writer.error))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_ours_in_the_writer_ends_the_run_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "asdict", lambda _: object())  # no JSON
+    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer.start(make(2, *net_and_optimizer()))
+    writer.wait()
+    assert "checkpoint of step 2 cannot be written (TypeError" in str(writer.error)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("spelling", [to_upstream, dict])

@@ -169,13 +169,26 @@ def stage_that(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> 
     return calls
 
 
+THIS_PATH = "; this path must exist or be free to make, on a disk that works and lets you in\n"
+FREE = ". Free some space, or raise the limit, and run the same command\n"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
         (None, 0, ""),
         (StageError("no audio: /a/b"), 1, "rvc-dist preprocess: no audio: /a/b\n"),
-        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, "Permission denied: '/a/b'\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "No space left on device: '/a/b'\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, ": /a/b: Permission denied" + THIS_PATH),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/proc/a"), 1, THIS_PATH),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 256), 1, THIS_PATH),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/a/b"), 1, THIS_PATH),
+        (
+            OSError(errno.ENOSPC, "No space left; 1 MB needed, 0 MB free", "/a"),
+            1,
+            ": /a: No space left; 1 MB needed, 0 MB free" + FREE,
+        ),
+        (OSError(errno.EFBIG, "File too large"), 1, " MB free" + FREE),
+        (OSError(errno.EIO, "Input/output error"), 1, ": Input/output error" + THIS_PATH),
         (Stopped("stopped at step 3"), 75, ""),
         (KeyboardInterrupt(), 75, "interrupted; the same command continues\n"),
     ],
@@ -193,7 +206,16 @@ def test_the_exit_code_says_how_it_went(
     assert capsys.readouterr().err.endswith(message)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file"), ValueError("a bug"), TypeError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        FileNotFoundError(errno.ENOENT, "No such file", str(Path(cli.__file__).with_name("guard.py"))),
+        OSError(errno.EBADF, "Bad file descriptor"),
+        ValueError("a bug"),
+        TypeError(),
+    ],
+)
 def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     stage_that(monkeypatch, error)
     with pytest.raises(type(error)):

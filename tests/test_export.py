@@ -261,6 +261,25 @@ def test_a_damaged_checkpoint_is_not_exported(recipe: Recipe, generator: Generat
     assert not workspace_of(recipe).voice_dir.exists()
 
 
+def test_what_is_damaged_is_passed_over_where_a_whole_one_is_there(
+    recipe: Recipe, generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = workspace_of(recipe)
+    save(recipe, generator, step=10, epoch=2, **BEST)
+    export.run(recipe, ALONE)
+    half, damaged = (save(recipe, generator, step=step, epoch=step, **BEST) for step in (9, 11))
+    save(recipe, generator, step=20, epoch=4, **BEST)
+    (half / "manifest.json").unlink()
+    (damaged / "state.json").write_text("{}")
+    (work.checkpoints_dir / "step_00000010").rename(work.checkpoints_dir / "step_best")
+    export.run(recipe, ALONE)
+    assert names(recipe) == ["tiny_2e_10s.pth", "tiny_4e_20s.pth", "tiny_best.pth", "tiny_last.pth"]
+    assert load(work.last_voice_file)["step"] == 20
+    for told in ("step_00000009 is damaged and was passed over (manifest.json is missing)", "step_00000011 is damaged"):
+        assert told in caplog.text
+    assert "the one that is there is of an earlier export: the checkpoint of step 10, the best, is gone" in caplog.text
+
+
 @pytest.mark.parametrize("value", [float("nan"), 70000.0])  # float16 ends at 65504
 def test_weights_that_are_no_float16_are_not_exported(value: float, recipe: Recipe) -> None:
     broken = make_generator(recipe)

@@ -1,6 +1,7 @@
 """What goes wrong on one rank ends all of them soon, with its reason, and loses nothing that was saved."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -84,6 +85,25 @@ def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp
             shutil.rmtree(folder)
         last = int(saved[-1].name.removeprefix("step_"))
         assert "continuing from step" in rvc_dist(num_ranks, "train", "--config", file, "--train.max_steps", last + 1)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_save_beyond_a_limit_on_the_size_of_files_is_a_failure(tmp_path, num_ranks):
+    """A real limit, as quotas are: safetensors' error for it is no OSError."""
+    recipe = tiny_recipe(tmp_path / "run", max_steps=2)
+    make_features(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    limited = ["bash", "-c", 'ulimit -f 256; exec "$@"', "limited", *launcher(num_ranks)]
+    process = start([*limited, "-m", "rvc_dist", "train", "--config", str(file)])
+    output = finish(process, 120)
+    assert process.returncode == 1, output[-3000:]
+    reason = r"step_00000002: cannot be written \(.*File too large.*\); \d+\.\d+ MB needed, \d+ MB free, no file may "
+    assert re.search(reason + r"have more than 0\.262 MB \(ulimit -f\); earlier checkpoints are untouched", output)
+    assert "trained to step" not in output
+    assert num_ranks > 1 or "Traceback" not in output
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @needs_root

@@ -392,6 +392,23 @@ def test_too_many_bad_steps_in_a_row_go_back_to_the_checkpoint_and_then_stop(tmp
     assert all(v.isfinite().all() for v in saved.models["generator"].values())
 
 
+def test_a_checkpoint_is_verified_before_a_run_goes_back_to_it(tmp_path, poison, monkeypatch):
+    recipe = tiny_recipe(tmp_path, max_steps=9, save_every_steps=4, log_every_steps=1, max_bad_steps=2)
+    make_features(recipe)
+    poison("multiscale_mel_loss", {6, 7})
+    step, weights = trainer.Trainer.train_step, tmp_path / "checkpoints" / "step_00000004" / "generator.safetensors"
+
+    def damage(self, batches):
+        if self.progress.step == 6:
+            self.writer.wait()
+            weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        step(self, batches)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", damage)
+    with pytest.raises(StageError, match=r"step_00000004 is damaged .*\n.*generator\.safetensors was changed"):
+        train(recipe)
+
+
 def test_bad_steps_before_the_first_checkpoint_stop_the_run(tmp_path, poison):
     recipe = tiny_recipe(tmp_path, max_steps=9, save_every_steps=9, log_every_steps=4)
     make_features(recipe)
