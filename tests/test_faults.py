@@ -88,7 +88,8 @@ def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_save_beyond_a_limit_on_the_size_of_files_is_a_failure(tmp_path, num_ranks):
     """A real limit, as quotas are: safetensors' error for it is no OSError."""
     recipe = tiny_recipe(tmp_path / "run", max_steps=2)
