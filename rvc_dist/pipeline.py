@@ -15,8 +15,11 @@ def run(recipe: Recipe, share: Share) -> None:
     """preprocess, extract, index, train, export.
 
     Raises:
-        StageError, Stopped: as the stages do.
+        StageError: something that a stage needs is missing, before the first of them; and as the stages do.
+        Stopped: as training does.
     """
+    if share.is_first:  # the others begin: those that wait for it end with it
+        importlib.import_module("rvc_dist.doctor").look_ahead(recipe)
     for name in DATA_STAGES:
         stage = importlib.import_module(f"rvc_dist.{name}")
         stage.run(recipe, share)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import resource
+import shutil
+import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -12,21 +14,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers import RATE, SteadyPitch, make_ssl_folder, narrow_recipe, tone
+from huggingface_hub import constants
 from launching import ROOT, finish, launcher, start
 from tiny import make_features, tiny_recipe, with_train
 
 from rvc_dist import __main__ as cli
-from rvc_dist import checkpoint, doctor, networks
+from rvc_dist import checkpoint, doctor, networks, pipeline
 from rvc_dist.config import DataConfig, ExtractConfig, PreprocessConfig, Recipe
 from rvc_dist.data import ClipTable
-from rvc_dist.doctor import disk, findings, machine, team, training, wire
+from rvc_dist.doctor import ahead, disk, findings, machine, team, training, wire
 from rvc_dist.doctor.findings import Problem, Result, Severity
 from rvc_dist.doctor.team import Exam, Team
+from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.optim import OptimizerState
-from rvc_dist.workspace import Plan, StageError, Unit, Workspace, save_arrays
+from rvc_dist.pipeline import DATA_STAGES
+from rvc_dist.workspace import Plan, Share, StageError, Unit, Workspace, save_arrays
 
 Usage = namedtuple("Usage", "total used free")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
@@ -433,12 +440,12 @@ def test_checkpoints_that_are_there_need_no_room_again(recipe, monkeypatch):
     exam = Exam(recipe, Team())
     training.check_weights(exam, Result())
     needs = []
-    monkeypatch.setattr(disk, "judge_disk", lambda _folder, _one, total, _result: needs.append(total))
-    disk.check_disk(exam, Result())
+    monkeypatch.setattr(ahead, "judge_disk", lambda _folder, _one, total, _result: needs.append(total))
+    ahead.check_disk(exam, Result())
     folder = exam.work.checkpoints_dir / "step_00000001"
     folder.mkdir(parents=True)
     (folder / "x").write_bytes(bytes(1000))
-    disk.check_disk(exam, Result())
+    ahead.check_disk(exam, Result())
     weights = exam.weight_bytes
     generator = sum(p.nbytes for p in exam.modules["generator"].parameters())
     assert needs[0] == 5 * (3 * weights + checkpoint.SPARE_BYTES) + 3 * (generator // 2)
@@ -705,3 +712,94 @@ def test_a_rank_that_does_not_answer_leaves_the_others_alone(monkeypatch):
         two.gather(1)
     assert two.gather(2) == [2]
     assert two.count == 1
+
+
+# Before the first stage of a run
+
+
+@pytest.fixture
+def new_run(tmp_path, monkeypatch) -> Recipe:
+    """Of recordings of two speakers alone, with an encoder in a folder."""
+    for speaker in (0, 1):
+        folder = tmp_path / "audio" / str(speaker)
+        folder.mkdir(parents=True)
+        soundfile.write(folder / "a.wav", tone(4.0), RATE)
+    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    make_ssl_folder(tmp_path / "encoder", "Hubert", num_layers=1)
+    extract = ExtractConfig(f0_method="pyin", embedder_model=str(tmp_path / "encoder"))
+    return narrow_recipe(tmp_path, extract=extract)
+
+
+def test_a_run_that_lacks_nothing_begins_and_looks_no_more_once_its_data_is_made(new_run, tmp_path):
+    doctor.look_ahead(new_run)
+    assert not Path(new_run.run_dir).exists()
+    for stage in DATA_STAGES:
+        importlib.import_module(f"rvc_dist.{stage}").run(new_run, Share())
+    shutil.rmtree(tmp_path / "encoder")
+    doctor.look_ahead(new_run)
+    exam = Exam(new_run, Team())
+    training.check_data(exam, Result())
+    assert examined(ahead.check_encoder, exam).same == {new_run.extract.embedder_model: "not needed any more"}
+    soundfile.write(tmp_path / "audio" / "1" / "b.wav", tone(4.0), RATE)  # needs the encoder again
+    with pytest.raises(StageError, match=r"for want of 1 thing.*\n  extract\.embedder_model: .*encoder is no folder"):
+        doctor.look_ahead(new_run)
+
+
+def test_all_that_a_run_lacks_is_told_at_once_before_anything_is_made(new_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(disk.shutil, "disk_usage", full(10**6))
+    torch.save({"model": {"emb_g.weight": torch.zeros(1, 8)}}, tmp_path / "G.pth")
+    recipe = with_train(
+        replace(new_run, extract=ExtractConfig(f0_method="hybrid[rmvpe+yin]", embedder_model="contentvec")),
+        pretrained_g=str(tmp_path / "G.pth"),
+        pretrained_d=str(tmp_path / "D48k.pth"),
+    )
+    with pytest.raises(StageError) as caught:
+        pipeline.run(recipe, Share())
+    told = str(caught.value)
+    for part in (
+        "faiss-cpu",
+        "the encoder contentvec cannot be had",
+        "--extract.embedder_model FOLDER",
+        "the weights of rmvpe",
+        "train.pretrained_g: ",
+        "has 1 speakers, the dataset's highest speaker id is 1",
+        "D48k.pth does not exist",
+        "/dev/shm has 1 MB free",
+        "the disk has 1 MB free",
+    ):
+        assert part in told, part
+    assert "for want of 7 thing" in told
+    assert not Path(recipe.run_dir).exists()
+
+
+def test_only_the_first_rank_looks(new_run, monkeypatch):
+    monkeypatch.setattr(doctor, "look_ahead", lambda _recipe: pytest.fail("looked"))
+    monkeypatch.setattr(pipeline, "DATA_STAGES", ())
+    monkeypatch.setattr(pipeline.importlib, "import_module", lambda _name: SimpleNamespace(run=lambda *_: None))
+    pipeline.run(new_run, Share(1, 2))
+
+
+def test_pretrained_weights_are_compared_with_the_encoder_before_there_are_features(new_run, tmp_path):
+    table = training.stand_in_table(new_run, {"name": "x", "width": 768})
+    assert (table.num_speakers, table.content_channels) == (2, 768)
+    _, modules = networks.build(new_run, table)
+    torch.save({"model": modules["generator"].state_dict()}, tmp_path / "G48k.pth")
+    torch.save({"model": modules["discriminator"].state_dict()}, tmp_path / "D48k.pth")
+    recipe = with_train(new_run, pretrained_g=str(tmp_path / "G48k.pth"), pretrained_d=str(tmp_path / "D48k.pth"))
+    with pytest.raises(StageError, match=r"enc_p\.emb_phone\.weight: \[16, 768\], this network has \[16, 16\]"):
+        doctor.look_ahead(recipe)
+    exam = Exam(with_train(recipe, pretrained_g=None), Team())
+    problems = examined(training.check_weights, exam).problems
+    assert any("D48k.pth is of 48 kHz by its name, the voice is of 24000 Hz" in p.what for p in problems)
+
+
+def test_room_is_asked_for_in_seconds_of_recordings(new_run):
+    exam = Exam(new_run, Team(), embedder={"name": "x", "width": 16})
+    clips, features, vectors = ahead.data_bytes(exam)
+    seconds = 8.0 / 0.9  # clips of 3 s overlap by 0.3
+    assert clips == pytest.approx(seconds * RATE * 4)
+    assert features == pytest.approx(seconds * (50 * 16 + 100) * 4)
+    assert vectors == pytest.approx(2 * seconds * 50 * 16 * 4)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rvc_dist.config import Recipe
-from rvc_dist.doctor.disk import check_disk, check_run_folder
+from rvc_dist.doctor.ahead import check_disk, check_encoder, check_pitch_tracker, check_start, data_stages_done
+from rvc_dist.doctor.disk import check_run_folder
 from rvc_dist.doctor.findings import EXIT_CODES, Result, Severity, show, verdict, with_remedy
 from rvc_dist.doctor.machine import check_devices, check_packages, check_precision, check_versions
-from rvc_dist.doctor.team import NETWORK, SAME_FOLDER, Exam, check_ranks, join
+from rvc_dist.doctor.team import NETWORK, SAME_FOLDER, Exam, Team, check_ranks, join
 from rvc_dist.doctor.training import check_data, check_dry_step, check_shared_memory, check_weights
 from rvc_dist.doctor.wire import check_all_reduce
 from rvc_dist.workspace import Share, StageError
@@ -40,6 +41,8 @@ CHECKS = (
     Check("precision", check_precision, "training takes one kind of device: leave the others out"),
     Check("data", check_data, SAME_FOLDER),
     Check("packages", check_packages, SAME_FOLDER),
+    Check("content encoder", check_encoder, SAME_FOLDER),
+    Check("pitch tracker", check_pitch_tracker, SAME_FOLDER),
     Check("weights", check_weights, SAME_FOLDER),
     Check("shared memory", check_shared_memory, SAME_ENVIRONMENT),
     Check("disk space", check_disk, SAME_FOLDER),
@@ -48,6 +51,39 @@ CHECKS = (
     Check("all-reduce", check_all_reduce, SAME_FOLDER),
 )
 """In their order: later ones use what earlier ones leave in the Exam."""
+
+
+AHEAD = (
+    Check("start", check_start),
+    *(c for c in CHECKS if c.run in (check_packages, check_encoder, check_pitch_tracker)),
+    *(c for c in CHECKS if c.run in (check_weights, check_shared_memory, check_disk)),
+)
+"""What the first rank of a run looks at before the first stage, if one of the data stages is still to be done."""
+
+
+def look_ahead(recipe: Recipe) -> None:
+    """Look for all that a stage of `rvc-dist run` would miss only after hours; without data stages, training looks.
+
+    Raises:
+        StageError: it is not there; everything is listed, each with its remedy.
+    """
+    if data_stages_done(recipe):
+        return
+    logger.info("run: looking for what its stages need; a content encoder that is missing is fetched now")
+    logging.disable(logging.INFO)  # training says it again
+    try:
+        found = [p for result in examine(Exam(recipe, Team()), AHEAD) for p in result.problems]
+    finally:
+        logging.disable(logging.NOTSET)
+    lines = [(p.severity, f"{p.what}\n    remedy: {p.remedy}") for p in found]
+    for severity, line in lines:
+        if severity == Severity.WARNING:
+            logger.warning("run: %s", line)
+    if errors := [line for severity, line in lines if severity == Severity.ERROR]:
+        listed = "".join(f"\n  {line}" for line in errors)
+        raise StageError(
+            f"nothing was begun, since the run would fail later for want of {len(errors)} thing(s):{listed}"
+        )
 
 
 def run(recipe: Recipe, share: Share) -> int:
@@ -73,10 +109,10 @@ def run(recipe: Recipe, share: Share) -> int:
     return EXIT_CODES[worst]
 
 
-def examine(exam: Exam) -> list[Result]:
-    """One result a check, in the order of CHECKS. A check that cannot go on says why, and the next one begins."""
+def examine(exam: Exam, checks: Sequence[Check] | None = None) -> list[Result]:
+    """One result a check, in the order of `checks` (CHECKS). One that cannot go on says why, the next one begins."""
     results = []
-    for check in CHECKS:
+    for check in CHECKS if checks is None else checks:
         result = Result()
         try:
             check.run(exam, result)

@@ -10,7 +10,6 @@ import statistics
 import time
 from pathlib import Path
 
-from rvc_dist import checkpoint
 from rvc_dist.doctor.findings import Result, ranks_text
 from rvc_dist.doctor.team import SAME_FOLDER, Exam, Team
 from rvc_dist.workspace import StageError, atomic_write
@@ -22,28 +21,20 @@ WRITTEN_BYTES = 32 << 20
 """Size of the file whose writing is timed."""
 
 
-def check_disk(exam: Exam, result: Result) -> None:
-    """The run's disk holds the checkpoints and voice files that are still to come."""
-    config, work = exam.recipe.train, exam.work
-    one = 3 * exam.weight_bytes + checkpoint.SPARE_BYTES  # weights, and two moments of each
-    kept = sum(f.stat().st_size for p in checkpoint.all_in(work.checkpoints_dir) for f in p.glob("*"))
-    voices = 3 * (sum(p.nbytes for p in exam.modules["generator"].parameters()) // 2) if exam.modules else 0
-    # The newest ones, the best, and the one being written before the oldest goes.
-    judge_disk(existing_parent(work.root), one, (config.keep_checkpoints + 2) * one + voices - kept, result)
-
-
 def existing_parent(path: Path) -> Path:
     """`path` itself, or the nearest folder above it that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.is_dir())
 
 
 def judge_disk(folder: Path, one: int, total: int, result: Result) -> None:
-    """Bytes of one checkpoint, and of all that is to come."""
+    """Bytes of what is made of the data and of one checkpoint, and of all that is to come."""
     free = shutil.disk_usage(folder).free
     result.measured |= {"free": (free / 1e9, "GB"), "for the run": (max(0, total) / 1e9, "GB")}
     remedy = f"free space on the disk of {folder}, choose another run_dir, or lower train.keep_checkpoints"
     if free < one:
-        result.fail(f"the disk has {free / 1e6:.0f} MB free, one checkpoint needs {one / 1e6:.0f} MB", remedy)
+        result.fail(
+            f"the disk has {free / 1e6:.0f} MB free, the run needs {one / 1e6:.0f} MB to its first checkpoint", remedy
+        )
     elif free < total:
         result.warn(f"the disk has {free / 1e9:.2f} GB free, the run may need {total / 1e9:.2f} GB", remedy)
 

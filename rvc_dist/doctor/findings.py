@@ -56,7 +56,7 @@ def with_remedy(message: str) -> tuple[str, str]:
     lines = message.split("\n")
     found = re.match(r"(.*?)(?:: (?=run |delete |continue )|; (?!it )|\. (?=[A-Z]))(.*)", lines[0])
     if found is None:
-        return message, "mend what it names, then run doctor again"
+        return message, "mend what it names, then run the same command again"
     return "\n".join([found[1], *lines[1:]]), found[2]
 
 

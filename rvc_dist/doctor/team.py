@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -88,6 +89,8 @@ class Exam:
     table: ClipTable | None = None
     """None when there are no features that fit the recipe."""
     data_stages_done: bool = False
+    embedder: dict[str, Any] | None = None
+    """Of features that are still to be made: what `ClipTable.embedder` will be."""
     shape: GeneratorShape | None = None
     modules: dict[str, nn.Module] = field(default_factory=dict)
     """Networks to be thrown away; empty when they cannot be built."""
@@ -97,6 +100,13 @@ class Exam:
     @property
     def work(self) -> Workspace:
         return Workspace(self.recipe.run_dir, self.recipe.name)
+
+    @property
+    def has_features_to_make(self) -> bool:
+        """Whether there are recordings, or clips, without the recipe's features."""
+        return not self.data_stages_done and (
+            Path(self.recipe.data.audio_dir).exists() or self.work.plan_file.is_file()
+        )
 
     @property
     def local_ranks(self) -> int:

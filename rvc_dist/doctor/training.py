@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,21 +114,37 @@ def features_of_clips(exam: Exam, plan: Plan | None, result: Result) -> None:
         )
 
 
-def stand_in_table(recipe: Recipe) -> ClipTable:
-    """Where there are no features: what they will be like."""
+def stand_in_table(recipe: Recipe, embedder: dict[str, Any] | None = None) -> ClipTable:
+    """Where there are no features: what they will be like, of `embedder` where that is known."""
     width = CONTENT_WIDTH[recipe.model.version]
-    return ClipTable((), (), width, {"name": recipe.extract.embedder_model, "width": width}, 1)
+    embedder = embedder or {"name": recipe.extract.embedder_model, "width": width}
+    num_speakers = 1
+    with contextlib.suppress(StageError):  # another check says it
+        sources = list_sources(Path(recipe.data.audio_dir), Path(recipe.run_dir))
+        num_speakers += max(s.speaker for s in sources if not s.reason)
+    return ClipTable((), (), embedder["width"], embedder, num_speakers)
 
 
 def check_weights(exam: Exam, result: Result) -> None:
     """The networks can be built, pretrained files fit, and the checkpoint that training goes on from is whole."""
     recipe = exam.recipe
     newest = checkpoint.latest(exam.work.checkpoints_dir)
-    table = exam.table or stand_in_table(recipe)
+    table = exam.table or stand_in_table(recipe, exam.embedder)
     if newest is not None and exam.team.is_first:  # reading gigabytes once is enough
         checkpoint.verify(newest)
     saved = None if newest is None else checkpoint.identity_of(newest)
-    shape, exam.modules = networks.build(recipe, table, saved)
+    try:
+        shape, exam.modules = networks.build(recipe, table, saved)
+    except StageError:
+        if recipe.train.pretrained_g is None or recipe.train.pretrained_d is None or saved is not None:
+            raise
+        train = recipe.train
+        for alone in (replace(train, pretrained_d=None), replace(train, pretrained_g=None)):  # so that both are told
+            try:
+                networks.build(replace(recipe, train=alone), table)
+            except StageError as error:
+                result.fail(*with_remedy(str(error)))
+        return
     exam.shape = shape
     millions = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in exam.modules.items()}
     result.same |= {name: f"{count:.1f} M weights" for name, count in millions.items()}
@@ -135,6 +155,13 @@ def check_weights(exam: Exam, result: Result) -> None:
         result.warn(
             f"{lacking} is not set, the other network is pretrained",
             f"set {lacking} to the file that belongs to it: a pair trains far better than one",
+        )
+    named = re.search(r"(?<!\d)(24|32|40|44|48)k", Path(recipe.train.pretrained_d or "").name)
+    if newest is None and named and int(named[1]) != recipe.data.sample_rate // 1000:  # all rates have the same shapes
+        result.warn(
+            f"train.pretrained_d: {recipe.train.pretrained_d} is of {named[1]} kHz by its name, the voice is of "
+            f"{recipe.data.sample_rate} Hz",
+            "set train.pretrained_d to the discriminator of the voice's rate",
         )
     if newest is not None and saved is not None and exam.table is not None:
         checkpoint.check_identity(newest, saved, networks.identity(recipe, shape, table))
@@ -149,7 +176,7 @@ def check_shared_memory(exam: Exam, result: Result) -> None:
     if not workers or not SHM.is_dir():
         result.skipped = f"there is no {SHM}" if workers else "no loader processes"
         return
-    table = exam.table or stand_in_table(exam.recipe)
+    table = exam.table or stand_in_table(exam.recipe, exam.embedder)
     frames = max((c.num_frames for c in table.train), default=MAX_CLIP_FRAMES)
     frames = -(-min(frames, MAX_CLIP_FRAMES) // BUCKET_FRAMES) * BUCKET_FRAMES
     step_bytes = config.batch_size * config.grad_accum_steps * frames * (spec.hop + table.content_channels + 1) * 4
