@@ -4,10 +4,11 @@
 # Usage: bash launch/cloud.sh RECIPE DATA [--section.key VALUE ...]
 #   DATA   a folder of recordings (a mounted disk, for example), or an rclone path such as bucket:voices/alice
 #   SAVE   (environment) an rclone path where the run folder is kept: fetched first, sent every SAVE_EVERY_S seconds
-#          (default 300) and at the end. Not needed when run_dir is on a disk that outlives the instance.
+#          (default 300) and at the end. Not needed when run_dir is on a disk that outlives the instance. Nothing is
+#          deleted there: what the run removes or replaces is moved to REPLACED (default: SAVE with .replaced after it).
 #   RANKS  (environment) ranks to start; default: one a GPU. On a machine without GPU it must be given.
 set -euo pipefail
-usage() { sed -n '4,9p' "$0" >&2; exit 2; }
+usage() { sed -n '4,10p' "$0" >&2; exit 2; }
 recipe=${1:-} data=${2:-}
 [[ -n $recipe && -n $data ]] || usage
 shift 2
@@ -52,11 +53,42 @@ if is_remote "$data"; then
   rclone copy "$data" "$run_dir.audio" # a changed recording is fetched again, the others are not
   data=$run_dir.audio
 fi
+# Half-written files and folders stay here, and so does the lock of this machine's job.
+kept=(--exclude '.*.tmp' --exclude '.*.tmp/**' --exclude '/train.lock*')
 save() {
-  rclone sync "$run_dir" "$SAVE" --exclude '.*.tmp'
+  # A manifest says that a checkpoint is whole, so it is sent when the rest is there.
+  rclone copy "$run_dir" "$SAVE" "${kept[@]}" --backup-dir "$replaced" --exclude '/checkpoints/*/manifest.json' \
+    && rclone sync "$run_dir" "$SAVE" "${kept[@]}" --backup-dir "$replaced"
 }
-if [[ -n ${SAVE:-} ]] && rclone lsf "$SAVE" > /dev/null 2>&1; then
-  rclone copy "$SAVE" "$run_dir" --ignore-existing
+if [[ -n ${SAVE:-} ]]; then
+  SAVE=${SAVE%/} replaced=${REPLACED:-${SAVE%/}.replaced}
+  found=0
+  rclone lsf "$SAVE" > /dev/null || found=$?
+  if (( found == 3 )); then # rclone's code for a directory that is not there
+    echo "cloud.sh: nothing is kept at $SAVE yet: a new run" >&2
+  elif (( found != 0 )); then
+    echo "cloud.sh: $SAVE cannot be read (rclone's exit code $found, its reason is above). Nothing was started, since a" \
+      "new run would be saved over what is kept there: check the remote with \`rclone lsf $SAVE\`" >&2
+    exit 1
+  else
+    only=(--ignore-existing)
+    if [[ ! -d $run_dir || -e $run_dir.fetching ]]; then # the files of a fetch that was interrupted may be cut off
+      only=()
+      mkdir -p "$run_dir"
+      touch "$run_dir.fetching"
+    fi
+    rclone copy "$SAVE" "$run_dir" "${kept[@]}" "${only[@]}"
+    rm -f "$run_dir.fetching"
+    python - "$run_dir/checkpoints" << 'PYTHON'
+import sys
+from pathlib import Path
+from rvc_dist import checkpoint
+for path in checkpoint.all_in(Path(sys.argv[1])):
+    if problems := checkpoint.damage(path):
+        print(f"cloud.sh: {path} is not whole and is passed over: {'; '.join(problems)}", file=sys.stderr)
+        checkpoint.discard(path)
+PYTHON
+  fi
 fi
 
 if (( gpus > 0 && ranks == 1 )); then

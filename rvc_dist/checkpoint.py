@@ -197,7 +197,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         atomic_write(beside / MANIFEST, json.dumps(manifest, indent=1))
         _sync_folder(beside)
         if os.path.lexists(final):
-            _discard(final, beside)
+            discard(final, beside)
         else:
             beside.rename(final)
         _sync_folder(folder)
@@ -213,7 +213,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def _discard(path: Path, successor: Path | None = None) -> None:
+def discard(path: Path, successor: Path | None = None) -> None:
     """Remove a checkpoint, under another name: when this is killed halfway, no half of it looks like a whole one.
 
     Its place is taken by `successor`.
@@ -290,7 +290,7 @@ def prune(folder: Path, keep: int, best_step: int) -> None:
     found = [p for p in all_in(folder) if (p / MANIFEST).is_file()]
     for path in found[:-keep]:
         if path.name != f"step_{best_step:08d}":
-            _discard(path)
+            discard(path)
 
 
 def damage(path: Path) -> list[str]:

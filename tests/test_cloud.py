@@ -12,29 +12,67 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, environment, finish, kill
+from torch import Tensor
+
+from rvc_dist import checkpoint
+from rvc_dist.optim import OptimizerState
 
 SCRIPT = ROOT / "launch" / "cloud.sh"
 VOICE = ROOT / "rvc_dist" / "demo_voice" / "voice"
-RCLONE = """#!/usr/bin/env bash
-# remote:PATH is the folder $FAKE_REMOTE/PATH.
-set -euo pipefail
-command=$1; shift
-paths=()
-ignore=()
-while (($#)); do
-  case $1 in
-    --ignore-existing) ignore=(-n) ;;
-    --exclude) shift ;;
-    remote:*) paths+=("$FAKE_REMOTE/${1#remote:}") ;;
-    *) paths+=("$1") ;;
-  esac
-  shift
-done
-case $command in
-  lsf) ls "${paths[0]}" ;;
-  sync) rm -rf "${paths[1]}" ;;&
-  copy | sync) mkdir -p "${paths[1]}" && cp -rp "${ignore[@]}" "${paths[0]}/." "${paths[1]}/" ;;
-esac
+RCLONE = """#!{python}
+'''remote:PATH is the folder $FAKE_REMOTE/PATH. Options mean what they mean in rclone, and so do exit codes.'''
+import os, re, shutil, sys
+from pathlib import Path
+
+command, *rest = sys.argv[1:]
+paths, excluded, options = [], [], {{}}
+while rest:
+    word = rest.pop(0)
+    if word == "--exclude":
+        glob = rest.pop(0)
+        anchor = "^" if glob.startswith("/") else "(^|/)"
+        parts = re.split(r"(\\*\\*|\\*)", glob.lstrip("/"))
+        excluded.append(anchor + "".join({{"**": ".*", "*": "[^/]*"}}.get(p, re.escape(p)) for p in parts) + "$")
+    elif word == "--ignore-existing":
+        options[word] = True
+    else:
+        path = Path(os.environ["FAKE_REMOTE"], word[7:]) if word.startswith("remote:") else Path(word)
+        paths.append(path) if word != "--backup-dir" else options.update(backup=rest.pop(0))
+backup = Path(os.environ["FAKE_REMOTE"], options["backup"][7:]) if "backup" in options else None
+
+def files(folder):
+    found = [p.relative_to(folder) for p in sorted(folder.rglob("*"), reverse=True) if p.is_file()]
+    return [p for p in found if not any(re.search(e, p.as_posix()) for e in excluded)]
+
+def give_way(path):
+    if backup is not None:
+        (backup / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(there / path, backup / path)
+    else:
+        (there / path).unlink()
+
+if command == "lsf" and os.environ.get("FAKE_ERROR"):
+    print("Failed to lsf: couldn't connect", file=sys.stderr)
+    sys.exit(int(os.environ["FAKE_ERROR"]))
+here = paths[0]
+if not here.is_dir():
+    print("error listing: directory not found", file=sys.stderr)
+    sys.exit(3)
+if command == "lsf":
+    sys.exit()
+there = paths[1]
+for path in files(here):
+    if (there / path).exists():
+        if options.get("--ignore-existing") or (there / path).read_bytes() == (here / path).read_bytes():
+            continue
+        give_way(path)
+    (there / path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(here / path, there / path)
+    with open(os.environ["FAKE_REMOTE"] + ".log", "a") as log:
+        log.write(f"{{path}}\\n")
+for path in files(there) if command == "sync" else ():
+    if not (here / path).exists():
+        give_way(path)
 """
 PYTHON = """#!/usr/bin/env bash
 # The environment is there already: nothing is installed.
@@ -47,7 +85,10 @@ def machine(tmp_path: Path) -> dict[str, str]:
     """The environment of a machine with rclone, a remote, and a virtual environment that needs nothing."""
     tools = tmp_path / "venv" / "bin"
     tools.mkdir(parents=True)
-    for name, text in {"rclone": RCLONE, "python": PYTHON.format(python=sys.executable)}.items():
+    for name, text in {
+        "rclone": RCLONE.format(python=sys.executable),
+        "python": PYTHON.format(python=sys.executable),
+    }.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     (tools / "accelerate").write_text(
@@ -94,6 +135,79 @@ def test_what_is_missing_is_said_first(
     output = finish(process, timeout_s=60)
     assert message in output
     assert process.returncode == code
+
+
+STAND_IN = """#!/usr/bin/env bash
+# In the place of the training: what a run may leave when it is ended at any moment.
+mkdir -p "{run}/checkpoints/.step_00000009.0a.tmp" "{run}/clips"
+for file in train.lock checkpoints/.step_00000009.0a.tmp/state.json clips/.0a.tmp clips/00000.safetensors; do
+  echo new > "{run}/$file"
+done
+ls "{run}/checkpoints" > "{run}.seen"
+"""
+
+
+def trained(machine: dict[str, str], tmp_path: Path, **more: str) -> tuple[int | None, str]:
+    """The exit code and the output of the script, with a stand-in for the training, on a machine without the run."""
+    (tmp_path / "venv" / "bin" / "accelerate").write_text(STAND_IN.format(run=tmp_path / "run"))
+    command = [ROOT / "configs" / "demo_cpu.yaml", "remote:voices", "--run_dir", tmp_path / "run"]
+    process = cloud(machine, *command, SAVE="remote:kept/", RANKS="1", **more)
+    output = finish(process, timeout_s=60)
+    return process.returncode, output
+
+
+def write_checkpoint(folder: Path, step: int) -> None:
+    states = {name: OptimizerState({}, []) for name in checkpoint.MODELS}
+    models: dict[str, dict[str, Tensor]] = {name: {} for name in checkpoint.MODELS}
+    checkpoint.save(folder, checkpoint.Checkpoint(checkpoint.Progress(step=step), {}, models, states))
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_remote_that_cannot_be_read_is_not_taken_for_a_new_one(machine: dict[str, str], tmp_path: Path) -> None:
+    saved = tmp_path / "remote" / "kept"
+    saved.mkdir()
+    (saved / "config.yaml").write_text("before")
+    code, output = trained(machine, tmp_path, FAKE_ERROR="1")
+    assert code == 1
+    assert "remote:kept cannot be read (rclone's exit code 1, its reason is above). Nothing was started" in output
+    assert "couldn't connect" in output
+    assert kept(saved) == ["config.yaml"]
+    assert not (tmp_path / "run.seen").exists()
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_fetched_when_whole_and_never_deleted(machine: dict[str, str], tmp_path: Path) -> None:
+    saved, folder = tmp_path / "remote" / "kept", tmp_path / "remote" / "kept" / "checkpoints"
+    code, output = trained(machine, tmp_path)
+    assert code == 0, output
+    assert "nothing is kept at remote:kept yet: a new run" in output
+    assert kept(saved) == ["clips/00000.safetensors"], "neither what is half-written nor the lock"
+
+    shutil.rmtree(tmp_path / "run")
+    for step in (4, 7, 8):
+        write_checkpoint(folder, step)
+    (folder / "step_00000007" / "manifest.json").unlink()  # of a transfer that was cut off
+    (folder / "step_00000008" / "discriminator.safetensors").unlink()
+    (saved / "clips" / "00000.safetensors").write_text("before")
+    code, output = trained(machine, tmp_path)
+    assert code == 0, output
+    assert (tmp_path / "run.seen").read_text() == "step_00000004\n"
+    for told in ("step_00000007 is not whole and is passed over: manifest", "step_00000008 is not whole"):
+        assert told in output
+    checkpoint.verify(folder / "step_00000004")
+    assert {p.partition("/")[0] for p in kept(folder)} == {"step_00000004"}
+    replaced = tmp_path / "remote" / "kept.replaced"
+    assert {p.partition("/")[0] for p in kept(replaced / "checkpoints")} == {"step_00000007", "step_00000008"}
+    assert (replaced / "clips" / "00000.safetensors").read_text() == "before"
+
+    shutil.rmtree(saved)
+    Path(f"{tmp_path / 'remote'}.log").unlink()
+    assert trained(machine, tmp_path)[0] == 0
+    sent = Path(f"{tmp_path / 'remote'}.log").read_text().split()
+    assert sent[-1] == "checkpoints/step_00000004/manifest.json", "a half-sent checkpoint has none"
 
 
 @pytest.mark.slow
