@@ -23,6 +23,8 @@ MAX_CLIP_FRAMES = 900
 MAX_SPEAKERS = 109
 """Rows of the speaker table of every pretrained generator."""
 MAX_SEED = 2**31 - 1
+MAX_NAME_BYTES = 180
+"""A file name has at most 255, and those of an index have 60 besides the voice's."""
 
 
 class RateSpec(NamedTuple):
@@ -567,6 +569,8 @@ class Recipe:
         problems = []
         if not self.name or not self.name.isprintable() or set(self.name) & set('/\\"') or self.name.startswith("."):
             problems.append(f"name: got {self.name!r}, expected a file name without slashes")
+        elif len(self.name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
+            problems.append(f"name: got {self.name!r}, expected at most {MAX_NAME_BYTES} bytes")
         sections = (
             self.data,
             self.preprocess,

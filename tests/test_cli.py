@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import subprocess
 import sys
 import time
@@ -105,6 +104,7 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
         (["train", "--train.batch_size", "many"], "train.batch_size: got many, expected int"),
         (["train", "--train.batch_size", "0"], "train.batch_size: got 0, expected at least 1"),
         (["train", "--train.precision", "fp16"], "train.precision: got fp16, expected "),
+        (["train", "--name", "ä" * 91], "expected at most 180 bytes"),
         (["train", "--name", "a/b"], "name: got 'a/b', expected a file name"),
         (["train", "--config", "/none/recipe.yaml"], "--config: /none/recipe.yaml does not exist"),
         (["train", "surplus"], "'surplus' is no option; expected --section.key VALUE"),
@@ -130,7 +130,7 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
 def test_a_mistake_is_told_and_exits_with_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib, "import_module", None)  # no stage is as much as imported
+    monkeypatch.setattr(cli, "importlib", None)  # no stage is as much as imported
     assert cli.main(arguments) == cli.EXIT_USAGE == 2
     out, err = capsys.readouterr()
     assert out == ""
