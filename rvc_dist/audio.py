@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rvc_dist.decoding import Samples, mono, opened
 from rvc_dist.decoding import Wave as Wave
-from rvc_dist.decoding import mono, opened
+
+logger = logging.getLogger(__name__)
 
 HIGHPASS_HZ = 48.0
 LEVEL_PEAK, LEVEL_SHARE = 0.9, 0.75
@@ -21,6 +24,13 @@ MAX_PEAK = 2.5
 SILENT_PEAK = 1e-3
 SLICE_THRESHOLD_DB, SLICE_MIN_LENGTH_S, SLICE_MIN_INTERVAL_S = -42.0, 1.5, 0.4
 SLICE_HOP_S, SLICE_MAX_SILENCE_S = 0.015, 0.5
+SPEECH_PERCENTILE, NOISE_PERCENTILE, BELOW_SPEECH_DB, ABOVE_NOISE_DB = 95, 5, 24.0, 6.0
+"""Of the levels of frames: where speech and noise are read off, and how far from them silence begins. Speech of -18 dB
+and more is cut as the other tools cut it."""
+MUTED_DB = -80.0
+"""Frames below are digital silence, which is no noise of a room; and silence never begins below."""
+CANCELLING = 0.1
+"""Of the energy that the mean of independent channels would have: one with less of it is no downmix."""
 FILTER_BLOCK = 1 << 20
 """Samples filtered at once."""
 
@@ -38,6 +48,28 @@ class Resampler:
         if self._stream is None:
             return wave
         return np.ascontiguousarray(self._stream.resample_chunk(wave, last=last), dtype=np.float32)
+
+
+class Downmix:
+    """Blocks [S, channels] -> [S]: the mean of all channels, or one of them, counted from 0."""
+
+    def __init__(self, channel: int | None = None) -> None:
+        self.channel = channel
+        self._mean_energy, self._energies = 0.0, np.zeros(1)
+
+    def __call__(self, samples: Samples) -> Wave:
+        if self.channel is not None:
+            return mono(samples[:, self.channel : self.channel + 1])
+        wave = mono(samples)
+        if samples.shape[1] > 1:
+            self._mean_energy += float(np.einsum("i,i->", wave, wave, dtype=np.float64))
+            self._energies = self._energies + np.einsum("ij,ij->j", samples, samples, dtype=np.float64)
+        return wave
+
+    def loudest_of_cancelling(self) -> int | None:
+        """The loudest channel when those heard so far cancel each other in their mean, as in reversed polarity."""
+        independent = self._energies.sum() / len(self._energies) ** 2
+        return int(np.argmax(self._energies)) if self._mean_energy < CANCELLING * independent else None
 
 
 def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
@@ -96,9 +128,12 @@ def cut_windows(wave: Wave, rate: int, chunk_s: float, overlap_s: float) -> Iter
 
 
 def cut_fixed(wave: Wave, rate: int, chunk_s: float, overlap_s: float) -> Iterator[tuple[int, Wave]]:
-    """Windows of exactly chunk_s; an incomplete last one is dropped. Yields (first sample, samples)."""
+    """Windows of chunk_s, the last one as long as what is left. Yields (first sample, samples).
+
+    Other tools drop an incomplete last window, which is half of a recording of just less than two.
+    """
     chunk, step = _window_samples(rate, chunk_s, overlap_s)
-    for start in range(0, len(wave) - chunk + 1, step):
+    for start in range(0, max(1, len(wave) - chunk + step), step):
         yield start, wave[start : start + chunk]
 
 
@@ -116,8 +151,21 @@ def _frame_rms(wave: Wave, hop: int) -> npt.NDArray[np.float64]:
     return rms
 
 
+def silence_db(rms: npt.NDArray[np.float64]) -> float:
+    """The level in dB RMS below which frames [N] are silent: -42 dB, or less in a recording of soft speech.
+
+    Less only by as much as the speech is softer than -18 dB, and not where the noise of the room is. What holds nothing
+    but steady noise is all silent, if it is below -42 dB.
+    """
+    sounding = rms[rms >= 10.0 ** (MUTED_DB / 20.0)]
+    if not len(sounding):
+        return SLICE_THRESHOLD_DB
+    noise, speech = 20.0 * np.log10(np.percentile(sounding, [NOISE_PERCENTILE, SPEECH_PERCENTILE]))
+    return min(SLICE_THRESHOLD_DB, max(float(speech) - BELOW_SPEECH_DB, float(noise) + ABOVE_NOISE_DB, MUTED_DB))
+
+
 def cut_silences(wave: Wave, rate: int) -> list[tuple[int, Wave]]:
-    """Cut at silences as audio-slicer does: runs of frames below -42 dB RMS of at least 400 ms.
+    """Cut at silences as audio-slicer does: runs of at least 400 ms of frames below `silence_db`.
 
     Inside the recording a silence counts only when it ends 1.5 s or more after the last cut. One of at most 500 ms is
     cut at its quietest frame; of a longer one the middle goes, and at most 500 ms stay on either side, up to the
@@ -128,7 +176,7 @@ def cut_silences(wave: Wave, rate: int) -> list[tuple[int, Wave]]:
     """
     hop = round(SLICE_HOP_S * rate)
     rms = _frame_rms(wave, hop)
-    silent = rms < 10.0 ** (SLICE_THRESHOLD_DB / 20.0)
+    silent = rms < 10.0 ** (silence_db(rms) / 20.0)
     if silent.all():
         return []
     if -(-len(wave) // hop) <= round(SLICE_MIN_LENGTH_S * rate / hop):
@@ -173,7 +221,19 @@ def stream(path: Path, rate: int) -> Iterator[Wave]:
         AudioError: the file is damaged, or has samples that are not numbers.
     """
     with opened(path) as recording:
-        resampler = Resampler(recording.rate, rate)
+        resampler, downmix = Resampler(recording.rate, rate), Downmix()
+        for block in recording.blocks():  # of several channels: whether they cancel is known at the end
+            if block.shape[1] == 1:
+                break
+            downmix(block)
+        channel = downmix.loudest_of_cancelling()
+        if channel is not None:
+            logger.warning("%s: %s", path, cancelling_note(channel))
+        downmix = Downmix(channel)
         for block in recording.blocks():
-            yield resampler(mono(block))
+            yield resampler(downmix(block))
         yield resampler(np.zeros(0, np.float32), last=True)
+
+
+def cancelling_note(channel: int) -> str:
+    return f"its channels cancel each other: only channel {channel + 1} is taken"

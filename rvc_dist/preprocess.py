@@ -51,8 +51,7 @@ OFFSET = 0.01
 """A mean above this is told: a recording should have none. The high-pass filter takes it away."""
 MIN_CLIP_S = 0.5
 """Shorter clips are dropped: every version's training slice is below this, with room for the trimming of features."""
-SILENCE, TAIL = "silence", "rest shorter than a chunk"
-SHORT, LOUD = f"shorter than {MIN_CLIP_S} s", f"peak above {audio.MAX_PEAK}"
+SILENCE, SHORT, LOUD = "silence", f"shorter than {MIN_CLIP_S} s", f"peak above {audio.MAX_PEAK}"
 """Why seconds of a recording are in no clip, beside the decoder's reasons: the words of every account."""
 
 
@@ -333,8 +332,8 @@ class Slice(NamedTuple):
     """What is to be said of it."""
 
 
-def read_slice(recipe: Recipe, file: SourceFile, levels: Levels) -> Slice:
-    """A slice of a recording.
+def read_slice(recipe: Recipe, file: SourceFile, levels: Levels, channel: int | None = None) -> Slice:
+    """A slice of a recording: the mean of its channels, or `channel` alone, as is done where they cancel each other.
 
     Raises:
         AudioError: it cannot be read, or holds nothing.
@@ -342,12 +341,12 @@ def read_slice(recipe: Recipe, file: SourceFile, levels: Levels) -> Slice:
     notes: list[str] = []
     with decoding.opened(Path(recipe.data.audio_dir, file.path)) as recording:
         most_s = file.duration_s + (MAX_SLICE_S if file.is_last else 0.0)
-        resampler = audio.Resampler(recording.rate, recipe.data.sample_rate)
+        resampler, downmix = audio.Resampler(recording.rate, recipe.data.sample_rate), audio.Downmix(channel)
         most, num, parts = round(most_s * recording.rate), 0, []
         for block in recording.blocks(file.start_s, most):
             num += len(block)
             levels.add(block)
-            parts.append(resampler(decoding.mono(block)))
+            parts.append(resampler(downmix(block)))
         parts.append(resampler(np.zeros(0, np.float32), last=True))
     seconds = round(num / recording.rate, 6)
     if not num:
@@ -359,6 +358,9 @@ def read_slice(recipe: Recipe, file: SourceFile, levels: Levels) -> Slice:
         notes.append(f"only {seconds:.1f} of the {file.duration_s:.1f} s that its header promises can be read")
     elif file.is_last and num == most:
         notes.append(f"longer than its header says; what follows {file.start_s + seconds:.0f} s is left out")
+    if (loudest := downmix.loudest_of_cancelling()) is not None:
+        read = read_slice(recipe, file, Levels(), loudest)
+        return read._replace(notes=[*read.notes, audio.cancelling_note(loudest)])
     return Slice(np.concatenate(parts), seconds, recording.lost, notes)
 
 
@@ -390,9 +392,12 @@ def cut_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None = None) ->
         levelled = audio.normalise(piece) if config.normalization == "post" else piece
         clips.append(Clip(round(file.start_s + start / rate, 4), np.ascontiguousarray(levelled)))
     notes += [f"{count} {'clip' if count == 1 else 'clips'} {what}" for what, count in sorted(kinds.items())]
-    if not clips:
-        notes = notes if kinds else [_why_nothing(recipe, len(wave))]
-    return _outcome(clips, read, _lost(spans, len(wave), SILENCE if config.cut_method == "automatic" else TAIL), notes)
+    if not spans:
+        notes.append(f"silent (nothing but steady noise below {audio.SLICE_THRESHOLD_DB:.0f} dB RMS)")
+    lost = _lost(spans, len(wave))
+    if clips and lost[SILENCE] > len(wave) / 2:
+        notes.append(f"{lost[SILENCE] / rate:.1f} of its {len(wave) / rate:.1f} s are silence")
+    return _outcome(clips, read, lost, notes)
 
 
 def _fate(piece: audio.Wave, rate: int) -> str:
@@ -405,13 +410,13 @@ def _fate(piece: audio.Wave, rate: int) -> str:
     return SILENCE if peak < audio.SILENT_PEAK else ""
 
 
-def _lost(spans: list[tuple[int, int, str]], num_samples: int, rest: str) -> dict[str, int]:
+def _lost(spans: list[tuple[int, int, str]], num_samples: int) -> dict[str, int]:
     """Samples that no clip holds, by why. `spans` are (first sample, last + 1, why not), in order; the clips' say "".
 
-    Clips overlap, so each sample is counted once: as held where any clip holds it, as `rest` where no span has it.
+    Clips overlap, so each sample is counted once: as held where any clip holds it, as silence where no span has it.
     """
-    reasons = sorted({rest, "", *(why for *_, why in spans)})
-    of_sample = np.full(num_samples, reasons.index(rest), np.uint8)
+    reasons = sorted({SILENCE, "", *(why for *_, why in spans)})
+    of_sample = np.full(num_samples, reasons.index(SILENCE), np.uint8)
     for start, stop, why in sorted(spans, key=lambda span: not span[2]):  # the clips last: they count before all else
         of_sample[start:stop] = reasons.index(why)
     return {why: int(np.count_nonzero(of_sample == i)) for i, why in enumerate(reasons) if why}
@@ -434,14 +439,6 @@ def _clean(recipe: Recipe, wave: audio.Wave, gate: NoiseGate | None) -> audio.Wa
     if gate is not None:
         wave = gate(wave)
     return audio.normalise(wave) if recipe.preprocess.normalization == "pre" else wave
-
-
-def _why_nothing(recipe: Recipe, num_samples: int) -> str:
-    """The reason of a recording that was cut into no piece at all."""
-    config = recipe.preprocess
-    if config.cut_method == "simple":
-        return f"shorter than one chunk ({num_samples / recipe.data.sample_rate:.2f} of {config.chunk_len} s)"
-    return f"silent (no frame above {audio.SLICE_THRESHOLD_DB:.0f} dB RMS)"
 
 
 def _pieces(recipe: Recipe, wave: audio.Wave) -> Iterator[tuple[int, audio.Wave]]:

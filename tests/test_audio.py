@@ -100,7 +100,12 @@ def test_cut_windows_by_hand(samples: int, expected: list[tuple[int, int]]) -> N
 
 @pytest.mark.parametrize(
     ("samples", "expected"),
-    [(100, [(0, 30), (25, 30), (50, 30)]), (80, [(0, 30), (25, 30), (50, 30)]), (79, [(0, 30), (25, 30)]), (29, [])],
+    [
+        (101, [(0, 30), (25, 30), (50, 30), (75, 26)]),
+        (80, [(0, 30), (25, 30), (50, 30)]),
+        (79, [(0, 30), (25, 30), (50, 29)]),
+        (29, [(0, 29)]),
+    ],
 )
 def test_cut_fixed_by_hand(samples: int, expected: list[tuple[int, int]]) -> None:
     wave = np.arange(samples, dtype=np.float32)
@@ -113,7 +118,7 @@ def test_window_steps_are_rounded() -> None:
     # (0.3 - 0.1) * 10 is 1.9999999999999996
     wave = np.zeros(8, np.float32)
     assert spans(audio.cut_windows(wave, 10, 0.3, 0.1)) == [(0, 3), (2, 3), (4, 4)]
-    assert spans(audio.cut_fixed(wave, 10, 0.3, 0.1)) == [(0, 3), (2, 3), (4, 3)]
+    assert spans(audio.cut_fixed(wave, 10, 0.3, 0.1)) == [(0, 3), (2, 3), (4, 3), (6, 2)]
 
 
 def test_an_overlap_of_almost_everything_still_ends() -> None:
@@ -210,6 +215,47 @@ def test_cut_silences_threshold_is_42_db() -> None:
         wave = pattern(150, 100, 150)
         wave[150 * HOP : 250 * HOP] = value
         assert cuts(wave) == expected
+
+
+@pytest.mark.parametrize(
+    ("speech_db", "noise_db", "expected"),
+    [
+        (-18.0, -60.0, -42.0),  # the softest that is cut as the other tools cut it
+        (-10.0, -60.0, -42.0),
+        (-30.0, -75.0, -54.0),
+        (-30.0, -55.0, -49.0),  # the room is heard: silence is what is not above its noise
+        (-50.0, -51.0, -45.0),  # nothing but noise: all silent
+    ],
+)
+def test_silence_is_below_speech_and_at_the_noise(speech_db: float, noise_db: float, expected: float) -> None:
+    levels = np.repeat([speech_db, noise_db, -120.0], [180, 20, 100])  # digital silence is no noise
+    assert audio.silence_db(10.0 ** (levels / 20.0)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("gain_db", [-10.0, -24.0])
+def test_soft_recordings_are_cut_as_loud_ones(gain_db: float) -> None:
+    loud = pattern(150, 100, 150)
+    loud[150 * HOP : 250 * HOP] = 10 ** (-41.9 / 20)  # speech of -6 dB, so of -18 this is silence
+    expected = cuts((loud * 10 ** (-12 / 20)).astype(np.float32))
+    assert cuts((loud * 10 ** (gain_db / 20 - 12 / 20)).astype(np.float32)) == expected
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"), [(1.0, None), (0.0, None), (-0.5, None), (-0.9, 0), (-1.0, 0), (-1.1, 1)]
+)
+def test_channels_that_cancel_are_found(right: float, expected: int | None) -> None:
+    left = np.random.default_rng(0).normal(0.0, 0.1, 4000).astype(np.float32)
+    downmix = audio.Downmix()
+    for part in (left[:1000], left[1000:]):
+        np.testing.assert_allclose(downmix(np.stack([part, right * part], axis=1)), part * (1 + right) / 2, atol=1e-6)
+    assert downmix.loudest_of_cancelling() == expected
+
+
+def test_independent_channels_do_not_cancel() -> None:
+    for channels in (1, 2, 6):
+        downmix = audio.Downmix()
+        downmix(np.random.default_rng(channels).normal(0.0, 0.1, (40000, channels)).astype(np.float32))
+        assert downmix.loudest_of_cancelling() is None
 
 
 def test_cut_silences_of_silence_is_nothing() -> None:

@@ -250,9 +250,9 @@ def recordings(folder: Path, *seconds: float) -> None:
         soundfile.write(folder / f"{i}.wav", 0.3 * rng.standard_normal(round(length * 24000)).clip(-3, 3) / 3, 24000)
 
 
-@pytest.mark.parametrize(("method", "num_clips"), [("simple", 5 + 1), ("skip", 2), ("automatic", 5 + 2)])
+@pytest.mark.parametrize(("method", "num_clips"), [("simple", 6 + 2), ("skip", 2), ("automatic", 5 + 2)])
 def test_clips_are_foretold_from_durations_and_counted_once_they_are_cut(tmp_path, method, num_clips):
-    """Windows of 3 s every 2.7 s: of 14.1 s five, of 5 s one, and where rests are kept, another of 2.3 s."""
+    """Windows of 3 s every 2.7 s: of 14.1 s six, the last of 0.6 s, or five, the last of 3.3 s; of 5 s two."""
     recordings(tmp_path / "audio", 14.1, 5.0)
     cut = PreprocessConfig(cut_method=method, num_workers=1)
     data = DataConfig(str(tmp_path / "audio"), sample_rate=24000, holdout=0.0)

@@ -116,10 +116,13 @@ def test_simple_honours_chunk_and_overlap(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", noise(7.0))
     config = recipe(tmp_path, cut_method="simple", chunk_len=2.0, overlap_len=0.5)
     preprocess.run(config, Share())
-    assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [(0.0, 2.0), (1.5, 2.0), (3.0, 2.0), (4.5, 2.0)]
+    assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [
+        *[(0.0, 2.0), (1.5, 2.0), (3.0, 2.0), (4.5, 2.0)],
+        (6.0, 1.0),
+    ]
     config = recipe(tmp_path, cut_method="simple", chunk_len=3.0, overlap_len=0.0)
     preprocess.run(config, Share())
-    assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [(0.0, 3.0), (3.0, 3.0)]
+    assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [(0.0, 3.0), (3.0, 3.0), (6.0, 1.0)]
 
 
 def test_skip_keeps_a_file_whole_and_says_what_training_leaves(tmp_path: Path) -> None:
@@ -463,7 +466,7 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
         "alice/a.wav": "folder 'alice' is not named by an integer speaker id",
         "500/a.wav": "speaker id 500 is above 108",
         "silent.wav": "silent (peak below -60 dB)",
-        "whisper.wav": "silent (no frame above -42 dB RMS)",
+        "whisper.wav": "silent (nothing but steady noise below -42 dB RMS)",
         "blip.wav": "1 clip dropped (shorter than 0.5 s)",
         "int16.wav": "1 clip dropped (peak above 2.5)",
         "inf.wav": "has samples that are not finite numbers",
@@ -493,12 +496,63 @@ def test_a_cut_mp3_gives_what_there_is_and_says_so(tmp_path: Path) -> None:
     assert report(config)["total_seconds"] == pytest.approx(file["seconds_in"], abs=1e-3)
 
 
-def test_simple_says_when_a_file_is_shorter_than_a_chunk(tmp_path: Path) -> None:
-    write(tmp_path / "audio" / "a.wav", noise(2.0))
-    write(tmp_path / "audio" / "b.wav", noise(4.0))
-    config = recipe(tmp_path, cut_method="simple")
+def test_simple_loses_only_what_is_shorter_than_a_clip_and_says_so(tmp_path: Path) -> None:
+    for name, seconds in (("a", 5.9), ("b", 2.0), ("c", 5.75), ("d", 0.4)):
+        write(tmp_path / "audio" / f"{name}.wav", noise(seconds))
+    config = recipe(tmp_path, cut_method="simple", overlap_len=0.0)
     preprocess.run(config, Share())
-    assert reasons(config) == {"a.wav": "shorter than one chunk (2.00 of 3.0 s)", "b.wav": ""}
+    files = {f["path"][0]: (f["clips"], f["seconds_out"], f["lost"], f["reason"]) for f in report(config)["files"]}
+    assert files == {
+        "a": (2, 5.9, {}, ""),
+        "b": (1, 2.0, {}, ""),
+        "c": (2, 5.75, {}, ""),
+        "d": (0, 0.0, {"shorter than 0.5 s": 0.4}, "1 clip dropped (shorter than 0.5 s)"),
+    }
+    config = recipe(tmp_path, cut_method="simple", chunk_len=2.8, overlap_len=0.0)  # 0.3 s of "a" are left
+    preprocess.run(config, Share())
+    assert report(config)["lost"] == {"shorter than 0.5 s": 0.85}  # and 0.15 s of "c"
+
+
+# Soft recordings
+
+
+def voice(seconds: float = 12.0) -> audio.Wave:
+    """Real speech at 16 kHz."""
+    parts = [soundfile.read(f, dtype="float32")[0] for f in sorted(VOICE.iterdir())[:3]]
+    return np.concatenate(parts)[: round(16000 * seconds)]
+
+
+@pytest.mark.parametrize(
+    ("channels", "note"),
+    [
+        (lambda wave: 10 ** (-26 / 20) * wave, ""),
+        (lambda wave: 10 ** (-34 / 20) * wave, ""),
+        (
+            lambda wave: np.stack([wave, -0.97 * wave], axis=1),
+            "its channels cancel each other: only channel 1 is taken",
+        ),
+        (lambda wave: np.stack([-0.9 * wave, wave], axis=1), "its channels cancel each other: only channel 2 is taken"),
+        (lambda wave: wave[:, None] * np.float32([0, 0, 0.06, 0, 0, 0]), ""),  # 5.1 with a soft centre
+    ],
+)
+def test_nothing_of_a_soft_recording_is_lost(tmp_path: Path, channels: Any, note: str) -> None:
+    write(tmp_path / "audio" / "a.wav", channels(voice()), 16000, subtype="FLOAT")
+    preprocess.run(recipe(tmp_path), Share())
+    (file,) = report(recipe(tmp_path))["files"]
+    assert file["reason"] == note
+    assert sum(file["lost"].values()) < 0.05 * file["seconds_in"], file
+    if note:  # what is converted is heard as what is trained
+        heard = np.concatenate(list(audio.stream(tmp_path / "audio" / "a.wav", 16000)))
+        np.testing.assert_allclose(heard, voice(), atol=1e-4)
+
+
+def test_much_silence_is_told(tmp_path: Path) -> None:
+    quiet_room = np.random.default_rng(1).normal(0.0, 3e-4, 20 * 16000).astype(np.float32)
+    write(tmp_path / "audio" / "a.wav", np.concatenate([voice(8.0), quiet_room]), 16000)
+    preprocess.run(recipe(tmp_path), Share())
+    (file,) = report(recipe(tmp_path))["files"]
+    assert file["lost"]["silence"] == pytest.approx(20.0, abs=0.6)
+    assert file["reason"] == f"{file['lost']['silence']:.1f} of its 28.0 s are silence"
 
 
 def test_odd_names_arrive_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
