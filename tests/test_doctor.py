@@ -732,7 +732,7 @@ def new_run(tmp_path, monkeypatch) -> Recipe:
     return narrow_recipe(tmp_path, extract=extract)
 
 
-def test_a_run_that_lacks_nothing_begins_and_looks_no_more_once_its_data_is_made(new_run, tmp_path):
+def test_a_run_that_lacks_nothing_begins_and_looks_no_more_once_its_data_is_made(new_run, tmp_path, monkeypatch):
     doctor.look_ahead(new_run)
     assert not Path(new_run.run_dir).exists()
     for stage in DATA_STAGES:
@@ -742,6 +742,12 @@ def test_a_run_that_lacks_nothing_begins_and_looks_no_more_once_its_data_is_made
     exam = Exam(new_run, Team())
     training.check_data(exam, Result())
     assert examined(ahead.check_encoder, exam).same == {new_run.extract.embedder_model: "not needed any more"}
+    shutil.rmtree(exam.work.index_dir)  # which needs faiss, but neither encoder nor tracker
+    doctor.look_ahead(new_run)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "faiss", None)
+        with pytest.raises(StageError, match=r"for want of 1 thing.*\n  the index stage needs the package faiss"):
+            doctor.look_ahead(new_run)
     soundfile.write(tmp_path / "audio" / "1" / "b.wav", tone(4.0), RATE)  # needs the encoder again
     with pytest.raises(StageError, match=r"for want of 1 thing.*\n  extract\.embedder_model: .*encoder is no folder"):
         doctor.look_ahead(new_run)

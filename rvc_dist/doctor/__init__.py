@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from rvc_dist import index
 from rvc_dist.config import Recipe
-from rvc_dist.doctor.ahead import check_disk, check_encoder, check_pitch_tracker, check_start, data_stages_done
+from rvc_dist.data import ClipTable
+from rvc_dist.doctor.ahead import check_disk, check_encoder, check_pitch_tracker, check_start, features_done
 from rvc_dist.doctor.disk import check_run_folder
 from rvc_dist.doctor.findings import EXIT_CODES, Result, Severity, show, verdict, with_remedy
 from rvc_dist.doctor.machine import check_devices, check_packages, check_precision, check_versions
@@ -67,12 +69,14 @@ def look_ahead(recipe: Recipe) -> None:
     Raises:
         StageError: it is not there; everything is listed, each with its remedy.
     """
-    if data_stages_done(recipe):
+    done = features_done(recipe)
+    if done and index.complete(recipe):
         return
+    exam = Exam(recipe, Team(), table=ClipTable.load(recipe) if done else None, data_stages_done=done)
     logger.info("run: looking for what its stages need; a content encoder that is missing is fetched now")
     logging.disable(logging.INFO)  # training says it again
     try:
-        found = [p for result in examine(Exam(recipe, Team()), AHEAD) for p in result.problems]
+        found = [p for result in examine(exam, AHEAD) for p in result.problems]
     finally:
         logging.disable(logging.NOTSET)
     lines = [(p.severity, f"{p.what}\n    remedy: {p.remedy}") for p in found]

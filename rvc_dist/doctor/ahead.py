@@ -28,8 +28,8 @@ MAX_MEASURED = 200
 """Of more recordings than this, the durations are taken from as many, by their bytes."""
 
 
-def data_stages_done(recipe: Recipe) -> bool:
-    """Whether clips, features and index are those of this recipe and of the recordings that are there now."""
+def features_done(recipe: Recipe) -> bool:
+    """Whether clips and features are those of this recipe and of the recordings that are there now."""
     work = Workspace(recipe.run_dir, recipe.name)
     plan = Plan.load(work.plan_file)
     if plan is None or preprocess.complete(recipe) is None:
@@ -38,7 +38,7 @@ def data_stages_done(recipe: Recipe) -> bool:
         planned = {(f.path, f.size) for f in (*(f for u in plan.units for f in u.files), *plan.excluded)}
         if planned != {(f.path, f.size) for f in list_sources(Path(recipe.data.audio_dir), work.root)}:
             return False
-    return extract.complete(recipe) is True and index.complete(recipe) is True
+    return extract.complete(recipe) is True
 
 
 def check_start(exam: Exam, result: Result) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
-from rvc_dist import __version__, zero
+from rvc_dist import __version__, index, zero
 from rvc_dist.config import Recipe, f0_method_names
 from rvc_dist.decoding import AV_SUFFIXES
 from rvc_dist.distributed import MIN_BF16_CAPABILITY, device_name
@@ -107,7 +107,8 @@ def check_packages(exam: Exam, result: Result) -> None:
         except (ImportError, OSError, RuntimeError) as error:
             message = f"{reason} needs the package {package}, which cannot be imported ({first_line(error)})"
             remedy = f"pip install {package}"
-            if reason.startswith("train.") or not exam.data_stages_done:
+            done = exam.data_stages_done and (module != "faiss" or index.complete(exam.recipe) is True)
+            if reason.startswith("train.") or not done:
                 result.fail(message, remedy)
             else:
                 result.warn(f"{message}; the data stages are done without it", remedy)
