@@ -121,7 +121,13 @@ def run(recipe: Recipe, share: Share) -> None:
 
 
 def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Share) -> None:
-    extractor = Extractor.load(recipe)
+    try:
+        extractor = Extractor.load(recipe)
+    except StageError as error:
+        if complete(recipe) is None:
+            raise
+        logger.warning("extract: all features are there, so nothing is looked for that made them (%s)", error)
+        return
     settings = feature_settings(recipe) | {"embedder": extractor.describe()}
     withdraw_report(work, settings, clips, share)
     if share.is_first:

@@ -24,7 +24,7 @@ from launching import ROOT, finish, launcher, start
 from tiny import make_features, tiny_recipe, with_train
 
 from rvc_dist import __main__ as cli
-from rvc_dist import checkpoint, doctor, networks, pipeline
+from rvc_dist import checkpoint, doctor, extract, networks, pipeline
 from rvc_dist.config import DataConfig, ExtractConfig, PreprocessConfig, Recipe
 from rvc_dist.data import ClipTable
 from rvc_dist.doctor import ahead, disk, findings, machine, team, training, wire
@@ -728,8 +728,7 @@ def new_run(tmp_path, monkeypatch) -> Recipe:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     make_ssl_folder(tmp_path / "encoder", "Hubert", num_layers=1)
-    extract = ExtractConfig(f0_method="pyin", embedder_model=str(tmp_path / "encoder"))
-    return narrow_recipe(tmp_path, extract=extract)
+    return narrow_recipe(tmp_path, extract=ExtractConfig(f0_method="pyin", embedder_model=str(tmp_path / "encoder")))
 
 
 def test_a_run_that_lacks_nothing_begins_and_looks_no_more_once_its_data_is_made(new_run, tmp_path, monkeypatch):
@@ -739,6 +738,9 @@ def test_a_run_that_lacks_nothing_begins_and_looks_no_more_once_its_data_is_made
         importlib.import_module(f"rvc_dist.{stage}").run(new_run, Share())
     shutil.rmtree(tmp_path / "encoder")
     doctor.look_ahead(new_run)
+    extract.run(new_run, Share())  # nor does the stage need what made the features that it has
+    with pytest.raises(StageError, match="encoder is no folder"):
+        extract.run(replace(new_run, extract=replace(new_run.extract, f0_max=1000.0)), Share())
     exam = Exam(new_run, Team())
     training.check_data(exam, Result())
     assert examined(ahead.check_encoder, exam).same == {new_run.extract.embedder_model: "not needed any more"}
