@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rvc_dist import audio, decoding
-from rvc_dist.config import MAX_CLIP_FRAMES, Recipe
+from rvc_dist.config import MAX_CLIP_FRAMES, RATES, Recipe
 from rvc_dist.sources import content_of, list_sources
 from rvc_dist.workspace import (
     MAX_SLICE_S,
@@ -53,6 +53,10 @@ MIN_CLIP_S = 0.5
 """Shorter clips are dropped: every version's training slice is below this, with room for the trimming of features."""
 SILENCE, SHORT, LOUD = "silence", f"shorter than {MIN_CLIP_S} s", f"peak above {audio.MAX_PEAK}"
 """Why seconds of a recording are in no clip, beside the decoder's reasons: the words of every account."""
+
+
+HEARD_RATE = 40000
+"""Recordings of this rate in Hz and more lack nothing that is heard: 44100 is not below a voice of 48000."""
 
 
 class Clip(NamedTuple):
@@ -177,7 +181,7 @@ def make_plan(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: 
     if work.root.exists() and not work.root.is_dir():
         raise StageError(f"run_dir: {work.root} is a file; expected a folder, or a name that is free")
     sources = list_sources(audio_dir, work.root)
-    listing = stamp([(f.path, f.reason) if f.reason else f.identity for f in sources])
+    listing = stamp([(f.path, f.reason) if f.reason else f.listed for f in sources])
 
     def current() -> Plan | None:
         plan = Plan.load(work.plan_file)
@@ -188,43 +192,51 @@ def make_plan(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: 
     if not (share.is_first or share.array):
         return wait_for("the plan of rank 0", current)
 
-    measured = [f if f.reason else _measure(audio_dir, f) for f in sources]
+    old = Plan.load(work.plan_file)
+    known = {f.path: f for unit in (old.units if old else ()) for f in unit.files}
+    with ThreadPoolExecutor(recipe.preprocess.num_workers) as pool:
+        measured = list(pool.map(lambda f: f if f.reason else _measure(audio_dir, f, known.get(f.path)), sources))
     if all(f.reason for f in measured):  # before anything of an earlier dataset in this run folder is touched
         raise _no_clip(recipe, [(f.path, f.reason) for f in measured])
-    old = Plan.load(work.plan_file)
-    if old is not None:
-        why = changes(old.settings, settings) or _source_changes(old, sources)
-        logger.info("preprocess: making stale clips again: %s", why)
     plan = Plan(
         listing=listing,
         settings=settings,
         units=cut_units([part for f in measured if not f.reason for part in f.slices()]),
         excluded=tuple(f for f in measured if f.reason),
     )
+    if old is not None and (why := changes(old.settings, settings) or _source_changes(old, measured)):
+        logger.info("preprocess: making stale clips again: %s", why)
+    elif old is not None:
+        logger.info("preprocess: the content of the recordings is what it was: what was made of it is kept")
     work.clips_report_file.unlink(missing_ok=True)  # `complete` must not take the old report for this plan's
     atomic_write(work.plan_file, plan.dumps())
     return plan
 
 
 def _source_changes(old: Plan, sources: list[SourceFile]) -> str:
-    """What happened to the recordings since `old`, in one line with the first name of each sort."""
+    """What happened to the recordings since `old`, in one line with the first name of each sort; nothing if nothing."""
     before = {f.path: f for f in (*(f for unit in old.units for f in unit.files), *old.excluded)}
     after = {f.path: f for f in sources}
     sorts = {
         "new": sorted(after.keys() - before.keys()),
         "gone": sorted(before.keys() - after.keys()),
-        "changed": sorted(p for p in after.keys() & before.keys() if after[p].identity[:4] != before[p].identity[:4]),
+        "changed": sorted(p for p in after.keys() & before.keys() if after[p].content != before[p].content),
     }
     told = [f"{len(paths)} {sort} ({printable(paths[0])})" for sort, paths in sorts.items() if paths]
-    return f"recordings in data.audio_dir: {', '.join(told) or 'other reasons to leave some out'}"
+    return f"recordings in data.audio_dir: {', '.join(told)}" if told else ""
 
 
-def _measure(audio_dir: Path, file: SourceFile) -> SourceFile:
+def _measure(audio_dir: Path, file: SourceFile, known: SourceFile | None) -> SourceFile:
+    """`file` with its length, rate and content; the content is that of `known` where neither size nor time differs."""
+    path = audio_dir / file.path
     try:
-        return replace(file, duration_s=round(decoding.duration(audio_dir / file.path), 6))
+        with decoding.opened(path) as recording:
+            file = replace(file, duration_s=round(recording.duration_s, 6), rate=recording.rate)
+        is_same = known is not None and known.listed == file.listed
+        return replace(file, content=known.content if known and is_same else content_of(path))
     except decoding.MissingDecoderError as error:
         raise _missing_decoder(file, error) from error
-    except decoding.AudioError as error:
+    except (decoding.AudioError, OSError) as error:
         return replace(file, reason=str(error))
 
 
@@ -272,13 +284,13 @@ def make_unit(
                 "clips": len(outcome.clips),
                 "seconds_out": round(samples / recipe.data.sample_rate, 3),
                 "lost": outcome.lost,
+                "sample_rate": file.rate,
                 "reason": outcome.reason,
             }
         )
-        content = content_of(Path(recipe.data.audio_dir, file.path)) if outcome.clips else ""
         for clip in outcome.clips:
             arrays[f"{len(clips):05d}"] = clip.wave
-            where = {"slice_s": file.start_s, "start_s": clip.start_s, "content": content}
+            where = {"slice_s": file.start_s, "start_s": clip.start_s, "content": file.content}
             clips.append({"speaker": file.speaker, "source": file.path} | where)
     header = {"stamp": unit.stamp(settings), "sample_rate": recipe.data.sample_rate, "clips": clips, "files": files}
     save_arrays(work.clips_file(unit.id), arrays, header)
@@ -470,7 +482,8 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
     files = _by_recording([f for h in done for f in h["files"]]) + [left_out_entry(f) for f in plan.excluded]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
-    report = clips_report(files, sum(f["seconds_in"] for f in used))
+    low = low_rates(recipe, [(f["sample_rate"], f["seconds_in"]) for f in used])
+    report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low._asdict() if low else None}
     for file in files:
         if file["reason"]:
             logger.warning("preprocess: %s: %s", printable(file["path"]), file["reason"])
@@ -488,7 +501,35 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         len(files) - len(used),
         work.clips_report_file,
     )
+    if low:
+        logger.warning("preprocess: %s; %s", low.text, low.remedy)
     logger.info("preprocess: %s", account(report["seconds_in"], report["lost"]))
+
+
+class LowRates(NamedTuple):
+    """Recordings that hold less than the voice is to have."""
+
+    files: int
+    seconds: float
+    text: str
+    remedy: str
+
+
+def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> LowRates | None:
+    """What there is to say of `recordings` (Hz, seconds) below the voice's rate and below what can be heard."""
+    wanted = recipe.data.sample_rate
+    low = [(rate, seconds) for rate, seconds in recordings if rate < min(wanted, HEARD_RATE)]
+    if not low:
+        return None
+    lowest, low_s, all_s = min(low)[0], sum(s for _, s in low), sum(s for _, s in recordings)
+    fitting = min((r for r in RATES[recipe.model.version] if r >= lowest), default=wanted)
+    text = (
+        f"{len(low)} of {len(recordings)} recordings ({low_s / 60:.1f} of {all_s / 60:.1f} min) have a rate below "
+        f"data.sample_rate {wanted}, the lowest {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice "
+        "learns to sound as dull"
+    )
+    remedy = f"set data.sample_rate {fitting}, or " if fitting < wanted else ""
+    return LowRates(len(low), round(low_s, 3), text, f"{remedy}give recordings of {wanted} Hz")
 
 
 def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:

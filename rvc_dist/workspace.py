@@ -158,11 +158,20 @@ class SourceFile:
     start_s: float = 0.0
     is_last: bool = True
     """The last slice goes to the end of the recording, which may be later than its header says."""
+    content: str = ""
+    """A hash of the file, by which a copy is known to be the same; nothing where it was not read."""
+    rate: int = 0
+    """Of the recording, in Hz."""
 
     @property
-    def identity(self) -> tuple[str, int, int, int, float]:
-        """What a changed recording changes, without opening it."""
-        return self.path, self.speaker, self.size, self.mtime_ns, self.start_s
+    def listed(self) -> tuple[str, int, int, int]:
+        """What a changed file changes, without opening it."""
+        return self.path, self.speaker, self.size, self.mtime_ns
+
+    @property
+    def identity(self) -> tuple[str, int, str, float]:
+        """What clips depend on."""
+        return self.path, self.speaker, self.content or f"{self.size} bytes at {self.mtime_ns} ns", self.start_s
 
     def slices(self) -> list[SourceFile]:
         """The recording in equal slices of at most MAX_SLICE_S, which begin at whole seconds."""

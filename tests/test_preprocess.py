@@ -365,6 +365,56 @@ def test_a_changed_dataset_is_followed(
     assert contents(config) == contents_of_fresh_run(config)
 
 
+def test_a_copied_dataset_is_known_by_its_content(
+    tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    before = mtimes(config)
+    copied = dataclasses.replace(config, data=dataclasses.replace(config.data, audio_dir=str(tmp_path / "copied")))
+    shutil.copytree(small, tmp_path / "copied", copy_function=shutil.copyfile)  # the time is that of the copy
+    listed = [f.listed for folder in (small, tmp_path / "copied") for f in preprocess.list_sources(folder)]
+    assert len(set(listed)) == 12
+    with caplog.at_level(logging.INFO), ThreadPoolExecutor(2) as ranks:
+        list(ranks.map(lambda rank: preprocess.run(copied, Share(rank, 2)), range(2)))
+    assert "the content of the recordings is what it was" in caplog.text
+    assert "stale" not in caplog.text
+    assert mtimes(config) == before
+    assert preprocess.complete(copied)
+    path = tmp_path / "copied" / "1" / "1.flac"  # one byte in the middle, the same size: a change all the same
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    preprocess.run(copied, Share())
+    assert [name for name, at in mtimes(config).items() if before[name] != at] == ["00004.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        (
+            (16000, 48000),
+            "1 of 2 recordings (0.0 of 0.1 min) have a rate below data.sample_rate 48000, the lowest 16000 Hz: they hold "
+            "nothing above 8000 Hz, and the voice learns to sound as dull; set data.sample_rate 24000, or give "
+            "recordings of 48000 Hz",
+        ),
+        ((44100, 48000), ""),  # nothing that is heard
+    ],
+)
+def test_recordings_below_the_voices_rate_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rates: tuple[int, ...], expected: str
+) -> None:
+    for rate in rates:
+        write(tmp_path / "audio" / f"{rate}.wav", noise(2.0, rate), rate)
+    config = dataclasses.replace(recipe(tmp_path), data=DataConfig(str(tmp_path / "audio"), sample_rate=48000))
+    preprocess.run(config, Share())
+    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert told == ([f"preprocess: {expected}"] if expected else [])
+    assert {f["sample_rate"] for f in report(config)["files"]} == set(rates)
+    low = report(config)["low_rates"]
+    assert (low and (low["files"], low["seconds"])) == ((1, 2.0) if expected else None)
+
+
 def test_the_report_of_an_old_plan_does_not_count(tmp_path: Path, small: Path) -> None:
     config = recipe(tmp_path)
     preprocess.run(config, Share())
@@ -397,6 +447,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
         "clip_seconds": 11.75,
         "seconds_in": 10.25,
         "lost": {},
+        "low_rates": None,
         "speakers": [0, 3],
         "files_used": 3,
         "files_left_out": 1,
@@ -408,6 +459,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
         "clips": 4,
         "seconds_out": 8.5,
         "lost": {},
+        "sample_rate": RATE,
         "reason": "",
     }
     assert files["3/bad.wav"] == {
@@ -752,6 +804,7 @@ def test_a_long_recording_is_done_in_slices(
             "clips": 3,
             "seconds_out": pytest.approx(10.25, abs=0.06),
             "lost": {},
+            "sample_rate": 48000,
             "reason": "",
         }
     ]

@@ -215,7 +215,8 @@ def test_unit_stamp_follows_size_time_and_speaker_of_its_files() -> None:
         file = SourceFile(**({"path": "a.wav", "speaker": 0, "size": 1, "mtime_ns": 1} | changed))  # type: ignore[arg-type]
         return Unit(0, (file,)).stamp({"x": 1})
 
-    assert len({stamp_of(), stamp_of(size=2), stamp_of(mtime_ns=2), stamp_of(speaker=2)}) == 4
+    assert len({stamp_of(), stamp_of(size=2), stamp_of(mtime_ns=2), stamp_of(speaker=2), stamp_of(content="a")}) == 5
+    assert stamp_of(content="a") == stamp_of(content="a", size=2, mtime_ns=2)
     assert stamp_of() == stamp_of()
 
 
