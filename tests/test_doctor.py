@@ -33,7 +33,7 @@ from rvc_dist.doctor.team import Exam, Team
 from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.optim import OptimizerState
 from rvc_dist.pipeline import DATA_STAGES
-from rvc_dist.workspace import Plan, Share, StageError, Unit, Workspace, save_arrays
+from rvc_dist.workspace import Plan, Share, SourceFile, StageError, Unit, Workspace, save_arrays
 
 Usage = namedtuple("Usage", "total used free")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
@@ -504,6 +504,25 @@ def test_what_is_there_before_the_data_stages(tmp_path):
     write_plan(recipe)
     problem = the_problem(examined(training.check_data, Exam(recipe, Team())), Severity.WARNING)
     assert "no finished features" in problem.what
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_recordings_below_the_voices_rate_are_a_warning(tmp_path, planned):
+    (tmp_path / "audio").mkdir()
+    for rate in (16000, 48000):
+        soundfile.write(tmp_path / "audio" / f"{rate}.wav", [0.0] * (60 * rate), rate)
+    data = DataConfig(audio_dir=str(tmp_path / "audio"), sample_rate=48000)
+    exam = Exam(replace(tiny_recipe(tmp_path / "run"), data=data), Team())
+    if planned:  # a recording of two slices is one
+        slices = [SourceFile("48000.wav", 0, 1, 1, 30.0, rate=48000, start_s=at) for at in (0.0, 30.0)]
+        unit = Unit(0, (SourceFile("16000.wav", 0, 1, 1, 60.0, rate=16000), *slices))
+        exam.work.clips_dir.mkdir(parents=True, exist_ok=True)
+        exam.work.plan_file.write_text(Plan("", {}, (unit,), ()).dumps())
+        shutil.rmtree(tmp_path / "audio")
+    problem = examined(training.check_data, exam).problems[0]
+    assert problem.severity == Severity.WARNING
+    assert problem.what.startswith("1 of 2 recordings (1.0 of 2.0 min) have a rate below data.sample_rate 48000")
+    assert problem.remedy == "set data.sample_rate 24000, or give recordings of 48000 Hz"
 
 
 def write_plan(recipe: Recipe) -> Plan:

@@ -394,8 +394,8 @@ def test_a_copied_dataset_is_known_by_its_content(
     [
         (
             (16000, 48000),
-            "1 of 2 recordings (0.0 of 0.1 min) have a rate below data.sample_rate 48000, the lowest 16000 Hz: they hold "
-            "nothing above 8000 Hz, and the voice learns to sound as dull; set data.sample_rate 24000, or give "
+            "1 of 2 recordings (0.0 of 0.1 min) have a rate below data.sample_rate 48000, the lowest 16000 Hz: they "
+            "hold nothing above 8000 Hz, and the voice learns to sound as dull; set data.sample_rate 24000, or give "
             "recordings of 48000 Hz",
         ),
         ((44100, 48000), ""),  # nothing that is heard

@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rvc_dist import checkpoint, compilation, extract, networks
+from rvc_dist import checkpoint, compilation, decoding, extract, networks
 from rvc_dist.averaging import Network
 from rvc_dist.bench import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, DataConfig, Recipe
@@ -41,10 +42,13 @@ from rvc_dist.doctor.team import Exam
 from rvc_dist.metrics import Meter, PhaseTimer
 from rvc_dist.models.generator import GeneratorShape
 from rvc_dist.optim import make_optimizer
+from rvc_dist.preprocess import low_rates
 from rvc_dist.sources import list_sources
 from rvc_dist.trainer import Trainer
 from rvc_dist.workspace import Plan, StageError, read_header
 
+MAX_MEASURED = 200
+"""Recordings whose headers are read where no plan tells of them."""
 SHM = Path("/dev/shm")
 """What loader processes hand batches over in."""
 
@@ -53,6 +57,9 @@ def check_data(exam: Exam, result: Result) -> None:
     """The run's features fit the recipe, or what is there for the data stages to begin with."""
     recipe, work = exam.recipe, exam.work
     plan = Plan.load(work.plan_file)
+    with contextlib.suppress(StageError):  # of a dataset that is missing; it is told below
+        if low := low_rates(recipe, recording_rates(recipe, plan)):
+            result.warn(low.text, low.remedy)
     if not work.features_report_file.is_file():
         if plan is not None:
             result.same["units"] = str(len(plan.units))
@@ -84,6 +91,22 @@ def check_data(exam: Exam, result: Result) -> None:
             f"the global batch of {global_batch} is more than a quarter of the {len(clips)} clips",
             "start fewer ranks, lower train.batch_size, or record more",
         )
+
+
+def recording_rates(recipe: Recipe, plan: Plan | None) -> list[tuple[int, float]]:
+    """(Hz, seconds) of each recording in the plan; without one, of MAX_MEASURED of the dataset."""
+    if plan is not None:
+        parts = [f for unit in plan.units for f in unit.files if f.rate]  # imported clips tell of no recording
+        seconds: dict[str, float] = defaultdict(float)
+        for part in parts:
+            seconds[part.path] += part.duration_s
+        return [(rate, seconds[path]) for path, rate in {f.path: f.rate for f in parts}.items()]
+    folder, found = Path(recipe.data.audio_dir), []
+    sources = [f for f in list_sources(folder, Path(recipe.run_dir)) if not f.reason]
+    for source in sources[:: -(-len(sources) // MAX_MEASURED)]:
+        with contextlib.suppress(decoding.AudioError), decoding.opened(folder / source.path) as recording:
+            found.append((recording.rate, recording.duration_s))
+    return found
 
 
 def features_of_clips(exam: Exam, plan: Plan | None, result: Result) -> None:
