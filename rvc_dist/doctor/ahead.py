@@ -54,7 +54,7 @@ def check_start(exam: Exam, result: Result) -> None:
 
 
 def check_encoder(exam: Exam, result: Result) -> None:
-    """The content encoder is loaded, which fetches it where it is missing, on the first rank alone."""
+    """The content encoder can be loaded: where it is missing the first rank fetches it."""
     recipe, found = exam.recipe, None
     if exam.has_features_to_make and exam.team.is_first:
         try:
@@ -64,20 +64,22 @@ def check_encoder(exam: Exam, result: Result) -> None:
         except (ValueError, OSError, ImportError) as error:
             fail(result, error, "extract.embedder_model")
     (exam.embedder, *_) = exam.team.gather(found)
-    width = f"{exam.embedder['width']} features" if exam.embedder else "not loaded"
-    result.same[recipe.extract.embedder_model] = width if exam.has_features_to_make else "not needed any more"
+    result.same[recipe.extract.embedder_model] = "needed" if exam.has_features_to_make else "not needed any more"
 
 
 def check_pitch_tracker(exam: Exam, result: Result) -> None:
-    """The pitch tracker is loaded, likewise; that a package is missing is told with the other packages."""
-    config, needed = exam.recipe.extract, exam.has_features_to_make
-    result.same[config.f0_method] = "needed" if needed else "not needed any more"
-    if needed and exam.team.is_first:
-        try:
-            load_f0(config, CPU)
-        except (ValueError, OSError, ImportError) as error:
-            if not (isinstance(error, ImportError) and OPTIONAL_F0.keys() & set(f0_method_names(config.f0_method))):
-                fail(result, error, "extract.f0_method")
+    """So can the pitch tracker; a package of it that is missing is told with the other packages."""
+    config = exam.recipe.extract
+    result.same[config.f0_method] = "needed" if exam.has_features_to_make else "not needed any more"
+    if not (exam.has_features_to_make and exam.team.is_first):
+        return
+    try:
+        load_f0(config, CPU)
+    except (ValueError, OSError) as error:
+        fail(result, error, "extract.f0_method")
+    except ImportError as error:
+        if not OPTIONAL_F0.keys() & set(f0_method_names(config.f0_method)):
+            fail(result, error, "extract.f0_method")
 
 
 def fail(result: Result, error: Exception, key: str) -> None:
@@ -122,6 +124,6 @@ def recorded_seconds(exam: Exam) -> float:
     with contextlib.suppress(StageError):  # another check says it
         sources = [s for s in list_sources(folder, exam.work.root) if not s.reason]
     for source in sources[:: -(-len(sources) // MAX_MEASURED) or 1]:
-        with contextlib.suppress(decoding.AudioError):  # preprocess leaves it out
+        with contextlib.suppress(decoding.AudioError, OSError):  # preprocess leaves it out
             seconds, measured = seconds + decoding.duration(folder / source.path), measured + source.size
     return seconds * sum(s.size for s in sources) / max(1, measured)
