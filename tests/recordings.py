@@ -111,3 +111,51 @@ def _junk_first(rng: random.Random, data: bytearray) -> bytearray:
 
 def _only_magic(rng: random.Random, data: bytearray) -> bytearray:
     return data[: rng.randrange(1, 48)]
+
+
+def write_made(folder: Path, seed: int) -> dict[str, float | None]:
+    """A dataset of a few recordings of every kind, level and fault, the same for the same seed.
+
+    Returns the seconds that each holds; None where damage leaves that open.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    held: dict[str, float | None] = {}
+    for i in range(rng.integers(2, 5)):
+        rate = int(rng.choice([8000, 16000, 22050, 24000, 44100, 48000, 96000]))
+        wave = _made_wave(rng, rate)
+        kind = str(rng.choice(["wav", "flac", "ogg", "mp3", "m4a"], p=[0.4, 0.2, 0.1, 0.2, 0.1]))
+        path = folder / f"{i}.{kind}"
+        if kind == "wav":
+            soundfile.write(path, wave, rate, subtype=str(rng.choice(["PCM_16", "PCM_24", "FLOAT"])))
+        else:
+            wave = wave[:, :2]
+            if kind != "flac" and rate == 96000:
+                wave, rate = wave[::2], 48000
+            if kind == "m4a":
+                rate = max(rate, 16000)
+                write_av(path, wave[:, 0], "aac", rate)
+            else:
+                soundfile.write(path, np.clip(wave, -1, 1), rate)
+        held[path.name] = len(wave) / rate
+        if rng.random() < 0.15:
+            data = bytearray(path.read_bytes())
+            damage = [_cut, _flip_anywhere, _zeros][rng.integers(3)]
+            path.write_bytes(damage(random.Random(int(rng.integers(1 << 30))), data))
+            held[path.name] = None
+    return held
+
+
+def _made_wave(rng: np.random.Generator, rate: int) -> Any:
+    """[S, channels]: bursts of noise and pauses of random length and level, some of them beyond full scale."""
+    parts = []
+    for _ in range(rng.integers(1, 7)):
+        samples = round(float(rng.uniform(0.05, 3.0)) * rate)
+        level_db = float(
+            rng.choice([-200.0, -70.0, -50.0, -30.0, -20.0, -6.0, 12.0], p=[0.2, 0.1, 0.1, 0.2, 0.2, 0.17, 0.03])
+        )
+        burst = rng.normal(0.0, 0.3 * 10 ** (level_db / 20), samples)
+        parts.append(burst * np.abs(np.sin(np.arange(samples) / rate * 2 * np.pi * 3)))
+    mono = np.concatenate(parts).astype(np.float32) * np.float32(10 ** (float(rng.choice([0, 0, -20, -35])) / 20))
+    gains = {0: [1.0], 1: [1.0, 0.7], 2: [1.0, -0.95], 3: [0, 0, 0.3, 0, 0, 0.01]}[int(rng.integers(4))]
+    return mono[:, None] * np.float32(gains)
