@@ -339,7 +339,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(
         raise ConnectionError("no route")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(type(huggingface_hub.utils.get_session()), "head", refuse)
+    monkeypatch.setattr(type(huggingface_hub.get_session()), "head", refuse)
     hub_silence.cache_clear()
     for name in ("contentvec", "spin"):
         with pytest.raises(FileNotFoundError, match=rf"{constants.ENDPOINT} did not give it \(no route\)"):
