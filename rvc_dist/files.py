@@ -31,10 +31,15 @@ def regular_size(path: Path) -> int:
     """The bytes of a regular file. To be called before opening: a FIFO may never answer, a device never end.
 
     Raises:
-        ForeignFileError: it is something else.
-        OSError: it does not exist, or cannot be looked at.
+        ForeignFileError: it is something else, or cannot be looked at.
+        FileNotFoundError: it does not exist.
     """
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ForeignFileError(f"it cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(status.st_mode):
         kind = "folder" if stat.S_ISDIR(status.st_mode) else "FIFO, socket or device"
         raise ForeignFileError(f"it is a {kind}, expected a file")

@@ -78,7 +78,7 @@ def _num_speakers(table: ClipTable, file: str | None, state: Mapping[str, Tensor
     """One row a speaker; with a pretrained generator's `state`, as many as it has."""
     if state is None:
         return table.num_speakers
-    if "emb_g.weight" not in state:
+    if "emb_g.weight" not in state or state["emb_g.weight"].ndim != 2:
         raise StageError(f"train.pretrained_g: {file} holds no generator (no emb_g.weight)")
     rows = state["emb_g.weight"].shape[0]
     if rows < table.num_speakers:

@@ -435,6 +435,8 @@ def read_header(path: Path) -> dict[str, Any] | None:
     """The JSON header of a safetensors file of ours; None when it is missing, foreign or damaged."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

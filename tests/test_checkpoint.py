@@ -384,3 +384,25 @@ def test_missing_and_empty_pretrained_files_are_named(tmp_path):
     torch.save([1, 2], file)
     with pytest.raises(StageError, match="holds no state dict"):
         checkpoint.read_pretrained(file, "train.pretrained_g")
+
+
+def test_numbers_that_are_not_finite_are_named_with_file_and_tensor(tmp_path):
+    file = tmp_path / "G.pth"
+    torch.save({"model": {"a.weight_g": torch.ones(2), "b.weight_v": torch.tensor([1.0, torch.nan])}}, file)
+    with pytest.raises(
+        StageError, match=r"pretrained_g: .*G\.pth cannot be trained on from: its tensor b\.weight_v holds"
+    ):
+        checkpoint.read_pretrained(file, "train.pretrained_g")
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("g", r"posterior encoder \(enc_q\)"), ("d", "discriminator")])
+def test_a_voice_file_is_no_pretrained_one_unless_it_has_what_training_needs(tmp_path, name, lacks):
+    file, key = tmp_path / "v.pth", f"train.pretrained_{name}"
+    voice = {"weight": {"emb_g.weight": torch.ones(1, 2)}, "config": [1], "sr": 48000}
+    torch.save(voice, file)
+    letter = name.upper()
+    with pytest.raises(StageError, match=rf"{key}: .*v\.pth is a voice file.* no {lacks}.* give the {letter}_\*\.pth"):
+        checkpoint.read_pretrained(file, key)
+    voice["weight"]["enc_q.pre.bias"] = torch.ones(1)
+    torch.save(voice, file)
+    assert "enc_q.pre.bias" in checkpoint.read_pretrained(file, key).state

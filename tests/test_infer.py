@@ -508,6 +508,15 @@ def damaged(contents: dict[str, Any], **values: Any) -> dict[str, Any]:
         ({"weight": 3}, "holds no voice that can be built here"),
         ({"config": [1, 2]}, r"got 2 entries, expected 18"),
         ({"config": 3}, "holds no voice that can be built here"),
+        ({"config": {6: 10**9}}, "got num_layers 1000000000, which no network"),
+        ({"config": {3: True}}, "got hidden_channels True"),
+        ({"config": {5: 3}}, "got num_heads 3"),
+        ({"config": {10: [3, 7, 10]}}, "got resblock_kernels"),
+        ({"config": {11: [[1, 10**9]] * 3}}, "got resblock_dilations"),
+        ({"config": {12: [6, 10, 2, 2]}}, r"does not fit its own config: .*noise_convs"),
+        ({"config": {12: [10, 6, 2, 4]}}, "give 480 samples a frame, 24000 Hz needs 240"),
+        ({"config": {14: [20, 12, 4, 3]}}, "got upsample_kernels"),
+        ({"config": {17: 2**70}}, "got sample rate"),
         ({"version": "v9"}, "version 'v9'"),
         ({"f0": 0}, r"does not fit its own config: .*(emb_pitch|noise_convs|m_source)"),
         ({"vocoder": "RefineGAN"}, "refinegan"),
@@ -516,7 +525,10 @@ def damaged(contents: dict[str, Any], **values: Any) -> dict[str, Any]:
 def test_a_voice_that_cannot_be_built_is_refused(
     change: dict[str, Any], message: str, recipe: Recipe, tmp_path: Path, voice_file: Path
 ) -> None:
-    write_voice(tmp_path / "v.pth", damaged(torch.load(voice_file, weights_only=True), **change))
+    contents = torch.load(voice_file, weights_only=True)
+    if isinstance(entries := change.get("config"), dict):
+        change = {"config": [entries.get(i, entry) for i, entry in enumerate(contents["config"])]}
+    write_voice(tmp_path / "v.pth", damaged(contents, **change))
     with pytest.raises(StageError, match=rf"infer\.model: .*{message}"):
         infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
 

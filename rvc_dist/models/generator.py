@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rvc_dist.config import RATES
 from rvc_dist.models.encoders import PosteriorEncoder, TextEncoder
 from rvc_dist.models.flow import Flow
-from rvc_dist.models.modules import frame_mask, slice_frames
+from rvc_dist.models.modules import embedding, frame_mask, slice_frames
 from rvc_dist.models.vocoders import build_vocoder
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class Generator(nn.Module):
         self.dec = build_vocoder(shape)
         self.enc_q = PosteriorEncoder(shape)
         self.flow = Flow(shape)
-        self.emb_g = nn.Embedding(shape.num_speakers, shape.gin_channels)
+        self.emb_g = embedding(shape.num_speakers, shape.gin_channels)
 
     def forward(
         self,

@@ -1,0 +1,555 @@
+"""Files that nobody should have to trust: made by kind and seed, and given to what reads them.
+
+`python hostile.py FIRST COUNT FOLDER KIND...` makes and reads COUNT inputs of each kind in one process, and prints a
+line of JSON for each input: how it ended, after how long, the most memory meanwhile, and how much more than before.
+
+A kind is an entry of KINDS: what must lie beside the hostile file, how to make one of a seed, and what reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+import time
+import traceback
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import experiments
+import faiss
+import numpy as np
+import safetensors.numpy
+import soundfile
+import torch
+from helpers import (
+    NARROW,
+    SteadyPitch,
+    changed,
+    make_generator,
+    narrow_recipe,
+    tone,
+    voice_contents,
+    workspace_of,
+    write_features,
+)
+from torch import Tensor
+
+from rvc_dist import networks
+from rvc_dist.__main__ import run_stage, set_up_logging
+from rvc_dist.config import InferConfig, Recipe
+from rvc_dist.data import ClipTable
+from rvc_dist.features.content import read_tensors
+from rvc_dist.features.f0 import F0_METHODS
+from rvc_dist.index import Retriever
+from rvc_dist.models.discriminator import MultiPeriodDiscriminator
+from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.workspace import Share, StageError
+
+MOST_S = 20
+"""Seconds after which an input is taken for one that never ends."""
+MOST_BYTES = 16 << 30
+"""Of address space: what libraries map counts too."""
+WIDTH = 768
+T = TypeVar("T")
+Random = np.random.Generator
+ABSURD: tuple[Any, ...] = (
+    *(0, -1, 1, 7, 10**9, 2**31, 2**62, 2**70, 1.5, float("nan"), float("inf"), True, None, "", "1", "x" * 100_000),
+    *([], {}, [0], [10**9] * 3, [1] * 1000, [[]], [["a"]], (), torch.zeros(2), torch.zeros(())),
+)
+"""In the place of any plain value."""
+
+
+class Kind(NamedTuple):
+    count: int
+    """Inputs of the slow test."""
+    prepare: Callable[[Path], None]
+    """Write into a folder what every input needs beside it."""
+    make: Callable[[Path, Random], None]
+    """Write an input into that folder."""
+    read: Callable[[Path], int]
+    """Let the program read it; its exit code."""
+
+
+def one_of(things: Sequence[T], rng: Random) -> T:
+    return things[int(rng.integers(len(things)))]
+
+
+def stage(name: str, recipe: Recipe) -> int:
+    """`rvc-dist NAME` without the reading of its arguments, which takes longer than most inputs."""
+    set_up_logging(Share())
+    return run_stage(name, recipe, Share(), {})
+
+
+def told(stage: str, function: Callable[[], object]) -> int:
+    """What `main` does with a stage, for a part of one."""
+    try:
+        function()
+    except (StageError, ValueError) as error:
+        sys.stderr.write(f"rvc-dist {stage}: {error}\n")
+        return 1
+    return 0
+
+
+def mangle(data: bytes, rng: Random) -> bytes:
+    """`data` with one to three faults anywhere: what a bad disk, or a fuzzer that knows no format, does."""
+    found = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        at, size = int(rng.integers(len(found) + 1)), int(rng.integers(1, 64))
+        fault = rng.integers(7)
+        if fault == 0 and at < len(found):
+            found[at] ^= 1 << int(rng.integers(8))
+        elif fault == 1:
+            del found[at:]
+        elif fault == 2:
+            found[at : at + size] = bytes(size)
+        elif fault == 3:
+            found[at:at] = rng.bytes(size)
+        elif fault == 4:
+            found[at:at] = found[at : at + size]
+        elif fault == 5:
+            number = one_of((0, 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1), rng)
+            found[at : at + 8] = struct.pack("<Q", number)
+        else:
+            del found[at : at + size]
+    return bytes(found)
+
+
+def spoil(path: Path, whole: bytes, rng: Random) -> bool:
+    """Write what no reader of any format may trip over: no file, one of another kind, a mangled one; or nothing."""
+    path.unlink(missing_ok=True)
+    choice = rng.integers(8)
+    if choice == 0:
+        kind = rng.integers(5)
+        if kind == 0:
+            os.mkfifo(path)
+        elif kind == 1:
+            path.mkdir()
+        elif kind == 2:
+            path.symlink_to("/dev/zero")
+        elif kind == 3:
+            path.symlink_to(path.name)
+        else:
+            path.write_bytes(rng.bytes(int(rng.integers(3)) * 50))
+    elif choice < 3:
+        path.write_bytes(mangle(whole, rng))
+    return choice < 3
+
+
+# Torch files
+
+
+def saved(contents: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(contents, buffer, **options)
+    return buffer.getvalue()
+
+
+def rezipped(data: bytes, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(buffer, "w", compression) as after:
+        for name in before.namelist():
+            after.writestr(name, change(name, before.read(name)))
+    return buffer.getvalue()
+
+
+def with_pickle(data: bytes, pickled: Callable[[bytes], bytes]) -> bytes:
+    return rezipped(data, lambda name, content: pickled(content) if name.endswith("data.pkl") else content)
+
+
+def pickle_bomb(rng: Random) -> bytes:
+    """A pickle that costs more than its bytes, or does more than to hold plain data."""
+    nested = b"]" * int(rng.choice([10, 1000, 100_000]))
+    doubled = b")q\0" + b"h\0h\0\x86q\0" * 60  # a tuple of itself twice, sixty times over
+    choices = (
+        b"\x80\2" + nested + b"a" * (len(nested) - 1) + b".",
+        b"\x80\2]r\xff\xff\xff\x7f.",
+        b"\x80\2\x8b\xff\xff\xff\x7f" + bytes(100) + b".",
+        b"\x80\2X\xff\xff\xff\xff" + bytes(100) + b".",
+        b"\x80\2}" + doubled + b"K\1s.",  # as a key it has to be hashed
+        b"\x80\2}X\6\0\0\0weight" + doubled + b"sX\6\0\0\0config" + doubled + b"s.",
+        b"\x80\2c__builtin__\nbytearray\n\x8a\5\0\0\0\0\x10\x85R.",
+        b"\x80\2cos\nsystem\nX\4\0\0\0true\x85R.",
+        b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n(R.",
+        b"\x80\2ccollections\nOrderedDict\n(]tR.",
+        pickle.dumps({"weight": {}, "config": [1] * 18}, protocol=int(rng.integers(6))),
+        b"\x80\2" + b"(" * 500_000 + b".",
+        b"\x80\2" + b"0" * 10 + b".",
+    )
+    return one_of(choices, rng)
+
+
+def odd_tensor(like: Tensor, rng: Random) -> Tensor:
+    """A tensor in the place of `like` that is not what a network holds."""
+    broken = like.clone()
+    broken.view(-1)[rng.integers(like.numel())] = float(rng.choice([np.nan, np.inf, -np.inf]))
+    overlapping = torch.zeros(like.numel() + 8, dtype=like.dtype).as_strided(
+        [*like.shape[:-1], like.shape[-1]], [1] * like.ndim
+    )
+    choices: tuple[Callable[[], Tensor], ...] = (
+        lambda: torch.zeros((), dtype=like.dtype).expand(10**8, *like.shape[1:]),
+        lambda: torch.zeros((), dtype=like.dtype).expand(like.shape),
+        lambda: broken,
+        lambda: overlapping,
+        lambda: like.to(torch.complex64),
+        lambda: like > 0,
+        lambda: like.to(torch.float8_e4m3fn),
+        lambda: like.to(torch.int32),
+        lambda: like.float().to_sparse(),
+        lambda: torch.quantize_per_tensor(like.float(), 0.1, 0, torch.qint8),
+        lambda: like[:0],
+        lambda: like[None],
+        lambda: like.flatten(),
+        lambda: torch.zeros(like.shape, device="meta"),
+        lambda: torch.nn.Parameter(like.float()),
+    )
+    return one_of(choices, rng)()
+
+
+def odd_state(state: Mapping[str, Tensor], rng: Random) -> dict[Any, Any]:
+    """A state dict with one thing wrong."""
+    found: dict[Any, Any] = dict(state)
+    key = list(found)[rng.integers(len(found))]
+    choice = rng.integers(6)
+    if choice == 0:
+        del found[key]
+    elif choice == 1:
+        found[key] = one_of(ABSURD, rng)
+    elif choice == 2:
+        found["more." * int(rng.integers(1, 1000))] = torch.zeros(3)
+    elif choice == 3:
+        found[int(rng.integers(9))] = found.pop(key)
+    else:
+        found[key] = odd_tensor(found[key], rng)
+    return found
+
+
+def write_torch(path: Path, contents: dict[str, Any], state_key: str, rng: Random) -> None:
+    """A torch file with something wrong, on any level: file, zip, pickle, tensors, values."""
+    whole = saved(contents)
+    if spoil(path, whole, rng):
+        return
+    choice = rng.integers(10)
+    if choice == 0:
+        data = saved(contents, _use_new_zipfile_serialization=False)
+    elif choice == 1:
+        bomb = bytes(int(rng.choice([0, 1 << 25])))
+        data = rezipped(
+            whole, lambda name, content: bomb + content if name.endswith("data/0") else content, zipfile.ZIP_DEFLATED
+        )
+    elif choice == 2:
+        data = rezipped(whole, lambda name, content: b"big" if name.endswith("byteorder") else content)
+    elif choice == 3:
+        data = with_pickle(whole, partial(mangle, rng=rng))
+    elif choice == 4:
+        data = with_pickle(whole, lambda _: pickle_bomb(rng))
+    elif choice == 5:
+        data = rezipped(whole, lambda name, content: content[: len(content) // 2] if "data/" in name else content)
+    elif choice < 8:
+        data = saved(contents | {state_key: odd_state(contents[state_key], rng)})
+    else:
+        odd = copy.deepcopy({k: v for k, v in contents.items() if k != state_key}) | {state_key: contents[state_key]}
+        where: Any = odd
+        key: Any = list(odd)[rng.integers(len(odd))]
+        if isinstance(odd[key], list) and rng.integers(4):
+            where, key = odd[key], int(rng.integers(len(odd[key])))
+        where[key] = one_of(ABSURD, rng)
+        data = saved(odd)
+    path.write_bytes(data)
+
+
+@cache
+def voice() -> dict[str, Any]:
+    recipe = narrow_recipe(Path("unused"))
+    return voice_contents(recipe, make_generator(recipe)) | {"embedder_mix": {"layers": [], "ratio": 0.5}}
+
+
+def infer(folder: Path) -> int:
+    config = InferConfig(
+        input=str(folder / "in.wav"),
+        output=str(folder / "out.wav"),
+        model=str(folder / "voice.pth"),
+        index_rate=0.0,
+        embedder_model="mfcc",
+    )
+    return stage("infer", narrow_recipe(folder, infer=config))
+
+
+def prepare_infer(folder: Path) -> None:
+    soundfile.write(folder / "in.wav", tone(0.2), 24000)
+    (folder / "voice.pth").write_bytes(saved(voice()))
+    F0_METHODS["pyin"] = SteadyPitch
+
+
+@cache
+def networks_of_a_run() -> dict[str, dict[str, Tensor]]:
+    generator = make_generator(narrow_recipe(Path("unused")))
+    return {
+        "g": to_upstream(generator.state_dict()),
+        "d": to_upstream(MultiPeriodDiscriminator("v2", NARROW.discriminator_channels).state_dict()),
+    }
+
+
+def make_pretrained(folder: Path, rng: Random) -> None:
+    name = "gd"[rng.integers(2)]
+    contents = {"model": networks_of_a_run()[name], "iteration": 3, "optimizer": {}, "learning_rate": 1e-4}
+    write_torch(folder / f"{name}.pth", contents, "model", rng)
+
+
+def read_pretrained(folder: Path) -> int:
+    names = [n for n in "gd" if os.path.lexists(folder / f"{n}.pth")]
+    recipe = changed(narrow_recipe(folder), "train", **{f"pretrained_{n}": str(folder / f"{n}.pth") for n in names})
+    table = ClipTable((), (), WIDTH, {"name": "mfcc", "width": WIDTH, "hash": ""}, 1)
+    return told("train", lambda: networks.build(recipe, table))
+
+
+def make_weights(folder: Path, rng: Random) -> None:
+    """The weights of a pitch tracker or an encoder, in either format."""
+    arrays = {f"layer.{i}": np.ones((i + 1, 3), np.float32) for i in range(6)}
+    path = folder / ("weights.safetensors" if rng.integers(2) else "weights.pt")
+    if path.suffix == ".pt":
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        write_torch(path, {"model": tensors, "step": 3}, "model", rng)
+    else:
+        write_safetensors(path, arrays, {}, rng)
+
+
+def read_weights(folder: Path) -> int:
+    return told("extract", lambda: [read_tensors(path) for path in folder.glob("weights.*")])
+
+
+# Safetensors of the run folder
+
+
+def write_safetensors(path: Path, arrays: dict[str, Any], metadata: dict[str, str], rng: Random) -> None:
+    whole = safetensors.numpy.save(arrays, metadata)
+    if spoil(path, whole, rng):
+        return
+    (size,) = struct.unpack_from("<Q", whole)
+    header = json.loads(whole[8 : 8 + size])
+    name = list(arrays)[rng.integers(len(arrays))]
+    choice = rng.integers(8)
+    if choice == 0:
+        header[name]["dtype"] = str(rng.choice(["F8_E4M3", "BOOL", "I64", "F16", "BF16", "U8", "X"]))
+    elif choice == 1:
+        header[name]["shape"] = [int(rng.choice([0, 1, 10**9, 2**62])), *header[name]["shape"][1:]]
+    elif choice == 2:
+        header[name]["data_offsets"] = [0, int(rng.choice([0, 4, 2**40, 2**62]))]
+    elif choice == 3:
+        header["other"] = header.pop(name)
+    else:
+        odd = dict(arrays)
+        if choice == 4:
+            odd[name] = odd[name].copy()
+            odd[name].flat[0] = np.nan
+        elif choice == 5:
+            odd[name] = odd[name][: len(odd[name]) // 2]
+        elif choice == 6:
+            odd[name] = odd[name].astype(np.float64)
+        else:
+            odd[name] = odd[name][None]
+        path.write_bytes(safetensors.numpy.save(odd, metadata))
+        return
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + size :])
+
+
+def features_recipe(folder: Path) -> Recipe:
+    return changed(narrow_recipe(folder), "extract", include_mutes=0)
+
+
+def prepare_features(folder: Path) -> None:
+    recipe = features_recipe(folder)
+    rng = np.random.default_rng(0)
+    write_features(recipe, [[rng.standard_normal((50, 16), np.float32) for _ in range(3)] for _ in range(2)])
+
+
+def make_features(folder: Path, rng: Random) -> None:
+    path = workspace_of(features_recipe(folder)).features_file(0)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    write_safetensors(path, arrays, metadata, rng)
+
+
+def read_features(folder: Path) -> int:
+    code = stage("index", features_recipe(folder))
+    return max(code, told("train", lambda: ClipTable.load(features_recipe(folder))))
+
+
+# Indexes
+
+
+@cache
+def an_index(kind: str, width: int = WIDTH) -> bytes:
+    vectors = np.random.default_rng(0).standard_normal((400, width), np.float32)
+    made = faiss.index_factory(width, kind)
+    made.train(vectors)
+    made.add(vectors[: 1 if kind == "IVF64,Flat" else 400])
+    return faiss.serialize_index(made).tobytes()
+
+
+OTHER_INDEXES = (
+    *("PQ8x4fs", "IVF4,PQ8x4fs", "IVF4,PQ8", "PQ8", "SQ8", "IVF4,SQ8", "HNSW8,Flat", "LSH", "PCA8,IVF4,Flat"),
+    *("IVF4_HNSW8,Flat", "IDMap,Flat", "IVF4,PQ8,RFlat", "NSG8,Flat", "IVF4,Flat,RFlat"),
+)
+
+
+def make_index(folder: Path, rng: Random) -> None:
+    path = folder / "i.index"
+    whole = an_index(str(rng.choice(["IVF4,Flat", "IVF64,Flat", "Flat"])))
+    if spoil(path, whole, rng):
+        return
+    choice = rng.integers(8)
+    found = bytearray(whole)
+    if choice == 0:
+        found = bytearray(an_index(str(rng.choice(OTHER_INDEXES)), 16))
+    elif choice == 1:
+        found = bytearray(an_index("IVF4,Flat", int(rng.choice([1, 16, 256]))))
+    elif choice == 2:  # a number of a header: sizes, counts, kinds, nprobe
+        heads = [m.start() for m in re.finditer(rb"IxF2|IwFl|ilar|full|sprs", whole)]
+        at = heads[rng.integers(len(heads))] + 4 * int(rng.integers(0, 16))
+        odd = one_of((0, 1, 3, 100, 2**20, 2**31 - 1, 2**32, 2**40, 2**61, 2**62, 2**63, 2**64 - 1), rng)
+        found[at : at + 8] = struct.pack("<Q", odd)
+    elif choice == 3:  # vectors and their numbers
+        at = len(found) - 8 * int(rng.integers(1, 40))
+        found[at : at + 8] = struct.pack("<Q", one_of((0, 399, 400, 2**31, 2**63, 2**64 - 1), rng))
+    elif choice == 4:
+        at = whole.find(b"ilar")
+        found[at : at + 4] = one_of((b"il00", b"ilod", b"ilps", b"ilpl", b"noop"), rng)
+    elif choice == 5 and b"ilar" in whole:  # lists on the disk, in a file that it names
+        head = whole[: whole.find(b"ilar")]
+        lists = struct.pack("<QQQ", 4, 4 * WIDTH, 4) + bytes(4 * 24) + struct.pack("<Q", 0)
+        name = b"/etc/passwd"
+        found = bytearray(head + b"ilod" + lists + struct.pack("<Q", len(name)) + name + struct.pack("<Q", 1 << 20))
+    elif choice == 6:
+        at = 4 * int(rng.integers(10, len(found) // 4))
+        found[at : at + 4] = struct.pack("<f", float(rng.choice([np.nan, np.inf])))
+    else:
+        found += rng.bytes(9)
+    path.write_bytes(found)
+
+
+def read_index(folder: Path) -> int:
+    queries = np.zeros((3, WIDTH), np.float32)
+    return told("infer", lambda: Retriever(folder / "i.index", WIDTH)(queries, 0.5))
+
+
+# .npy files
+
+
+def prepare_experiment(folder: Path) -> None:
+    experiments.make(folder / "logs" / "voice", "applio")
+
+
+def make_npy(folder: Path, rng: Random) -> None:
+    names = ("extracted/0_0_0.npy", "f0_voiced/0_0_0.wav.npy", "extracted/3_1_0.npy")
+    path = folder / "logs" / "voice" / names[rng.integers(len(names))]
+    whole = path.read_bytes()
+    if spoil(path, whole, rng):
+        return
+    deep = b"(" * int(rng.choice([50, 5000, 60_000]))
+    headers = (
+        b"{'descr': " + deep,
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': " + deep,
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+        b"{'descr': [('a', '<f4'), ('b', '|O')], 'fortran_order': False, 'shape': (1,), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999999, 99999999), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 768), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (4294967296, 4294967296), }",
+        b"{'descr': '<f4', 'fortran_order': True, 'shape': (2, 3), }",
+        b"{'descr': '<c8', 'fortran_order': False, 'shape': (2, 3), }",
+        b"{'descr': '<U9999999', 'fortran_order': False, 'shape': (2, 3), }",
+        b"{'shape': (2, 3), 'descr': '<f4'}",
+        b"9" * 5000,
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b"1," * 100 + b"), }",
+    )
+    text = one_of(headers, rng) + b"\n"
+    version = int(rng.integers(1, 4))
+    length = struct.pack("<H" if version == 1 else "<I", min(len(text), 65535))
+    path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + length + text + bytes(int(rng.choice([0, 24, 4096]))))
+
+
+def read_npy(folder: Path) -> int:
+    recipe = changed(narrow_recipe(folder), "data", audio_dir=str(folder / "logs" / "voice"), sample_rate=24000)
+    return stage("import", recipe)
+
+
+KINDS: dict[str, Kind] = {
+    "voice": Kind(250, prepare_infer, lambda f, rng: write_torch(f / "voice.pth", voice(), "weight", rng), infer),
+    "pretrained": Kind(150, lambda folder: None, make_pretrained, read_pretrained),
+    "weights": Kind(100, lambda folder: None, make_weights, read_weights),
+    "features": Kind(100, prepare_features, make_features, read_features),
+    "index": Kind(250, lambda folder: None, make_index, read_index),
+    "npy": Kind(150, prepare_experiment, make_npy, read_npy),
+}
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory that this process has had in use: at most since the last call, and now."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    most, now = (int(re.findall(rf"{key}:\s+(\d+)", status)[0]) << 10 for key in ("VmHWM", "VmRSS"))
+    return most, now
+
+
+def run_one(kind: Kind, base: Path, folder: Path, rng: Random) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder)
+    kind.make(folder, rng)
+    _, before = memory()
+    screen, ended = io.StringIO(), ""
+    started_at = time.monotonic()
+    signal.alarm(MOST_S)
+    try:
+        with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
+            code = kind.read(folder)
+    except BaseException:  # noqa: BLE001 - whatever it is, it is what is looked for
+        code, ended = -1, traceback.format_exc()
+    signal.alarm(0)
+    seconds = time.monotonic() - started_at
+    # The last is what an import says, which goes on without a file.
+    said = [s for s in screen.getvalue().splitlines() if s.startswith("rvc-dist ") or "features not imported" in s]
+    most, _ = memory()
+    return {"code": code, "s": seconds, "bytes": most, "more": most - before, "said": said, "traceback": ended}
+
+
+def write_line(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data) + "\n")
+    sys.stdout.flush()
+
+
+def run(name: str, first: int, count: int, folder: Path) -> None:
+    kind = KINDS[name]
+    base = folder / "base"
+    (folder / "input").mkdir(parents=True)
+    kind.prepare(folder / "input")  # its files name each other: it is put back to this place for every input
+    (folder / "input").rename(base)
+    # The first of all pays for what is imported late: a healthy one, of which nothing is said.
+    shutil.copytree(base, folder / "input")
+    with contextlib.redirect_stderr(io.StringIO()):
+        kind.read(folder / "input")
+    for number in range(first, first + count):
+        # An input that ends this process leaves only its number.
+        write_line({"kind": name, "number": number})
+        rng = np.random.default_rng([zlib.crc32(name.encode()), number])
+        write_line({"kind": name, "number": number} | run_one(kind, base, folder / "input", rng))
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    torch.set_num_threads(1)
+    for kind_name in sys.argv[4:]:
+        run(kind_name, int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) / kind_name)
