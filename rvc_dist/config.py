@@ -103,7 +103,7 @@ class PreprocessConfig:
     """How recordings become clips."""
 
     cut_method: Literal["automatic", "simple", "skip"] = "automatic"
-    """automatic: at silences, then windows; simple: fixed windows; skip: one clip a file."""
+    """automatic: at silences, then windows; simple: fixed windows and what is left; skip: one clip a file."""
     chunk_len: float = 3.0
     """Length of a clip in seconds."""
     overlap_len: float = 0.3

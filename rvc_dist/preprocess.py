@@ -482,8 +482,8 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
     files = _by_recording([f for h in done for f in h["files"]]) + [left_out_entry(f) for f in plan.excluded]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
-    low = low_rates(recipe, [(f["sample_rate"], f["seconds_in"]) for f in used])
-    report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low._asdict() if low else None}
+    low, remedy = low_rates(recipe, [(f["sample_rate"], f["seconds_in"]) for f in used])
+    report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low}
     for file in files:
         if file["reason"]:
             logger.warning("preprocess: %s: %s", printable(file["path"]), file["reason"])
@@ -502,25 +502,16 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         work.clips_report_file,
     )
     if low:
-        logger.warning("preprocess: %s; %s", low.text, low.remedy)
+        logger.warning("preprocess: %s; %s", low, remedy)
     logger.info("preprocess: %s", account(report["seconds_in"], report["lost"]))
 
 
-class LowRates(NamedTuple):
-    """Recordings that hold less than the voice is to have."""
-
-    files: int
-    seconds: float
-    text: str
-    remedy: str
-
-
-def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> LowRates | None:
-    """What there is to say of `recordings` (Hz, seconds) below the voice's rate and below what can be heard."""
+def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str, str]:
+    """What is to be said, and done, of those `recordings` (Hz, seconds) that hold less than the voice is to have."""
     wanted = recipe.data.sample_rate
     low = [(rate, seconds) for rate, seconds in recordings if rate < min(wanted, HEARD_RATE)]
     if not low:
-        return None
+        return "", ""
     lowest, low_s, all_s = min(low)[0], sum(s for _, s in low), sum(s for _, s in recordings)
     fitting = min((r for r in RATES[recipe.model.version] if r >= lowest), default=wanted)
     text = (
@@ -529,7 +520,7 @@ def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> LowRates |
         "learns to sound as dull"
     )
     remedy = f"set data.sample_rate {fitting}, or " if fitting < wanted else ""
-    return LowRates(len(low), round(low_s, 3), text, f"{remedy}give recordings of {wanted} Hz")
+    return text, f"{remedy}give recordings of {wanted} Hz"
 
 
 def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
@@ -541,7 +532,7 @@ def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
         "clips": sum(f["clips"] for f in used),
         "clip_seconds": round(sum(f["seconds_out"] for f in used), 3),
         "seconds_in": round(sum(f["seconds_in"] for f in files), 3),
-        "lost": {why: round(seconds, 3) for why, seconds in sum_lost(files).items()},
+        "lost": sum_lost(files),
         "speakers": sorted({f["speaker"] for f in used}),
         "files_used": len(used),
         "files_left_out": len(files) - len(used),
@@ -554,7 +545,7 @@ def sum_lost(files: list[dict[str, Any]]) -> dict[str, float]:
     total: Counter[str] = Counter()
     for file in files:
         total.update(file["lost"])
-    return dict(total.most_common())
+    return {why: round(seconds, 6) for why, seconds in total.most_common()}
 
 
 def account(seconds_in: float, lost: dict[str, float]) -> str:

@@ -411,8 +411,7 @@ def test_recordings_below_the_voices_rate_are_told(
     told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert told == ([f"preprocess: {expected}"] if expected else [])
     assert {f["sample_rate"] for f in report(config)["files"]} == set(rates)
-    low = report(config)["low_rates"]
-    assert (low and (low["files"], low["seconds"])) == ((1, 2.0) if expected else None)
+    assert report(config)["low_rates"] == expected.partition(";")[0]
 
 
 def test_the_report_of_an_old_plan_does_not_count(tmp_path: Path, small: Path) -> None:
@@ -447,7 +446,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
         "clip_seconds": 11.75,
         "seconds_in": 10.25,
         "lost": {},
-        "low_rates": None,
+        "low_rates": "",
         "speakers": [0, 3],
         "files_used": 3,
         "files_left_out": 1,

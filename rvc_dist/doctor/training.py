@@ -58,8 +58,9 @@ def check_data(exam: Exam, result: Result) -> None:
     recipe, work = exam.recipe, exam.work
     plan = Plan.load(work.plan_file)
     with contextlib.suppress(StageError):  # of a dataset that is missing; it is told below
-        if low := low_rates(recipe, recording_rates(recipe, plan)):
-            result.warn(low.text, low.remedy)
+        low, remedy = low_rates(recipe, recording_rates(recipe, plan))
+        if low:
+            result.warn(low, remedy)
     if not work.features_report_file.is_file():
         if plan is not None:
             result.same["units"] = str(len(plan.units))
