@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rvc_dist.decoding import Samples, mono, opened
+from rvc_dist.decoding import Recording, Samples, mono
 from rvc_dist.decoding import Wave as Wave
 
 logger = logging.getLogger(__name__)
@@ -214,25 +213,24 @@ def _sounding(
     return [*pieces, (begin, total)]
 
 
-def stream(path: Path, rate: int) -> Iterator[Wave]:
+def stream(recording: Recording, rate: int) -> Iterator[Wave]:
     """Decode a recording of any length block by block: mono [S] float32 at `rate`.
 
     Raises:
         AudioError: the file is damaged, or has samples that are not numbers.
     """
-    with opened(path) as recording:
-        resampler, downmix = Resampler(recording.rate, rate), Downmix()
-        for block in recording.blocks():  # of several channels: whether they cancel is known at the end
-            if block.shape[1] == 1:
-                break
-            downmix(block)
-        channel = downmix.loudest_of_cancelling()
-        if channel is not None:
-            logger.warning("%s: %s", path, cancelling_note(channel))
-        downmix = Downmix(channel)
-        for block in recording.blocks():
-            yield resampler(downmix(block))
-        yield resampler(np.zeros(0, np.float32), last=True)
+    resampler, downmix = Resampler(recording.rate, rate), Downmix()
+    for block in recording.blocks():  # of several channels: whether they cancel is known at the end
+        if block.shape[1] == 1:
+            break
+        downmix(block)
+    channel = downmix.loudest_of_cancelling()
+    if channel is not None:
+        logger.warning("%s", cancelling_note(channel))
+    downmix = Downmix(channel)
+    for block in recording.blocks():
+        yield resampler(downmix(block))
+    yield resampler(np.zeros(0, np.float32), last=True)
 
 
 def cancelling_note(channel: int) -> str:

@@ -6,14 +6,19 @@ Shapes: S samples. Whatever is wrong with a file is an AudioError, and memory do
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import mmap
 import os
+import re
+import struct
 import sys
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +28,20 @@ Samples = npt.NDArray[np.float32]
 Wave = npt.NDArray[np.float32]
 """[S], mono"""
 
-SNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
+SNDFILE_SUFFIXES = (".wav", ".wave", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff", ".aif", ".w64", ".rf64")
 """What libsndfile decodes."""
-AV_SUFFIXES = (".m4a", ".mp4", ".aac", ".alac", ".wma", ".webm", ".ac3", ".mka", ".mkv", ".mov", ".amr", ".caf")
+AV_SUFFIXES = (
+    *(".m4a", ".m4b", ".mp4", ".3gp", ".aac", ".alac", ".wma", ".webm", ".ac3", ".mka", ".mkv", ".mov", ".amr", ".caf"),
+)
 """What needs PyAV."""
 AUDIO_SUFFIXES = SNDFILE_SUFFIXES + AV_SUFFIXES
 CONTAINERS = "mov,matroska,asf,wav,w64,flac,ogg,aiff,caf"
 """ffmpeg's readers that know their files by a signature. The others would hear music in any bytes, and playlists would
 open files and addresses that somebody else wrote down."""
 RAW_STREAMS = {".aac": "aac", ".ac3": "ac3,eac3", ".mp3": "mp3", ".amr": "amr"}
-"""Streams without a container: believed only of files that are named so. Their header's length is a guess."""
+"""Streams without a container: believed only of files that are named so, or without a suffix begin as they do. Their
+header's length is a guess."""
+RAW_MAGIC = {b"\xff\xf1": ".aac", b"\xff\xf9": ".aac", b"\x0bw": ".ac3", b"#!": ".amr"}
 FORGETFUL = ("MP3", "OGG")
 """Formats of libsndfile that click where a read begins that is not the first."""
 MIN_RATE, MAX_RATE = 4000, 768000
@@ -45,8 +54,24 @@ MAX_HOURS = 100
 """A header that promises more is damaged, or that of a stream whose length was not known when it was written."""
 BOMB_SECONDS, BOMB_BYTES_PER_S = 600.0, 250.0
 """A longer file with fewer bytes a second is silence, or has a damaged header: speech takes 600 and more."""
-UNREADABLE, GAP = "unreadable", "gap in its time stamps"
-"""Why a decoder does not give seconds that a recording holds."""
+UNREADABLE, GAP, CUT = "unreadable", "gap in its time stamps", "cut off"
+"""Why a decoder does not give seconds that a recording holds, or that its header promises."""
+SLACK_S = 0.2
+"""Time stamps and headers that are this much off tell of no loss: those of asf are."""
+SILENT_PEAK = 1e-3
+"""A track that never reaches it is silent."""
+MAX_RMS = 0.4
+"""Bytes that are no sound, read as samples, are louder, and as white as noise or far from zero."""
+CHUNKED = {
+    **dict.fromkeys((b"RIFF", b"RF64"), (12, "<4sI", 2)),
+    **dict.fromkeys((b"RIFX", b"FORM"), (12, ">4sI", 2)),
+    b"caff": (8, ">4sq", 1),
+    b"riff": (40, "<16sQ", 8),
+}
+"""First bytes of wav, aiff, caf and w64: where their chunks begin, the head of a chunk, what its size is padded to."""
+UNKNOWN_SIZE = 0x7FFF0000
+"""Sizes from here on stand in headers that were written before the length was known."""
+_BITS_REVERSED = bytes(int(f"{i:08b}"[::-1], 2) for i in range(256))
 _MP3_KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _MP3_KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
 _MP3_RATES = (44100, 48000, 32000, 0)
@@ -60,26 +85,100 @@ class MissingDecoderError(AudioError):
     """The recording may be good: a package is missing that decodes it."""
 
 
+class Part(NamedTuple):
+    """The bytes of a file that are one recording: all of them, but where recordings were joined."""
+
+    begin: int
+    end: int
+    patch: tuple[int, bytes] = (0, b"")
+    """Bytes that stand for others at that place: a size in the header that leaves out samples."""
+    claim: float = 1.0
+    """The size in the header over that of what is there: above 1 it is cut off."""
+    counted: int = 0
+    """Samples, where frames were counted."""
+    is_tagged: bool = False
+    """An mp3 whose first frame tells its length."""
+    has_holes: bool = False
+    """Pieces are damaged that libsndfile would leave out as if they had never been."""
+    notes: tuple[str, ...] = ()
+
+
+class _Bytes(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, path: Path, part: Part) -> None:
+        self._file, self._part, self._at = io.FileIO(path), part, 0
+        self.name = ""  # PyAV would hand it to ffmpeg, which believes it more than the content
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        part = self._part
+        self._at = max(0, offset + (0, self._at, part.end - part.begin)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        at, (place, patch) = self._at, self._part.patch
+        self._file.seek(self._part.begin + at)
+        data = bytearray(self._file.read(max(0, min(len(buffer), self._part.end - self._part.begin - at))))
+        for i in range(max(at, place), min(at + len(data), place + len(patch))):
+            data[i - at] = patch[i - place]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class Recording(ABC):
-    """An open recording. `duration_s` is what its header promises."""
+    """An open recording. `duration_s` is what its header promises, or what is there where that is more."""
 
     rate: int
     duration_s: float
+    notes: tuple[str, ...] = ()
+    """What is to be said of it beside `lost`."""
     lost: list[tuple[float, str]]
-    """Seconds that it holds and that the last reading of `blocks` did not give, each with UNREADABLE or GAP."""
+    """Seconds that the last reading of `blocks` did not give, each with UNREADABLE, GAP or CUT."""
 
     def blocks(self, start_s: float = 0.0, num_samples: int | None = None) -> Iterator[Samples]:
-        """Samples from start_s on, to the end or so many, block by block: [S, channels] float32, full scale at 1."""
+        """Samples from start_s on, to the end or so many, block by block: [S, channels] float32, full scale at 1.
+
+        Where the number of channels changes, those of the first block get the mean of the others.
+        What is told by `lost` counts among the samples asked for.
+        """
         self.lost = []
         blocks, left = self._blocks(start_s, num_samples), num_samples
+        got, num_channels = 0, 0
         with contextlib.closing(blocks):
             for block in blocks:
                 part = block[:left]
                 left = left - len(part) if left is not None else None
+                got += len(part)
+                num_channels = num_channels or part.shape[1]
+                if part.shape[1] != num_channels:
+                    part = np.repeat(part.mean(axis=1, keepdims=True), num_channels, axis=1)
                 if len(part):
                     yield part
                 if left == 0:
                     return
+        wanted_s = min(self.duration_s - start_s, sys.maxsize if num_samples is None else num_samples / self.rate)
+        missing_s = wanted_s - got / self.rate - sum(seconds for seconds, _ in self.lost)
+        if missing_s > SLACK_S:
+            self.lost.append((missing_s, CUT))
+
+    def told(self) -> list[str]:
+        """What is to be said of the recording and of the last reading of it."""
+        seconds = {why: sum(s for s, reason in self.lost if reason == why) for _, why in self.lost}
+        return [*self.notes, *(f"{s:.2f} s are missing ({why})" for why, s in seconds.items())]
 
     @abstractmethod
     def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
@@ -87,32 +186,54 @@ class Recording(ABC):
 
 
 class SndfileRecording(Recording):
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, part: Part) -> None:
+        self.path, self.part, self.notes = path, part, part.notes
         with self._open() as file:
             self.rate, self.num_channels, self.kind = int(file.samplerate), int(file.channels), str(file.format)
-            self.duration_s = int(file.frames) / max(1, self.rate)
+            self.duration_s = int(file.frames) / max(1, self.rate) * part.claim
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         import soundfile
 
-        # Bytes, since soundfile refuses a name that is no UTF-8.
-        with soundfile.SoundFile(str(self.path) if sys.platform == "win32" else os.fsencode(self.path)) as file:
-            yield file
+        with contextlib.ExitStack() as stack:
+            source: Any = os.fsencode(self.path)  # since soundfile refuses a name that is no UTF-8
+            if sys.platform == "win32":
+                source = str(self.path)
+            if self.part.begin or self.part.patch[1] or self.part.end < self.path.stat().st_size:
+                source = stack.enter_context(_Bytes(self.path, self.part))
+            yield stack.enter_context(soundfile.SoundFile(source))
 
     def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
-        at, size = round(start_s * self.rate), max(1, BLOCK // self.num_channels)
+        import soundfile
+
+        at, given = round(start_s * self.rate), 0
+        try:
+            for block in self._good_blocks(at, num_samples):
+                yield block
+                given += len(block)
+        except soundfile.LibsndfileError:  # it stops where ffmpeg goes on after the damage
+            rest = AvRecording(self.path, self.part)
+            yield from rest.blocks((at + given) / self.rate, None if num_samples is None else num_samples - given)
+            self.lost += rest.lost
+
+    def _good_blocks(self, at: int, num_samples: int | None) -> Iterator[Samples]:
+        size = max(1, BLOCK // self.num_channels)
         if self.kind in FORGETFUL:
             yield from self._forgetful_blocks(at, min(FORGETFUL_BLOCK // self.num_channels, num_samples or sys.maxsize))
             return
         with self._open() as file:
-            if at < file.frames:
+            if at >= file.frames:
+                return
+            if file.seekable():
                 file.seek(at)
-                while len(block := file.read(size, dtype="float32", always_2d=True)):
-                    yield block
+            else:  # GSM
+                while at > 0:
+                    at -= len(file.read(min(at, size)))
+            while len(block := file.read(size, dtype="float32", always_2d=True)):
+                yield block
 
-    def _forgetful_blocks(self, at: int, size: int) -> Generator[Samples, None, None]:
+    def _forgetful_blocks(self, at: int, size: int) -> Iterator[Samples]:
         """Each block from a file opened anew, with frames before it that the decoder needs to settle."""
         while True:
             with self._open() as file:
@@ -129,12 +250,28 @@ class SndfileRecording(Recording):
 
 
 class AvRecording(Recording):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.demuxers = ",".join(filter(None, [CONTAINERS, RAW_STREAMS.get(path.suffix.lower())]))
+    def __init__(self, path: Path, part: Part) -> None:
+        self.path, self.part, self.notes, self.track = path, part, part.notes, -1
+        self.can_seek, self.slack_s, self.gap = True, SLACK_S, GAP
+        kind = path.suffix.lower()
+        if not kind:
+            with _Bytes(path, part) as file:
+                kind = RAW_MAGIC.get(file.read(2), "")
+        self.demuxers = ",".join(filter(None, [CONTAINERS, RAW_STREAMS.get(kind)]))
         with self._open() as (container, stream):
             self.rate = int(stream.rate or 0)
             self.duration_s = self._length(container, stream)
+            if container.format.name == "flac" or part.has_holes:
+                self.slack_s, self.gap = 0.01, UNREADABLE  # its places are exact
+            known = [(t.index, int(t.rate or 0)) for t in container.streams.audio if t.codec_context]
+            tracks = sorted(known, key=lambda track: track[0] != stream.index)
+        if len(tracks) > 1:
+            self.lost = []
+            for self.track, self.rate in [*tracks, tracks[0]]:
+                if any(np.abs(block).max() > SILENT_PEAK for block in self._blocks(0.0, None)):
+                    break
+            number = 1 + known.index((self.track, self.rate))
+            self.notes = (*self.notes, f"sound track {number} of {len(known)} was taken")
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
@@ -142,22 +279,26 @@ class AvRecording(Recording):
             import av
         except ImportError as error:
             raise MissingDecoderError(
-                f"{self.path.suffix[1:]} needs the package PyAV: pip install av (it comes with the extra: "
-                "pip install 'rvc_dist[formats]')"
+                f"{self.path.suffix[1:] or 'this kind'} needs the package PyAV: pip install av (it comes with the "
+                "extra: pip install 'rvc_dist[formats]')"
             ) from error
-        # An open file, since PyAV refuses a name that is no UTF-8; and a nameless one, since ffmpeg would believe the
-        # name more than the content.
+        # An open file, since PyAV refuses a name that is no UTF-8.
         options = {"format_whitelist": self.demuxers, "protocol_whitelist": "file"}
         try:
-            with io.FileIO(self.path) as stream:
-                stream.name = ""
-                with av.open(stream, options=options, metadata_errors="replace") as container:
-                    if not container.streams.audio:
-                        raise AudioError("has no sound in it")
-                    found = container.streams.best("audio") or container.streams.audio[0]
-                    if found.codec_context is None:
-                        raise AudioError("its codec is not known here")
-                    yield container, found
+            with (
+                _Bytes(self.path, self.part) as file,
+                av.open(file, options=options, metadata_errors="replace") as container,
+            ):
+                if not container.streams.audio:
+                    raise AudioError("has no sound in it")
+                found = container.streams.best("audio") or container.streams.audio[0]
+                if self.track >= 0:
+                    found = container.streams[self.track]
+                if found.codec_context is None:
+                    raise AudioError("its codec is not known here")
+                if found.codec_context.name == "flac":  # else damaged frames are noise
+                    found.codec_context.options = {"err_detect": "crccheck+explode"}
+                yield container, found
         except AudioError:
             raise
         except (av.FFmpegError, OSError, OverflowError, ValueError) as error:  # seeking to where a bad header leads
@@ -170,38 +311,114 @@ class AvRecording(Recording):
             return float(stream.duration * stream.time_base)
         if container.duration and not is_raw:
             return float(container.duration) / 1e6  # AV_TIME_BASE
-        begin, end = int(stream.start_time or 0), 0
-        for packet in container.demux(stream):
-            if packet.pts is not None:
-                end = max(end, packet.pts + (packet.duration or 0))
-        return float((end - begin) * stream.time_base)
+        seconds = _walked(container, stream)
+        if is_raw and seconds > 60.0:
+            with self._open() as (again, same):  # whose damage ffmpeg counts otherwise when it seeks over it
+                again.seek(int((seconds - 10.0) / same.time_base), stream=same)
+                self.can_seek = abs(_walked(again, same) - seconds) < 1e-3
+        return seconds
 
     def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
+        """Samples have the places that their frames' time stamps say, so every part meets the next one.
+
+        Stamps are not exact everywhere: a part begins, as the one before it ends, in the first frame that reaches it.
+        """
+        begin, total = round(start_s * self.rate), round(self.duration_s * self.rate)
+        end = sys.maxsize if num_samples is None else begin + num_samples
+        kept: list[Samples] = []
         with self._open() as (container, stream):
-            begin_s = float((stream.start_time or 0) * stream.time_base)
-            if start_s > PREROLL_S:
-                container.seek(int((begin_s + start_s - PREROLL_S) / stream.time_base), stream=stream)
-            skip: int | None = None  # samples before start_s, known with the first frame
-            kept: list[Samples] = []
-            num_kept = 0
-            for frame in container.decode(stream):
+            origin_s = float((stream.start_time or 0) * stream.time_base)
+            lead_s = max(0.0, start_s - PREROLL_S)
+            lead = int((origin_s + lead_s) / stream.time_base)
+            if lead_s > 0 and self.can_seek:
+                container.seek(lead, stream=stream)
+            next_at, bad_s = round(lead_s * self.rate), 0.0
+            is_in = begin == 0
+            for frame in self._frames(container, stream, lead):
+                if isinstance(frame, float) or frame.sample_rate != self.rate:
+                    bad_s += frame if isinstance(frame, float) else frame.samples / frame.sample_rate
+                    continue
                 samples = _to_float(frame)
-                if frame.sample_rate != self.rate:
-                    raise AudioError(f"changes its sample rate from {self.rate} to {frame.sample_rate} Hz")
-                if kept and samples.shape[1] != kept[0].shape[1]:
-                    raise AudioError(f"changes from {kept[0].shape[1]} to {samples.shape[1]} channels")
-                if skip is None:
-                    at_s = (frame.time if frame.time is not None else begin_s) - begin_s
-                    skip = max(0, round((start_s - at_s) * self.rate))
-                samples, skip = samples[skip:], max(0, skip - len(samples))
-                if len(samples):
-                    kept.append(samples)
-                    num_kept += samples.size
-                if num_kept >= BLOCK:
+                at = next_at if frame.time is None else round((frame.time - origin_s) * self.rate)
+                gap_s = (min(at, end, total) - max(next_at, begin)) / self.rate
+                if gap_s > (0.0 if bad_s else self.slack_s):
+                    self.lost.append((gap_s, UNREADABLE if bad_s else self.gap))
+                next_at, bad_s = at + len(samples), 0.0
+                if not is_in and next_at <= begin:
+                    continue
+                first, is_in = 0 if is_in else max(0, begin - at), True
+                samples = samples[first : max(first, end - at) if next_at > end else None]
+                if kept and (len(kept) * kept[0].size >= BLOCK or samples.shape[1] != kept[0].shape[1]):
                     yield np.concatenate(kept)
-                    kept, num_kept = [kept[-1][:0]], 0
-            if num_kept:
+                    kept = []
+                kept.append(samples)
+                if next_at > end:
+                    bad_s = 0.0
+                    break
+            if kept:
                 yield np.concatenate(kept)
+            if bad_s:
+                self.lost.append((bad_s, CUT))
+
+    def _frames(self, container: Any, stream: Any, lead: int) -> Iterator[Any]:
+        """Decoded frames, and in their place the seconds of packets that cannot be decoded.
+
+        Raises:
+            FFmpegError: none could.
+        """
+        import av
+
+        packets, failed, num = container.demux(stream), None, 0
+        while True:
+            packet = None
+            try:
+                if (packet := next(packets, None)) is None:
+                    break
+                if not self.can_seek and packet.pts is not None and packet.pts < lead:
+                    continue
+                for frame in packet.decode():
+                    num += 1
+                    yield frame
+            except av.EOFError:
+                break
+            except av.FFmpegError as error:
+                failed = error
+                if packet is None:
+                    break
+                yield float((packet.duration or 0) * stream.time_base)
+        if failed is not None and not num:
+            raise failed
+
+
+class JoinedRecording(Recording):
+    """Recordings that were written one after the other into one file."""
+
+    def __init__(self, parts: list[Recording]) -> None:
+        self.parts, self.rate = parts, parts[0].rate
+        self.duration_s = sum(part.duration_s for part in parts)
+        self.notes = (f"{len(parts)} recordings joined in one file", *parts[0].notes)
+
+    def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
+        begin, at = round(start_s * self.rate), 0
+        end = sys.maxsize if num_samples is None else begin + num_samples
+        for shared in self.parts:
+            part, first = copy.copy(shared), at
+            at += round(part.duration_s * self.rate)
+            low, high = max(first, begin), min(at, end)
+            if low < high and part.rate == self.rate:
+                yield from part.blocks((low - first) / self.rate, high - low)
+                self.lost += part.lost
+            elif low < high:
+                self.lost.append(((high - low) / self.rate, f"joined at another sample rate ({part.rate} Hz)"))
+
+
+def _walked(container: Any, stream: Any) -> float:
+    """Seconds up to the end of the last packet."""
+    begin, end = int(stream.start_time or 0), 0
+    for packet in container.demux(stream):
+        if packet.pts is not None:
+            end = max(end, packet.pts + (packet.duration or 0))
+    return float((end - begin) * stream.time_base)
 
 
 def _to_float(frame: Any) -> Samples:
@@ -231,9 +448,10 @@ def opened(path: Path) -> Iterator[Recording]:
     with _reasons(path):
         try:
             path.open("rb").close()  # libsndfile does not say what is wrong
+            status = path.stat()
         except OSError as error:
             raise AudioError(f"cannot be read ({error.strerror})") from error
-        recording = _open_first(path)
+        recording = copy.copy(_known(path, status.st_size, status.st_mtime_ns, status.st_ino))
         if not MIN_RATE <= recording.rate <= MAX_RATE:
             raise AudioError(f"sample rate of {recording.rate} Hz, expected {MIN_RATE} to {MAX_RATE}")
         if recording.duration_s <= 0:
@@ -278,32 +496,63 @@ def mono(samples: Samples) -> Wave:
     return wave
 
 
-def _open_first(path: Path) -> Recording:
+@lru_cache(256)
+def _known(path: Path, size: int, mtime_ns: int, inode: int) -> Recording:
+    """The recording in a file, kept for its other slices: it holds nothing open."""
+    parts = [_open_first(path, part) for part in (_parts(path) if size else [Part(0, 0)])]
+    return parts[0] if len(parts) == 1 else JoinedRecording(parts)
+
+
+def _open_first(path: Path, part: Part) -> Recording:
     """The first of the two libraries, by the file's name, that recognises it."""
     import soundfile
 
     if path.suffix.lower() in AV_SUFFIXES:
         try:
-            return AvRecording(path)
+            return AvRecording(path, part)
         except AudioError:
             with contextlib.suppress(soundfile.LibsndfileError):
-                return SndfileRecording(path)
+                return SndfileRecording(path, part)
             raise
     try:
-        recording = SndfileRecording(path)
+        recording = SndfileRecording(path, part)
     except soundfile.LibsndfileError:
         with contextlib.suppress(AudioError):
-            return AvRecording(path)
+            return AvRecording(path, part)
         raise
-    if recording.kind == "MP3" and (actual := _mp3_samples(path)) > (recording.duration_s + 0.5) * recording.rate:
-        # Without a length in its first frame libsndfile guesses one, and stops there.
+    if part.patch[1]:
+        plain = SndfileRecording(path, part._replace(patch=(0, b"")))
+        if _is_junk(recording, plain.duration_s):
+            return plain
+        recording.notes += (f"its header tells of {plain.duration_s:.1f} of {recording.duration_s:.1f} s",)
+    if recording.kind == "FLAC" and recording.duration_s > MAX_HOURS * 3600:  # 0 in its header is "not known"
         with contextlib.suppress(MissingDecoderError):
-            return AvRecording(path)
-        raise MissingDecoderError(
-            f"an mp3 that does not say its length, of which only {recording.duration_s:.1f} of "
-            f"{actual / recording.rate:.1f} s would be read; pip install av, or convert it to wav or flac"
-        )
+            return AvRecording(path, part)
+    seconds = part.counted / recording.rate
+    if recording.kind == "MP3" and (part.has_holes or seconds > recording.duration_s + 0.5):
+        # Without a length in its first frame libsndfile guesses one, and stops there.
+        try:
+            other = AvRecording(path, part)
+        except MissingDecoderError as error:
+            raise MissingDecoderError(
+                f"an mp3 that is damaged or does not say its length, of which only {recording.duration_s:.1f} of "
+                f"{seconds:.1f} s would be read; pip install av, or convert it to wav or flac"
+            ) from error
+        other.duration_s = max(other.duration_s, recording.duration_s if part.is_tagged else 0.0)
+        return other
+    if recording.kind == "OGG" and part.has_holes:
+        return AvRecording(path, part)
     return recording
+
+
+def _is_junk(recording: Recording, after_s: float) -> bool:
+    """Whether what follows the samples that a header tells of is no sound."""
+    blocks = recording.blocks(after_s, recording.rate)
+    wave = next(blocks, np.zeros((0, 1), np.float32))[:, 0].astype(np.float64)
+    if len(wave) < 2 or not np.isfinite(wave).all():
+        return True
+    energy = np.square(wave).mean()
+    return bool(energy > MAX_RMS**2 and (np.square(np.diff(wave)).mean() > energy or abs(wave.mean()) > 0.2))
 
 
 @contextlib.contextmanager
@@ -322,25 +571,144 @@ def _reasons(path: Path) -> Iterator[None]:
         raise AudioError(f"not readable as audio ({why})") from error
 
 
-def _mp3_samples(path: Path) -> int:
-    """Samples in an mp3 without a length tag, counted frame by frame; 0 when it has the tag, or is irregular.
+def _parts(path: Path) -> list[Part]:
+    """The recordings that are written one after the other in a file: nearly always one."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = _after_tags(data, 0)
+        magic = data[at : at + 4]
+        if magic == b"OggS":
+            return _ogg_parts(data, at)
+        if magic in CHUNKED:
+            return _chunked_parts(data, at)
+        if magic in (b"fLaC", b"\x1aE\xdf\xa3"):
+            starts = []
+            while at >= 0:
+                head = data[at : at + 64]
+                if re.match(rb"fLaC[\0\x80]\0\0\x22", head) or b"matroska" in head or b"webm" in head:
+                    starts.append(at)
+                at = data.find(magic, at + 1)
+            return [Part(a, b) for a, b in zip([0, *starts[1:]], [*starts[1:], len(data)], strict=True)]
+        if path.suffix.lower() == ".mp3" or _mp3_frame(data, at):
+            return _mp3_parts(data)
+        return [Part(0, len(data))]
+
+
+def _after_tags(data: mmap.mmap, at: int) -> int:
+    """Where the tags end that begin there."""
+    while True:
+        if data[at : at + 3] == b"ID3" and len(data) >= at + 10:
+            size = data[at + 6 : at + 10]
+            at += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
+        elif data[at : at + 8] == b"APETAGEX" and len(data) >= at + 32:
+            at += 32 + int.from_bytes(data[at + 12 : at + 16], "little")
+        elif data[at : at + 3] == b"TAG":
+            at += 128
+        else:
+            return at
+
+
+def _ogg_parts(data: mmap.mmap, at: int) -> list[Part]:
+    """A page that begins streams after others have run begins another recording; one of a wrong sum is damaged."""
+    starts, holes, ends, was_first = [0], [False], [False], True
+    while at >= 0:
+        head = data[at : at + 27]
+        table = data[at + 27 : at + 27 + head[26]] if len(head) == 27 else b""
+        page = data[at : at + 27 + len(table) + sum(table)]
+        if not table or len(page) < 27 + len(table) + sum(table):
+            break
+        summed = page[:22] + bytes(4) + page[26:]
+        crc = zlib.crc32(summed.translate(_BITS_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        if head[:4] != b"OggS" or head[22:26] != crc.to_bytes(4, "big").translate(_BITS_REVERSED):
+            holes[-1] = True
+            at = data.find(b"OggS", at + 1)
+            continue
+        is_first = bool(head[5] & 2)
+        if is_first and not was_first:
+            starts, holes, ends = [*starts, at], [*holes, False], [*ends, False]
+        was_first, ends[-1] = is_first, bool(head[5] & 4)
+        at += len(page)
+    cut = ("cut off: its last page is missing",)
+    return [
+        Part(a, b, has_holes=bad, notes=() if done else cut)
+        for a, b, bad, done in zip(starts, [*starts[1:], len(data)], holes, ends, strict=True)
+    ]
+
+
+def _chunked_parts(data: mmap.mmap, begin: int) -> list[Part]:
+    """A wav, aiff, caf or w64 whose size of samples is compared with the file's."""
+    start, layout, pad = CHUNKED[data[begin : begin + 4]]
+    head, at, whole = struct.calcsize(layout), begin + start, Part(begin, len(data))
+    is_w64 = head == 24
+    while True:
+        if at + head > len(data):
+            return [whole]
+        name, size = struct.unpack_from(layout, data, at)
+        size, room = size - head * is_w64, len(data) - at - head
+        if name[:4] in (b"data", b"SSND"):
+            break
+        if size < 0:
+            return [whole]
+        at += head + size + -size % pad
+    patch_at, patch = (
+        at - begin,
+        struct.pack(layout, name, min(room, 0xFFFFFFFE if head == 8 else room) + head * is_w64),
+    )
+    if data[begin : begin + 4] == b"RF64":
+        patch_at, patch = 28, struct.pack("<Q", room)
+        size = int.from_bytes(data[begin + 28 : begin + 36], "little")
+    if size > room > 0 and (head > 8 or size < UNKNOWN_SIZE):
+        return [whole._replace(claim=min(size / room, MAX_HOURS))]
+    if not 0 <= size <= room:
+        return [whole]
+    rest = at + head + size + -size % pad
+    if data[rest : rest + 4] == data[begin : begin + 4]:
+        return [Part(begin, rest), *_chunked_parts(data, rest)]
+    if len(data) - rest < 1024 or re.match(rb"[ -~]{4}|ID3", data[rest : rest + 4]):
+        return [whole]
+    return [whole._replace(patch=(patch_at, patch))]
+
+
+def _mp3_frame(data: mmap.mmap, at: int) -> tuple[int, int, int, bool] | None:
+    """Bytes, samples and rate of the frame of an mp3 that begins there, and whether it is a tag that tells a length.
 
     Layer III: a frame is 1152 samples (MPEG-1) or 576 (MPEG-2, 2.5) in 144 or 72 * bit rate / sample rate bytes.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at = 0
-        while data[at : at + 3] == b"ID3" and len(data) >= at + 10:
-            size = data[at + 6 : at + 10]
-            at += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
-        if any(tag in data[at : at + 2048] for tag in (b"Xing", b"Info", b"VBRI")):
-            return 0
-        samples = 0
-        while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] & 0xE6 == 0xE2:
-            is_mpeg1 = data[at + 1] & 0x18 == 0x18
-            kbps = (_MP3_KBPS_1 if is_mpeg1 else _MP3_KBPS_2)[data[at + 2] >> 4]
-            rate = _MP3_RATES[data[at + 2] >> 2 & 3] >> {0x18: 0, 0x10: 1}.get(data[at + 1] & 0x18, 2)
-            if not kbps or not rate:
+    head = data[at : at + 4]
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:
+        return None
+    is_mpeg1 = head[1] & 0x18 == 0x18
+    kbps = (_MP3_KBPS_1 if is_mpeg1 else _MP3_KBPS_2)[head[2] >> 4]
+    rate = _MP3_RATES[head[2] >> 2 & 3] >> {0x18: 0, 0x10: 1}.get(head[1] & 0x18, 2)
+    if not kbps or not rate:
+        return None
+    tag = at + 4 + ((17, 32) if is_mpeg1 else (9, 17))[head[3] < 0xC0]
+    is_tag = data[tag : tag + 4] in (b"Xing", b"Info") or data[at + 36 : at + 40] == b"VBRI"
+    size = (144000 if is_mpeg1 else 72000) * kbps // rate + (head[2] >> 1 & 1)
+    return size, 1152 if is_mpeg1 else 576, rate, is_tag
+
+
+def _mp3_parts(data: mmap.mmap) -> list[Part]:
+    """The frames of an mp3, counted one by one; a tag that tells a length begins another recording."""
+    parts = [Part(0, len(data))]
+    at = _after_tags(data, 0)
+    while at < len(data):
+        if frame := _mp3_frame(data, at):
+            size, samples, _, is_tag = frame
+            if is_tag and parts[-1].counted:
+                parts[-1] = parts[-1]._replace(end=at)
+                parts.append(Part(at, len(data)))
+            last = parts[-1]
+            parts[-1] = last._replace(
+                counted=last.counted + (0 if is_tag else samples), is_tagged=last.is_tagged or is_tag
+            )
+            at += size
+        elif (after := _after_tags(data, at)) > at:
+            at = after
+        else:  # two frames in a row are no chance
+            while (at := data.find(b"\xff", at + 1)) >= 0:
+                if (frame := _mp3_frame(data, at)) and _mp3_frame(data, at + frame[0]):
+                    break
+            if at < 0:
                 break
-            at += (144000 if is_mpeg1 else 72000) * kbps // rate + (data[at + 2] >> 1 & 1)
-            samples += 1152 if is_mpeg1 else 576
-        return samples
+            parts[-1] = parts[-1]._replace(has_holes=parts[-1].counted > 0)
+    return parts

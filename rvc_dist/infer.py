@@ -277,18 +277,18 @@ def run(recipe: Recipe, share: Share) -> None:
     if not source.is_file():
         raise StageError(f"infer.input: {source} {'is not a file' if source.exists() else 'does not exist'}")
     try:
-        seconds = decoding.duration(source)
+        with decoding.opened(source) as recording:
+            check_output(source, target)
+            converter = Converter.load(recipe)
+            torch.manual_seed(recipe.infer.seed)
+            logger.info("infer: %s, %.1f s", source, recording.duration_s)
+            rate, blocks = converter.voice.rate, audio.stream(recording, FEATURE_RATE)
+            num_samples = round(recording.duration_s * rate)
+            write(target, convert(converter, blocks, num_samples), rate, num_samples)
     except decoding.AudioError as error:
         raise StageError(f"infer.input: {source}: {error}") from error
-    check_output(source, target)
-    converter = Converter.load(recipe)
-    torch.manual_seed(recipe.infer.seed)
-    logger.info("infer: %s, %.1f s", source, seconds)
-    rate, blocks = converter.voice.rate, audio.stream(source, FEATURE_RATE)
-    try:
-        write(target, convert(converter, blocks, round(seconds * rate)), rate, round(seconds * rate))
-    except decoding.AudioError as error:
-        raise StageError(f"infer.input: {source}: {error}") from error
+    for note in recording.told():
+        logger.warning("infer: %s: %s", source, note)
     logger.info("infer: %s", target)
 
 
@@ -329,11 +329,8 @@ def convert(converter: Converter, blocks: Iterator[audio.Wave], num_samples: int
         made = converter(piece)
         begin = CONTEXT * per_frame
         size = length * converter.voice.rate // FEATURE_RATE
-        if last and num_samples is not None:
-            if abs(num_samples - done - size) < per_frame:
-                size = num_samples - done
-            else:
-                logger.warning("infer: %d samples were promised, %d were found", num_samples, done + size)
+        if last and num_samples is not None and abs(num_samples - done - size) < per_frame:
+            size = num_samples - done
         end = begin + size
         done += size
         half = FADE // 2 * per_frame

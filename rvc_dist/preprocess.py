@@ -52,6 +52,7 @@ OFFSET = 0.01
 MIN_CLIP_S = 0.5
 """Shorter clips are dropped: every version's training slice is below this, with room for the trimming of features."""
 SILENCE, SHORT, LOUD = "silence", f"shorter than {MIN_CLIP_S} s", f"peak above {audio.MAX_PEAK}"
+LATER = "longer than its header says"
 """Why seconds of a recording are in no clip, beside the decoder's reasons: the words of every account."""
 
 
@@ -350,29 +351,28 @@ def read_slice(recipe: Recipe, file: SourceFile, levels: Levels, channel: int | 
     Raises:
         AudioError: it cannot be read, or holds nothing.
     """
-    notes: list[str] = []
     with decoding.opened(Path(recipe.data.audio_dir, file.path)) as recording:
+        # The last slice goes on where the header promised an end, but holds no more than two.
         most_s = file.duration_s + (MAX_SLICE_S if file.is_last else 0.0)
         resampler, downmix = audio.Resampler(recording.rate, recipe.data.sample_rate), audio.Downmix(channel)
         most, num, parts = round(most_s * recording.rate), 0, []
-        for block in recording.blocks(file.start_s, most):
+        for block in recording.blocks(file.start_s, None if file.is_last else most):
+            if num < most:
+                levels.add(block[: most - num])
+                parts.append(resampler(downmix(block[: most - num])))
             num += len(block)
-            levels.add(block)
-            parts.append(resampler(downmix(block)))
         parts.append(resampler(np.zeros(0, np.float32), last=True))
-    seconds = round(num / recording.rate, 6)
+        if num > most:
+            recording.lost.append(((num - most) / recording.rate, LATER))
     if not num:
         raise decoding.AudioError(
             "holds no samples" if file.is_last and not file.start_s else "ends before its header says"
         )
-    if seconds < file.duration_s - 0.5:
-        # An mp3 without a length tag promises a guess, so less is told and no reason to leave a file out.
-        notes.append(f"only {seconds:.1f} of the {file.duration_s:.1f} s that its header promises can be read")
-    elif file.is_last and num == most:
-        notes.append(f"longer than its header says; what follows {file.start_s + seconds:.0f} s is left out")
+    seconds = round(min(num, most) / recording.rate, 6)
     if (loudest := downmix.loudest_of_cancelling()) is not None:
         read = read_slice(recipe, file, Levels(), loudest)
         return read._replace(notes=[*read.notes, audio.cancelling_note(loudest)])
+    notes = recording.told()[len(recording.notes) if file.start_s else 0 :]  # what holds for all of it is told once
     return Slice(np.concatenate(parts), seconds, recording.lost, notes)
 
 

@@ -75,7 +75,7 @@ def _source(path: Path, audio_dir: Path) -> SourceFile:
         reason = "link that leads out of the dataset; expected the recording itself"
     elif not stat.S_ISREG(status.st_mode):
         reason = "not a regular file"
-    elif suffix not in AUDIO_SUFFIXES:
+    elif suffix and suffix not in AUDIO_SUFFIXES:  # a name without one is judged by its content
         reason = f"not one of {_kinds()}"
     elif not status.st_size:
         reason = "empty file (0 bytes)"

@@ -11,8 +11,11 @@ import numpy as np
 import soundfile
 
 
-def write_av(path: Path, wave: Any, codec: str, rate: int, layout: str = "stereo") -> None:
-    """Encode [S, channels] (or [S] in every channel) with ffmpeg's encoders, by PyAV."""
+def write_av(path: Path, wave: Any, codec: str, rate: int, layout: str = "stereo", gap_s: float = 0.0) -> None:
+    """Encode [S, channels] (or [S] in every channel) with ffmpeg's encoders, by PyAV.
+
+    Time stamps jump by `gap_s` in its middle.
+    """
     import av
 
     num_channels = av.AudioLayout(layout).nb_channels
@@ -31,7 +34,13 @@ def write_av(path: Path, wave: Any, codec: str, rate: int, layout: str = "stereo
         at = 0
         for part in [*resampler.resample(frame), *resampler.resample(None)]:
             part.pts, at = at, at + part.samples
-            container.mux(stream.encode(part))
+            for packet in stream.encode(part):
+                if gap_s and packet.pts * packet.time_base > len(wave) / rate / 2:
+                    packet.pts += round(gap_s / packet.time_base)
+                    packet.dts = packet.pts
+                container.mux(packet)
+        if gap_s:
+            return
         container.mux(stream.encode(None))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -23,6 +24,21 @@ def sine(hz: float, seconds: float, rate: int = RATE, level: float = 0.5) -> dec
 def level(wave: decoding.Wave) -> float:
     """RMS of the middle half, away from the edges of filters."""
     return float(np.sqrt(np.mean(wave[len(wave) // 4 : -len(wave) // 4].astype(np.float64) ** 2)))
+
+
+def read_by_parts(path: Path, part_s: float) -> tuple[decoding.Wave, dict[str, float], list[str]]:
+    """The parts of a recording joined, the seconds that were lost, by why, and what is said of it."""
+    waves, lost, at = [np.zeros(0, np.float32)], dict[str, float](), 0.0
+    told: list[str] = []
+    with decoding.opened(path) as recording:
+        while at < recording.duration_s:
+            is_last = at + part_s >= recording.duration_s
+            waves += map(decoding.mono, recording.blocks(at, None if is_last else round(part_s * recording.rate)))
+            for seconds, why in recording.lost:
+                lost[why] = lost.get(why, 0.0) + seconds
+            told += recording.told()
+            at += part_s
+    return np.concatenate(waves), lost, told
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
@@ -84,7 +100,7 @@ def test_text_is_not_audio(tmp_path: Path, suffix: str) -> None:
             read(path)
 
 
-def test_decode_refuses_nan_and_a_cut_flac_and_no_samples(tmp_path: Path) -> None:
+def test_decode_refuses_nan_and_a_flac_of_only_a_header_and_no_samples(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     wave = sine(200, 0.5)
     wave[7] = np.nan
@@ -100,6 +116,7 @@ def test_decode_refuses_nan_and_a_cut_flac_and_no_samples(tmp_path: Path) -> Non
     path = tmp_path / "a.flac"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 60000), RATE)
     path.write_bytes(path.read_bytes()[:50000])
+    path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(decoding.AudioError, match="not readable"):
         decoding.decode(path)
 
@@ -113,6 +130,9 @@ def test_a_flac_header_that_lies_allocates_nothing(tmp_path: Path, nibble: int, 
     data[21] = data[21] & 0xF0 | nibble
     data[22:26] = rest
     path.write_bytes(data)
+    if not nibble:
+        assert (decoding.duration(path), len(decoding.decode(path)[0])) == (1.0, RATE)
+        return
     for read in (decoding.duration, decoding.decode):
         with pytest.raises(decoding.AudioError, match="damaged header or a stream of unknown length"):
             read(path)
@@ -145,6 +165,7 @@ def test_an_mp3_whose_length_is_underestimated_is_read_whole(tmp_path: Path, mon
     assert len(decoded) / rate == pytest.approx(20.0, abs=0.1)
     assert decoding.duration(path) == pytest.approx(20.0, abs=0.1)
     monkeypatch.setitem(sys.modules, "av", None)
+    decoding._known.cache_clear()
     with pytest.raises(decoding.MissingDecoderError, match=r"only \d\.\d of 20\.\d s would be read; pip install av"):
         decoding.decode(path)
 
@@ -184,6 +205,7 @@ def test_every_kind_of_ffmpegs(tmp_path: Path, name: str) -> None:
     decoded, got_rate = decoding.decode(tmp_path / name)
     assert got_rate == rate
     assert decoding.duration(tmp_path / name) == pytest.approx(2.0, abs=0.1)
+    assert read_by_parts(tmp_path / name, 10.0)[2] == []  # nothing is said of a healthy one
     assert len(decoded) == pytest.approx(2.0 * rate, abs=0.1 * rate)
     assert level(decoded) == pytest.approx(0.5 / 2**0.5, rel=0.02)
     if codec in LOSSLESS:
@@ -293,3 +315,143 @@ def test_a_file_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
         decoding.decode(tmp_path / "gone.wav")
     with pytest.raises(decoding.AudioError, match=r"cannot be read \(Is a directory\)"):
         decoding.decode(tmp_path)
+
+
+# Headers that do not say what is there, damage, gaps
+
+
+def hiss(seconds: float, rate: int = 44100) -> decoding.Wave:
+    return np.random.default_rng(0).normal(0.0, 0.1, round(seconds * rate)).astype(np.float32)
+
+
+def write_kind(path: Path, wave: decoding.Wave, gap_s: float = 0.0) -> Path:
+    codecs = {"m4a": "aac", "aac": "aac", "wma": "wmav2", "mka": "flac", "webm": "libopus", "3gp": "aac", "m4b": "aac"}
+    kind = path.suffix[1:]
+    if kind in codecs:
+        rate = 48000 if kind == "webm" else 44100
+        write_av(path, wave[: len(wave) * 44100 // 44100], codecs[kind], rate, "mono", gap_s)
+    elif kind in ("opus", "rf64", "w64"):
+        rate = 48000 if kind == "opus" else 44100
+        form = {"opus": {"format": "OGG", "subtype": "OPUS"}}.get(kind, {"format": kind.upper(), "subtype": "PCM_16"})
+        soundfile.write(path, wave, rate, **form)
+    else:
+        soundfile.write(path, wave, 44100)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["mp3", "ogg", "opus", "flac", "wav", "aiff", "webm"])
+def test_joined_recordings_are_read_whole_and_in_any_part(tmp_path: Path, kind: str) -> None:
+    path = write_kind(tmp_path / f"a.{kind}", hiss(4.0))
+    one, rate = decoding.decode(path)
+    path.write_bytes(path.read_bytes() * 2)
+    both, _ = decoding.decode(path)
+    slack = 0.02 * rate if kind == "webm" else 0
+    assert abs(len(both) - 2 * len(one)) <= slack
+    np.testing.assert_allclose(both[-len(one) :], one, atol=1e-6)
+    parts, lost, told = read_by_parts(path, 1.5)
+    assert (len(parts), lost) == (len(both), {})
+    assert "2 recordings joined in one file" in told
+
+
+@pytest.mark.parametrize(
+    ("riff", "data", "after", "seconds", "note"),
+    [
+        (None, 100000, b"", 4.0, "its header tells of 1.1 of 4.0 s"),
+        (100036, 100000, b"", 4.0, "its header tells of 1.1 of 4.0 s"),
+        (0, 0, b"", 4.0, "its header tells of 0.0 of 4.0 s"),
+        (0xFFFFFFFF, 0xFFFFFFFF, b"", 4.0, ""),
+        (None, None, b"LIST" + struct.pack("<I", 1 << 20) + bytes(range(256)) * 400, 4.0, ""),
+        (None, None, np.random.default_rng(0).bytes(100000), 4.0, ""),
+    ],
+)
+def test_a_wav_is_as_long_as_its_samples(
+    tmp_path: Path, riff: int | None, data: int | None, after: bytes, seconds: float, note: str
+) -> None:
+    wave = hiss(seconds)
+    soundfile.write(tmp_path / "a.wav", wave, 44100)
+    whole = bytearray((tmp_path / "a.wav").read_bytes())
+    at = whole.index(b"data") + 4
+    for place, size in ((4, riff), (at, data)):
+        if size is not None:
+            whole[place : place + 4] = struct.pack("<I", size)
+    (tmp_path / "a.wav").write_bytes(whole + after)
+    parts, lost, told = read_by_parts(tmp_path / "a.wav", 1.0)
+    np.testing.assert_allclose(parts, wave, atol=1e-4)
+    assert lost == {}
+    assert set(told) == ({note} if note else set())
+
+
+@pytest.mark.parametrize(
+    "kind", ["wav", "rf64", "w64", "aiff", "flac", "mp3", "ogg", "opus", "wma", "mka", "webm", "aac"]
+)
+def test_a_cut_recording_keeps_its_start_and_is_called_cut(tmp_path: Path, kind: str) -> None:
+    path = write_kind(tmp_path / f"a.{kind}", hiss(6.0))
+    seconds = len(decoding.decode(path)[0]) / decoding.decode(path)[1]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    wave, rate = decoding.decode(path)
+    assert 0.4 * seconds < len(wave) / rate < 0.65 * seconds
+    parts, lost, told = read_by_parts(path, 100.0)
+    assert len(parts) == len(wave)
+    assert any("cut off" in note for note in told)
+    if kind not in ("ogg", "opus", "aac", "wma"):  # which do not say how long they were
+        assert sum(lost.values()) + len(wave) / rate == pytest.approx(seconds, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["flac", "ogg", "opus", "m4a", "aac", "mka"])
+def test_damage_costs_what_is_damaged(tmp_path: Path, kind: str) -> None:
+    path = write_kind(tmp_path / f"a.{kind}", hiss(12.0))
+    seconds = decoding.duration(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = np.random.default_rng(3).bytes(64)
+    path.write_bytes(data)
+    whole, rate = decoding.decode(path)
+    assert len(whole) / rate > seconds - 2.1
+    for part_s in (100.0, 3.0):
+        parts, lost, _ = read_by_parts(path, part_s)
+        assert abs(len(parts) - len(whole)) <= (48 if kind == "mka" else 1)
+        assert set(lost) == {decoding.UNREADABLE}
+        assert len(parts) / rate + sum(lost.values()) == pytest.approx(seconds, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["mka", "webm", "wma", "m4a"])
+def test_a_gap_in_the_time_stamps_is_told_and_no_sound_comes_twice(tmp_path: Path, kind: str) -> None:
+    write_kind(tmp_path / f"gap.{kind}", sine(200, 8.0, 44100), gap_s=6.0)
+    whole, _ = decoding.decode(tmp_path / f"gap.{kind}")
+    parts, lost, _ = read_by_parts(tmp_path / f"gap.{kind}", 3.0)
+    slack = 312 if kind == "webm" else 0  # a part that begins in the gap loses what the decoder needs to settle
+    assert 0 <= len(whole) - len(parts) <= slack
+    half = len(whole) // 3
+    np.testing.assert_allclose(parts[:half], whole[:half], atol=2e-3)
+    np.testing.assert_allclose(parts[-half:], whole[-half:], atol=2e-2)
+    assert lost == {decoding.GAP: pytest.approx(6.0, abs=0.25)}
+
+
+def test_the_track_that_sounds_is_taken_and_told(tmp_path: Path) -> None:
+    import av
+
+    path = tmp_path / "two.mka"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("flac", rate=RATE, layout="mono") for _ in range(2)]
+        for stream, level_ in zip(streams, (0, 8000), strict=True):
+            samples = (level_ * np.sin(np.arange(2 * RATE) / 10)).astype(np.int16)
+            for at in range(0, 2 * RATE, 4000):
+                frame = av.AudioFrame.from_ndarray(samples[None, at : at + 4000], format="s16", layout="mono")
+                frame.rate, frame.pts = RATE, at
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    wave, _, told = read_by_parts(path, 10.0)
+    assert level(wave) == pytest.approx(8000 / 32768 / 2**0.5, rel=0.02)
+    assert told == ["sound track 2 of 2 was taken"]
+
+
+def test_gsm_is_read_in_any_part(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", sine(200, 3.0, 8000), 8000, subtype="GSM610")
+    whole, _ = decoding.decode(tmp_path / "a.wav")
+    assert len(whole) == pytest.approx(24000, abs=320)
+    np.testing.assert_array_equal(read_by_parts(tmp_path / "a.wav", 1.1)[0], whole)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "m4a", "aac", "webm"])
+def test_a_name_without_a_suffix_is_judged_by_its_content(tmp_path: Path, kind: str) -> None:
+    write_kind(tmp_path / f"a.{kind}", hiss(2.0)).rename(tmp_path / "take one")
+    assert decoding.duration(tmp_path / "take one") == pytest.approx(2.0, abs=0.2)
