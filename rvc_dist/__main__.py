@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from rvc_dist import __version__
 from rvc_dist.config import Recipe, nearest_key, parse_recipe
+from rvc_dist.guard import end_with_launcher
 from rvc_dist.logs import RankLog, rank_log
 from rvc_dist.workspace import (
     NO_SPACE,
@@ -209,6 +210,7 @@ def stopped_code() -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    end_with_launcher()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -99,8 +99,10 @@ class Checkpoint:
 class Writer:
     """Writes checkpoints in a thread of its own, one at a time: training waits only for the copy to host memory."""
 
-    def __init__(self, folder: Path, keep: int, check: Callable[[], None] = lambda: None) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(
+        self, folder: Path, keep: int, check: Callable[[], None] = lambda: None, limit_s: float = 600.0
+    ) -> None:
+        self.folder, self.keep, self.limit_s = folder, keep, limit_s
         self.check = check
         """Called before each: raises a StageError when this process may not write here any more."""
         self.error: StageError | None = None
@@ -110,8 +112,10 @@ class Writer:
     def start(self, checkpoint: Checkpoint) -> None:
         """Copy `checkpoint` and begin to write it, after the one before is written."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(checkpoint.to_host(),), name="checkpoint writer")
-        self._thread.start()
+        if self._thread is None:
+            args = (checkpoint.to_host(),)
+            self._thread = threading.Thread(target=self._write, args=args, name="checkpoint writer", daemon=True)
+            self._thread.start()
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
@@ -132,11 +136,17 @@ class Writer:
         else:
             logger.info("saved %s", path)
 
-    def wait(self) -> None:
-        """Return when nothing is being written any more."""
+    def wait(self, limit_s: float | None = None) -> None:
+        """Return when nothing is being written any more, or with an error after `limit_s`, by default self.limit_s."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(self.limit_s if limit_s is None else limit_s)
+            if self._thread.is_alive():
+                self.error = StageError(
+                    f"{self.folder}: the last checkpoint is still being written: its disk does not answer, or not in "
+                    "train.timeout_s; earlier checkpoints are untouched"
+                )
+            else:
+                self._thread = None
 
 
 def prepare_folder(folder: Path, num_bytes: int) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -205,16 +207,23 @@ class StopSignal:
     """SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an end; all ranks agree on the step.
 
     The handler only sets a flag. Each step takes the maximum of the flags of all ranks over gloo on the host, without
-    waiting: the maximum of one step is read at the next, so the device is never waited for. A second signal acts as it
-    would have. FAILED, which is more than any signal, tells the others that a rank cannot go on. A rank of torchrun
-    or `accelerate launch` takes the end of its launcher for SIGTERM: nobody else would end it.
+    waiting: the maximum of one step is read at the next, so the device is never waited for. A signal that comes again
+    after a while acts as it would have; at once, launcher and batch system mean the same. FAILED, which is more than
+    any signal, tells the others that a rank cannot go on. The end of a launcher is a SIGTERM too: see `guard`.
     """
 
     FAILED = 1000
+    SAME_S = 2.0
+    """Signals so close together are one wish."""
+    NEXT_S = 10.0
+    """How long a rank that was asked to stop still waits for what it needs to come to the end of its step."""
 
     def __init__(self, accelerator: Accelerator, timeout_s: float) -> None:
         self._received = 0
-        self._launcher = os.getppid() if dist.is_torchelastic_launched() else None
+        self._received_at = 0.0
+        self._timeout_s = timeout_s
+        self._what = ""
+        """What is waited for under a limit."""
         self._pending: tuple[Tensor, Any] | None = None
         self._group: Any = None
         if accelerator.num_processes > 1:
@@ -223,6 +232,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self._previous = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS}
+        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._waited)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -232,18 +242,52 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: Any) -> None:
-        self._received = number
-        signal.signal(number, self._previous[signal.Signals(number)])
+        now = time.monotonic()
+        if self._received and now - self._received_at > self.SAME_S:
+            signal.signal(number, self._previous[signal.Signals(number)])
+            os.kill(os.getpid(), number)
+        elif not self._received:
+            self._received, self._received_at = number, now
+            if self._what:
+                self._set_alarm(self.NEXT_S)
+
+    @contextmanager
+    def limit(self, what: str) -> Iterator[None]:
+        """Inside, this rank waits for `what` no longer than for another rank, and only briefly once it is to stop.
+
+        Raises:
+            StageError: it did not come.
+        """
+        self._what = what
+        self._set_alarm(self._timeout_s)
+        if self._received:
+            self._set_alarm(self.NEXT_S)
+        try:
+            yield
+        finally:
+            self._what = ""
+            self._set_alarm(0.0)
+
+    def _set_alarm(self, seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: an error within a destructor is lost
+
+    def _waited(self, *_: Any) -> None:
+        if not self._what:
+            return  # it has just come
+        if self._received:
+            name = signal.Signals(self._received).name
+            raise StageError(
+                f"{name} asked for the end while this rank waited for {self._what}, and they did not come within "
+                f"{self.NEXT_S:g} s: no checkpoint was written; the same command continues from the last one"
+            )
+        raise StageError(f"waited for train.timeout_s = {self._timeout_s:g} s for {self._what}, in vain")
 
     def poll(self, failed: bool = False) -> int:
         """The number of a signal that some rank got, or FAILED, the same on every rank at the same step; 0 if none."""
-        if failed:
-            self._received = self.FAILED
+        mine = self.FAILED if failed else self._received
         if self._group is None:
-            return self._received
-        if self._launcher not in (None, os.getppid()):
-            self._received = self._received or signal.SIGTERM
-        flag = torch.tensor([self._received])
+            return mine
+        flag = torch.tensor([mine])
         before, self._pending = self._pending, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, True))
         if before is None:
             return 0

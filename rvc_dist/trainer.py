@@ -10,8 +10,9 @@ import math
 import signal
 import time
 import traceback
+from collections import abc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,10 +35,13 @@ from rvc_dist import (
 from rvc_dist.averaging import Network, Wire, frozen
 from rvc_dist.config import LossConfig, Recipe
 from rvc_dist.data import (
+    SHM,
     Batch,
     BucketBatchSampler,
     CachedClips,
     ClipTable,
+    end_loader,
+    fit_shared_memory,
     loader_settings,
     make_dataset,
     make_loader,
@@ -50,10 +54,13 @@ from rvc_dist.models.modules import slice_samples
 from rvc_dist.optim import learning_rate, make_optimizer
 from rvc_dist.spectral import spectrogram_with_reach
 from rvc_dist.validation import Validation
-from rvc_dist.watch import Watch
+from rvc_dist.watch import EXIT_S, Watch, ends_within
 from rvc_dist.workspace import Share, StageError, Stopped, Workspace, read_json, write_json
 
 logger = logging.getLogger(__name__)
+
+WRITE_S = 30.0
+"""How long a rank that ends for a fault waits for a checkpoint that is being written."""
 
 
 def run(recipe: Recipe, share: Share) -> None:
@@ -116,6 +123,8 @@ class Trainer:
         self.trained_speakers = self.table.trained_speakers
         self.meter, self.timer = Meter(), PhaseTimer(self.device, self.pulse)
         self.recent: list[Step] = []
+        self.died: list[int] = []
+        """Exit codes of loader processes that ended before their loader."""
         if saved is not None:
             on_first_rank(
                 self.accelerator, partial(checkpoint.check_identity, resume_from, saved.identity, self.identity)
@@ -126,7 +135,8 @@ class Trainer:
         self.left_in_epoch = len(self.sampler.global_batches(self.progress.epoch, self.progress.seen))
         self.total_steps = self._total_steps()
         self.dataset = make_dataset(recipe, self.table, self.device)
-        self.loader_settings = loader_settings(self.config, self.device, isinstance(self.dataset, CachedClips))
+        settings = loader_settings(self.config, self.device, isinstance(self.dataset, CachedClips))
+        self.loader_settings = fit_shared_memory(recipe, self.table, settings)
 
         modules = {name: module.to(self.device) for name, module in modules.items()}
         self.compiled = self._choose_compiled(modules)
@@ -134,7 +144,9 @@ class Trainer:
         self.g, self.d = (self._prepare(name, module) for name, module in modules.items())
         if saved is not None:
             self._resume(saved)
-        self.writer = checkpoint.Writer(self.work.checkpoints_dir, self.config.keep_checkpoints, self.lock.check)
+        self.writer = checkpoint.Writer(
+            self.work.checkpoints_dir, self.config.keep_checkpoints, self.lock.check, self.config.timeout_s
+        )
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
         check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero.stage(self.accelerator)})
@@ -297,13 +309,17 @@ class Trainer:
         if self.progress.step >= self.total_steps:
             logger.info("already trained to step %d of %d", self.progress.step, self.total_steps)
             return
-        steps = self._steps()
-        with StopSignal(self.accelerator, self.config.timeout_s) as stop, self._progress_bar() as bar:
+        with (
+            StopSignal(self.accelerator, self.config.timeout_s) as stop,
+            self._progress_bar() as bar,
+            self._loading() as steps,
+        ):
             began_at, frames_seen = time.monotonic(), 0.0
             while self.progress.step < self.total_steps and not self.overtrained:
                 is_logged = self._due(self.config.log_every_steps, self.progress.step + 1)
                 self.pulse.begin_step(self.progress.step + 1, "logged" if is_logged else "other")
-                with self.timer.phase("data"):
+                clips = f"the clips of step {self.progress.step + 1}, which are read from {self.work.root}"
+                with self.timer.phase("data"), stop.limit(clips):
                     batches = next(steps)
                 full = all(len(batch.clips) == self.config.batch_size for batch in batches)
                 with self._memory_advice(batches[0]), compilation.eager_unless(full):
@@ -447,11 +463,36 @@ class Trainer:
             for group in network.optimizer.param_groups:
                 group["lr"] = rate
 
-    def _steps(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from here on."""
+    def _steps(self) -> abc.Generator[list[Batch], None, None]:
+        """The micro-batches of each step from here on; when it is closed, its loader processes end."""
         self.sampler.start_at(self.progress.epoch, self.progress.seen)
-        for batches in make_loader(self.dataset, self.sampler, self.loader_settings):
-            yield [batch.to(self.device) for batch in batches]
+        loaded = iter(make_loader(self.dataset, self.sampler, self.loader_settings))
+        try:
+            for batches in loaded:
+                yield [batch.to(self.device) for batch in batches]
+        finally:
+            self.died = end_loader(loaded)
+
+    @contextmanager
+    def _loading(self) -> Iterator[Iterator[list[Batch]]]:
+        """The steps from here on.
+
+        Raises:
+            StageError: a loader process died, in the place of what PyTorch raises wherever it hears of it.
+        """
+        with closing(self._steps()) as steps:
+            try:
+                yield steps
+            except RuntimeError as error:
+                steps.close()
+                if isinstance(error, StageError | Stopped) or not self.died:
+                    raise
+                raise StageError(
+                    f"rank {self.accelerator.process_index}: a loader process died in step {self.progress.step + 1} "
+                    f"({signal.strsignal(-self.died[0]) if self.died[0] < 0 else self.died[0]}): the host's memory or "
+                    f"{SHM} may be full. Ask for more, or less with train.num_workers or train.batch_size; the same "
+                    "command continues from the last checkpoint"
+                ) from error
 
     def _advance(self) -> None:
         size, seen = self.sampler.global_batch_size, list(self.progress.seen)
@@ -653,8 +694,8 @@ class Trainer:
         return ProgressBar(self.total_steps, self.progress.step, self.accelerator.is_main_process)
 
     def close(self) -> None:
-        self.writer.wait()
-        self.tracker.close()
+        self.writer.wait(min(WRITE_S, self.config.timeout_s))
+        ends_within(EXIT_S, "TensorBoard's writer", self.tracker.close)
 
 
 @dataclass

@@ -6,7 +6,9 @@ RUN/logs/rank_*.beat now and then; the first rank's reads them all when a step t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -18,7 +20,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +46,32 @@ BEATS_PER_S = 100.0
 """Of all ranks together, so that thousands do not weigh on the file system; a rank beats once a second at most."""
 EXEMPT = ("validation", "checkpoint")
 """Phases that steps are not measured with: they take long by right, every so often."""
+EXIT_S = 10.0
+"""How long each part of an exit may take: a disk that answers no more would hold a rank, and that one all others."""
+
+
+def ends_within(limit_s: float, what: str, function: Callable[[], object]) -> bool:
+    """Call `function`, which belongs to an exit, and go on without it when it takes longer.
+
+    Raises:
+        OSError: of `function`.
+    """
+    errors = []
+
+    def call() -> None:
+        try:
+            function()
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, name=what, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if thread.is_alive():
+        logger.warning("%s has not ended after %.0f s: going on without it", what, limit_s)
+    return not thread.is_alive()
 
 
 class Pulse:
@@ -138,6 +167,8 @@ class Watch:
         token = secrets.token_hex(8)
         self._me = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "token": token}
         self._acquire(accelerator)
+        # The interpreter's own end waits for threads, processes and connections of libraries.
+        atexit.register(faulthandler.dump_traceback_later, 3 * EXIT_S, exit=True, file=2)
         if self._num_ranks > 1:
             self._start_guard(token)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -171,22 +202,27 @@ class Watch:
             logger.warning("%s: cannot be written (%s): ranks that hang are left to their launchers", file, error)
             return
         script = str(Path(__file__).with_name("guard.py"))
-        command = [sys.executable, "-E", "-S", script, str(file), token, str(self._interval_s)]
-        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-E", "-S", script, str(file), token, str(self._interval_s), str(os.getpid())]
+        self._guard = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
+        ends_within(EXIT_S, "the watch", partial(self._leave, kind is not None))
+        if self._guard is not None:
+            self._guard.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._guard.wait(EXIT_S)
+
+    def _leave(self, failed: bool) -> None:
         if self._thread is not None:
             self._thread.join()
         self.lock.release()
-        if self._guard is not None:
-            self._guard.communicate()
-            if kind is None:  # else other guards may still have to read it
-                with contextlib.suppress(OSError):
-                    self.work.hanging_file.unlink()
+        if self._guard is not None and not failed:  # else other guards may still have to read it
+            with contextlib.suppress(OSError):
+                self.work.hanging_file.unlink()
         if self._file is not None:
             os.close(self._file)
             with contextlib.suppress(OSError):

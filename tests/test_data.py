@@ -1,6 +1,7 @@
 """The sampler, the alignment of features to frames, and batches."""
 
-import signal
+import subprocess
+import sys
 import time
 import tracemalloc
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from helpers import workspace_of
 from tiny import EMBEDDER, make_features, tiny_recipe
 
+from rvc_dist import data
 from rvc_dist.config import RATES, RateSpec
 from rvc_dist.data import (
     BatchPlan,
@@ -253,18 +255,30 @@ def test_a_clips_spectrogram_is_the_whole_files_cut_to_its_frames(tmp_path, rate
     assert len(firsts) == 3, "the long clip begins elsewhere in each epoch"
 
 
-def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path):
+SIGNALLER = """
+import os, signal, sys
+for number in 3 * (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    os.kill(int(sys.argv[1]), number)
+"""
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path, monkeypatch, stuck):
+    """A launcher's signals come from another process, and more than once."""
+    monkeypatch.setattr(data, "WORKERS_S", 0.2)
+    if stuck:
+        monkeypatch.setattr(ClipDataset, "read_batch", lambda *_: time.sleep(60))
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     table = ClipTable.load(recipe)
     sampler = BucketBatchSampler([c.num_frames for c in table.train], 2, 1, 0, 7)
     settings = {"num_workers": 1, "prefetch_factor": 2, "persistent_workers": True}
+    before = set(psutil.Process().children())
     steps = iter(make_loader(ClipDataset(recipe, table.train), sampler, settings))
-    next(steps)
-    (worker,) = psutil.Process().children()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        worker.send_signal(number)
-    assert len([next(steps) for _ in range(10)]) == 10
-    worker.send_signal(signal.SIGTERM)
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # by PyTorch, when it hears of the death
-        time.sleep(10)
+    (worker,) = set(psutil.Process().children()) - before
+    if not stuck:
+        next(steps)
+        subprocess.run([sys.executable, "-c", SIGNALLER, str(worker.pid)], check=True)
+        assert len([next(steps) for _ in range(10)]) == 10
+    assert data.end_loader(steps) == []
+    assert not worker.is_running()

@@ -1,13 +1,16 @@
 """Ranks, kernel settings, capability rules, and that a step on several ranks equals one on a single rank."""
 
 import os
+import queue
 import signal
+import subprocess
+import sys
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from launching import finish, kill, launcher, rvc_dist, start
@@ -64,16 +67,80 @@ def test_a_missing_rank_is_noticed(monkeypatch):
         distributed.make_accelerator(TrainConfig())
 
 
-def test_a_rank_whose_launcher_is_gone_asks_all_to_stop(monkeypatch, tmp_path):
-    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
+RANK = """
+import os, signal, sys, time
+from rvc_dist.guard import end_with_launcher
+signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True) or os._exit(0))
+print("started", flush=True)
+parent = os.getppid()
+while sys.argv[1] == "late" and os.getppid() == parent:
+    time.sleep(0.01)
+end_with_launcher()
+print("ready", flush=True)
+time.sleep(1)
+print("went on", flush=True)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize(
+    ("name", "when", "last"),
+    [
+        ("TORCHELASTIC_RUN_ID", "early", "asked to stop"),
+        ("TORCHELASTIC_RUN_ID", "late", "asked to stop"),
+        ("ACCELERATE_MIXED_PRECISION", "early", "asked to stop"),  # how one rank of `accelerate launch` is known
+        ("NONE", "early", "went on"),  # a shell that is closed
+    ],
+)
+def test_a_rank_whose_launcher_is_gone_is_asked_to_stop(name, when, last):
+    """Also when the launcher is killed before the rank has come so far as to watch it."""
+    command = [sys.executable, "-c", LAUNCHER, RANK, when]
+    plain = {k: v for k, v in os.environ.items() if k not in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")}
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain | {name: "no"})
+    for line in launcher.stdout:
+        if line == {"early": "ready\n", "late": "started\n"}[when]:
+            break
+    launcher.kill()
+    assert launcher.communicate(timeout=10)[0].splitlines()[-1] == last
+
+
+def alone(timeout_s: float) -> distributed.StopSignal:
+    return distributed.StopSignal(SimpleNamespace(num_processes=1), timeout_s)
+
+
+@pytest.mark.parametrize("asked", ["never", "before", "while it waits"])
+def test_a_wait_has_a_limit_and_hears_signals(monkeypatch, asked):
+    monkeypatch.setattr(distributed.StopSignal, "NEXT_S", 0.1)
+    began_at = time.monotonic()
+    with alone(timeout_s=30.0 if asked != "never" else 0.1) as stop:
+        if asked == "before":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        elif asked == "while it waits":
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with stop.limit("the clips of step 3"):
+            pass
+        with pytest.raises(StageError) as caught, stop.limit("the clips of step 3"):
+            queue.SimpleQueue().get()
+        time.sleep(1.1)  # no alarm is left
+    names = {"never": "train.timeout_s = 0.1 s for the clips of step 3", "before": "SIGUSR1 asked"}
+    assert names.get(asked, "SIGTERM asked for the end while this rank waited for the clips of s") in str(caught.value)
+    assert time.monotonic() - began_at < 5
+
+
+def test_a_signal_that_is_sent_twice_at_once_is_one_and_later_a_second_one(monkeypatch):
+    heard = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: heard.append("second"))
     try:
-        stop = distributed.StopSignal(SimpleNamespace(num_processes=2), timeout_s=60)
-        assert [stop.poll(), stop.poll()] == [0, 0]
-        monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert [stop.poll(), stop.poll()] == [0, signal.SIGTERM], "read one step later"
+        with alone(timeout_s=30.0) as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.poll() == signal.SIGTERM
+            assert heard == []
+            monkeypatch.setattr(distributed.StopSignal, "SAME_S", 0.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == ["second"]
     finally:
-        dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.mark.parametrize(

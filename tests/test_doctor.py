@@ -24,7 +24,7 @@ from launching import ROOT, finish, launcher, start
 from tiny import make_features, tiny_recipe, with_train
 
 from rvc_dist import __main__ as cli
-from rvc_dist import checkpoint, doctor, extract, networks, pipeline
+from rvc_dist import checkpoint, data, doctor, extract, networks, pipeline
 from rvc_dist.config import DataConfig, ExtractConfig, PreprocessConfig, Recipe
 from rvc_dist.data import ClipTable
 from rvc_dist.doctor import ahead, disk, findings, machine, team, training, wire
@@ -409,13 +409,18 @@ def test_an_old_gpu_has_no_bf16(recipe, monkeypatch):
 def test_a_small_shared_memory_names_the_size_that_it_needs(recipe, monkeypatch):
     exam = Exam(replace(recipe, train=replace(recipe.train, batch_size=2, num_workers=2)), Team())
     exam.table = ClipTable.load(exam.recipe)
-    # Clips of at most 0.84 s are padded to 100 frames of 240 samples, 16 features and a pitch; four steps a worker.
-    needed = 2 * 100 * (240 + 16 + 1) * 4 * 2 * 4
-    monkeypatch.setattr(training.shutil, "disk_usage", full(needed))
+    # Clips of at most 0.84 s are padded to 100 frames of 240 samples, 16 features and a pitch, with what the windows
+    # reach beyond; four steps a worker, and two besides.
+    step = 2 * (100 * (240 + 16 + 1) + 2 * exam.recipe.rate_spec.reach) * 4
+    needed = step * (2 * 4 + 2)
+    monkeypatch.setattr(data.shutil, "disk_usage", full(needed))
     result = examined(training.check_shared_memory, exam)
     assert result.problems == []
     assert result.measured["needed"] == (needed / 1e6, "MB")
-    monkeypatch.setattr(training.shutil, "disk_usage", full(needed - 1))
+    monkeypatch.setattr(data.shutil, "disk_usage", full(needed - 1))
+    problem = the_problem(examined(training.check_shared_memory, exam), Severity.WARNING)
+    assert "3 ahead fit" in problem.what
+    monkeypatch.setattr(data.shutil, "disk_usage", full(4 * step - 1))
     problem = the_problem(examined(training.check_shared_memory, exam), Severity.ERROR)
     assert "--shm-size=1g" in problem.remedy
     assert "train.num_workers 0" in problem.remedy

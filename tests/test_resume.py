@@ -48,7 +48,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 CASES = {
-    "float32": {"num_workers": 1, "cache_on_device": False},
+    "float32": {"num_workers": 2},
     "bf16, accumulated": {"bf16_adamw": True, "grad_accum_steps": 2, "batch_size": 1, "lr_schedule": "cosine"},
 }
 

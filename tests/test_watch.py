@@ -180,8 +180,8 @@ def test_a_phase_costs_microseconds():
 
 
 GUARDED = """
-import subprocess, sys, time
-guard = subprocess.Popen([sys.executable, "-S", *sys.argv[1:]], stdin=subprocess.PIPE)
+import os, subprocess, sys, time
+guard = subprocess.Popen([sys.executable, "-S", *sys.argv[1:], str(os.getpid())])
 print(guard.pid, flush=True)
 time.sleep(60)
 """

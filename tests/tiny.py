@@ -25,7 +25,7 @@ NARROW = ModelConfig(
 
 
 def tiny_recipe(run_dir: Path, **train: object) -> Recipe:
-    defaults = {"batch_size": 2, "max_epochs": 100, "max_steps": 4, "num_workers": 0, "log_every_steps": 1}
+    defaults = {"batch_size": 2, "max_epochs": 100, "max_steps": 4, "log_every_steps": 1}
     return Recipe(
         name="tiny",
         run_dir=str(run_dir),

@@ -6,7 +6,6 @@ import contextlib
 import math
 import re
 import resource
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -27,12 +26,14 @@ from rvc_dist.bench import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, DataConfig, Recipe
 from rvc_dist.data import (
     BUCKET_FRAMES,
+    SHM,
     Batch,
     BatchPlan,
     BucketBatchSampler,
     ClipData,
     ClipDataset,
     ClipTable,
+    ReadAhead,
     collate,
     loader_settings,
 )
@@ -49,8 +50,6 @@ from rvc_dist.workspace import Plan, StageError, read_header
 
 MAX_MEASURED = 200
 """Recordings whose headers are read where no plan tells of them."""
-SHM = Path("/dev/shm")
-"""What loader processes hand batches over in."""
 
 
 def check_data(exam: Exam, result: Result) -> None:
@@ -193,7 +192,7 @@ def check_weights(exam: Exam, result: Result) -> None:
 
 def check_shared_memory(exam: Exam, result: Result) -> None:
     """/dev/shm holds the batches that the loader processes of this host's ranks have ready."""
-    config, spec = exam.recipe.train, exam.recipe.rate_spec
+    config = exam.recipe.train
     settings = loader_settings(config, exam.team.device, config.cache_on_device)
     workers = settings["num_workers"]
     result.own["loader processes"] = str(workers)
@@ -201,22 +200,12 @@ def check_shared_memory(exam: Exam, result: Result) -> None:
         result.skipped = f"there is no {SHM}" if workers else "no loader processes"
         return
     table = exam.table or stand_in_table(exam.recipe, exam.embedder)
-    frames = max((c.num_frames for c in table.train), default=MAX_CLIP_FRAMES)
-    frames = -(-min(frames, MAX_CLIP_FRAMES) // BUCKET_FRAMES) * BUCKET_FRAMES
-    step_bytes = config.batch_size * config.grad_accum_steps * frames * (spec.hop + table.content_channels + 1) * 4
-    judge_shared_memory(step_bytes, workers, settings["prefetch_factor"], exam.local_ranks, result)
-
-
-def judge_shared_memory(step_bytes: int, workers: int, prefetch: int, local_ranks: int, result: Result) -> None:
-    """`step_bytes` of one rank's step, of which each of its loader processes has `prefetch` ready."""
-    need, free = step_bytes * workers * prefetch * local_ranks, shutil.disk_usage(SHM).free
-    result.measured |= {"needed": (need / 1e6, "MB"), "free": (free / 1e6, "MB")}
-    if need > free:
-        result.fail(
-            f"{SHM} has {free / 1e6:.0f} MB free, the loaders of {local_ranks} rank(s) may need {need / 1e6:.0f} MB: "
-            'they would die of "Bus error"',
-            f"start the container with --shm-size={math.ceil(1.5 * need / 2**30)}g, or set train.num_workers 0",
-        )
+    ahead = ReadAhead.measure(exam.recipe, table, settings, exam.local_ranks)
+    result.measured |= {"needed": (ahead.needed / 1e6, "MB"), "free": (ahead.free / 1e6, "MB")}
+    if ahead.fits < 1:
+        result.fail(ahead.what, ahead.remedy)
+    elif ahead.fits < ahead.wanted:
+        result.warn(f"{ahead.what}: {ahead.fits} ahead fit and will be read", ahead.remedy)
 
 
 class LastStep(Meter):
