@@ -441,7 +441,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_saved(tmp_path, mo
     asked = []
 
     def filling(folder):
-        asked.append(1)
+        asked.extend([folder] if tmp_path in folder.parents else [])  # and not shared memory
         return usage(folder)._replace(free=10**6 if len(asked) > 2 else 10**12)
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", filling)
