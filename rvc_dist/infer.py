@@ -98,9 +98,11 @@ class Voice:
                 content_channels=state["enc_p.emb_phone.weight"].shape[1],
                 vocoder=VOCODER_ALIASES.get(vocoder, vocoder),
             )
-            with torch.device("meta"):  # nothing is allocated before the file is known to have it
-                # The list carries one row a speaker of the network it was made from; the table itself is what counts.
-                generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
+            # Not built on `meta`, for whose weight norms PyTorch imports its compiler: 4 s and 300 MB.
+            if shape.least_weights > (held := sum(v.numel() for v in state.values())):
+                raise ValueError(f"its config asks for {shape.least_weights} weights, it holds {held}")
+            # The list carries one row a speaker of the network it was made from; the table itself is what counts.
+            generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
             embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
             trained = _trained_speakers(data.get("trained_speakers", []), generator.shape.num_speakers)
         except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -112,7 +114,7 @@ class Voice:
         if wanted != got:
             differ = sorted(k[:80] for k in {**wanted, **got} if wanted.get(k) != got.get(k))
             raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
-        generator.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
+        generator.load_state_dict(state)
         return cls(generator.to(device).eval(), embedder, version, trained)
 
 

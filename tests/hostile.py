@@ -403,7 +403,7 @@ def an_index(kind: str, width: int = WIDTH) -> bytes:
 
 OTHER_INDEXES = (
     *("PQ8x4fs", "IVF4,PQ8x4fs", "IVF4,PQ8", "PQ8", "SQ8", "IVF4,SQ8", "HNSW8,Flat", "LSH", "PCA8,IVF4,Flat"),
-    *("IVF4_HNSW8,Flat", "IDMap,Flat", "IVF4,PQ8,RFlat", "NSG8,Flat", "IVF4,Flat,RFlat"),
+    *("IVF4_HNSW8,Flat", "IVF4,PQ8,RFlat", "NSG8,Flat", "IVF4,Flat,RFlat"),
 )
 
 

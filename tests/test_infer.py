@@ -523,6 +523,7 @@ def damaged(contents: dict[str, Any], **values: Any) -> dict[str, Any]:
         ({"config": [1, 2]}, r"got 2 entries, expected 18"),
         ({"config": 3}, "holds no voice that can be built here"),
         ({"config": {6: 10**9}}, "got num_layers 1000000000, which no network"),
+        ({"config": {4: 10**5}}, r"its config asks for \d+ weights, it holds \d+"),
         ({"config": {3: True}}, "got hidden_channels True"),
         ({"config": {5: 3}}, "got num_heads 3"),
         ({"config": {10: [3, 7, 10]}}, "got resblock_kernels"),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvc_dist.models.modules import LEAKY_SLOPE, LayerNorm, WaveNet, embedding
+from rvc_dist.models.modules import LEAKY_SLOPE, LayerNorm, WaveNet
 
 if TYPE_CHECKING:
     from rvc_dist.models.generator import GeneratorShape
@@ -131,7 +131,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.scale = math.sqrt(shape.hidden_channels)
         self.emb_phone = nn.Linear(shape.content_channels, shape.hidden_channels)
-        self.emb_pitch = embedding(COARSE_PITCHES, shape.hidden_channels) if shape.pitch_guidance else None
+        self.emb_pitch = nn.Embedding(COARSE_PITCHES, shape.hidden_channels) if shape.pitch_guidance else None
         self.encoder = Transformer(shape)
         self.proj = nn.Conv1d(shape.hidden_channels, 2 * shape.inter_channels, 1)
 

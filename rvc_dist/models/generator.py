@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rvc_dist.config import RATES
 from rvc_dist.models.encoders import PosteriorEncoder, TextEncoder
 from rvc_dist.models.flow import Flow
-from rvc_dist.models.modules import embedding, frame_mask, slice_frames
+from rvc_dist.models.modules import frame_mask, slice_frames
 from rvc_dist.models.vocoders import build_vocoder
 
 if TYPE_CHECKING:
@@ -64,6 +64,18 @@ class GeneratorShape:
     @property
     def segment_samples(self) -> int:
         return self.segment_frames * self.hop
+
+    @property
+    def least_weights(self) -> int:
+        """Numbers that a voice file of this shape holds at the least: those of its largest layers."""
+        hidden, width = self.hidden_channels, self.upsample_initial_channel
+        count = self.num_layers * hidden * (4 * hidden + 2 * self.filter_channels * self.kernel_size)
+        count += 12 * hidden * (10 * hidden + 2 * self.gin_channels) + 7 * self.inter_channels * width
+        blocks = sum(k * len(d) for k, d in zip(self.resblock_kernels, self.resblock_dilations, strict=True))
+        for kernel in self.upsample_kernels:
+            count += width * (width // 2) * kernel + 2 * (width // 2) ** 2 * blocks
+            width //= 2
+        return count
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, content_channels: int, num_speakers: int) -> GeneratorShape:
@@ -243,7 +255,7 @@ class Generator(nn.Module):
         self.dec = build_vocoder(shape)
         self.enc_q = PosteriorEncoder(shape)
         self.flow = Flow(shape)
-        self.emb_g = embedding(shape.num_speakers, shape.gin_channels)
+        self.emb_g = nn.Embedding(shape.num_speakers, shape.gin_channels)
 
     def forward(
         self,

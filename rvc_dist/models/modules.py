@@ -29,11 +29,6 @@ def slice_samples(wave: Tensor, start_frames: Tensor, segment_frames: int, hop: 
     return slice_frames(wave, start_frames * hop, segment_frames * hop)
 
 
-def embedding(rows: int, width: int) -> nn.Embedding:
-    """nn.Embedding with the numbers that it draws itself, by a function that on `meta` does not import the compiler."""
-    return nn.Embedding(rows, width, _weight=torch.randn(rows, width))
-
-
 class LayerNorm(nn.Module):
     """Layer normalisation over the channels of [B, C, T]."""
 
