@@ -151,6 +151,8 @@ class _Reader:
             elif name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[name]())
             elif name == "GLOBAL":
+                if str(argument) not in self.names:
+                    raise ForeignFileError(f"with more in it than floating numbers and plain data: {argument!s:.80}")
                 self.stack.append(self.names[str(argument)])
             elif name not in ("PROTO", "STOP"):
                 self.combine(name)
