@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rvc_dist.schema import MAX_YAML_BYTES, SchemaError, parse_yaml, read_bounded
+
 FEATURE_RATE = 16000
 """Sample rate of the copy that content encoders and pitch trackers hear, in Hz."""
 F0_HOP = 160
@@ -25,6 +27,8 @@ MAX_SPEAKERS = 109
 MAX_SEED = 2**31 - 1
 MAX_NAME_BYTES = 180
 """A file name has at most 255, and those of an index have 60 besides the voice's."""
+MAX_INT = 2**53
+"""No number of a recipe means anything above it."""
 
 
 class RateSpec(NamedTuple):
@@ -584,6 +588,7 @@ class Recipe:
         )
         for section in sections:
             problems.extend(section.problems())
+        problems.extend(_unusable(self.to_dict()))
         if problems:
             raise ConfigError("\n".join(problems))
         if not self.run_dir:
@@ -602,6 +607,18 @@ class Recipe:
 
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         return text
+
+
+def _unusable(tree: dict[str, Any]) -> Iterator[str]:
+    """Values of which nothing can be made, whatever they stand for."""
+    import re
+
+    for key, value in _leaves(tree):
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, int) and abs(item) > MAX_INT:
+                yield f"{key}: got a number beyond {MAX_INT}"
+            elif isinstance(item, str) and re.search("[\0\ud800-\udc7f\udd00-\udfff]", item):
+                yield f"{key}: got {item!a}, expected a text that has no zero bytes and no halves of letters"
 
 
 def parse_recipe(stage: str, arguments: list[str], about: str = "") -> Recipe:
@@ -655,14 +672,12 @@ def _unknown_keys(path: Path) -> Iterator[str]:
     """Every key of a recipe file that no section has, with its full path and the nearest key that exists."""
     import difflib
 
-    import yaml
-
     if not path.is_file():
         raise ConfigError(f"--config: {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} is not valid YAML: {error}") from error
+        tree = parse_yaml(read_bounded(path, MAX_YAML_BYTES)) or {}
+    except (SchemaError, OSError) as error:
+        raise ConfigError(f"--config: {path} is no recipe: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config: {path} holds a {type(tree).__name__}, expected keys such as name: and train:")
 

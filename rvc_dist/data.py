@@ -28,7 +28,7 @@ from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainCo
 from rvc_dist.guard import end_with_parent
 from rvc_dist.holdout import SpeakerShare, hold_out
 from rvc_dist.watch import ends_within
-from rvc_dist.workspace import StageError, Workspace, read_header, unit_files
+from rvc_dist.workspace import FeaturesHeader, MuteHeader, StageError, Workspace, read_header, unit_files, unit_header
 
 logger = logging.getLogger(__name__)
 
@@ -193,15 +193,13 @@ class ClipTable:
         spec = recipe.rate_spec
         clips, short, embedder = [], 0, {}
         for path in unit_files(work.features_dir):
-            header = read_header(path)
-            if header is None:
-                raise StageError(f"{path} is damaged: delete it and run `rvc-dist extract` again")
+            header = unit_header(path, FeaturesHeader, "extract")
             if header["sample_rate"] != recipe.data.sample_rate:
                 raise StageError(
                     f"{path} belongs to clips of {header['sample_rate']} Hz, the recipe says "
                     f"data.sample_rate {recipe.data.sample_rate}: run `rvc-dist preprocess` and `extract` again"
                 )
-            embedder = header["embedder"]
+            embedder = dict(header["embedder"])
             for i, clip in enumerate(header["clips"]):
                 sizes = clip["num_samples"], clip["num_content"], clip["num_f0"]
                 frames = covered_frames(recipe.data.sample_rate, spec.hop, *sizes)
@@ -238,9 +236,9 @@ class ClipTable:
 
 
 def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:
-    header = read_header(work.mute_file) if recipe.extract.include_mutes else None
-    if header is None:
+    if not recipe.extract.include_mutes or read_header(work.mute_file) is None:
         return []
+    header = unit_header(work.mute_file, MuteHeader, "extract")
     sizes = header["num_samples"], header["num_content"], header["num_f0"]
     frames = covered_frames(recipe.data.sample_rate, recipe.rate_spec.hop, *sizes)
     return [ClipRef(-1, "00000", speaker, MUTE_SOURCE, frames)] * recipe.extract.include_mutes

@@ -21,7 +21,19 @@ import numpy.typing as npt
 from rvc_dist.audio import SLICE_THRESHOLD_DB
 from rvc_dist.config import Recipe
 from rvc_dist.preprocess import account, sum_lost
-from rvc_dist.workspace import Plan, Share, StageError, Unit, Workspace, printable, read_header
+from rvc_dist.workspace import (
+    ClipsHeader,
+    FeaturesHeader,
+    Plan,
+    Share,
+    StageError,
+    Unit,
+    Workspace,
+    is_done,
+    printable,
+    read_header,
+    unit_header,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,12 +194,12 @@ def summarise(root: Path) -> Summary:
     rate, missing, bare = 0, 0, 0
     files: list[dict[str, Any]] = []
     for unit in plan.units:
-        header = read_header(work.clips_file(unit.id))
-        if header is None or header.get("stamp") != unit.stamp(plan.settings):
+        if not is_done(work.clips_file(unit.id), unit.stamp(plan.settings)):
             missing += 1
             continue
+        header = unit_header(work.clips_file(unit.id), ClipsHeader, "preprocess")
         rate = header["sample_rate"]
-        files += header["files"]
+        files += map(dict, header["files"])
         for file in header["files"]:
             if file["reason"]:
                 left_out.append((file["path"], file["reason"]))
@@ -218,7 +230,7 @@ def summarise(root: Path) -> Summary:
     )
 
 
-def add_waves(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, header: dict[str, Any]) -> None:
+def add_waves(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, header: ClipsHeader) -> None:
     """Measure the clips of one unit."""
     from safetensors import safe_open
 
@@ -256,13 +268,13 @@ def decibels(energy: float, samples: int) -> float:
     return max(FLOOR_DB, 10.0 * math.log10(energy / samples)) if energy > 0.0 else FLOOR_DB
 
 
-def add_pitch(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, clips_header: dict[str, Any]) -> bool:
+def add_pitch(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, clips_header: ClipsHeader) -> bool:
     """Count the f0 of one unit; False when it has no features of these clips."""
     from safetensors import safe_open
 
     path = work.features_file(unit.id)
-    header = read_header(path)
     speakers = [c["speaker"] for c in clips_header["clips"]]
+    header = unit_header(path, FeaturesHeader, "extract") if read_header(path) else None
     if header is None or [c["speaker"] for c in header["clips"]] != speakers:
         return False
     with safe_open(path, framework="numpy") as file:

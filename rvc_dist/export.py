@@ -19,7 +19,7 @@ from rvc_dist.data import ClipTable
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.generator import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
-from rvc_dist.workspace import Share, StageError, Workspace, atomic_write, read_json
+from rvc_dist.workspace import ClipsReport, Share, StageError, Workspace, atomic_write, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def run(recipe: Recipe, share: Share) -> None:
         raise StageError(f"{work.checkpoints_dir} has no checkpoint: run `rvc-dist train` first")
     if not work.clips_report_file.is_file():
         raise StageError(f"{work.clips_report_file} is missing: run `rvc-dist preprocess` first")
-    dataset_length = read_json(work.clips_report_file)["total_dataset_duration"]
+    dataset_length = read_json(work.clips_report_file, ClipsReport)["total_dataset_duration"]
     table = ClipTable.load(recipe)
     files: dict[int, Path] = {}
     for path in checkpoint.whole_in(work.checkpoints_dir):

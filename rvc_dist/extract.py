@@ -24,6 +24,9 @@ from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0Method, load_f0
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.workspace import (
+    ClipsHeader,
+    FeaturesHeader,
+    FeaturesReport,
     Plan,
     Share,
     StageError,
@@ -36,6 +39,7 @@ from rvc_dist.workspace import (
     remove_leftovers,
     save_arrays,
     stamp,
+    unit_header,
     write_json,
 )
 
@@ -224,12 +228,11 @@ def other_settings(recipe: Recipe) -> str:
     )
 
 
-def read_report(work: Workspace) -> dict[str, Any] | None:
+def read_report(work: Workspace) -> FeaturesReport | None:
     try:
-        report: dict[str, Any] = read_json(work.features_report_file)
+        return read_json(work.features_report_file, FeaturesReport)
     except FileNotFoundError:  # another rank may withdraw it at any moment
         return None
-    return report
 
 
 def feature_settings(recipe: Recipe) -> dict[str, Any]:
@@ -273,19 +276,18 @@ def clip_stamps(work: Workspace) -> dict[Unit, str]:
     return {u: str(s) for u, s in stamps.items()}
 
 
-def read_unit(path: Path) -> tuple[dict[str, Any], list[tuple[int, audio.Wave]]]:
+def read_unit(path: Path) -> tuple[ClipsHeader, list[tuple[int, audio.Wave]]]:
     """The header of a clips file, and for each clip its length in samples and its 16 kHz copy [S]."""
     from safetensors import safe_open
 
-    header = read_header(path)
-    assert header is not None, path
+    header = unit_header(path, ClipsHeader, "preprocess")
     with safe_open(path, framework="numpy") as file:
         waves = [file.get_tensor(f"{i:05d}") for i in range(len(header["clips"]))]
     return header, [(len(w), audio.resample(w, header["sample_rate"], FEATURE_RATE)) for w in waves]
 
 
 def compute_unit(
-    clips_header: dict[str, Any], waves: list[tuple[int, audio.Wave]], extractor: Extractor, wanted: str
+    clips_header: ClipsHeader, waves: list[tuple[int, audio.Wave]], extractor: Extractor, wanted: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The features of one unit and their header, as `save_arrays` takes them.
 
@@ -331,21 +333,21 @@ def mute_done(recipe: Recipe, work: Workspace, settings: dict[str, Any]) -> bool
 
 def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
     """Write the report once every unit is done, whoever did it."""
-    headers = [done_header(recipe, work, u, settings, s) for u, s in clips.items()]
-    done = [header for header in headers if header is not None]
-    if len(done) < len(clips) and share.does_all:
+    left = sum(done_header(recipe, work, u, settings, s) is None for u, s in clips.items())
+    if left and share.does_all:
         raise StageError(
-            f"extract: {len(clips) - len(done)} of {len(clips)} units in {work.features_dir} were replaced meanwhile: "
+            f"extract: {left} of {len(clips)} units in {work.features_dir} were replaced meanwhile: "
             "another job works in this run folder with other settings; end one, then run the stage again"
         )
-    if len(done) < len(clips):
-        logger.info("extract: this part is done, %d units are left to others", len(clips) - len(done))
+    if left:
+        logger.info("extract: this part is done, %d units are left to others", left)
         return
     if not mute_done(recipe, work, settings):
         logger.info("extract: this part is done, the silent clip is left to another")
         return
     remove_leftovers(work.features_dir, len(clips))
-    frames = sum(c["num_content"] for h in done for c in h["clips"])
+    headers = [unit_header(work.features_file(u.id), FeaturesHeader, "extract") for u in clips]
+    frames = sum(c["num_content"] for h in headers for c in h["clips"])
     report = {"settings": settings, "clips": stamp(list(clips.values())), "content_frames": frames}
     write_json(work.features_report_file, report)
     logger.info("extract: %d content frames; %s", frames, work.features_report_file)

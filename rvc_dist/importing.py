@@ -28,6 +28,8 @@ from rvc_dist.index_file import check_index
 from rvc_dist.preprocess import clips_report, imported_clip_settings, left_out_entry
 from rvc_dist.sources import content_of
 from rvc_dist.workspace import (
+    ClipsHeader,
+    FeaturesHeader,
     Plan,
     Share,
     SourceFile,
@@ -38,11 +40,11 @@ from rvc_dist.workspace import (
     cut_units,
     is_done,
     printable,
-    read_header,
     read_json,
     remove_leftovers,
     save_arrays,
     stamp,
+    unit_header,
     wait_for,
     write_json,
 )
@@ -560,8 +562,8 @@ def _check_length(path: Path, array: Array, per_s: int, seconds: float) -> None:
 
 def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, features: dict[str, Any]) -> None:
     """All that comes after the units: silent clips, reports, index, weights and the recipe."""
-    headers = [h for u in plan.units if (h := read_header(work.clips_file(u.id)))]
-    files = [f for h in headers for f in h["files"]] + [left_out_entry(f) for f in plan.excluded]
+    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "import") for u in plan.units]
+    files = [dict(f) for h in headers for f in h["files"]] + [left_out_entry(f) for f in plan.excluded]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
     for file in files:
@@ -577,7 +579,8 @@ def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, 
     )
     if whole:
         recipe = import_mutes(recipe, experiment, work, features, {f["speaker"] for f in used})
-        frames = sum(_content_frames(work, u) for u in plan.units)
+        made = [unit_header(work.features_file(u.id), FeaturesHeader, "import") for u in plan.units]
+        frames = sum(c["num_content"] for header in made for c in header["clips"])
         write_json(work.features_report_file, {"settings": features, "clips": stamp(stamps), "content_frames": frames})
         import_index(recipe, experiment, work, frames)
     recipe = import_weights(recipe, experiment, work, 1 + max(f["speaker"] for f in used))
@@ -595,11 +598,6 @@ def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, 
         "with all features" if whole else f"{report['files_without_features']} without features, for extract to make",
         work.config_file,
     )
-
-
-def _content_frames(work: Workspace, unit: Unit) -> int:
-    header = read_header(work.features_file(unit.id))
-    return sum(c["num_content"] for c in header["clips"]) if header else 0
 
 
 def _total_seconds(experiment: Experiment) -> float:

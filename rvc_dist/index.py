@@ -21,15 +21,17 @@ from rvc_dist.config import Recipe
 from rvc_dist.files import ForeignFileError
 from rvc_dist.index_file import MAX_IN_MEMORY, check_index
 from rvc_dist.workspace import (
+    FeaturesHeader,
+    IndexReport,
     Share,
     StageError,
     Workspace,
     beside,
-    read_header,
     read_json,
     remove_half_written,
     stamp,
     unit_files,
+    unit_header,
     write_json,
 )
 
@@ -163,7 +165,7 @@ def complete(recipe: Recipe) -> bool | None:
     """True when the index is there and made of the present features, else None."""
     work = Workspace(recipe.run_dir, recipe.name)
     file = work.index_file()
-    current = file is not None and read_json(work.index_report_file)["stamp"] == wanted_stamp(recipe, work)
+    current = file is not None and read_json(work.index_report_file, IndexReport)["stamp"] == wanted_stamp(recipe, work)
     return current or None
 
 
@@ -214,9 +216,7 @@ class Frames:
         """
         units, width = [], 0
         for path in unit_files(work.features_dir):
-            header = read_header(path)
-            if header is None:
-                raise _damaged(path)
+            header = unit_header(path, FeaturesHeader, "extract")
             lengths = [clip["num_content"] for clip in header["clips"]]
             width = header["embedder"]["width"] if any(lengths) else width
             units.append((path, lengths))

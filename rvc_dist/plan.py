@@ -38,7 +38,7 @@ from rvc_dist.forecast import (
 from rvc_dist.measuring import recipe_key
 from rvc_dist.sources import list_sources
 from rvc_dist.tracing import TracedStep, trace
-from rvc_dist.workspace import Share, StageError, Workspace, read_header, unit_files, write_json
+from rvc_dist.workspace import ClipsHeader, Share, StageError, Workspace, unit_files, unit_header, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -226,9 +226,7 @@ def _cut_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
     from safetensors import safe_open
 
     for path in unit_files(work.clips_dir):
-        header = read_header(path)
-        if header is None:
-            raise StageError(f"{path} is damaged: delete it and run `rvc-dist preprocess` again")
+        header = unit_header(path, ClipsHeader, "preprocess")
         if header["sample_rate"] != recipe.data.sample_rate:
             raise StageError(
                 f"{path} holds clips of {header['sample_rate']} Hz, the recipe says data.sample_rate "

@@ -18,6 +18,7 @@ from rvc_dist.config import MAX_CLIP_FRAMES, RATES, Recipe
 from rvc_dist.sources import content_of, list_sources
 from rvc_dist.workspace import (
     MAX_SLICE_S,
+    ClipsHeader,
     Plan,
     Share,
     SourceFile,
@@ -30,11 +31,11 @@ from rvc_dist.workspace import (
     is_done,
     listed,
     printable,
-    read_header,
     remove_leftovers,
     save_arrays,
     stamp,
     unit_files,
+    unit_header,
     wait_for,
     write_json,
 )
@@ -467,10 +468,8 @@ def _pieces(recipe: Recipe, wave: audio.Wave) -> Iterator[tuple[int, audio.Wave]
 
 def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any], share: Share) -> None:
     """Write the report once every unit is done, whoever did it."""
-    headers = [read_header(work.clips_file(u.id)) for u in plan.units]
-    done = [h for u, h in zip(plan.units, headers, strict=True) if h and h.get("stamp") == u.stamp(settings)]
-    if len(done) < len(plan.units):
-        left = len(plan.units) - len(done)
+    left = sum(not is_done(work.clips_file(u.id), u.stamp(settings)) for u in plan.units)
+    if left:
         if share.does_all:
             raise StageError(
                 f"preprocess: {left} of {len(plan.units)} units in {work.clips_dir} were replaced meanwhile: another "
@@ -479,7 +478,8 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         logger.info("preprocess: this part is done, %d units are left to others", left)
         return
     remove_leftovers(work.clips_dir, len(plan.units))
-    files = _by_recording([f for h in done for f in h["files"]]) + [left_out_entry(f) for f in plan.excluded]
+    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "preprocess") for u in plan.units]
+    files = _by_recording([dict(f) for h in headers for f in h["files"]]) + [left_out_entry(f) for f in plan.excluded]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
     low, remedy = low_rates(recipe, [(f["sample_rate"], f["seconds_in"]) for f in used])
@@ -568,7 +568,7 @@ def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str,
     reasons: dict[str, list[tuple[float, str]]] = {}
     for part in slices:
         entry = {k: v for k, v in part.items() if k not in ("start_s", "reason")}
-        reasons.setdefault(part["path"], []).append((part["start_s"], part["reason"]))
+        reasons.setdefault(part["path"], []).append((part.get("start_s", 0.0), part["reason"]))
         known = files.setdefault(part["path"], entry)
         if known is not entry:
             for key in ("seconds_in", "clips", "seconds_out"):

@@ -25,9 +25,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, overload
 
 from rvc_dist.config import ConfigError, Recipe, load_recipe
+from rvc_dist.schema import (
+    MAX_JSON_BYTES,
+    Count,
+    FileName,
+    OsName,
+    Positive,
+    SchemaError,
+    Seconds,
+    SpeakerId,
+    check,
+    parse_json,
+    read_bounded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +151,92 @@ class Workspace:
         """The run's retrieval index, or None when the index stage has not run."""
         if not self.index_report_file.is_file():
             return None
-        path = self.index_dir / read_json(self.index_report_file)["file"]
+        path = self.index_dir / read_json(self.index_report_file, IndexReport)["file"]
         return path if path.is_file() else None
+
+
+class IndexReport(TypedDict):
+    """RUN/index/report.json, as far as it is read."""
+
+    stamp: str
+    file: FileName
+
+
+class ClipsReport(TypedDict):
+    """RUN/clips/report.json, as far as it is read."""
+
+    total_dataset_duration: str
+
+
+class FeaturesReport(TypedDict):
+    """RUN/features/report.json."""
+
+    settings: dict[str, Any]
+    clips: str
+    content_frames: Count
+
+
+class ClipEntry(TypedDict):
+    """A clip in the header of a unit's file."""
+
+    speaker: SpeakerId
+    source: OsName
+    start_s: Seconds
+
+
+class SlicedClip(ClipEntry, total=False):
+    slice_s: Seconds
+
+
+class FileEntry(TypedDict):
+    """What became of a recording, or a slice of one."""
+
+    path: OsName
+    speaker: SpeakerId
+    seconds_in: Seconds
+    clips: Count
+    seconds_out: Seconds
+    reason: OsName
+    lost: dict[str, Seconds]
+
+
+class ClipsHeader(TypedDict):
+    """Of a clips file: what is in it."""
+
+    stamp: str
+    sample_rate: Positive
+    clips: list[SlicedClip]
+    files: list[FileEntry]
+
+
+class FeaturesClip(SlicedClip):
+    num_samples: Count
+    num_content: Count
+    num_f0: Count
+
+
+class EmbedderUsed(TypedDict):
+    name: str
+    hash: str | None
+    width: Positive
+
+
+class FeaturesHeader(TypedDict):
+    """Of a features file."""
+
+    stamp: str
+    sample_rate: Positive
+    embedder: EmbedderUsed
+    clips: list[FeaturesClip]
+
+
+class MuteHeader(TypedDict):
+    """Of the silent clip's features."""
+
+    stamp: str
+    num_samples: Count
+    num_content: Count
+    num_f0: Count
 
 
 @dataclass(frozen=True)
@@ -149,13 +246,13 @@ class SourceFile:
     `path` is relative to the dataset folder, `reason` why the recording is left out.
     """
 
-    path: str
-    speaker: int
-    size: int
+    path: OsName
+    speaker: Count
+    size: Count
     mtime_ns: int
-    duration_s: float = 0.0
-    reason: str = ""
-    start_s: float = 0.0
+    duration_s: Seconds = 0.0
+    reason: OsName = ""
+    start_s: Seconds = 0.0
     is_last: bool = True
     """The last slice goes to the end of the recording, which may be later than its header says."""
     content: str = ""
@@ -206,6 +303,16 @@ class Unit:
         return stamp(settings, [f.identity for f in self.files])
 
 
+class PlanFile(TypedDict):
+    """RUN/clips/plan.json."""
+
+    version: int
+    listing: str
+    settings: dict[str, Any]
+    units: list[list[SourceFile]]
+    excluded: list[SourceFile]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The work list of a run: the same for every rank, since it depends on the dataset folder alone."""
@@ -234,17 +341,18 @@ class Plan:
         if not path.is_file():
             return None
         data = read_json(path)
+        if data.get("version") != FORMAT_VERSION:
+            return None
         try:
-            if data.get("version") != FORMAT_VERSION:
-                return None
-            return cls(
-                listing=data["listing"],
-                settings=data["settings"],
-                units=tuple(Unit(i, tuple(SourceFile(**f) for f in files)) for i, files in enumerate(data["units"])),
-                excluded=tuple(SourceFile(**f) for f in data["excluded"]),
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise StageError(f"{path}: not a plan of ours ({error!r}); delete it and run the stage again") from error
+            check(data, PlanFile)
+        except SchemaError as error:
+            raise StageError(f"{path}: not a plan of ours ({error}); delete it and run the stage again") from error
+        return cls(
+            listing=data["listing"],
+            settings=data["settings"],
+            units=tuple(Unit(i, tuple(SourceFile(**f) for f in files)) for i, files in enumerate(data["units"])),
+            excluded=tuple(SourceFile(**f) for f in data["excluded"]),
+        )
 
 
 def cut_units(files: Sequence[SourceFile]) -> tuple[Unit, ...]:
@@ -412,11 +520,21 @@ def listed(reasons: Iterable[tuple[str, str]], most: int = 20) -> str:
     return "".join(lines[:most]) + more
 
 
-def read_json(path: Path) -> Any:
+@overload
+def read_json(path: Path) -> dict[str, Any]: ...
+@overload
+def read_json(path: Path, kind: type[T], remedy: str = ...) -> T: ...
+def read_json(path: Path, kind: Any = dict, remedy: str = "delete it and run the stage again") -> Any:
+    """A JSON file of the run folder that holds a `kind`.
+
+    Raises:
+        StageError: it holds something else; says where in it, and `remedy`.
+        OSError: it cannot be read.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StageError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from error
+        return parse_json(read_bounded(path, MAX_JSON_BYTES), kind)
+    except SchemaError as error:
+        raise StageError(f"{path}: {error}; {remedy}") from error
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -440,10 +558,34 @@ def read_header(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-        header = json.loads(metadata[HEADER_KEY])
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        header: dict[str, Any] = parse_json(metadata[HEADER_KEY].encode(), dict)
+    except (FileNotFoundError, SafetensorError, KeyError, SchemaError):
         return None
-    return header if isinstance(header, dict) else None
+    return header
+
+
+def unit_header(path: Path, kind: type[T], stage: str) -> T:
+    """The header of a unit's file or of the silent clip's, whose arrays are as long as it says.
+
+    Raises:
+        StageError: it is no whole file of `stage`.
+    """
+    from safetensors import safe_open
+
+    try:
+        if (found := read_header(path)) is None:
+            raise SchemaError("no header of rvc_dist")
+        header = check(found, kind)
+        with safe_open(path, framework="numpy") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        for i, clip in enumerate(found.get("clips", [found])):
+            wave, *features = (shapes.get(f"{i:05d}{part}", []) for part in ("", ".content", ".f0"))
+            sizes = [] if kind is ClipsHeader else [clip["num_content"], clip["num_f0"]]
+            if [shape[0] for shape in features if shape] != sizes or len(wave) != (not sizes):
+                raise SchemaError(f"clips[{i}]: other arrays than it says")
+    except SchemaError as error:
+        raise StageError(f"{path} is damaged ({error}): delete it and run `rvc-dist {stage}` again") from error
+    return header
 
 
 def is_done(path: Path, wanted: str) -> bool:

@@ -56,6 +56,7 @@ def make_run(
                     "speaker": f.speaker,
                     "seconds_in": 2 * f.duration_s,
                     "clips": 1,
+                    "seconds_out": f.duration_s,
                     "lost": {"silence": f.duration_s},
                     "reason": "",
                 }
@@ -64,9 +65,18 @@ def make_run(
         }
         save_arrays(work.clips_file(unit.id), {f"{j:05d}": w for j, (_, w) in enumerate(of_unit)}, header)
         if f0 and (of_f0 := f0[unit.id]) is not None:
-            save_arrays(work.features_file(unit.id), {f"{j:05d}.f0": f for j, f in enumerate(of_f0)}, header)
+            save_features(work.features_file(unit.id), of_f0, header)
     atomic_write(work.plan_file, Plan("", SETTINGS, units, excluded).dumps())
     return root
+
+
+def save_features(path: Path, of_f0: list[np.ndarray], clips_header: dict[str, Any]) -> None:
+    sizes = [{"num_samples": 1, "num_content": 1, "num_f0": len(f0)} for f0 in of_f0]
+    clips = [clip | size for clip, size in zip(clips_header["clips"], sizes, strict=True)]
+    arrays = {f"{j:05d}.f0": f0 for j, f0 in enumerate(of_f0)}
+    arrays |= {f"{j:05d}.content": np.zeros((1, 1), np.float32) for j in range(len(of_f0))}
+    embedder = {"name": "mfcc", "hash": "", "width": 1}
+    save_arrays(path, arrays, clips_header | {"clips": clips, "embedder": embedder})
 
 
 def hz(*values: float) -> np.ndarray:

@@ -197,7 +197,7 @@ def test_plan_of_another_version_is_none_and_a_foreign_one_is_named(tmp_path: Pa
     version = {"version": workspace.FORMAT_VERSION}
     for foreign in ([], version, {**version, "listing": "", "settings": {}, "units": [[{"x": 1}]], "excluded": []}):
         workspace.write_json(path, foreign)
-        with pytest.raises(StageError, match=r"plan\.json: not a plan of ours"):
+        with pytest.raises(StageError, match=r"plan\.json: .*; delete it and run the stage again"):
             Plan.load(path)
 
 
@@ -294,7 +294,7 @@ def test_wait_for_polls_until_there_is_something() -> None:
 def test_index_file_is_found_through_its_report(tmp_path: Path) -> None:
     work = Workspace(tmp_path, "v")
     assert work.index_file() is None
-    workspace.write_json(work.index_report_file, {"file": "a.index"})
+    workspace.write_json(work.index_report_file, {"stamp": "", "file": "a.index"})
     assert work.index_file() is None
     (work.index_dir / "a.index").touch()
     assert work.index_file() == work.index_dir / "a.index"
