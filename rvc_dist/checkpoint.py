@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,6 +30,17 @@ from rvc_dist.files import ForeignFileError
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.optim import OptimizerState
+from rvc_dist.schema import (
+    MAX_JSON_BYTES,
+    Count,
+    FileName,
+    Positive,
+    SchemaError,
+    SpeakerId,
+    check,
+    parse_json,
+    read_bounded,
+)
 from rvc_dist.workspace import StageError, atomic_write, read_json, space
 
 logger = logging.getLogger(__name__)
@@ -60,6 +71,34 @@ class Progress:
     """Last steps in a row whose gradients were not finite."""
     rolled_back_at: int | None = None
     """The step at which such a row last made the run go back to a checkpoint."""
+
+
+class WrittenFile(TypedDict):
+    """Of a file in MANIFEST."""
+
+    bytes: Count
+    sha256: str
+
+
+class MeterState(TypedDict):
+    names: list[str]
+    ranks: list[list[float]]
+
+
+class OldState(TypedDict):
+    """What is in STATE of every version of FORMAT."""
+
+    format: int
+    progress: Progress
+    identity: dict[str, Any]
+    optimizer_groups: dict[str, list[dict[str, Any]]]
+    meter: MeterState
+    num_ranks: Positive
+
+
+class StateFile(OldState, total=False):
+    trained_speakers: list[SpeakerId]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -308,13 +347,12 @@ def damage(path: Path) -> list[str]:
     if not (path / MANIFEST).is_file():
         return [f"{MANIFEST} is missing"]
     try:
-        wanted_files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        wanted_files = {name: (wanted["bytes"], wanted["sha256"]) for name, wanted in wanted_files.items()}
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return [f"{MANIFEST} is not what was written"]
+        wanted_files = parse_json(read_bounded(path / MANIFEST, MAX_JSON_BYTES), dict[FileName, WrittenFile])
+    except SchemaError as error:
+        return [f"{MANIFEST} is not what was written ({error})"]
     problems = [f"{name} is not in {MANIFEST}" for name in FILES if name not in wanted_files]
-    for name, (size, digest) in wanted_files.items():
-        file = path / name
+    for name in set(FILES) & wanted_files.keys():
+        file, size, digest = path / name, wanted_files[name]["bytes"], wanted_files[name]["sha256"]
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size:
@@ -374,7 +412,10 @@ def _state(path: Path) -> Any:
             f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}: continue it with "
             "the version that made it, or give the run another run_dir"
         )
-    return state
+    try:
+        return check(state, StateFile)
+    except SchemaError as error:
+        raise StageError(f"{path / STATE}: {error}; remove {path.name} to go on from the one before") from error
 
 
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +23,12 @@ import numpy.typing as npt
 from rvc_dist import decoding
 from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, ModelConfig, Recipe
 from rvc_dist.extract import feature_stamp, imported_feature_settings, mute_stamp
+from rvc_dist.features.identity import PUBLISHED
 from rvc_dist.files import ForeignFileError, read_npy
 from rvc_dist.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
 from rvc_dist.index_file import check_index
 from rvc_dist.preprocess import clips_report, imported_clip_settings, left_out_entry
+from rvc_dist.schema import SchemaError, read_bounded
 from rvc_dist.sources import content_of
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -62,6 +65,12 @@ V1_WIDTH = 256
 MAX_NUMBERS = 1 << 26
 """Of the features of one clip: half an hour."""
 SHOWN = 5
+MAX_LIST_BYTES = 1 << 25
+"""Of a filelist.txt: 100,000 clips with long paths."""
+MAX_LIST_LINES, MAX_MISSING = 300_000, 1000
+"""Of the list, and of its waves that are not there by name; more are only counted."""
+MAX_MUTES = 20
+"""Silent clips a speaker, and different files of them that are looked for."""
 
 WIDTHS = {
     "inter_channels": "inter_channels",
@@ -288,17 +297,25 @@ def read_filelist(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     mutes: list[str] = []
     if not path.is_file():
         return speakers, ()
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    try:
+        text = read_bounded(path, MAX_LIST_BYTES).decode(errors="replace")
+        if text.count("\n") > MAX_LIST_LINES:
+            raise SchemaError(f"more than {MAX_LIST_LINES} lines")
+    except SchemaError as error:
+        raise StageError(f"{path}: {error}; leave the list out, or shorten it to the experiment's clips") from error
+    wrong = []
+    for number, line in enumerate(text.splitlines(), 1):
         fields = line.strip().split("|")
-        if len(fields) < 3 or not (fields[-1].isascii() and fields[-1].isdecimal()):
-            if line.strip():
-                logger.warning("import: %s, line %d is not `wave|features|...|speaker id`", path, number)
+        if len(fields) < 3 or not re.fullmatch(r"[0-9]{1,9}", fields[-1]):
+            wrong += [str(number)] if line.strip() else []
             continue
         name = _name(fields[0])
         if name.startswith("mute"):
             mutes.append(fields[1])
         else:
             speakers.setdefault(name, int(fields[-1]))
+    if wrong:
+        logger.warning("import: %s, line %s is not `wave|features|...|speaker id`", path, _some(wrong))
     return speakers, tuple(mutes)
 
 
@@ -310,14 +327,23 @@ def list_waves(experiment: Experiment) -> list[SourceFile]:
     """Every wave of the experiment in a fixed order, and those that filelist.txt has beyond; unusable with a reason."""
     found = {p.name: p for p in experiment.waves_dir.glob("*.wav")}
     files = []
-    for name in sorted({*found, *experiment.speakers}):
+    missing = sorted(experiment.speakers.keys() - found.keys())
+    if len(missing) > MAX_MISSING:
+        logger.warning("import: %d waves of filelist.txt are missing, %d of them are named", len(missing), MAX_MISSING)
+    for name in sorted({*found, *missing[:MAX_MISSING]}):
         speaker = experiment.speakers.get(name, _speaker_of(name))
         if name not in found:
             files.append(SourceFile(name, speaker, 0, 0, reason="in filelist.txt, but the wave is missing"))
             continue
-        status = found[name].stat()
+        try:
+            status = found[name].stat()
+        except OSError as error:  # a link that leads nowhere
+            files.append(SourceFile(name, speaker, 0, 0, reason=f"cannot be read ({error.strerror})"))
+            continue
         file = SourceFile(name, speaker, status.st_size, status.st_mtime_ns)
-        if speaker >= MAX_SPEAKERS:
+        if not stat.S_ISREG(status.st_mode):  # a FIFO may never answer
+            file = replace(file, reason="not a regular file")
+        elif speaker >= MAX_SPEAKERS:
             file = replace(file, reason=f"speaker id {speaker} is above {MAX_SPEAKERS - 1}")
         else:
             try:
@@ -417,8 +443,12 @@ def adapt(recipe: Recipe, experiment: Experiment, rate: int) -> Recipe:
     encoder = recipe.extract.embedder_model
     if encoder == Recipe().extract.embedder_model and (named := experiment.info.get("embedder_model")):
         encoder = SAME_ENCODER.get(str(named), str(named))
-    if encoder == "custom":
-        logger.warning("import: the encoder is one of the user's own: name it with --extract.embedder_model")
+        if encoder not in PUBLISHED:  # a file of others makes no later stage fetch what it names
+            logger.warning(
+                "import: the encoder is one of the user's own (%s): name it with --extract.embedder_model",
+                printable(encoder[:80]),
+            )
+            encoder = "custom"
     wrong = [f"{k}: {v!r}" for k, v in model.items() if type(v) is not type(getattr(ModelConfig(), k))]
     try:
         if wrong:
@@ -610,8 +640,9 @@ def import_mutes(
     recipe: Recipe, experiment: Experiment, work: Workspace, features: dict[str, Any], speakers: set[int]
 ) -> Recipe:
     """Take over the features of silence; without any there are no silent clips, since they would need the encoder."""
-    path = next(filter(None, (_find_mute(experiment, mute) for mute in experiment.mutes)), None)
-    count, content = round(len(experiment.mutes) / len(speakers)), None
+    different = [*dict.fromkeys(experiment.mutes)][:MAX_MUTES]  # every speaker has the same
+    path = next(filter(None, (_find_mute(experiment, mute) for mute in different)), None)
+    count, content = min(MAX_MUTES, round(len(experiment.mutes) / len(speakers))), None
     if path is not None:
         try:
             content = read_array(path, 2)
@@ -637,8 +668,13 @@ def import_mutes(
 
 
 def _find_mute(experiment: Experiment, written: str) -> Path | None:
-    """The file of a path in filelist.txt: absolute, relative to the tool's folder, or beside the experiment."""
+    """The file of a path in filelist.txt: absolute, relative to the tool's folder, or beside the experiment.
+
+    A list may name any file of this machine; only what the tools call a silent clip's features is looked at.
+    """
     path = Path(written.replace("\\", "/"))
+    if not re.search(r"(?:^|/)mute[^/]*(?:/[^/]*)?/mute[^/\0]*\.npy$", path.as_posix()) or ".." in path.parts:
+        return None
     logs = experiment.folder.parent
     tried = [path] if path.is_absolute() else [logs.parent / path]
     tried += [logs.joinpath(*path.parts[-3:]), experiment.folder / path.name]

@@ -24,7 +24,7 @@ from rvc_dist.device import local_device
 from rvc_dist.extract import Extractor
 from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.f0 import coarse_pitch
-from rvc_dist.features.identity import EmbedderId
+from rvc_dist.features.identity import PUBLISHED, EmbedderId
 from rvc_dist.files import ForeignFileError
 from rvc_dist.index import Retriever
 from rvc_dist.models.generator import Generator, GeneratorShape
@@ -228,6 +228,17 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
         StageError: it cannot be had, does not fit, or is not the voice's although nobody asked for another.
     """
     given, wanted = recipe.infer.embedder_model, voice.embedder
+    known = PUBLISHED | {recipe.extract.embedder_model}
+    if (
+        given is None
+        and wanted.name not in known
+        and not (Path(wanted.name).is_dir() or Path(wanted.name).is_absolute())
+    ):
+        raise StageError(
+            f"infer.embedder_model: the voice file names the encoder {wanted.name!a}, which is neither published (as "
+            f"{', '.join(sorted(PUBLISHED))} are) nor a folder here, and nothing is fetched because a voice file says "
+            "so: if you trust it, say --infer.embedder_model with that name, or give the folder of its encoder"
+        )
     used = replace(
         recipe,
         extract=replace(recipe.extract, embedder_model=given or wanted.name, embedder_mix=wanted.mix),

@@ -23,9 +23,10 @@ import traceback
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rvc_dist import __version__
+from rvc_dist.schema import Count, SchemaError, parse_json
 from rvc_dist.workspace import OtherRankError, Share, Workspace, atomic_write, write_json
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,15 @@ FORMAT, DATE_FORMAT = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%
 PACKAGES = ("torch", "accelerate", "numpy")
 CAUSE_WAIT_S = 3.0
 """How long a rank whose connection broke waits for the one that broke it to say why."""
+
+
+class Failure(TypedDict):
+    """What a rank that failed leaves behind."""
+
+    rank: Count
+    host: str
+    time: float
+    error: str
 
 
 class RankLog(logging.Handler):
@@ -123,7 +133,10 @@ class RankLog(logging.Handler):
         """Which other rank of this run failed first, and why; None when none has said so within `wait_s`."""
         deadline = time.monotonic() + wait_s
         while True:
-            found = [json.loads(text) for text in self._failures() if text not in self._old_failures]
+            found = []
+            for text in self._failures():
+                with contextlib.suppress(SchemaError):  # edited, or of another program: it says nothing
+                    found += [] if text in self._old_failures else [parse_json(text.encode(), Failure)]
             if found:
                 # Clocks of different hosts may differ; mostly only one rank is here.
                 first = min(found, key=lambda failure: failure["time"])

@@ -103,10 +103,11 @@ def _fault(value: Any, kind: Any) -> Fault | None:
         fits = any(_fault(value, one) is None for one in arguments)
     elif origin is list:
         fits = type(value) is list
-        children = ((i, item, arguments[0]) for i, item in enumerate(value))
+        children = ((i, item, arguments[0]) for i, item in enumerate(value if fits else ()))
     else:
         fits = type(value) is dict
-        children = _by_key(value, kind) if origin is None else ((k, v, arguments[1]) for k, v in value.items())
+        inside = value if fits else {}
+        children = _by_key(inside, kind) if origin is None else ((k, v, arguments[1]) for k, v in inside.items())
     if not fits:
         return Fault("", value, _expected(kind))
     for key, item, one in children:

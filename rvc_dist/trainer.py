@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, TypedDict
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -78,6 +79,18 @@ def run(recipe: Recipe, share: Share) -> None:
             trainer.train()
         finally:
             trainer.close()
+
+
+class Networks(TypedDict):
+    generator: bool
+    discriminator: bool
+
+
+class Compiled(TypedDict):
+    """RUN/compile.json."""
+
+    key: dict[str, Any]
+    compiled: Networks
 
 
 class Trainer:
@@ -164,10 +177,10 @@ class Trainer:
         if not compilation.asked_for(self.config):
             return dict.fromkeys(modules, False)
         key = compilation.key(self.config, self.device, self.total_steps)
-        kept = read_json(self.work.compile_file) if self.work.compile_file.is_file() else {}
+        kept = read_json(self.work.compile_file, Compiled) if self.work.compile_file.is_file() else None
         (kept,) = broadcast_object_list([kept])
-        if kept.get("key") == key:
-            chosen: dict[str, bool] = kept["compiled"]
+        if kept is not None and kept["key"] == key:
+            chosen: dict[str, bool] = dict(kept["compiled"])
             return chosen
         compiled = {name: compilation.compiled(module, self.device) for name, module in modules.items()}
         self.sampler.start_at(self.progress.epoch, self.progress.seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import shutil
 import threading
@@ -229,6 +230,7 @@ def test_features_256_wide_are_of_v1(tmp_path: Path, applio: Path) -> None:
         ({"embedder_model": "spin"}, "contentvec", "spin"),
         ({"embedder_model": "hubert_base"}, "contentvec", "contentvec"),
         ({"embedder_model": "spin"}, "/my/encoder", "/my/encoder"),
+        ({"embedder_model": "someone/evil"}, "contentvec", "custom"),  # nothing is fetched because a file names it
         ({}, "contentvec", "contentvec"),
     ],
 )
@@ -580,3 +582,30 @@ def test_reports_are_plain_json(tmp_path: Path, applio: Path) -> None:
     report = json.loads((tmp_path / "run" / "clips" / "report.json").read_text())
     assert report["imported"] == str(applio)
     assert recipe.data.audio_dir == str(applio)
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("a|b|0\n" * 300_002, "more than 300000 lines"),
+        ("x" * (1 << 25) + "|b|0", "bytes, expected at most"),
+    ],
+)
+def test_a_list_has_bounds(listed: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "filelist.txt").write_text(listed)
+    with pytest.raises(StageError, match=expected):
+        importing.read_filelist(tmp_path / "filelist.txt")
+
+
+def test_a_fifo_among_the_waves_is_named_and_not_waited_for(tmp_path: Path, copied: Path) -> None:
+    os.mkfifo(copied / "sliced_audios" / "0_7_7.wav")
+    (copied / "sliced_audios" / "0_7_8.wav").symlink_to("nowhere")
+    recipe = recipe_for(copied, tmp_path / "run")
+    imported(recipe)
+    assert reasons(recipe)["0_7_7.wav"] == "not a regular file"
+    assert "cannot be read" in reasons(recipe)["0_7_8.wav"]
+
+
+@pytest.mark.parametrize("written", ["/etc/passwd", "/home/me/secret.npy", "logs/mute/../../x/mute.npy", "mute.npy\0"])
+def test_a_list_names_no_file_but_a_silent_clips(written: str, tmp_path: Path, applio: Path) -> None:
+    assert importing._find_mute(importing.read_experiment(applio), written) is None

@@ -760,3 +760,26 @@ def test_a_voice_of_the_run_takes_the_index_of_the_run(
         infer.run(changed(recipe, "infer", model=model), ALONE)
         assert ("added.index" in caplog.text) is has_index
         assert ("infer.index_rate has no effect" in caplog.text) is not has_index
+
+
+@pytest.mark.parametrize("name", ["someone/evil", "evil", "x/" + "y" * 200])
+def test_nothing_is_fetched_because_a_voice_file_names_it(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked: list[str] = []
+
+    def hub_file(repository: str, *_: str) -> Path:
+        asked.append(repository)
+        raise FileNotFoundError("no network")
+
+    monkeypatch.setattr("rvc_dist.features.content.hub_file", hub_file)
+    contents = new_voice(recipe, tmp_path / "v.pth")
+    write_voice(tmp_path / "v.pth", contents | {"embedder_model": name})
+    recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
+    with pytest.raises(StageError, match=r"names the encoder '.*', which is neither published .* nor a folder here"):
+        infer.Converter.load(recipe)
+    assert asked == []
+    for said in (changed(recipe, "infer", embedder_model=name), changed(recipe, "extract", embedder_model=name)):
+        with pytest.raises(StageError, match="cannot be had"):
+            infer.Converter.load(said)
+    assert set(asked) == {name}

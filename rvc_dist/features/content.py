@@ -6,7 +6,6 @@ B clips, S samples at 16 kHz, T frames at 50 per second, C features.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import sys
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.files import ForeignFileError, regular_size
 from rvc_dist.models.torch_file import load_pth, weights
+from rvc_dist.schema import SchemaError, parse_json, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,6 +83,7 @@ MODEL_CLASSES = {
 }
 """`model_type` of a config.json -> the classes of transformers that read it."""
 
+MAX_CONFIG_BYTES = 1 << 20
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WITHOUT_FILES = ", or say --extract.embedder_model mfcc, which needs no files"
 """The other way out when an encoder cannot be had; none for a voice that was trained with one."""
@@ -389,11 +390,9 @@ def _read_folder(name: str) -> _Source:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: got {type(content).__name__}, expected a mapping")
+        content: dict[str, Any] = parse_json(read_bounded(path, MAX_CONFIG_BYTES), dict)
+    except SchemaError as error:
+        raise ValueError(f"{path} is no configuration: {error}") from error
     return content
 
 
