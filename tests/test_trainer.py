@@ -288,7 +288,8 @@ def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_p
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     work = Workspace(recipe.run_dir, recipe.name)
-    work.features_report_file.write_text(json.dumps({"settings": extract.feature_settings(recipe), "clips": "tiny"}))
+    report = {"settings": extract.feature_settings(recipe), "clips": "tiny", "content_frames": 0}
+    work.features_report_file.write_text(json.dumps(report))
     work.plan_file.write_text(Plan("", preprocess.clip_settings(recipe), (), ()).dumps())
     train(recipe)
     kept = work.config_file.read_text()
