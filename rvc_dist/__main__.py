@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from rvc_dist import __version__
 from rvc_dist.config import Recipe, nearest_key, parse_recipe
 from rvc_dist.guard import end_with_launcher
+from rvc_dist.lock import may_be_held
 from rvc_dist.logs import RankLog, rank_log
 from rvc_dist.workspace import (
     NO_SPACE,
@@ -48,6 +49,8 @@ class Stage(NamedTuple):
     """Whether its lines belong into RUN/logs: not those of a stage that works on no run, or only looks at it."""
 
 
+TRAINING = ("train", "run")
+"""Stages that hold the run folder's lock."""
 FLAGS = {"-h", "--help", "--print_config", "--json", "--parity"}
 """Options that no value follows."""
 
@@ -241,7 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
     work = Workspace(recipe.run_dir, recipe.name)
     if share.is_first:
         remove_half_written(work.root, ".*.tmp", "*/.*.tmp")
-    with rank_log(work, share, [name, *given]) as log:
+    # What is refused because another job trains in the folder leaves nothing there.
+    is_waiting = name in TRAINING and may_be_held(work.train_lock_file)
+    with rank_log(work, share, [name, *given], is_waiting) as log:
         try:
             return run_stage(name, recipe, share, options, log)
         except Exception as error:

@@ -24,7 +24,23 @@ logger = logging.getLogger(__name__)
 STALE_S = 30.0
 """A holder elsewhere that gives no sign of life for this long is taken for dead."""
 REFRESH_S = 2.0
-KEYS = {"host", "pid", "started", "pid_space", "slurm_job", "slurm_restarts", "elastic_run", "since", "token", "beat"}
+KEYS = {
+    "host",
+    "pid",
+    "ticks",
+    "pid_space",
+    "slurm_job",
+    "slurm_restarts",
+    "elastic_run",
+    "since",
+    "token",
+    "beat",
+    "path",
+}
+
+
+class LockedError(StageError):
+    """Another job trains in the run folder: nothing of this one belongs there."""
 
 
 class RunLock:
@@ -34,7 +50,7 @@ class RunLock:
         self.path = path
         self.is_lost = False
         """Another job has taken the lock over, since this one was not heard of."""
-        self._mine = job() | {"token": secrets.token_hex(8), "beat": 0}
+        self._mine = job() | {"token": secrets.token_hex(8), "beat": 0, "path": str(path.absolute())}
         self._stream: int | None = None
         self._waiting_for: tuple[str, float] | None = None
         """What the other's file held, and since when it has not changed."""
@@ -44,7 +60,7 @@ class RunLock:
         """Take the lock if it is free or its holder is dead; False while that cannot be told yet: call again soon.
 
         Raises:
-            StageError: another job that is alive holds it.
+            LockedError: another job that is alive holds it.
         """
         for _ in range(3):  # between two of these steps another process may be quicker
             try:
@@ -63,11 +79,10 @@ class RunLock:
     def _is_dead(self, text: str) -> bool:
         other = _parsed(text)
         if self._waiting_for is not None and self._waiting_for[0] != text:
-            raise StageError(self._refusal(other))
+            raise LockedError(self._refusal(other))
         if other is not None and other["pid_space"] == self._mine["pid_space"]:
-            is_me = other["pid"] == os.getpid()
-            if not is_me and is_running(other["pid"], other["started"]):
-                raise StageError(self._refusal(other))
+            if other["pid"] != os.getpid() and is_alive(other) and not _is_copy(self.path, other):
+                raise LockedError(self._refusal(other))
             return True
         if other is not None and _is_restart(other, self._mine):
             logger.info("going on with the run of %s", described(other))
@@ -150,13 +165,22 @@ class RunLock:
         self._stream = None
 
 
+def may_be_held(path: Path) -> bool:
+    """Whether another job may train in the run folder of the lock file `path`; only `RunLock` can tell for sure."""
+    other = _parsed(_read(path) or "{}")
+    if other is None:
+        return path.exists()
+    now = job()
+    return not (_is_restart(other, now) or (other["pid_space"] == now["pid_space"] and not is_alive(other)))
+
+
 def job() -> dict[str, Any]:
     """This process and the job that it belongs to, as plain data."""
     slurm_job = os.environ.get("SLURM_JOB_ID")
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": started_at(os.getpid()),
+        "ticks": started_at(os.getpid()),
         "pid_space": pid_space(),
         "slurm_job": slurm_job,
         "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -191,24 +215,41 @@ def pid_space() -> str:
 
 
 def started_at(pid: int) -> float:
-    """When a process started, in seconds: process ids are used again. 0 for one that does not run."""
-    import psutil
+    """When a process started: process ids are used again. 0 for one that does not run, or nobody has waited for.
 
+    In clock ticks since the boot on Linux, since setting the clock changes all that is told in seconds of the day.
+    """
     try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
+        # Behind the name, which may hold anything, are the state and 18 fields before the start (proc(5)).
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return 0.0 if fields[0] == "Z" else float(fields[19])
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return 0.0
+    except OSError:  # it ended meanwhile
         return 0.0
-
-
-def is_running(pid: int, started: float) -> bool:
-    """Whether the process `pid` that started then still runs here."""
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return bool(abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return 0.0
+
+
+def is_alive(other: dict[str, Any]) -> bool:
+    """Whether the process that wrote `other`, in this process's pid space, still runs."""
+    return bool(other["ticks"]) and started_at(other["pid"]) == other["ticks"]
+
+
+def _is_copy(path: Path, other: dict[str, Any]) -> bool:
+    """Whether `path` came with a copy of the folder in which `other` trains."""
+    original = Path(other["path"])
+    with contextlib.suppress(OSError):
+        if not original.samefile(path):
+            there = _parsed(_read(original) or "{}")
+            return there is not None and there["token"] == other["token"]
+    return False
 
 
 def _read(path: Path) -> str | None:

@@ -50,15 +50,17 @@ class RankLog(logging.Handler):
     """Appends what one rank logs to its file, from INFO on.
 
     The file is opened when the run folder exists, and lines are kept until then: a command that fails before it has
-    made anything leaves nothing behind.
+    made anything leaves nothing behind. `is_waiting`: nor is it opened before `start`, since another job may train
+    there; when this one fails before, it leaves nothing in that one's files.
     """
 
-    def __init__(self, work: Workspace, share: Share) -> None:
+    def __init__(self, work: Workspace, share: Share, is_waiting: bool = False) -> None:
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
         self.work, self.share = work, share
         self.path = work.rank_log(share.index)
         self._kept: list[str] = []
+        self._is_waiting = is_waiting
         self._stream: io.TextIOWrapper | None = None
         self._given_up = False
         self._set_faulthandler = False
@@ -75,7 +77,7 @@ class RankLog(logging.Handler):
             if self._given_up:
                 return
             self._kept.append(text)
-            if self._stream is None and self.work.root.is_dir():
+            if self._stream is None and not self._is_waiting and self.work.root.is_dir():
                 self._open()
             if self._stream is not None:
                 self._stream.write("".join(f"{kept}\n" for kept in self._kept))
@@ -95,6 +97,10 @@ class RankLog(logging.Handler):
         if not faulthandler.is_enabled():  # else somebody wants the stacks elsewhere
             faulthandler.enable(self._stream, all_threads=True)
             self._set_faulthandler = True
+
+    def start(self) -> None:
+        """The run folder is this job's: write what was kept."""
+        self._is_waiting = False
 
     def write_stacks(self) -> None:
         """Append where every thread of this process is."""
@@ -123,7 +129,7 @@ class RankLog(logging.Handler):
         self.write(self.format(logging.makeLogRecord({"msg": f"{sentence}\n{full}", "levelname": "CRITICAL"})))
         if not isinstance(error, OtherRankError):
             with contextlib.suppress(OSError):  # a full disk may be what ended it
-                if self.path.parent.is_dir():
+                if self.path.parent.is_dir() and not self._is_waiting:
                     failure = {"rank": self.share.index, "host": socket.gethostname(), "time": time.time()}
                     last_line = (trace.strip() or repr(error)).splitlines()[-1]
                     write_json(self.work.failure_file(self.share.index), failure | {"error": last_line})
@@ -172,9 +178,9 @@ class RankLog(logging.Handler):
 
 
 @contextlib.contextmanager
-def rank_log(work: Workspace, share: Share, command: list[str]) -> Iterator[RankLog]:
+def rank_log(work: Workspace, share: Share, command: list[str], is_waiting: bool = False) -> Iterator[RankLog]:
     """Inside, what this rank logs also goes to its file, and so do tracebacks that nobody catches."""
-    log = RankLog(work, share)
+    log = RankLog(work, share, is_waiting)
     logging.getLogger().addHandler(log)
     log.write(log.format(logging.makeLogRecord({"levelname": "INFO", "msg": introduction(share, command)})))
     show_thread_error = threading.excepthook
@@ -206,11 +212,15 @@ def introduction(share: Share, command: list[str]) -> str:
     )
 
 
+def rank_logs() -> list[RankLog]:
+    """The log of this rank, if it has one."""
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, RankLog)]
+
+
 def write_stacks() -> None:
     """Where every thread is, into this rank's log if it has one."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, RankLog):
-            handler.write_stacks()
+    for log in rank_logs():
+        log.write_stacks()
 
 
 def tell_launcher(trace: str) -> None:

@@ -30,7 +30,7 @@ from accelerate.utils import broadcast_object_list
 
 from rvc_dist.distributed import on_first_rank
 from rvc_dist.lock import RunLock
-from rvc_dist.logs import is_timeout, write_stacks
+from rvc_dist.logs import is_timeout, rank_logs, write_stacks
 from rvc_dist.workspace import StageError, Workspace
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,8 @@ class Watch:
         while True:  # in short turns: the other ranks do not wait for longer than train.timeout_s
             on_first_rank(accelerator, attempt)
             if broadcast_object_list([held])[0]:
+                for log in rank_logs():
+                    log.start()
                 return
             time.sleep(0.5)
 

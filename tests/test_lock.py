@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,12 +25,12 @@ def clock(monkeypatch):
     return now
 
 
-def held_by(path, **changed):
+def held_by(path, /, **changed):
     """A lock file that another job wrote; as it is, one on a host whose processes cannot be seen from here."""
     other = {
         "host": "node7",
         "pid": 4321,
-        "started": 1.0,
+        "ticks": 1.0,
         "pid_space": "another kernel",
         "slurm_job": "815",
         "slurm_restarts": 0,
@@ -37,6 +38,7 @@ def held_by(path, **changed):
         "since": "2026-01-01 10:00:00+0000",
         "token": "other",
         "beat": 5,
+        "path": "/elsewhere/train.lock",
     } | changed
     path.write_text(json.dumps(other) + "\n")
 
@@ -56,7 +58,7 @@ def test_one_of_two_and_free_again_after_release(tmp_path):
 def test_a_live_process_of_this_machine_is_refused_at_once_and_a_dead_one_not(tmp_path):
     path = tmp_path / "train.lock"
     sleeper = subprocess.Popen(["sleep", "60"])
-    seen = {"pid": sleeper.pid, "pid_space": lock.pid_space(), "started": lock.started_at(sleeper.pid)}
+    seen = {"pid": sleeper.pid, "pid_space": lock.pid_space(), "ticks": lock.started_at(sleeper.pid)}
     held_by(path, **seen)
     try:
         with pytest.raises(StageError) as caught:
@@ -64,7 +66,7 @@ def test_a_live_process_of_this_machine_is_refused_at_once_and_a_dead_one_not(tm
         for part in (str(tmp_path), f"pid {sleeper.pid} on node7, SLURM job 815, since 2026-01-01", "run_dir"):
             assert part in str(caught.value)
         assert json.loads(path.read_text())["token"] == "other"
-        held_by(path, **seen | {"started": seen["started"] - 100})  # its number was used again
+        held_by(path, **seen | {"ticks": seen["ticks"] - 1})  # its number was used again
         taken = RunLock(path)
         assert taken.try_acquire()
         taken.release()
@@ -76,6 +78,35 @@ def test_a_live_process_of_this_machine_is_refused_at_once_and_a_dead_one_not(tm
     sleeper.wait()
     held_by(path, **seen)
     assert RunLock(path).try_acquire()
+
+
+def test_a_clock_that_is_set_makes_no_holder_look_dead(monkeypatch):
+    """psutil adds the boot's time of day, which changes with the clock, to a process's start."""
+    import psutil
+
+    before = lock.started_at(os.getpid())
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
+    assert lock.started_at(os.getpid()) == before > 0
+    assert lock.is_alive(lock.job())
+
+
+def test_a_folder_that_was_copied_while_it_trained_is_free_and_one_that_was_moved_is_not(tmp_path):
+    run, copy, moved = (tmp_path / name for name in ("run", "copy", "moved"))
+    run.mkdir()
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        seen = {"pid": sleeper.pid, "pid_space": lock.pid_space(), "ticks": lock.started_at(sleeper.pid)}
+        held_by(run / "train.lock", **seen, path=str(run / "train.lock"))
+        shutil.copytree(run, copy)
+        taken = RunLock(copy / "train.lock")
+        assert taken.try_acquire()
+        taken.release()
+        run.rename(moved)
+        with pytest.raises(StageError, match="is being trained"):
+            RunLock(moved / "train.lock").try_acquire()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
 
 
 @pytest.mark.parametrize("hours", [-1, 0, 1])
@@ -247,6 +278,9 @@ def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path):
         assert f"rvc-dist train: {tmp_path / 'run'} is being trained by pid {first.pid} on" in output
         assert "Traceback" not in output
         assert first.poll() is None, "the first goes on"
+        logs = Workspace(recipe.run_dir, recipe.name).logs_dir
+        assert f"pid {second.pid}" not in (logs / "rank_00000.log").read_text(), "that is the first one's log"
+        assert not list(logs.glob("failed_rank_*"))
     finally:
         kill(first)
         first.communicate()
