@@ -331,7 +331,11 @@ def whole_in(folder: Path) -> list[Path]:
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint; one without a manifest, which is written last, was never whole or is half removed."""
-    return next((p for p in reversed(all_in(folder)) if (p / MANIFEST).is_file()), None)
+    for path in reversed(all_in(folder)):
+        if (path / MANIFEST).is_file():
+            return path
+        logger.warning("%s has no %s and is passed over: it was never whole, or is half removed", path, MANIFEST)
+    return None
 
 
 def prune(folder: Path, keep: int, best_step: int) -> None:

@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import re
-import resource
 import secrets
 import shutil
 import time
@@ -484,10 +483,14 @@ def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
 def space(path: Path, num_bytes: int | None = None) -> str:
     """For a sentence: what a file or folder needs, what its disk has, and what this process may write."""
     free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.is_dir())).free
-    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     parts = [f"{num_bytes / 1e6:.3f} MB needed"] if num_bytes is not None else []
     parts.append(f"{free / 1e6:.0f} MB free")
-    parts += [f"no file may have more than {most / 1e6:.3f} MB (ulimit -f)"] if most != resource.RLIM_INFINITY else []
+    with contextlib.suppress(ImportError):
+        import resource  # not everywhere
+
+        most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if most != resource.RLIM_INFINITY:
+            parts.append(f"no file may have more than {most / 1e6:.3f} MB (ulimit -f)")
     return ", ".join(parts)
 
 
