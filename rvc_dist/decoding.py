@@ -262,7 +262,9 @@ class AvRecording(Recording):
             self.rate = int(stream.rate or 0)
             self.duration_s = self._length(container, stream)
             if container.format.name == "flac" or part.has_holes:
-                self.slack_s, self.gap = 0.01, UNREADABLE  # its places are exact
+                self.gap = UNREADABLE
+            if container.format.name == "flac":  # its places are exact; those of vorbis are some 10 ms off
+                self.slack_s = 0.01
             known = [(t.index, int(t.rate or 0)) for t in container.streams.audio if t.codec_context]
             tracks = sorted(known, key=lambda track: track[0] != stream.index)
         if len(tracks) > 1:

@@ -399,7 +399,8 @@ def test_a_cut_recording_keeps_its_start_and_is_called_cut(tmp_path: Path, kind:
 
 @pytest.mark.parametrize("kind", ["flac", "ogg", "opus", "m4a", "aac", "mka"])
 def test_damage_costs_what_is_damaged(tmp_path: Path, kind: str) -> None:
-    path = write_kind(tmp_path / f"a.{kind}", hiss(12.0))
+    bursts = hiss(12.0) * np.float32(np.arange(12 * 44100) // 4410 % 2)  # for which vorbis changes its block size
+    path = write_kind(tmp_path / f"a.{kind}", bursts)
     seconds = decoding.duration(path)
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 64] = np.random.default_rng(3).bytes(64)
