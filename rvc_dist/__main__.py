@@ -235,15 +235,13 @@ def main(arguments: list[str] | None = None) -> int:
         given = arguments[1:]
         arguments, options = take_folders(name, given)
         recipe, share = parse(name, arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"rvc-dist {name}: {error}", file=sys.stderr)
         return EXIT_USAGE
     set_up_logging(share)
     if not STAGES[name].keeps_log:
         return run_stage(name, recipe, share, options)
     work = Workspace(recipe.run_dir, recipe.name)
-    if share.is_first:
-        remove_half_written(work.root, ".*.tmp", "*/.*.tmp")
     # What is refused because another job trains in the folder leaves nothing there.
     is_waiting = name in TRAINING and may_be_held(work.train_lock_file)
     with rank_log(work, share, [name, *given], is_waiting) as log:
@@ -270,6 +268,8 @@ def disk_sentence(error: OSError, recipe: Recipe) -> str | None:
 def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], log: RankLog | None = None) -> int:
     """Run a stage, tell the user's mistakes and the disk's in a sentence; its exit code."""
     try:
+        if log is not None and share.is_first:
+            remove_half_written(log.work.root, ".*.tmp", "*/.*.tmp")
         with log.first_cause() if log is not None else nullcontext():
             code: int | None = importlib.import_module(STAGES[name].module).run(recipe, share, **options)
     except Stopped as stopped:

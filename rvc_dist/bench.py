@@ -138,7 +138,8 @@ class Bench:
         step = global_batch // math.gcd(global_batch, per_unit)  # so many units are whole global batches
         units = step * -(-NUM_GLOBAL_BATCHES * global_batch // (per_unit * step))
         width = CONTENT_WIDTH[self._recipe.model.version]
-        return {"stamp": stamp("bench", rate, width, CLIP_S), "units": units}
+        made_of = {"stamp": stamp("bench", rate, width, CLIP_S), "units": units}
+        return made_of | {"settings": {}, "clips": made_of["stamp"], "content_frames": 0}  # as extract's report
 
     def _cut(self) -> None:
         """Write what preprocess and extract would: clips of 3 s, with made-up content and pitch.

@@ -6,6 +6,7 @@ Shapes: S samples, T frames, C channels. Positions in the input are counted in f
 from __future__ import annotations
 
 import logging
+import os
 import reprlib
 import tempfile
 from collections.abc import Iterator
@@ -272,7 +273,7 @@ def _retriever(config: InferConfig, work: Workspace, width: int) -> Retriever | 
     """infer.index, or the run's own index for a voice of that run; None when there is none or it is not wanted."""
     if config.index_rate == 0:
         return None
-    is_own = config.model is None or Path(config.model).resolve().parent == work.voice_dir.resolve()
+    is_own = config.model is None or os.path.dirname(os.path.realpath(config.model)) == os.path.realpath(work.voice_dir)
     index = Path(config.index) if config.index else work.index_file() if is_own else None
     logger.info("infer: index %s", index or "none, so infer.index_rate has no effect")
     return Retriever(index, width) if index is not None else None

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from rvc_dist.watch import Pulse
+from rvc_dist.workspace import disk_errors
 
 
 class Meter:
@@ -95,6 +96,7 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, purge_step: int, enabled: bool) -> None:
+        self._folder = folder
         self._writer: Any = None
         if enabled:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -102,29 +104,31 @@ class Tracker:
             self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._call("add_scalar", name, value, step)
 
     def mel_picture(self, name: str, mels: list[Tensor], step: int) -> None:
         """Log-mel spectrograms [M, T] above one another, low frequencies at the bottom."""
         if self._writer:
             stacked = torch.cat([m.float().cpu().flip(0) for m in mels])
             low, high = stacked.min(), stacked.max()
-            self._writer.add_image(name, ((stacked - low) / (high - low).clamp_min(1e-6)).unsqueeze(0), step)
+            self._call("add_image", name, ((stacked - low) / (high - low).clamp_min(1e-6)).unsqueeze(0), step)
 
     def sound(self, name: str, wave: Tensor, rate: int, step: int) -> None:
         """A wave [S] in -1..1."""
         if self._writer:
-            self._writer.add_audio(name, wave.float().cpu().clamp(-1, 1).unsqueeze(0), step, sample_rate=rate)
+            self._call("add_audio", name, wave.float().cpu().clamp(-1, 1).unsqueeze(0), step, sample_rate=rate)
 
     def flush(self) -> None:
-        if self._writer:
-            self._writer.flush()
+        self._call("flush")
 
     def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._writer:
-            self._writer.close()
+            with disk_errors(self._folder):  # of its thread, which do not say of which file
+                getattr(self._writer, method)(*arguments, **options)
 
 
 class ProgressBar:

@@ -45,7 +45,7 @@ def _walk(audio_dir: Path, run_dir: Path | None) -> list[SourceFile]:
     def unreadable(error: OSError) -> None:  # os.walk would pass over it
         left_out(error.filename, f"folder cannot be read ({error.strerror})")
 
-    own = run_dir.resolve() if run_dir else None
+    own = Path(os.path.realpath(run_dir)) if run_dir else None  # Path.resolve would raise for a loop of links
     for folder, folders, names in os.walk(audio_dir, onerror=unreadable):
         for name in list(folders):
             path = Path(folder, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -204,6 +205,39 @@ def test_the_exit_code_says_how_it_went(
     assert cli.main(["preprocess", "--name", "x"]) == code
     assert [(recipe.name, share) for recipe, share in calls] == [("x", Share(0, 1))]
     assert capsys.readouterr().err.endswith(message)
+
+
+@pytest.mark.parametrize("place", ["/proc/x/run", "loop/run", "n" * 300])
+@pytest.mark.parametrize("stage", ["preprocess", "extract", "index", "train", "export", "import", "bench"])
+def test_a_run_folder_that_cannot_be_is_a_sentence(
+    stage: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("a", "sliced_audios").mkdir(parents=True)
+    for folder in ("a", "a/sliced_audios"):
+        soundfile.write(f"{folder}/a.wav", tone(2.0), RATE)
+    options = ["a"] if stage == "import" else ["--data.audio_dir", "a", "--extract.embedder_model", "mfcc"]
+    options += ["--data.sample_rate", str(RATE), "--extract.f0_method", "pm"]
+    assert cli.main([stage, *options, "--run_dir", place]) == cli.EXIT_FAILED
+    told = capsys.readouterr().err
+    assert f"rvc-dist {stage}: " in told
+    assert place.partition("/run")[0] in told
+    assert "Traceback" not in told
+
+
+def test_half_written_files_of_killed_jobs_are_removed_from_every_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage_that(monkeypatch, None)
+    for folder in (".", "clips", "features", "voice", "index", "logs", "pretrained", "checkpoints"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in (".0123456789abcdef.tmp", ".fedcba9876543210.tmp"):
+            (tmp_path / folder / name).write_text("half")
+        os.utime(tmp_path / folder / ".0123456789abcdef.tmp", (0, 0))
+    assert cli.main(["preprocess", "--run_dir", str(tmp_path)]) == 0
+    left = [p.name for p in tmp_path.rglob(".*.tmp")]
+    assert left == [".fedcba9876543210.tmp"] * 8, "those of jobs that work now"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
 import re
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -371,6 +373,42 @@ def test_a_missing_output_folder_is_made(recipe: Recipe, tmp_path: Path) -> None
     infer.run(changed(recipe, "infer", output=str(target)), ALONE)
     assert soundfile.info(target).format == "FLAC"
     assert [p.name for p in target.parent.iterdir()] == ["out.flac"]
+
+
+def test_the_longest_name_and_a_link_in_the_place_of_a_half_written_file_do_no_harm(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    target, mine = tmp_path / ("o" * 245 + ".wav"), tmp_path / "mine"
+    mine.write_text("before")
+    infer.run(changed(recipe, "infer", output=str(target)), ALONE)
+    for name in (".out.wav.tmp", ".out.wav.raw.tmp"):  # such as anyone could guess
+        (tmp_path / name).symlink_to(mine)
+    before = os.umask(0o007)
+    try:
+        infer.run(recipe, ALONE)
+    finally:
+        os.umask(before)
+    assert Path(recipe.infer.output).read_bytes() == target.read_bytes()
+    assert Path(recipe.infer.output).stat().st_mode & 0o777 == 0o660
+    assert mine.read_text() == "before"
+    longer = changed(recipe, "infer", output=str(tmp_path / ("o" * 252 + ".wav")), model="none.pth")
+    with pytest.raises(StageError, match=r"infer\.output: .*\.wav cannot be written \(File name too long\)"):
+        infer.run(longer, ALONE)
+
+
+@pytest.mark.parametrize("limit", [2000, 60000])
+def test_an_output_beyond_a_limit_is_told_and_leaves_nothing(limit: int, tmp_path: Path) -> None:
+    """The samples are written twice: as they come, then turned down."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    blocks = iter([np.full(limit // 3, 0.1, np.float32)] if limit > 2000 else [np.zeros(9000, np.float32)])
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises((OSError, StageError), match=r"MB needed, \d+ MB free, no file may have") as caught:
+            infer.write(tmp_path / "a.wav", blocks, RATE, 20000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "a.wav" in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_impossible_output_is_refused_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:
@@ -753,7 +791,7 @@ def test_a_voice_of_the_run_takes_the_index_of_the_run(
     for name in ("tiny_last.pth", "tiny_best.pth"):
         shutil.copyfile(voice_file, run_dir / "voice" / name)
     write_index(run_dir / "index" / "added.index", noise(1.0, 768 * 50).reshape(-1, 768))
-    (run_dir / "index" / "report.json").write_text('{"file": "added.index"}')
+    (run_dir / "index" / "report.json").write_text('{"file": "added.index", "stamp": "0"}')
     recipe = changed(recipe, "infer", index_rate=0.5)
     for model, has_index in [(None, True), (str(run_dir / "voice" / "tiny_best.pth"), True), (str(voice_file), False)]:
         caplog.clear()

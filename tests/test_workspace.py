@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import resource
 import time
 from pathlib import Path
 
@@ -80,6 +83,43 @@ def test_atomic_write_takes_the_longest_name_and_names_no_process(
     # Two array tasks on two hosts can have one process id.
     assert len(set(beside)) == 2
     assert all(name.startswith(".") and name.endswith(".tmp") for name in beside)
+
+
+def test_nothing_is_written_through_a_link_and_files_have_the_umasks_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, there = tmp_path / "mine", tmp_path / "there"
+    mine.write_text("before")
+    with workspace.beside(there) as half:
+        half.symlink_to(mine)
+        with pytest.raises(FileExistsError):
+            half.open("xb")
+    assert os.listdir(tmp_path) == ["mine"]
+    there.symlink_to(mine)
+    before = os.umask(0o027)
+    try:
+        workspace.atomic_write(there, "new")
+    finally:
+        os.umask(before)
+    assert mine.read_text() == "before"
+    assert not there.is_symlink()
+    assert there.stat().st_mode & 0o777 == 0o640
+
+
+def test_an_error_of_the_disk_names_the_file_what_it_needs_and_what_is_free(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        with pytest.raises(OSError, match="large") as caught:
+            workspace.atomic_write(tmp_path / "a", b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = r"File too large; 0\.005 MB needed, \d+ MB free, no file may have more than 0\.004 MB \(ulimit -f\): '.*/a'$"
+    assert re.search(text, str(caught.value))
+    assert caught.value.errno == errno.EFBIG
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match=r"'.*/file'$"):
+        workspace.atomic_write(tmp_path / "file" / "a", "")
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
