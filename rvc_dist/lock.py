@@ -167,9 +167,13 @@ class RunLock:
 
 def may_be_held(path: Path) -> bool:
     """Whether another job may train in the run folder of the lock file `path`; only `RunLock` can tell for sure."""
-    other = _parsed(_read(path) or "{}")
+    try:
+        text = _read(path)
+    except OSError:  # of which the stage tells
+        return False
+    other = _parsed(text or "")
     if other is None:
-        return path.exists()
+        return text is not None
     now = job()
     return not (_is_restart(other, now) or (other["pid_space"] == now["pid_space"] and not is_alive(other)))
 
