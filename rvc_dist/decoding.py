@@ -71,6 +71,11 @@ CHUNKED = {
 """First bytes of wav, aiff, caf and w64: where their chunks begin, the head of a chunk, what its size is padded to."""
 UNKNOWN_SIZE = 0x7FFF0000
 """Sizes from here on stand in headers that were written before the length was known."""
+FRAME_DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "flt": "f4", "dbl": "f8"}
+"""Of ffmpeg's samples; those whose channels lie apart have a p behind their name."""
+MAX_PLANES = 8
+MAX_TRIES = 200_000
+"""Bytes that are looked at for the next frame of an mp3."""
 _BITS_REVERSED = bytes(int(f"{i:08b}"[::-1], 2) for i in range(256))
 _MP3_KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _MP3_KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
@@ -424,13 +429,20 @@ def _walked(container: Any, stream: Any) -> float:
 
 
 def _to_float(frame: Any) -> Samples:
-    """A decoded frame of ffmpeg as [S, channels] float32."""
-    try:
-        array = frame.to_ndarray()
-    except ValueError as error:
-        raise AudioError(f"has samples of a kind that is not read here ({frame.format.name})") from error
+    """A decoded frame of ffmpeg as [S, channels] float32.
+
+    PyAV takes what lies in memory behind the pointers of eight planes for a ninth one, and crashes on it.
+    """
+    kind, num_channels = frame.format.name, frame.layout.nb_channels
+    dtype = FRAME_DTYPES.get(kind.removesuffix("p"))
+    if dtype is None:
+        raise AudioError(f"has samples of a kind that is not read here ({kind})")
     if not frame.format.is_planar:
-        array = array.reshape(-1, frame.layout.nb_channels).T
+        array = np.frombuffer(frame.planes[0], dtype, frame.samples * num_channels).reshape(-1, num_channels).T
+    elif num_channels <= MAX_PLANES:
+        array = np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes[:num_channels]])
+    else:
+        raise AudioError(f"has {num_channels} channels, expected at most {MAX_PLANES}")
     if array.dtype.kind == "u":
         array = (array.astype(np.float32) - 128.0) / 128.0
     elif array.dtype.kind == "i":
@@ -707,9 +719,12 @@ def _mp3_parts(data: mmap.mmap) -> list[Part]:
         elif (after := _after_tags(data, at)) > at:
             at = after
         else:  # two frames in a row are no chance
-            while (at := data.find(b"\xff", at + 1)) >= 0:
-                if (frame := _mp3_frame(data, at)) and _mp3_frame(data, at + frame[0]):
+            for _ in range(MAX_TRIES):
+                at = data.find(b"\xff", at + 1)
+                if at < 0 or ((frame := _mp3_frame(data, at)) and _mp3_frame(data, at + frame[0])):
                     break
+            else:  # a file of nothing else would take minutes
+                break
             if at < 0:
                 break
             parts[-1] = parts[-1]._replace(has_holes=parts[-1].counted > 0)

@@ -19,14 +19,16 @@ def write_av(path: Path, wave: Any, codec: str, rate: int, layout: str = "stereo
     import av
 
     num_channels = av.AudioLayout(layout).nb_channels
-    channels = wave.T if wave.ndim == 2 else np.stack([wave] * num_channels)
+    samples = wave if wave.ndim == 2 else np.stack([wave] * num_channels, axis=1)
     options: dict[str, Any] = {"format": "mp4"} if path.suffix == ".alac" else {}
     with av.open(str(path), "w", **options) as container:
         stream = container.add_stream(codec, rate=rate, layout=layout, options={"strict": "experimental"})
         if codec == "wmav2":
             stream.bit_rate = 128000
         stream.codec_context.open()
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels, np.float32), format="fltp", layout=layout)
+        # In one plane: PyAV counts nine of eight channels that lie apart.
+        packed = np.ascontiguousarray(samples, np.float32).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
         frame.rate = rate
         resampler = av.AudioResampler(
             format=stream.format.name, layout=layout, rate=rate, frame_size=stream.frame_size or 1024

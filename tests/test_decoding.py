@@ -219,6 +219,15 @@ def test_channels_of_ffmpegs_kinds_are_averaged(tmp_path: Path) -> None:
     np.testing.assert_allclose(decoding.decode(tmp_path / "a.mka")[0], wave * 0.5, atol=1e-4)
 
 
+def test_eight_channels_are_eight(tmp_path: Path) -> None:
+    wave = sine(200, 1.0, 48000)
+    write_av(tmp_path / "a.m4a", np.stack([wave] * 8, axis=1), "aac", 48000, "7.1")
+    with decoding.opened(tmp_path / "a.m4a") as recording:
+        blocks = list(recording.blocks())
+    assert {block.shape[1] for block in blocks} == {8}
+    assert level(decoding.decode(tmp_path / "a.m4a")[0]) == pytest.approx(0.5 / 2**0.5, rel=0.2)
+
+
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.m4a", "a.mka", "a.webm", "a.wma", "a.aac"])
 def test_a_part_is_that_part_of_the_whole(tmp_path: Path, name: str) -> None:
     """Lossy decoders need frames before a part to be right in it; those that keep no exact time are a little off."""
