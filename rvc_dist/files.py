@@ -1,4 +1,4 @@
-"""Files that others made: judged before they are read. Nothing here imports more than NumPy.
+"""Files that others made: judged before they are read. This module imports nothing heavy.
 
 Every gate raises `ForeignFileError` with a reason that does not name the file: the caller knows what the file is for.
 """
@@ -9,9 +9,11 @@ import math
 import re
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _NPY = re.compile(
     rb"\x93NUMPY(?:[\1]\0(?P<short>..)|[\2\3]\0(?P<long>....))"
@@ -53,6 +55,8 @@ def read_npy(path: Path) -> npt.NDArray[np.generic]:
         ForeignFileError: it is no .npy file of real numbers, or its size is not what the header says.
         OSError: it cannot be opened.
     """
+    import numpy as np
+
     size = regular_size(path)
     with path.open("rb") as stream:
         found = _NPY.match(stream.read(_NPY_HEAD))

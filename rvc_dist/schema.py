@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -18,6 +17,8 @@ from types import UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from rvc_dist.files import ForeignFileError, regular_size
 
 T = TypeVar("T")
 
@@ -59,7 +60,6 @@ Positive = Annotated[int, _whole(1, 2**53)]
 SpeakerId = Annotated[int, _whole(0, 108)]
 """A row of the speaker table of pretrained generators."""
 Seconds = Annotated[float, Rule("seconds", (int, float), lambda value: bool(0 <= value < 1e12))]
-PositiveNumber = Annotated[float, Rule("a number above 0", (int, float), lambda value: bool(0 < value < 1e300))]
 OsName = Annotated[str, Rule("a name", (str,), lambda text: "\0" not in text)]
 """May have bytes that are no UTF-8, lone surrogates in Python."""
 FileName = Annotated[
@@ -159,13 +159,14 @@ def read_bounded(path: Path, most: int) -> bytes:
         SchemaError: it is something else (a FIFO may never answer, a device never end), or larger than `most` bytes.
         OSError: it cannot be read.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise SchemaError("not a regular file")
-    if status.st_size > most:
-        raise SchemaError(f"{status.st_size} bytes, expected at most {most}")
+    try:
+        size = regular_size(path)
+    except ForeignFileError as error:
+        raise SchemaError(str(error)) from error
+    if size > most:
+        raise SchemaError(f"{size} bytes, expected at most {most}")
     with path.open("rb") as stream:
-        return stream.read(status.st_size)
+        return stream.read(size)
 
 
 def parse_json(data: bytes, kind: type[T]) -> T:

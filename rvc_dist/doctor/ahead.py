@@ -21,11 +21,11 @@ from rvc_dist.features.content import load_embedder
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.sources import list_sources
-from rvc_dist.workspace import Plan, StageError, Workspace
+from rvc_dist.workspace import Plan, SourceFile, StageError, Workspace
 
 CPU = torch.device("cpu")
 MAX_MEASURED = 200
-"""Of more recordings than this, the durations are taken from as many, by their bytes."""
+"""Recordings whose headers are read where no plan tells of them."""
 
 
 def features_done(recipe: Recipe) -> bool:
@@ -119,11 +119,22 @@ def recorded_seconds(exam: Exam) -> float:
     plan = Plan.load(exam.work.plan_file)
     if plan is not None and "imported" in plan.settings:
         return sum(unit.duration_s for unit in plan.units)
-    folder, seconds, measured = Path(exam.recipe.data.audio_dir), 0.0, 0
-    sources = []
     with contextlib.suppress(StageError):  # another check says it
-        sources = [s for s in list_sources(folder, exam.work.root) if not s.reason]
-    for source in sources[:: -(-len(sources) // MAX_MEASURED) or 1]:
-        with contextlib.suppress(decoding.AudioError, OSError):  # preprocess leaves it out
-            seconds, measured = seconds + decoding.duration(folder / source.path), measured + source.size
-    return seconds * sum(s.size for s in sources) / max(1, measured)
+        sources, found = measured(exam.recipe)
+        share = sum(source.size for source, *_ in found) / sum(s.size for s in sources)
+        return sum(seconds for *_, seconds in found) / share if share else 0.0
+    return 0.0
+
+
+def measured(recipe: Recipe) -> tuple[list[SourceFile], list[tuple[SourceFile, int, float]]]:
+    """The usable recordings of the dataset, and of at most MAX_MEASURED of them the rate in Hz and the seconds.
+
+    Raises:
+        StageError: there is none.
+    """
+    folder, found = Path(recipe.data.audio_dir), []
+    sources = [s for s in list_sources(folder, Path(recipe.run_dir)) if not s.reason]
+    for source in sources[:: -(-len(sources) // MAX_MEASURED)]:
+        with contextlib.suppress(decoding.AudioError), decoding.opened(folder / source.path) as recording:
+            found.append((source, recording.rate, recording.duration_s))  # preprocess leaves the others out
+    return sources, found

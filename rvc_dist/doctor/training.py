@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rvc_dist import checkpoint, compilation, decoding, extract, networks
+from rvc_dist import checkpoint, compilation, extract, networks
 from rvc_dist.averaging import Network
 from rvc_dist.bench import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, DataConfig, Recipe
@@ -38,6 +38,7 @@ from rvc_dist.data import (
     loader_settings,
 )
 from rvc_dist.distributed import device_name
+from rvc_dist.doctor.ahead import measured
 from rvc_dist.doctor.findings import Result, first_line, with_remedy
 from rvc_dist.doctor.team import Exam
 from rvc_dist.metrics import Meter, PhaseTimer
@@ -47,9 +48,6 @@ from rvc_dist.preprocess import low_rates
 from rvc_dist.sources import list_sources
 from rvc_dist.trainer import Trainer
 from rvc_dist.workspace import Plan, StageError, read_header
-
-MAX_MEASURED = 200
-"""Recordings whose headers are read where no plan tells of them."""
 
 
 def check_data(exam: Exam, result: Result) -> None:
@@ -94,19 +92,14 @@ def check_data(exam: Exam, result: Result) -> None:
 
 
 def recording_rates(recipe: Recipe, plan: Plan | None) -> list[tuple[int, float]]:
-    """(Hz, seconds) of each recording in the plan; without one, of MAX_MEASURED of the dataset."""
+    """(Hz, seconds) of each recording in the plan; without one, of some of the dataset."""
     if plan is not None:
         parts = [f for unit in plan.units for f in unit.files if f.rate]  # imported clips tell of no recording
         seconds: dict[str, float] = defaultdict(float)
         for part in parts:
             seconds[part.path] += part.duration_s
         return [(rate, seconds[path]) for path, rate in {f.path: f.rate for f in parts}.items()]
-    folder, found = Path(recipe.data.audio_dir), []
-    sources = [f for f in list_sources(folder, Path(recipe.run_dir)) if not f.reason]
-    for source in sources[:: -(-len(sources) // MAX_MEASURED)]:
-        with contextlib.suppress(decoding.AudioError), decoding.opened(folder / source.path) as recording:
-            found.append((recording.rate, recording.duration_s))
-    return found
+    return [(rate, length_s) for _, rate, length_s in measured(recipe)[1]]
 
 
 def features_of_clips(exam: Exam, plan: Plan | None, result: Result) -> None:
