@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from rvc_dist import __version__
 from rvc_dist.config import Recipe, nearest_key, parse_recipe
-from rvc_dist.guard import end_with_launcher
-from rvc_dist.lock import may_be_held
-from rvc_dist.logs import RankLog, rank_log
+from rvc_dist.runtime.hang_killer import end_with_launcher
+from rvc_dist.runtime.logs import RankLog, rank_log
+from rvc_dist.runtime.run_lock import may_be_held
 from rvc_dist.workspace import (
     NO_SPACE,
     Share,
@@ -55,30 +55,32 @@ FLAGS = {"-h", "--help", "--print_config", "--json", "--parity"}
 """Options that no value follows."""
 
 STAGES = {
-    "preprocess": Stage("rvc_dist.preprocess", "Cut recordings into clips.", takes_shard=True),
-    "extract": Stage("rvc_dist.extract", "Compute content features and pitch of the clips.", takes_shard=True),
-    "index": Stage("rvc_dist.index", "Build the retrieval index over the content features."),
-    "train": Stage("rvc_dist.trainer", "Train the voice; continues from the newest checkpoint."),
-    "export": Stage("rvc_dist.export", "Write voice files from the run's checkpoints."),
-    "infer": Stage("rvc_dist.infer", "Convert a recording with a trained voice.", keeps_log=False),
+    "preprocess": Stage("rvc_dist.data.preprocess", "Cut recordings into clips.", takes_shard=True),
+    "extract": Stage("rvc_dist.features.extract", "Compute content features and pitch of the clips.", takes_shard=True),
+    "index": Stage("rvc_dist.features.index", "Build the retrieval index over the content features."),
+    "train": Stage("rvc_dist.train.trainer", "Train the voice; continues from the newest checkpoint."),
+    "export": Stage("rvc_dist.voice.export", "Write voice files from the run's checkpoints."),
+    "infer": Stage("rvc_dist.voice.infer", "Convert a recording with a trained voice.", keeps_log=False),
     "run": Stage("rvc_dist.pipeline", "All of it in order: preprocess, extract, index, train, export."),
     "import": Stage(
-        "rvc_dist.importing", "Take over an experiment folder of Applio, ARVC or RVC-WebUI.", folders="DIR"
+        "rvc_dist.tools.import_experiment",
+        "Take over an experiment folder of Applio, ARVC or RVC-WebUI.",
+        folders="DIR",
     ),
     "dataset": Stage(
-        "rvc_dist.dataset",
+        "rvc_dist.tools.dataset_stats",
         "Show minutes, loudness and pitch of a run's clips, and what was left out; compare runs. --json prints JSON.",
         folders="RUN ...",
         keeps_log=False,
     ),
-    "bench": Stage("rvc_dist.bench", "Measure training steps; --parity compares losses with float32 ones."),
+    "bench": Stage("rvc_dist.tools.bench", "Measure training steps; --parity compares losses with float32 ones."),
     "doctor": Stage(
-        "rvc_dist.doctor",
+        "rvc_dist.tools.doctor",
         "Check ranks, devices, network, disk, data and weights before training; exits with 1 on errors, 3 on warnings.",
         keeps_log=False,
     ),
     "plan": Stage(
-        "rvc_dist.plan",
+        "rvc_dist.tools.plan",
         "Say what the run will cost on any number of ranks, and how many are worth it.",
         keeps_log=False,
     ),

@@ -41,7 +41,7 @@ def run(recipe: Recipe, share: Share) -> None:
     began_at = time.monotonic()
     recipe = with_output_in_run_dir(recipe)
     pipeline.run(recipe, share)
-    importlib.import_module("rvc_dist.infer").run(recipe, share)
+    importlib.import_module("rvc_dist.voice.infer").run(recipe, share)
     if share.is_first:
         report(recipe, time.monotonic() - began_at)
 

@@ -8,7 +8,7 @@ from functools import partial
 from rvc_dist.config import Recipe
 from rvc_dist.workspace import Share, wait_for
 
-DATA_STAGES = ("preprocess", "extract", "index")
+DATA_STAGES = ("data.preprocess", "features.extract", "features.index")
 
 
 def run(recipe: Recipe, share: Share) -> None:
@@ -19,10 +19,10 @@ def run(recipe: Recipe, share: Share) -> None:
         Stopped: as training does.
     """
     if share.is_first:  # the others begin: those that wait for it end with it
-        importlib.import_module("rvc_dist.doctor").look_ahead(recipe)
+        importlib.import_module("rvc_dist.tools.doctor").look_ahead(recipe)
     for name in DATA_STAGES:
         stage = importlib.import_module(f"rvc_dist.{name}")
         stage.run(recipe, share)
         wait_for(f"the {name} stage of the other ranks", partial(stage.complete, recipe))
-    for name in ("trainer", "export"):
+    for name in ("train.trainer", "voice.export"):
         importlib.import_module(f"rvc_dist.{name}").run(recipe, share)

@@ -8,7 +8,7 @@ import os
 import sys
 
 from rvc_dist.__main__ import main
-from rvc_dist.doctor import disk, machine
+from rvc_dist.tools.doctor import disk, machine
 
 
 def run() -> int:

@@ -13,8 +13,8 @@ import torch
 from helpers import NARROW, RATE
 
 import rvc_dist
-from rvc_dist import audio, decoding
 from rvc_dist.config import FEATURE_RATE, ExtractConfig, Recipe
+from rvc_dist.data import audio, decode
 from rvc_dist.features.content import load_embedder
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator, GeneratorShape
@@ -32,7 +32,7 @@ FOLDERS = {
 def clips(tool: str) -> Iterator[tuple[str, int, audio.Wave]]:
     """(name, speaker, wave): two recordings, three clips of a second each; of Applio the second is of speaker 3."""
     for number, name in enumerate(("000", "005")):
-        wave, rate = decoding.decode(VOICE / f"{name}.flac")
+        wave, rate = decode.decode(VOICE / f"{name}.flac")
         wave = audio.resample(wave[: 4 * rate], rate, RATE)
         speaker = 3 * number if tool == "applio" else 0
         prefix = "" if tool == "webui" else f"{speaker}_"

@@ -11,8 +11,8 @@ import sys
 import time
 from unittest import mock
 
-from rvc_dist import trainer
 from rvc_dist.__main__ import main
+from rvc_dist.train import trainer
 
 SLEEP_S = 8
 rank, at, kind = os.environ["FAULT"].split(":")

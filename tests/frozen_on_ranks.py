@@ -10,8 +10,8 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny import thin_networks
 
-from rvc_dist import trainer
 from rvc_dist.config import load_recipe
+from rvc_dist.train import trainer
 from rvc_dist.workspace import Share
 
 

@@ -14,13 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rvc_dist import checkpoint, export
-from rvc_dist.audio import Wave
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe
+from rvc_dist.data.audio import Wave
 from rvc_dist.features.content import make_torchaudio_importable
 from rvc_dist.features.f0 import F0Method
 from rvc_dist.models.generator import Generator, GeneratorShape
-from rvc_dist.optim import OptimizerState
+from rvc_dist.train import checkpoint
+from rvc_dist.train.optimizers import OptimizerState
+from rvc_dist.voice import export
 from rvc_dist.workspace import Plan, Unit, Workspace, save_arrays, stamp, write_json
 
 RATE = 24000

@@ -48,15 +48,15 @@ from helpers import (
 )
 from torch import Tensor
 
-from rvc_dist import networks
 from rvc_dist.__main__ import run_stage, set_up_logging
 from rvc_dist.config import InferConfig, Recipe
-from rvc_dist.data import ClipTable
 from rvc_dist.features.content import read_tensors
 from rvc_dist.features.f0 import F0_METHODS
-from rvc_dist.index import Retriever
+from rvc_dist.features.index import Retriever
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.train import networks
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Share, StageError
 
 MOST_S = 20

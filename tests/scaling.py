@@ -25,9 +25,10 @@ import faiss  # noqa: F401 - here, so that no step is charged for its import
 import numpy as np
 from helpers import EMBEDDER, RATE, changed, narrow_recipe, workspace_of
 
-from rvc_dist import extract, index, preprocess
 from rvc_dist.config import DataConfig, ExtractConfig, Recipe
-from rvc_dist.data import ClipTable
+from rvc_dist.data import preprocess
+from rvc_dist.features import extract, index
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Plan, Share, SourceFile, cut_units, save_arrays, stamp, write_json
 
 WIDTH, NUM_CONTENT, FILES_A_SPEAKER = 32, 20, 1000

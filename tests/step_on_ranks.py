@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from tiny import thin_networks
 
-from rvc_dist import trainer
 from rvc_dist.config import Recipe, load_recipe
+from rvc_dist.train import trainer
 
 
 def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from recordings import write_made
 
-from rvc_dist import preprocess, workspace
+from rvc_dist import workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
+from rvc_dist.data import preprocess
 from rvc_dist.workspace import Share, Workspace, read_json
 
 WITHIN_S = 0.002

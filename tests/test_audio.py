@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rvc_dist import audio
+from rvc_dist.data import audio
 
 RATE = 16000
 SLICE_RATE = 1000

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from tiny import make_features, tiny_recipe, with_train
 
 from rvc_dist import __main__ as cli
-from rvc_dist import bench, bench_report, measuring, parity
 from rvc_dist.config import BenchConfig, ConfigError, Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
+from rvc_dist.tools import bench, bench_report, measuring, parity
 from rvc_dist.workspace import Share, StageError
 
 LOSSES = {"loss/d", "loss/g_mel", "loss/g_kl", "loss/g_fm", "loss/g_adv", "loss/g_total"}
@@ -327,7 +327,7 @@ def test_the_plain_step_costs_ds_gradients_once_more(tmp_path):
 
 
 def test_a_thin_image_gives_the_same_score_and_features():
-    from rvc_dist.plain_step import PlainDiscriminator
+    from rvc_dist.tools.plain_step import PlainDiscriminator
 
     network = MultiPeriodDiscriminator("v2", 64)
     real, fake = torch.randn(2, 2, 1, 1001)

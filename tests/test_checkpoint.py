@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from rvc_dist import checkpoint
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.state_dict import to_upstream
-from rvc_dist.optim import AnyPrecisionAdamW, OptimizerState, load_optimizer_state, optimizer_state
+from rvc_dist.train import checkpoint
+from rvc_dist.train.optimizers import AnyPrecisionAdamW, OptimizerState, load_optimizer_state, optimizer_state
 from rvc_dist.workspace import StageError
 
 IDENTITY = {"rate": 48000, "embedder": {"name": "mfcc"}}

@@ -244,7 +244,7 @@ def test_half_written_files_of_killed_jobs_are_removed_from_every_folder_of_the_
     "error",
     [
         FileNotFoundError(errno.ENOENT, "No such file"),
-        FileNotFoundError(errno.ENOENT, "No such file", str(Path(cli.__file__).with_name("guard.py"))),
+        FileNotFoundError(errno.ENOENT, "No such file", str(Path(cli.__file__).with_name("pipeline.py"))),
         OSError(errno.EBADF, "Bad file descriptor"),
         ValueError("a bug"),
         TypeError(),

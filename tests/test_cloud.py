@@ -14,8 +14,8 @@ import pytest
 from launching import ROOT, environment, finish, kill
 from torch import Tensor
 
-from rvc_dist import checkpoint
-from rvc_dist.optim import OptimizerState
+from rvc_dist.train import checkpoint
+from rvc_dist.train.optimizers import OptimizerState
 
 SCRIPT = ROOT / "launch" / "cloud.sh"
 VOICE = ROOT / "rvc_dist" / "demo_voice" / "voice"

@@ -12,9 +12,9 @@ from launching import torchrun
 from safetensors.torch import load_file
 from tiny import make_features, thin_networks, tiny_recipe, with_train
 
-from rvc_dist import compilation, trainer
-from rvc_dist.checkpoint import MODELS
 from rvc_dist.config import TrainConfig
+from rvc_dist.train import compilation, trainer
+from rvc_dist.train.checkpoint import MODELS
 
 
 @pytest.fixture(autouse=True)

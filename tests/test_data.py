@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from helpers import workspace_of
 from tiny import EMBEDDER, make_features, tiny_recipe
 
-from rvc_dist import data
 from rvc_dist.config import RATES, RateSpec
-from rvc_dist.data import (
+from rvc_dist.models.spectral import spectrogram_with_reach
+from rvc_dist.train import dataset
+from rvc_dist.train.dataset import (
     BatchPlan,
     BucketBatchSampler,
     CachedClips,
@@ -29,7 +30,6 @@ from rvc_dist.data import (
     feature_frames,
     make_loader,
 )
-from rvc_dist.spectral import spectrogram_with_reach
 from rvc_dist.workspace import save_arrays
 
 
@@ -265,7 +265,7 @@ for number in 3 * (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
 @pytest.mark.parametrize("stuck", [False, True])
 def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path, monkeypatch, stuck):
     """A launcher's signals come from another process, and more than once."""
-    monkeypatch.setattr(data, "WORKERS_S", 0.2)
+    monkeypatch.setattr(dataset, "WORKERS_S", 0.2)
     if stuck:
         monkeypatch.setattr(ClipDataset, "read_batch", lambda *_: time.sleep(60))
     recipe = tiny_recipe(tmp_path)
@@ -280,5 +280,5 @@ def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path,
         next(steps)
         subprocess.run([sys.executable, "-c", SIGNALLER, str(worker.pid)], check=True)
         assert len([next(steps) for _ in range(10)]) == 10
-    assert data.end_loader(steps) == []
+    assert dataset.end_loader(steps) == []
     assert not worker.is_running()

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from rvc_dist import __main__ as cli
-from rvc_dist import dataset
 from rvc_dist.config import Recipe
-from rvc_dist.dataset import LOWEST_HZ, NUM_CENTS, band_hz, bands, note, percentile, summarise
+from rvc_dist.tools import dataset_stats
+from rvc_dist.tools.dataset_stats import LOWEST_HZ, NUM_CENTS, band_hz, bands, note, percentile, summarise
 from rvc_dist.workspace import Plan, Share, SourceFile, StageError, Unit, Workspace, atomic_write, save_arrays
 
 RATE = 24000
@@ -133,7 +133,7 @@ def test_a_wave_of_any_length_is_measured_block_by_block(tmp_path: Path, monkeyp
     wave = np.random.default_rng(0).normal(0.0, 0.1, 20 * RATE + 7).astype(np.float32)
     make_run(tmp_path, [[(0, wave)]])
     whole = summarise(tmp_path)
-    monkeypatch.setattr(dataset, "BLOCK_FRAMES", 10)
+    monkeypatch.setattr(dataset_stats, "BLOCK_FRAMES", 10)
     tracemalloc.start()
     parts = summarise(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -175,7 +175,7 @@ def test_clips_alone_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def shown(capsys: pytest.CaptureFixture[str], *runs: Path, **options: Any) -> str:
-    dataset.run(Recipe(), Share(), [str(r) for r in runs], **options)
+    dataset_stats.run(Recipe(), Share(), [str(r) for r in runs], **options)
     return capsys.readouterr().out
 
 

@@ -12,28 +12,28 @@ import pytest
 import soundfile
 from recordings import write_av
 
-from rvc_dist import decoding
+from rvc_dist.data import decode
 
 RATE = 16000
 
 
-def sine(hz: float, seconds: float, rate: int = RATE, level: float = 0.5) -> decoding.Wave:
+def sine(hz: float, seconds: float, rate: int = RATE, level: float = 0.5) -> decode.Wave:
     return (level * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
-def level(wave: decoding.Wave) -> float:
+def level(wave: decode.Wave) -> float:
     """RMS of the middle half, away from the edges of filters."""
     return float(np.sqrt(np.mean(wave[len(wave) // 4 : -len(wave) // 4].astype(np.float64) ** 2)))
 
 
-def read_by_parts(path: Path, part_s: float) -> tuple[decoding.Wave, dict[str, float], list[str]]:
+def read_by_parts(path: Path, part_s: float) -> tuple[decode.Wave, dict[str, float], list[str]]:
     """The parts of a recording joined, the seconds that were lost, by why, and what is said of it."""
     waves, lost, at = [np.zeros(0, np.float32)], dict[str, float](), 0.0
     told: list[str] = []
-    with decoding.opened(path) as recording:
+    with decode.opened(path) as recording:
         while at < recording.duration_s:
             is_last = at + part_s >= recording.duration_s
-            waves += map(decoding.mono, recording.blocks(at, None if is_last else round(part_s * recording.rate)))
+            waves += map(decode.mono, recording.blocks(at, None if is_last else round(part_s * recording.rate)))
             for seconds, why in recording.lost:
                 lost[why] = lost.get(why, 0.0) + seconds
             told += recording.told()
@@ -45,11 +45,11 @@ def read_by_parts(path: Path, part_s: float) -> tuple[decoding.Wave, dict[str, f
 def test_decode_reads_every_kind(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     soundfile.write(path, sine(200, 2.0, 44100), 44100)
-    wave, rate = decoding.decode(path)
+    wave, rate = decode.decode(path)
     assert rate == 44100
     assert wave.dtype == np.float32
     assert abs(len(wave) - 88200) <= 1152
-    assert decoding.duration(path) == pytest.approx(2.0, abs=0.03)
+    assert decode.duration(path) == pytest.approx(2.0, abs=0.03)
     assert level(wave) == pytest.approx(0.5 / 2**0.5, rel=0.02)
 
 
@@ -60,7 +60,7 @@ def test_decode_reads_every_kind(tmp_path: Path, suffix: str) -> None:
 def test_decode_keeps_the_samples_of_every_depth(tmp_path: Path, subtype: str, rate: int, tolerance: float) -> None:
     wave = sine(200, 0.5, rate)
     soundfile.write(tmp_path / "a.wav", wave, rate, subtype=subtype)
-    decoded, got_rate = decoding.decode(tmp_path / "a.wav")
+    decoded, got_rate = decode.decode(tmp_path / "a.wav")
     assert got_rate == rate
     np.testing.assert_allclose(decoded, wave, atol=tolerance)
 
@@ -68,7 +68,7 @@ def test_decode_keeps_the_samples_of_every_depth(tmp_path: Path, subtype: str, r
 def test_decode_takes_the_mean_of_channels(tmp_path: Path) -> None:
     left, right = np.full(4000, 0.5), np.full(4000, -0.25)
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), RATE, subtype="FLOAT")
-    wave, _ = decoding.decode(tmp_path / "a.wav")
+    wave, _ = decode.decode(tmp_path / "a.wav")
     assert wave.shape == (4000,)
     assert wave.tolist() == [0.125] * 4000
 
@@ -78,25 +78,25 @@ def test_decode_in_blocks_is_the_whole_file(tmp_path: Path, monkeypatch: pytest.
         path = tmp_path / f"a.{suffix}"
         soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 30000), RATE)
         whole = soundfile.read(path, dtype="float32")[0]
-        monkeypatch.setattr(decoding, "BLOCK", 1001)
-        monkeypatch.setattr(decoding, "FORGETFUL_BLOCK", 1001)
-        np.testing.assert_allclose(decoding.decode(path)[0], whole, atol=0 if suffix in ("flac", "wav") else 1e-6)
+        monkeypatch.setattr(decode, "BLOCK", 1001)
+        monkeypatch.setattr(decode, "FORGETFUL_BLOCK", 1001)
+        np.testing.assert_allclose(decode.decode(path)[0], whole, atol=0 if suffix in ("flac", "wav") else 1e-6)
 
 
 def test_decode_accepts_a_name_that_is_no_utf8(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", sine(200, 0.5), RATE)
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff\n.wav"))
     (tmp_path / "a.wav").rename(path)
-    assert len(decoding.decode(path)[0]) == 8000
-    assert decoding.duration(path) == 0.5
+    assert len(decode.decode(path)[0]) == 8000
+    assert decode.duration(path) == 0.5
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "opus", "aiff"])
 def test_text_is_not_audio(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     path.write_text("these are words " * 500)
-    for read in (decoding.duration, decoding.decode):
-        with pytest.raises(decoding.AudioError, match=r"not readable as audio \(Format not recognised\)"):
+    for read in (decode.duration, decode.decode):
+        with pytest.raises(decode.AudioError, match=r"not readable as audio \(Format not recognised\)"):
             read(path)
 
 
@@ -105,20 +105,20 @@ def test_decode_refuses_nan_and_a_flac_of_only_a_header_and_no_samples(tmp_path:
     wave = sine(200, 0.5)
     wave[7] = np.nan
     soundfile.write(path, wave, RATE, subtype="FLOAT")
-    with pytest.raises(decoding.AudioError, match="not finite"):
-        decoding.decode(path)
+    with pytest.raises(decode.AudioError, match="not finite"):
+        decode.decode(path)
 
     soundfile.write(path, np.zeros(0), RATE)
-    for read in (decoding.duration, decoding.decode):
-        with pytest.raises(decoding.AudioError, match="holds no samples"):
+    for read in (decode.duration, decode.decode):
+        with pytest.raises(decode.AudioError, match="holds no samples"):
             read(path)
 
     path = tmp_path / "a.flac"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 60000), RATE)
     path.write_bytes(path.read_bytes()[:50000])
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(decoding.AudioError, match="not readable"):
-        decoding.decode(path)
+    with pytest.raises(decode.AudioError, match="not readable"):
+        decode.decode(path)
 
 
 @pytest.mark.parametrize(("nibble", "rest"), [(0x0F, b"\xff" * 4), (0x00, bytes(4))])
@@ -131,10 +131,10 @@ def test_a_flac_header_that_lies_allocates_nothing(tmp_path: Path, nibble: int, 
     data[22:26] = rest
     path.write_bytes(data)
     if not nibble:
-        assert (decoding.duration(path), len(decoding.decode(path)[0])) == (1.0, RATE)
+        assert (decode.duration(path), len(decode.decode(path)[0])) == (1.0, RATE)
         return
-    for read in (decoding.duration, decoding.decode):
-        with pytest.raises(decoding.AudioError, match="damaged header or a stream of unknown length"):
+    for read in (decode.duration, decode.decode):
+        with pytest.raises(decode.AudioError, match="damaged header or a stream of unknown length"):
             read(path)
 
 
@@ -143,11 +143,11 @@ def test_a_sample_rate_that_is_damage_is_refused(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "a.wav").read_bytes())
     data[24:28] = (1).to_bytes(4, "little")
     (tmp_path / "a.wav").write_bytes(data)
-    with pytest.raises(decoding.AudioError, match="sample rate of 1 Hz, expected 4000 to 768000"):
-        decoding.decode(tmp_path / "a.wav")
+    with pytest.raises(decode.AudioError, match="sample rate of 1 Hz, expected 4000 to 768000"):
+        decode.decode(tmp_path / "a.wav")
 
 
-def write_mp3_without_length(path: Path, wave: decoding.Wave, mode: str) -> None:
+def write_mp3_without_length(path: Path, wave: decode.Wave, mode: str) -> None:
     """An mp3 as recorders of streams write it: without the first frame, which tells the length."""
     options = {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": mode, "compression_level": 0.5}
     soundfile.write(path, wave, 44100, **options)
@@ -161,19 +161,19 @@ def test_an_mp3_whose_length_is_underestimated_is_read_whole(tmp_path: Path, mon
     wave[: 5 * 44100] = np.random.default_rng(0).normal(0.0, 0.2, 5 * 44100)
     path = tmp_path / "a.mp3"
     write_mp3_without_length(path, wave, "VARIABLE")
-    decoded, rate = decoding.decode(path)
+    decoded, rate = decode.decode(path)
     assert len(decoded) / rate == pytest.approx(20.0, abs=0.1)
-    assert decoding.duration(path) == pytest.approx(20.0, abs=0.1)
+    assert decode.duration(path) == pytest.approx(20.0, abs=0.1)
     monkeypatch.setitem(sys.modules, "av", None)
-    decoding._known.cache_clear()
-    with pytest.raises(decoding.MissingDecoderError, match=r"only \d\.\d of 20\.\d s would be read; pip install av"):
-        decoding.decode(path)
+    decode._known.cache_clear()
+    with pytest.raises(decode.MissingDecoderError, match=r"only \d\.\d of 20\.\d s would be read; pip install av"):
+        decode.decode(path)
 
 
 def test_an_mp3_of_constant_rate_needs_no_length(tmp_path: Path) -> None:
     path = tmp_path / "a.mp3"
     write_mp3_without_length(path, sine(200, 5.0, 44100), "CONSTANT")
-    assert len(decoding.decode(path)[0]) == pytest.approx(5.0 * 44100, rel=0.02)
+    assert len(decode.decode(path)[0]) == pytest.approx(5.0 * 44100, rel=0.02)
 
 
 # What needs PyAV, and slices
@@ -202,9 +202,9 @@ def test_every_kind_of_ffmpegs(tmp_path: Path, name: str) -> None:
     codec, rate = AV_KINDS[name]
     wave = sine(200, 2.0, rate)
     write_av(tmp_path / name, wave, codec, rate)
-    decoded, got_rate = decoding.decode(tmp_path / name)
+    decoded, got_rate = decode.decode(tmp_path / name)
     assert got_rate == rate
-    assert decoding.duration(tmp_path / name) == pytest.approx(2.0, abs=0.1)
+    assert decode.duration(tmp_path / name) == pytest.approx(2.0, abs=0.1)
     assert read_by_parts(tmp_path / name, 10.0)[2] == []  # nothing is said of a healthy one
     assert len(decoded) == pytest.approx(2.0 * rate, abs=0.1 * rate)
     assert level(decoded) == pytest.approx(0.5 / 2**0.5, rel=0.02)
@@ -216,16 +216,16 @@ def test_channels_of_ffmpegs_kinds_are_averaged(tmp_path: Path) -> None:
     wave = sine(200, 1.0, 48000)
     surround = np.stack([wave * share for share in (0.6, 0.0, 1.2, 0.3, 0.0, 0.9)], axis=1)
     write_av(tmp_path / "a.mka", surround, "flac", 48000, "5.1")
-    np.testing.assert_allclose(decoding.decode(tmp_path / "a.mka")[0], wave * 0.5, atol=1e-4)
+    np.testing.assert_allclose(decode.decode(tmp_path / "a.mka")[0], wave * 0.5, atol=1e-4)
 
 
 def test_eight_channels_are_eight(tmp_path: Path) -> None:
     wave = sine(200, 1.0, 48000)
     write_av(tmp_path / "a.m4a", np.stack([wave] * 8, axis=1), "aac", 48000, "7.1")
-    with decoding.opened(tmp_path / "a.m4a") as recording:
+    with decode.opened(tmp_path / "a.m4a") as recording:
         blocks = list(recording.blocks())
     assert {block.shape[1] for block in blocks} == {8}
-    assert level(decoding.decode(tmp_path / "a.m4a")[0]) == pytest.approx(0.5 / 2**0.5, rel=0.2)
+    assert level(decode.decode(tmp_path / "a.m4a")[0]) == pytest.approx(0.5 / 2**0.5, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.m4a", "a.mka", "a.webm", "a.wma", "a.aac"])
@@ -239,10 +239,10 @@ def test_a_part_is_that_part_of_the_whole(tmp_path: Path, name: str) -> None:
         write_av(tmp_path / name, wave, codec, rate, "mono")
     else:
         soundfile.write(tmp_path / name, wave, rate)
-    whole, _ = decoding.decode(tmp_path / name)
+    whole, _ = decode.decode(tmp_path / name)
     start_s, num = 3.1, rate
-    with decoding.opened(tmp_path / name) as recording:
-        part = np.concatenate([decoding.mono(block) for block in recording.blocks(start_s, num)])
+    with decode.opened(tmp_path / name) as recording:
+        part = np.concatenate([decode.mono(block) for block in recording.blocks(start_s, num)])
     assert len(part) == num
     at = round(start_s * rate)
     # Time stamps in milliseconds; and those of wma are two frames late at the beginning of a file.
@@ -253,7 +253,7 @@ def test_a_part_is_that_part_of_the_whole(tmp_path: Path, name: str) -> None:
 
 def test_a_part_beyond_the_end_is_empty(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", sine(200, 1.0), RATE)
-    with decoding.opened(tmp_path / "a.wav") as recording:
+    with decode.opened(tmp_path / "a.wav") as recording:
         assert list(recording.blocks(5.0)) == []
         assert sum(map(len, recording.blocks(0.5, RATE))) == RATE // 2
 
@@ -267,7 +267,7 @@ def test_the_content_counts_not_the_name(tmp_path: Path, name: str, suffix: str)
     else:
         soundfile.write(tmp_path / name, sine(200, 1.0, 44100), 44100)
     wrong = (tmp_path / name).rename(tmp_path / f"wrong{suffix}")
-    wave, rate = decoding.decode(wrong)
+    wave, rate = decode.decode(wrong)
     assert (rate, level(wave)) == (44100, pytest.approx(0.5 / 2**0.5, rel=0.02))
 
 
@@ -280,8 +280,8 @@ def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
         for suffix in (".m4a", ".aac", ".wav", ".mp4"):
             path = tmp_path / f"list{suffix}"
             path.write_text(text)
-            with pytest.raises(decoding.AudioError, match="not readable as audio"):
-                decoding.decode(path)
+            with pytest.raises(decode.AudioError, match="not readable as audio"):
+                decode.decode(path)
 
 
 def test_a_video_without_sound_says_so(tmp_path: Path) -> None:
@@ -293,8 +293,8 @@ def test_a_video_without_sound_says_so(tmp_path: Path) -> None:
         for _ in range(3):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode(None))
-    with pytest.raises(decoding.AudioError, match="has no sound in it"):
-        decoding.decode(tmp_path / "a.mp4")
+    with pytest.raises(decode.AudioError, match="has no sound in it"):
+        decode.decode(tmp_path / "a.mp4")
 
 
 def test_without_pyav_the_command_that_helps_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,10 +304,10 @@ def test_without_pyav_the_command_that_helps_is_named(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setitem(sys.modules, "av.error", None)
     with pytest.raises(
-        decoding.MissingDecoderError, match=r"m4a needs the package PyAV: pip install av .*rvc_dist\[formats\]"
+        decode.MissingDecoderError, match=r"m4a needs the package PyAV: pip install av .*rvc_dist\[formats\]"
     ):
-        decoding.decode(tmp_path / "a.m4a")
-    assert decoding.duration(tmp_path / "flac.m4a") == 1.0
+        decode.decode(tmp_path / "a.m4a")
+    assert decode.duration(tmp_path / "flac.m4a") == 1.0
 
 
 def test_hours_of_silence_in_few_bytes_are_refused(tmp_path: Path) -> None:
@@ -315,25 +315,25 @@ def test_hours_of_silence_in_few_bytes_are_refused(tmp_path: Path) -> None:
     with soundfile.SoundFile(path, "w", 8000, 1, format="FLAC", subtype="PCM_16") as file:
         for _ in range(3600):
             file.write(np.zeros(8000, np.float32))
-    with pytest.raises(decoding.AudioError, match=r"1\.0 hours in \d+ bytes: silence, or a damaged header"):
-        decoding.duration(path)
+    with pytest.raises(decode.AudioError, match=r"1\.0 hours in \d+ bytes: silence, or a damaged header"):
+        decode.duration(path)
 
 
 def test_a_file_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
-    with pytest.raises(decoding.AudioError, match=r"cannot be read \(No such file or directory\)"):
-        decoding.decode(tmp_path / "gone.wav")
-    with pytest.raises(decoding.AudioError, match=r"cannot be read \(Is a directory\)"):
-        decoding.decode(tmp_path)
+    with pytest.raises(decode.AudioError, match=r"cannot be read \(No such file or directory\)"):
+        decode.decode(tmp_path / "gone.wav")
+    with pytest.raises(decode.AudioError, match=r"cannot be read \(Is a directory\)"):
+        decode.decode(tmp_path)
 
 
 # Headers that do not say what is there, damage, gaps
 
 
-def hiss(seconds: float, rate: int = 44100) -> decoding.Wave:
+def hiss(seconds: float, rate: int = 44100) -> decode.Wave:
     return np.random.default_rng(0).normal(0.0, 0.1, round(seconds * rate)).astype(np.float32)
 
 
-def write_kind(path: Path, wave: decoding.Wave, gap_s: float = 0.0) -> Path:
+def write_kind(path: Path, wave: decode.Wave, gap_s: float = 0.0) -> Path:
     codecs = {"m4a": "aac", "aac": "aac", "wma": "wmav2", "mka": "flac", "webm": "libopus", "3gp": "aac", "m4b": "aac"}
     kind = path.suffix[1:]
     if kind in codecs:
@@ -351,9 +351,9 @@ def write_kind(path: Path, wave: decoding.Wave, gap_s: float = 0.0) -> Path:
 @pytest.mark.parametrize("kind", ["mp3", "ogg", "opus", "flac", "wav", "aiff", "webm"])
 def test_joined_recordings_are_read_whole_and_in_any_part(tmp_path: Path, kind: str) -> None:
     path = write_kind(tmp_path / f"a.{kind}", hiss(4.0))
-    one, rate = decoding.decode(path)
+    one, rate = decode.decode(path)
     path.write_bytes(path.read_bytes() * 2)
-    both, _ = decoding.decode(path)
+    both, _ = decode.decode(path)
     slack = 0.02 * rate if kind == "webm" else 0
     assert abs(len(both) - 2 * len(one)) <= slack
     np.testing.assert_allclose(both[-len(one) :], one, atol=1e-6)
@@ -395,9 +395,9 @@ def test_a_wav_is_as_long_as_its_samples(
 )
 def test_a_cut_recording_keeps_its_start_and_is_called_cut(tmp_path: Path, kind: str) -> None:
     path = write_kind(tmp_path / f"a.{kind}", hiss(6.0))
-    seconds = len(decoding.decode(path)[0]) / decoding.decode(path)[1]
+    seconds = len(decode.decode(path)[0]) / decode.decode(path)[1]
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-    wave, rate = decoding.decode(path)
+    wave, rate = decode.decode(path)
     assert 0.4 * seconds < len(wave) / rate < 0.65 * seconds
     parts, lost, told = read_by_parts(path, 100.0)
     assert len(parts) == len(wave)
@@ -410,30 +410,30 @@ def test_a_cut_recording_keeps_its_start_and_is_called_cut(tmp_path: Path, kind:
 def test_damage_costs_what_is_damaged(tmp_path: Path, kind: str) -> None:
     bursts = hiss(12.0) * np.float32(np.arange(12 * 44100) // 4410 % 2)  # for which vorbis changes its block size
     path = write_kind(tmp_path / f"a.{kind}", bursts)
-    seconds = decoding.duration(path)
+    seconds = decode.duration(path)
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 64] = np.random.default_rng(3).bytes(64)
     path.write_bytes(data)
-    whole, rate = decoding.decode(path)
+    whole, rate = decode.decode(path)
     assert len(whole) / rate > seconds - 2.1
     for part_s in (100.0, 3.0):
         parts, lost, _ = read_by_parts(path, part_s)
         assert abs(len(parts) - len(whole)) <= (48 if kind == "mka" else 1)
-        assert set(lost) == {decoding.UNREADABLE}
+        assert set(lost) == {decode.UNREADABLE}
         assert len(parts) / rate + sum(lost.values()) == pytest.approx(seconds, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["mka", "webm", "wma", "m4a"])
 def test_a_gap_in_the_time_stamps_is_told_and_no_sound_comes_twice(tmp_path: Path, kind: str) -> None:
     write_kind(tmp_path / f"gap.{kind}", sine(200, 8.0, 44100), gap_s=6.0)
-    whole, _ = decoding.decode(tmp_path / f"gap.{kind}")
+    whole, _ = decode.decode(tmp_path / f"gap.{kind}")
     parts, lost, _ = read_by_parts(tmp_path / f"gap.{kind}", 3.0)
     slack = 312 if kind == "webm" else 0  # a part that begins in the gap loses what the decoder needs to settle
     assert 0 <= len(whole) - len(parts) <= slack
     half = len(whole) // 3
     np.testing.assert_allclose(parts[:half], whole[:half], atol=2e-3)
     np.testing.assert_allclose(parts[-half:], whole[-half:], atol=2e-2)
-    assert lost == {decoding.GAP: pytest.approx(6.0, abs=0.25)}
+    assert lost == {decode.GAP: pytest.approx(6.0, abs=0.25)}
 
 
 def test_the_track_that_sounds_is_taken_and_told(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_the_track_that_sounds_is_taken_and_told(tmp_path: Path) -> None:
 
 def test_gsm_is_read_in_any_part(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", sine(200, 3.0, 8000), 8000, subtype="GSM610")
-    whole, _ = decoding.decode(tmp_path / "a.wav")
+    whole, _ = decode.decode(tmp_path / "a.wav")
     assert len(whole) == pytest.approx(24000, abs=320)
     np.testing.assert_array_equal(read_by_parts(tmp_path / "a.wav", 1.1)[0], whole)
 
@@ -464,4 +464,4 @@ def test_gsm_is_read_in_any_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "m4a", "aac", "webm"])
 def test_a_name_without_a_suffix_is_judged_by_its_content(tmp_path: Path, kind: str) -> None:
     write_kind(tmp_path / f"a.{kind}", hiss(2.0)).rename(tmp_path / "take one")
-    assert decoding.duration(tmp_path / "take one") == pytest.approx(2.0, abs=0.2)
+    assert decode.duration(tmp_path / "take one") == pytest.approx(2.0, abs=0.2)

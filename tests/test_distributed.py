@@ -17,17 +17,18 @@ from launching import finish, kill, launcher, rvc_dist, start
 from tiny import make_features, tiny_recipe
 from torch import nn
 
-from rvc_dist import averaging, checkpoint, distributed
 from rvc_dist.config import TrainConfig
+from rvc_dist.runtime import accelerator
+from rvc_dist.train import checkpoint, ddp
 from rvc_dist.workspace import StageError
 
 
 def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
-    mine = distributed.kernel_settings(torch.device("cpu"))
-    monkeypatch.setattr(distributed, "gather_object", lambda _: [mine, mine | {"torch": "1.0"}])
+    mine = accelerator.kernel_settings(torch.device("cpu"))
+    monkeypatch.setattr(accelerator, "gather_object", lambda _: [mine, mine | {"torch": "1.0"}])
     with pytest.raises(StageError) as caught:
-        distributed.check_same_settings(Accelerator(cpu=True), {})
+        accelerator.check_same_settings(Accelerator(cpu=True), {})
     assert str({0: torch.__version__, 1: "1.0"}) in str(caught.value)
 
 
@@ -36,18 +37,18 @@ def test_bf16_is_refused_below_compute_capability_8(monkeypatch, capability, all
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     if allowed:
-        assert distributed.check_bf16(torch.device("cuda", 0)) is None
+        assert accelerator.check_bf16(torch.device("cuda", 0)) is None
     else:
         with pytest.raises(StageError, match=r"Tesla T4 has compute capability 7\.5"):
-            distributed.check_bf16(torch.device("cuda", 0))
-    assert distributed.check_bf16(torch.device("cpu")) is None
+            accelerator.check_bf16(torch.device("cuda", 0))
+    assert accelerator.check_bf16(torch.device("cpu")) is None
 
 
 def test_frozen_passes_gradients_through_and_leaves_other_flags_alone():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net[0].bias.requires_grad_(False)
     x = torch.randn(1, 2, requires_grad=True)
-    with averaging.frozen(net):
+    with ddp.frozen(net):
         net(x).sum().backward()
     assert x.grad is not None
     assert all(p.grad is None for p in net.parameters())
@@ -57,19 +58,19 @@ def test_frozen_passes_gradients_through_and_leaves_other_flags_alone():
 def test_a_missing_rank_is_noticed(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     alone = Accelerator(cpu=True)
-    monkeypatch.setattr(distributed, "Accelerator", lambda **_: alone)
+    monkeypatch.setattr(accelerator, "Accelerator", lambda **_: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(StageError, match="2 ranks were started, which cannot find each other: MASTER_PORT not set"):
-        distributed.make_accelerator(TrainConfig())
+        accelerator.make_accelerator(TrainConfig())
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(StageError, match="asked for 2 ranks but 1 joined"):
-        distributed.make_accelerator(TrainConfig())
+        accelerator.make_accelerator(TrainConfig())
 
 
 RANK = """
 import os, signal, sys, time
-from rvc_dist.guard import end_with_launcher
+from rvc_dist.runtime.hang_killer import end_with_launcher
 signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True) or os._exit(0))
 print("started", flush=True)
 parent = os.getppid()
@@ -104,13 +105,13 @@ def test_a_rank_whose_launcher_is_gone_is_asked_to_stop(name, when, last):
     assert launcher.communicate(timeout=10)[0].splitlines()[-1] == last
 
 
-def alone(timeout_s: float) -> distributed.StopSignal:
-    return distributed.StopSignal(SimpleNamespace(num_processes=1), timeout_s)
+def alone(timeout_s: float) -> accelerator.StopSignal:
+    return accelerator.StopSignal(SimpleNamespace(num_processes=1), timeout_s)
 
 
 @pytest.mark.parametrize("asked", ["never", "before", "while it waits"])
 def test_a_wait_has_a_limit_and_hears_signals(monkeypatch, asked):
-    monkeypatch.setattr(distributed.StopSignal, "NEXT_S", 0.1)
+    monkeypatch.setattr(accelerator.StopSignal, "NEXT_S", 0.1)
     began_at = time.monotonic()
     with alone(timeout_s=30.0 if asked != "never" else 0.1) as stop:
         if asked == "before":
@@ -136,7 +137,7 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_and_later_a_second_one(monke
                 os.kill(os.getpid(), signal.SIGTERM)
             assert stop.poll() == signal.SIGTERM
             assert heard == []
-            monkeypatch.setattr(distributed.StopSignal, "SAME_S", 0.0)
+            monkeypatch.setattr(accelerator.StopSignal, "SAME_S", 0.0)
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == ["second"]
     finally:
@@ -155,12 +156,12 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_and_later_a_second_one(monke
 def test_what_a_launcher_asks_for_in_vain_is_refused(monkeypatch, variable, value, train, message):
     monkeypatch.setenv(variable, value)
     with pytest.raises(StageError, match=message):
-        distributed.make_accelerator(TrainConfig(**train))
+        accelerator.make_accelerator(TrainConfig(**train))
 
 
 def test_a_launcher_may_say_what_the_recipe_says(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    distributed.check_launcher(TrainConfig(bf16_adamw=True))
+    accelerator.check_launcher(TrainConfig(bf16_adamw=True))
 
 
 @pytest.mark.slow

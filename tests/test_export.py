@@ -26,12 +26,13 @@ from helpers import (
     write_features,
 )
 
-from rvc_dist import checkpoint, export
-from rvc_dist.checkpoint import Progress
 from rvc_dist.config import ExportConfig, InferConfig, Recipe, load_recipe
 from rvc_dist.features.identity import EmbedderId
-from rvc_dist.infer import Converter, Voice
 from rvc_dist.models.generator import Generator
+from rvc_dist.train import checkpoint
+from rvc_dist.train.checkpoint import Progress
+from rvc_dist.voice import export
+from rvc_dist.voice.infer import Converter, Voice
 from rvc_dist.workspace import Share, StageError
 
 ALONE = Share(0, 1)

@@ -15,9 +15,11 @@ import torch
 from helpers import RATE, SteadyPitch, changed, make_ssl_folder, narrow_recipe, noise, tone, workspace_of
 from safetensors.numpy import load_file
 
-from rvc_dist import extract, index, preprocess, workspace
+from rvc_dist import workspace
 from rvc_dist.config import EmbedderMix, PreprocessConfig, Recipe
-from rvc_dist.extract import Extractor
+from rvc_dist.data import preprocess
+from rvc_dist.features import extract, index
+from rvc_dist.features.extract import Extractor
 from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.workspace import Share, StageError, read_header, read_json, unit_files
 

@@ -13,8 +13,9 @@ from accelerate.state import AcceleratorState
 from launching import ROOT, environment, rvc_dist
 from tiny import make_features, tiny_recipe
 
-from rvc_dist import compilation, data, distributed
 from rvc_dist.config import TrainConfig
+from rvc_dist.runtime import accelerator
+from rvc_dist.train import compilation, dataset
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FAST = TrainConfig(fast_train=True)
@@ -54,25 +55,25 @@ def fake_gpu(monkeypatch, capability, name):
 )
 def test_row_1_tf32_on_ampere_and_newer(monkeypatch, capability, name, tf32):
     fake_gpu(monkeypatch, capability, name)
-    assert distributed.kernel_settings(CUDA)["tf32"] == "off"
-    distributed.apply_kernel_settings(FAST)
-    settings = distributed.kernel_settings(CUDA)
+    assert accelerator.kernel_settings(CUDA)["tf32"] == "off"
+    accelerator.apply_kernel_settings(FAST)
+    settings = accelerator.kernel_settings(CUDA)
     assert settings["tf32 matmul"] is settings["tf32 cudnn"] is True
     assert (settings["tf32"], settings["device"]) == (tf32, name)
     assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_row_2_cudnn_searches_for_the_fastest_kernels():
-    distributed.apply_kernel_settings(FAST)
-    assert distributed.kernel_settings(CPU)["cudnn.benchmark"] is torch.backends.cudnn.benchmark is True
+    accelerator.apply_kernel_settings(FAST)
+    assert accelerator.kernel_settings(CPU)["cudnn.benchmark"] is torch.backends.cudnn.benchmark is True
 
 
 def test_row_3_kernels_are_not_deterministic_unless_asked_for():
-    distributed.apply_kernel_settings(FAST)
-    assert distributed.kernel_settings(CPU)["cudnn.deterministic"] is False
+    accelerator.apply_kernel_settings(FAST)
+    assert accelerator.kernel_settings(CPU)["cudnn.deterministic"] is False
     assert not torch.are_deterministic_algorithms_enabled()
-    distributed.apply_kernel_settings(TrainConfig(fast_train=True, deterministic=True))
-    settings = distributed.kernel_settings(CPU)
+    accelerator.apply_kernel_settings(TrainConfig(fast_train=True, deterministic=True))
+    settings = accelerator.kernel_settings(CPU)
     assert settings["cudnn.deterministic"] is True
     assert settings["cudnn.benchmark"] is False
     assert torch.are_deterministic_algorithms_enabled()
@@ -82,9 +83,9 @@ def test_row_3_kernels_are_not_deterministic_unless_asked_for():
 def test_row_4_the_allocator_is_set_before_cuda_starts():
     """In a process of its own: importing the trainer must not have started CUDA by then."""
     script = (
-        "import os, torch, rvc_dist.trainer as t\n"
+        "import os, torch, rvc_dist.train.trainer as t\n"
         "from rvc_dist.config import TrainConfig\n"
-        "from rvc_dist.distributed import make_accelerator, kernel_settings\n"
+        "from rvc_dist.runtime.accelerator import make_accelerator, kernel_settings\n"
         "started = torch.cuda.is_initialized()\n"
         "device = make_accelerator(TrainConfig(fast_train=True)).device\n"
         "print(started, kernel_settings(device)['allocator'])\n"
@@ -96,8 +97,8 @@ def test_row_4_the_allocator_is_set_before_cuda_starts():
 
 def test_row_4_what_the_user_set_stays(monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
-    distributed.apply_kernel_settings(FAST)
-    assert distributed.kernel_settings(CPU)["allocator"] == "backend:native"
+    accelerator.apply_kernel_settings(FAST)
+    assert accelerator.kernel_settings(CPU)["allocator"] == "backend:native"
 
 
 def test_row_5_both_networks_are_compiled_with_cuda_graphs_on_cuda(monkeypatch):
@@ -111,21 +112,21 @@ def test_row_5_both_networks_are_compiled_with_cuda_graphs_on_cuda(monkeypatch):
 
 def test_row_6_the_loader(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    settings = data.loader_settings(FAST, CUDA, cached=False)
+    settings = dataset.loader_settings(FAST, CUDA, cached=False)
     assert settings == {"num_workers": 6, "prefetch_factor": 16, "pin_memory": True, "persistent_workers": True}
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert data.loader_settings(FAST, CUDA, cached=False)["num_workers"] == 8
+    assert dataset.loader_settings(FAST, CUDA, cached=False)["num_workers"] == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert data.loader_settings(FAST, CUDA, cached=False)["num_workers"] == 4, "the ranks share the machine's cores"
-    assert data.loader_settings(TrainConfig(), CUDA, cached=False)["num_workers"] == 1
+    assert dataset.loader_settings(FAST, CUDA, cached=False)["num_workers"] == 4, "the ranks share the machine's cores"
+    assert dataset.loader_settings(TrainConfig(), CUDA, cached=False)["num_workers"] == 1
     cached = {"num_workers": 0, "prefetch_factor": None, "pin_memory": False, "persistent_workers": False}
-    assert data.loader_settings(FAST, CUDA, cached=True) == cached
+    assert dataset.loader_settings(FAST, CUDA, cached=True) == cached
     settings |= {"num_workers": 1}  # so many as this machine has
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
-    dataset = data.ClipDataset(recipe, data.ClipTable.load(recipe).train)
-    sampler = data.BucketBatchSampler([80] * len(dataset.clips), 2, 1, 0, seed=1)
-    loader = data.make_loader(dataset, sampler, settings)
+    its_dataset = dataset.ClipDataset(recipe, dataset.ClipTable.load(recipe).train)
+    sampler = dataset.BucketBatchSampler([80] * len(its_dataset.clips), 2, 1, 0, seed=1)
+    loader = dataset.make_loader(its_dataset, sampler, settings)
     assert {name: getattr(loader, name) for name in settings} == settings
 
 
@@ -150,7 +151,7 @@ def test_every_rank_has_the_settings_and_they_are_printed_once(tmp_path):
 
 
 def test_without_fast_train_nothing_is_touched():
-    before = distributed.kernel_settings(CPU)
-    distributed.apply_kernel_settings(TrainConfig())
-    assert distributed.kernel_settings(CPU) == before
+    before = accelerator.kernel_settings(CPU)
+    accelerator.apply_kernel_settings(TrainConfig())
+    assert accelerator.kernel_settings(CPU) == before
     AcceleratorState._reset_state(reset_partial_state=True)

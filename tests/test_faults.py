@@ -12,7 +12,7 @@ import pytest
 from launching import ROOT, finish, launcher, rvc_dist, start
 from tiny import make_features, tiny_recipe
 
-from rvc_dist import checkpoint
+from rvc_dist.train import checkpoint
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_features, thin_networks, tiny_recipe
 
-from rvc_dist import checkpoint
+from rvc_dist.train import checkpoint
 
 FIXTURE = Path(__file__).with_name("frozen.json")
 STEPS = 20

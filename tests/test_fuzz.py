@@ -13,15 +13,16 @@ import soundfile
 from recordings import damaged, write_every_kind
 from safetensors.numpy import load_file
 
-from rvc_dist import audio, preprocess, workspace
+from rvc_dist import workspace
+from rvc_dist.data import audio, preprocess
 
-VOICE = Path(preprocess.__file__).parent / "demo_voice" / "voice"
+VOICE = Path(preprocess.__file__).parents[1] / "demo_voice" / "voice"
 NUM_DAMAGED = 200
 MOST_S = 10.0
 
 CHILD = """
 import json, sys, time
-from rvc_dist import preprocess
+from rvc_dist.data import preprocess
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
 from rvc_dist.workspace import Share
 

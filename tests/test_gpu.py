@@ -5,8 +5,9 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny import make_features, tiny_recipe
 
-from rvc_dist import checkpoint, compilation, distributed, trainer
 from rvc_dist.config import TrainConfig
+from rvc_dist.runtime import accelerator
+from rvc_dist.train import checkpoint, compilation, trainer
 from rvc_dist.workspace import Share, StageError
 
 pytestmark = [
@@ -14,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 needs_bf16 = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < distributed.MIN_BF16_CAPABILITY,
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < accelerator.MIN_BF16_CAPABILITY,
     reason="needs compute capability 8.0",
 )
 
@@ -46,7 +47,7 @@ def test_tf32_changes_a_product_in_its_last_bits_only():
     torch.manual_seed(0)
     a, b = torch.randn(2, 512, 512, device="cuda").unbind()
     exact = a @ b
-    distributed.apply_kernel_settings(TrainConfig(fast_train=True))
+    accelerator.apply_kernel_settings(TrainConfig(fast_train=True))
     difference = ((a @ b) - exact).norm() / exact.norm()
     assert 1e-6 < difference < 2e-3
 
@@ -57,7 +58,8 @@ def test_the_allocator_has_the_settings_of_fast_train():
     import sys
 
     script = (
-        "import torch\nfrom rvc_dist.config import TrainConfig\nfrom rvc_dist.distributed import make_accelerator\n"
+        "import torch\nfrom rvc_dist.config import TrainConfig\n"
+        "from rvc_dist.runtime.accelerator import make_accelerator\n"
         "make_accelerator(TrainConfig(fast_train=True))\ntorch.zeros(1, device='cuda')\n"
         "settings = torch.cuda.memory._snapshot()['allocator_settings']\n"
         "print(settings['expandable_segments'], settings['max_split_size'])\n"

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from tiny import tiny_recipe
 
-from rvc_dist.data import MUTE_SOURCE, ClipRef, ClipTable
-from rvc_dist.holdout import SpeakerShare, evenly, hold_out, report
+from rvc_dist.train.dataset import MUTE_SOURCE, ClipRef, ClipTable
+from rvc_dist.train.holdout import SpeakerShare, evenly, hold_out, report
 
 SHARE, SEED = 0.05, 1234
 

@@ -23,10 +23,14 @@ from helpers import RATE, SteadyPitch, changed, narrow_recipe, workspace_of
 from safetensors.numpy import load_file
 
 from rvc_dist import __main__ as cli
-from rvc_dist import export, extract, importing, index, preprocess, trainer
 from rvc_dist.config import Recipe, TrainConfig, load_recipe
-from rvc_dist.data import ClipTable
+from rvc_dist.data import preprocess
+from rvc_dist.features import extract, index
 from rvc_dist.features.f0 import F0_METHODS
+from rvc_dist.tools import import_experiment
+from rvc_dist.train import trainer
+from rvc_dist.train.dataset import ClipTable
+from rvc_dist.voice import export
 from rvc_dist.workspace import Plan, Share, StageError, read_header, read_json
 
 TOOLS = tuple(FOLDERS)
@@ -58,7 +62,7 @@ def recipe_for(folder: Path, run_dir: Path, **sections: Any) -> Recipe:
 
 def imported(recipe: Recipe) -> Recipe:
     """Import, and read the recipe that the run keeps."""
-    importing.run(recipe, Share())
+    import_experiment.run(recipe, Share())
     return load_recipe(workspace_of(recipe).config_file)
 
 
@@ -249,12 +253,12 @@ def test_speakers_without_a_filelist_come_from_the_names(tmp_path: Path, applio:
         0,
         3,
     ]
-    assert importing._speaker_of("4_17_0.wav") == 4
-    assert importing._speaker_of("17_0.wav") == 0  # RVC-WebUI: recording 17
-    assert importing.recording_of("4_17_0.wav") == ("4_17", 0)
-    assert importing.recording_of("17_10.wav") == ("17", 10)
-    assert importing.recording_of("ms0001_s000_0a1b2c_3.wav") == ("ms0001_s000_0a1b2c", 3)
-    assert importing.recording_of("song.wav") == ("song.wav", 0)
+    assert import_experiment._speaker_of("4_17_0.wav") == 4
+    assert import_experiment._speaker_of("17_0.wav") == 0  # RVC-WebUI: recording 17
+    assert import_experiment.recording_of("4_17_0.wav") == ("4_17", 0)
+    assert import_experiment.recording_of("17_10.wav") == ("17", 10)
+    assert import_experiment.recording_of("ms0001_s000_0a1b2c_3.wav") == ("ms0001_s000_0a1b2c", 3)
+    assert import_experiment.recording_of("song.wav") == ("song.wav", 0)
 
 
 def test_the_filelist_goes_before_the_names(copied: Path, tmp_path: Path) -> None:
@@ -400,7 +404,7 @@ def test_weights_that_the_user_names_go_before(copied: Path, tmp_path: Path, cap
 def test_a_folder_that_is_no_experiment(tmp_path: Path, copied: Path) -> None:
     def error(folder: Path) -> str:
         with pytest.raises(StageError) as caught:
-            importing.run(recipe_for(folder, tmp_path / "run"), Share())
+            import_experiment.run(recipe_for(folder, tmp_path / "run"), Share())
         return str(caught.value)
 
     assert (
@@ -422,7 +426,7 @@ def test_a_folder_that_is_no_experiment(tmp_path: Path, copied: Path) -> None:
 def test_one_sample_rate_is_expected(tmp_path: Path, copied: Path) -> None:
     def error() -> str:
         with pytest.raises(StageError) as caught:
-            importing.run(recipe_for(copied, tmp_path / "run"), Share())
+            import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
         return str(caught.value)
 
     waves = sorted((copied / "sliced_audios").glob("*.wav"))
@@ -445,10 +449,10 @@ def test_one_sample_rate_is_expected(tmp_path: Path, copied: Path) -> None:
 def test_a_config_with_impossible_widths(tmp_path: Path, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     experiments.write_json(copied / "config.json", {"model": {"n_heads": "two"}})
     with pytest.raises(StageError, match=r"config\.json describes no network of ours: num_heads: 'two'"):
-        importing.run(recipe_for(copied, tmp_path / "run"), Share())
+        import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
     experiments.write_json(copied / "config.json", {"model": {"n_heads": 5}})
     with pytest.raises(StageError, match=r"model\.num_heads: got 5"):
-        importing.run(recipe_for(copied, tmp_path / "run"), Share())
+        import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
     (copied / "config.json").write_text("{")
     (copied / "model_info.json").write_text("[1]")
     imported(recipe_for(copied, tmp_path / "run"))
@@ -461,15 +465,15 @@ def test_a_run_folder_that_holds_something_else_is_not_overwritten(tmp_path: Pat
     imported(recipe)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(StageError, match=rf"already holds an import of {applio} \(plan.json\); give another --run_dir"):
-        importing.run(recipe_for(copied, tmp_path / "run"), Share())
+        import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     own = tmp_path / "own"
     (own / "checkpoints").mkdir(parents=True)
     with pytest.raises(StageError, match=r"already holds a run \(checkpoints\)"):
-        importing.run(recipe_for(copied, own), Share())
+        import_experiment.run(recipe_for(copied, own), Share())
     (tmp_path / "file").write_text("")
     with pytest.raises(StageError, match="is a file; expected a folder"):
-        importing.run(recipe_for(copied, tmp_path / "file"), Share())
+        import_experiment.run(recipe_for(copied, tmp_path / "file"), Share())
 
 
 def test_preprocess_never_replaces_imported_clips(tmp_path: Path, applio: Path) -> None:
@@ -507,7 +511,7 @@ def test_a_killed_import_goes_on_to_the_same_bytes(
     whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").rglob("*") if p.is_file() and p.suffix != ".yaml"}
     recipe = recipe_for(copied, tmp_path / "run")
     num_saved = 0
-    save = importing.save_arrays
+    save = import_experiment.save_arrays
 
     def killed(*arguments: Any) -> None:
         nonlocal num_saved
@@ -516,15 +520,15 @@ def test_a_killed_import_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         save(*arguments)
 
-    monkeypatch.setattr(importing, "save_arrays", killed)
+    monkeypatch.setattr(import_experiment, "save_arrays", killed)
     with pytest.raises(KeyboardInterrupt):
-        importing.run(recipe, Share())
-    assert not importing.complete(recipe)
+        import_experiment.run(recipe, Share())
+    assert not import_experiment.complete(recipe)
     done = sorted((tmp_path / "run" / "clips").glob("0*"))
     assert len(done) == 2
     times = [p.stat().st_mtime_ns for p in done]
-    monkeypatch.setattr(importing, "save_arrays", save)
-    importing.run(recipe, Share())
+    monkeypatch.setattr(import_experiment, "save_arrays", save)
+    import_experiment.run(recipe, Share())
     assert [p.stat().st_mtime_ns for p in done] == times
     found = {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix != ".yaml"}
     assert found == whole
@@ -543,12 +547,12 @@ def test_a_changed_experiment_is_imported_anew(tmp_path: Path, copied: Path) -> 
 
 def test_other_ranks_wait_for_the_first(tmp_path: Path, applio: Path) -> None:
     recipe = recipe_for(applio, tmp_path / "run")
-    other = threading.Thread(target=importing.run, args=(recipe, Share(1, 2)), daemon=True)
+    other = threading.Thread(target=import_experiment.run, args=(recipe, Share(1, 2)), daemon=True)
     other.start()
     other.join(0.5)
     assert other.is_alive()
     assert not (tmp_path / "run").exists()
-    importing.run(recipe, Share(0, 2))
+    import_experiment.run(recipe, Share(0, 2))
     other.join(10)
     assert not other.is_alive()
 
@@ -594,7 +598,7 @@ def test_reports_are_plain_json(tmp_path: Path, applio: Path) -> None:
 def test_a_list_has_bounds(listed: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "filelist.txt").write_text(listed)
     with pytest.raises(StageError, match=expected):
-        importing.read_filelist(tmp_path / "filelist.txt")
+        import_experiment.read_filelist(tmp_path / "filelist.txt")
 
 
 def test_a_fifo_among_the_waves_is_named_and_not_waited_for(tmp_path: Path, copied: Path) -> None:
@@ -608,4 +612,4 @@ def test_a_fifo_among_the_waves_is_named_and_not_waited_for(tmp_path: Path, copi
 
 @pytest.mark.parametrize("written", ["/etc/passwd", "/home/me/secret.npy", "logs/mute/../../x/mute.npy", "mute.npy\0"])
 def test_a_list_names_no_file_but_a_silent_clips(written: str, tmp_path: Path, applio: Path) -> None:
-    assert importing._find_mute(importing.read_experiment(applio), written) is None
+    assert import_experiment._find_mute(import_experiment.read_experiment(applio), written) is None

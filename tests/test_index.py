@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pytest
 from helpers import changed, narrow_recipe, workspace_of, write_features
 
-from rvc_dist import index
 from rvc_dist.config import IndexConfig, Recipe
-from rvc_dist.index import Queries, Recall, Retriever, VectorFile, num_cells
+from rvc_dist.features import index
+from rvc_dist.features.index import Queries, Recall, Retriever, VectorFile, num_cells
 from rvc_dist.workspace import Share, StageError, read_json
 
 ALONE = Share(0, 1)

@@ -34,13 +34,15 @@ from helpers import (
 from huggingface_hub import constants
 from torch import Tensor
 
-from rvc_dist import audio, decoding, extract, infer
 from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, EmbedderMix, ExtractConfig, InferConfig, Recipe
-from rvc_dist.export import write_voice
+from rvc_dist.data import audio, decode
+from rvc_dist.features import extract
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.voice import infer
+from rvc_dist.voice.export import write_voice
 from rvc_dist.workspace import Share, StageError
 
 ALONE = Share(0, 1)
@@ -312,11 +314,11 @@ def test_the_channels_are_averaged(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_an_mp3_is_read_without_clicks_between_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "long.mp3"
-    monkeypatch.setattr(decoding, "FORGETFUL_BLOCK", 4 * 44100)
+    monkeypatch.setattr(decode, "FORGETFUL_BLOCK", 4 * 44100)
     soundfile.write(path, tone(10.0, 44100), 44100)
-    with decoding.opened(path) as recording:
+    with decode.opened(path) as recording:
         wave = np.concatenate(list(audio.stream(recording, FEATURE_RATE)))
-    decoded, rate = decoding.decode(path)
+    decoded, rate = decode.decode(path)
     assert rate == 44100
     np.testing.assert_allclose(wave, audio.resample(decoded, rate, FEATURE_RATE), atol=1e-5)
 
@@ -324,11 +326,11 @@ def test_an_mp3_is_read_without_clicks_between_blocks(tmp_path: Path, monkeypatc
 def test_a_wav_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "long.wav"
     soundfile.write(path, tone(10.0, 44100), 44100)
-    monkeypatch.setattr(decoding, "BLOCK", 4 * 44100)
-    with decoding.opened(path) as recording:
+    monkeypatch.setattr(decode, "BLOCK", 4 * 44100)
+    with decode.opened(path) as recording:
         blocks = list(audio.stream(recording, FEATURE_RATE))
     assert max(map(len, blocks)) <= 1.1 * 4 * FEATURE_RATE
-    whole = audio.resample(decoding.decode(path)[0], 44100, FEATURE_RATE)
+    whole = audio.resample(decode.decode(path)[0], 44100, FEATURE_RATE)
     np.testing.assert_allclose(np.concatenate(blocks), whole, atol=1e-5)
 
 

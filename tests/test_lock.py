@@ -12,8 +12,9 @@ import pytest
 from launching import finish, kill, start
 from tiny import make_features, tiny_recipe
 
-from rvc_dist import lock, trainer
-from rvc_dist.lock import RunLock
+from rvc_dist.runtime import run_lock
+from rvc_dist.runtime.run_lock import RunLock
+from rvc_dist.train import trainer
 from rvc_dist.workspace import Share, StageError, Workspace
 
 
@@ -21,7 +22,7 @@ from rvc_dist.workspace import Share, StageError, Workspace
 def clock(monkeypatch):
     """The monotonic clock as the lock sees it: clock[0] seconds."""
     now = [1000.0]
-    monkeypatch.setattr(lock.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_lock.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -58,7 +59,7 @@ def test_one_of_two_and_free_again_after_release(tmp_path):
 def test_a_live_process_of_this_machine_is_refused_at_once_and_a_dead_one_not(tmp_path):
     path = tmp_path / "train.lock"
     sleeper = subprocess.Popen(["sleep", "60"])
-    seen = {"pid": sleeper.pid, "pid_space": lock.pid_space(), "ticks": lock.started_at(sleeper.pid)}
+    seen = {"pid": sleeper.pid, "pid_space": run_lock.pid_space(), "ticks": run_lock.started_at(sleeper.pid)}
     held_by(path, **seen)
     try:
         with pytest.raises(StageError) as caught:
@@ -84,10 +85,10 @@ def test_a_clock_that_is_set_makes_no_holder_look_dead(monkeypatch):
     """psutil adds the boot's time of day, which changes with the clock, to a process's start."""
     import psutil
 
-    before = lock.started_at(os.getpid())
+    before = run_lock.started_at(os.getpid())
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
-    assert lock.started_at(os.getpid()) == before > 0
-    assert lock.is_alive(lock.job())
+    assert run_lock.started_at(os.getpid()) == before > 0
+    assert run_lock.is_alive(run_lock.job())
 
 
 def test_a_folder_that_was_copied_while_it_trained_is_free_and_one_that_was_moved_is_not(tmp_path):
@@ -95,7 +96,7 @@ def test_a_folder_that_was_copied_while_it_trained_is_free_and_one_that_was_move
     run.mkdir()
     sleeper = subprocess.Popen(["sleep", "60"])
     try:
-        seen = {"pid": sleeper.pid, "pid_space": lock.pid_space(), "ticks": lock.started_at(sleeper.pid)}
+        seen = {"pid": sleeper.pid, "pid_space": run_lock.pid_space(), "ticks": run_lock.started_at(sleeper.pid)}
         held_by(run / "train.lock", **seen, path=str(run / "train.lock"))
         shutil.copytree(run, copy)
         taken = RunLock(copy / "train.lock")
@@ -119,7 +120,7 @@ def test_a_job_elsewhere_is_watched_by_ones_own_clock_alone(tmp_path, clock, hou
     for now in (1000.0, 1010.0, 1029.0):
         clock[0] = now
         assert not waiting.try_acquire()
-    clock[0] = 1000.0 + lock.STALE_S
+    clock[0] = 1000.0 + run_lock.STALE_S
     assert waiting.try_acquire()
     assert json.loads(path.read_text())["token"] != "other"
     assert [p.name for p in tmp_path.iterdir()] == ["train.lock"]
@@ -131,7 +132,7 @@ def test_a_job_elsewhere_that_moves_is_refused(tmp_path, clock):
     waiting = RunLock(path)
     assert not waiting.try_acquire()
     held_by(path, beat=6)
-    clock[0] += lock.REFRESH_S
+    clock[0] += run_lock.REFRESH_S
     with pytest.raises(StageError, match="is being trained by pid 4321 on node7"):
         waiting.try_acquire()
 
@@ -175,14 +176,14 @@ def test_a_lost_lock_is_noticed_and_left_to_its_new_holder(tmp_path, clock, fate
     first = path.read_text()
     mine.refresh()
     assert path.read_text() == first, "not due yet"
-    clock[0] += lock.REFRESH_S
+    clock[0] += run_lock.REFRESH_S
     mine.refresh()
     assert json.loads(path.read_text())["beat"] == 1
     mine.check()
     path.unlink()
     if fate == "taken":
         held_by(path)
-    clock[0] += lock.REFRESH_S
+    clock[0] += run_lock.REFRESH_S
     mine.refresh()
     assert mine.is_lost
     with pytest.raises(StageError, match="lost its lock, " + ("now pid 4321" if fate == "taken" else "it is gone")):
@@ -207,8 +208,8 @@ def test_a_lock_that_another_job_looks_at_is_not_lost(tmp_path):
 
 
 def test_of_many_that_find_a_dead_job_one_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "STALE_S", 0.3)
-    monkeypatch.setattr(lock, "REFRESH_S", 0.02)
+    monkeypatch.setattr(run_lock, "STALE_S", 0.3)
+    monkeypatch.setattr(run_lock, "REFRESH_S", 0.02)
     path = tmp_path / "train.lock"
     held_by(path)
     locks = [RunLock(path) for _ in range(8)]
@@ -288,5 +289,5 @@ def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path):
     again = start([*command, "--train.max_steps", "1"])  # less than it has
     assert "already trained" in finish(again)
     assert again.returncode == 0
-    assert time.monotonic() - began_at < lock.STALE_S
+    assert time.monotonic() - began_at < run_lock.STALE_S
     assert not (tmp_path / "run" / "train.lock").exists()

@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 
 from rvc_dist import __main__ as cli
-from rvc_dist import __version__, logs
+from rvc_dist import __version__
+from rvc_dist.runtime import logs
 from rvc_dist.workspace import OtherRankError, Share, StageError, Workspace
 
 GLOO = "[pair.cc:561 of gloo] Connection closed by peer [127.0.0.1]:34482"
@@ -38,7 +39,7 @@ def stage_that(monkeypatch, action, **stage):
 
 def make_and_say(recipe, share):
     Workspace(recipe.run_dir, recipe.name).root.mkdir(exist_ok=True)
-    logging.getLogger("rvc_dist.extract").info("part %d does its work", share.index)
+    logging.getLogger("rvc_dist.features.extract").info("part %d does its work", share.index)
 
 
 def raises(error):
@@ -139,7 +140,9 @@ def test_a_bug_and_what_threads_die_of_go_to_the_file_too(tmp_path, monkeypatch)
 
 def test_dying_in_native_code_leaves_the_stack_in_the_file(tmp_path):
     code = (
-        "import os, logging\nfrom rvc_dist.logs import rank_log\nfrom rvc_dist.workspace import Share, Workspace\n"
+        "import os, logging\n"
+        "from rvc_dist.runtime.logs import rank_log\n"
+        "from rvc_dist.workspace import Share, Workspace\n"
         f"with rank_log(Workspace({str(tmp_path)!r}, 'x'), Share(2, 4), ['train']):\n    os.abort()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)

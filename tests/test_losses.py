@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from rvc_dist.losses import (
+from rvc_dist.models.spectral import log_mel, multiscale_mels
+from rvc_dist.train.losses import (
     discriminator_loss,
     feature_matching_loss,
     generator_adversarial_loss,
@@ -15,7 +16,6 @@ from rvc_dist.losses import (
     mel_loss,
     multiscale_mel_loss,
 )
-from rvc_dist.spectral import log_mel, multiscale_mels
 
 
 def test_adversarial_losses() -> None:

@@ -7,8 +7,8 @@ from tiny import make_features, tiny_recipe
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rvc_dist import trainer
-from rvc_dist.optim import AnyPrecisionAdamW
+from rvc_dist.train import trainer
+from rvc_dist.train.optimizers import AnyPrecisionAdamW
 
 
 @pytest.fixture(autouse=True)

@@ -15,20 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import RATES, DataConfig, ModelConfig, Recipe
-from rvc_dist.losses import (
+from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
+from rvc_dist.models.encoders import ATTENTION_WINDOW, RelativeAttention
+from rvc_dist.models.generator import Generator, GeneratorOutput, GeneratorShape, Noise
+from rvc_dist.models.modules import Conv1d, ConvTranspose1d, channels_last, frame_mask, slice_frames, slice_samples
+from rvc_dist.models.spectral import spectrogram
+from rvc_dist.models.state_dict import from_upstream, to_upstream
+from rvc_dist.models.vocoders import SineGenerator
+from rvc_dist.train.losses import (
     discriminator_loss,
     feature_matching_loss,
     generator_adversarial_loss,
     kl_loss,
     multiscale_mel_loss,
 )
-from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
-from rvc_dist.models.encoders import ATTENTION_WINDOW, RelativeAttention
-from rvc_dist.models.generator import Generator, GeneratorOutput, GeneratorShape, Noise
-from rvc_dist.models.modules import Conv1d, ConvTranspose1d, channels_last, frame_mask, slice_frames, slice_samples
-from rvc_dist.models.state_dict import from_upstream, to_upstream
-from rvc_dist.models.vocoders import SineGenerator
-from rvc_dist.spectral import spectrogram
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())

@@ -17,7 +17,7 @@ import pytest
 from launching import ROOT, environment, rvc_dist
 from tiny import make_features, tiny_recipe
 
-from rvc_dist import checkpoint
+from rvc_dist.train import checkpoint
 
 pytestmark = [
     pytest.mark.root,

@@ -97,4 +97,4 @@ def test_run_skips_what_is_done_and_saves_the_recipe(runs, num_ranks):
     assert "already trained" in again
     recipe = load_recipe(runs[num_ranks] / "config.yaml")
     assert recipe.train.max_steps == 3
-    assert DATA_STAGES == ("preprocess", "extract", "index")
+    assert DATA_STAGES == ("data.preprocess", "features.extract", "features.index")

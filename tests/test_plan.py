@@ -18,10 +18,11 @@ from tiny import NARROW, make_features, thin_networks, tiny_recipe, with_train
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rvc_dist import __main__ as cli
-from rvc_dist import bench, measuring, plan, preprocess, spectral
 from rvc_dist.config import BenchConfig, ConfigError, DataConfig, PlanConfig, PreprocessConfig, Recipe
-from rvc_dist.data import BucketBatchSampler, ClipTable
-from rvc_dist.forecast import (
+from rvc_dist.data import preprocess
+from rvc_dist.models import spectral
+from rvc_dist.tools import bench, measuring, plan
+from rvc_dist.tools.forecast import (
     BUCKET_BYTES,
     FIRST_BUCKET_BYTES,
     Cluster,
@@ -38,8 +39,9 @@ from rvc_dist.forecast import (
     speed_limit,
     total_steps,
 )
-from rvc_dist.tracing import Allocations, TracedStep, TracedTrainer, tensor_bytes, trace
-from rvc_dist.trainer import Trainer
+from rvc_dist.tools.tracing import Allocations, TracedStep, TracedTrainer, tensor_bytes, trace
+from rvc_dist.train.dataset import BucketBatchSampler, ClipTable
+from rvc_dist.train.trainer import Trainer
 from rvc_dist.workspace import Share, StageError
 
 

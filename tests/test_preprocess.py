@@ -20,13 +20,14 @@ import soundfile
 from recordings import write_av
 from safetensors.numpy import load_file
 
-from rvc_dist import audio, decoding, preprocess, workspace
+from rvc_dist import workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
-from rvc_dist.sources import content_of
+from rvc_dist.data import audio, decode, preprocess
+from rvc_dist.data.sources import content_of
 from rvc_dist.workspace import Plan, Share, StageError, Workspace
 
 RATE = 24000
-VOICE = Path(preprocess.__file__).parent / "demo_voice" / "voice"
+VOICE = Path(preprocess.__file__).parents[1] / "demo_voice" / "voice"
 
 
 def noise(seconds: float, rate: int = RATE, level: float = 0.1) -> audio.Wave:
@@ -285,7 +286,7 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, small: Path, monkeypatch: 
     def fail(*_: object) -> None:
         raise AssertionError("opened a recording again")
 
-    monkeypatch.setattr(decoding, "opened", fail)
+    monkeypatch.setattr(decode, "opened", fail)
     preprocess.run(config, Share())
     assert contents(config) == whole
     assert mtimes(config) == before
@@ -509,7 +510,7 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
         "good.wav": "",
         "text.wav": "not readable as audio (Format not recognised)",
         "zero.wav": "empty file (0 bytes)",
-        "notes.txt": f"not one of {' '.join(s[1:] for s in decoding.AUDIO_SUFFIXES)}",
+        "notes.txt": f"not one of {' '.join(s[1:] for s in decode.AUDIO_SUFFIXES)}",
         "song.m4a": "not readable as audio (Invalid data found when processing input)",
         ".hidden.wav": "hidden file",
         ".trash": "hidden folder",
@@ -593,7 +594,7 @@ def test_nothing_of_a_soft_recording_is_lost(tmp_path: Path, channels: Any, note
     assert file["reason"] == note
     assert sum(file["lost"].values()) < 0.05 * file["seconds_in"], file
     if note:  # what is converted is heard as what is trained
-        with decoding.opened(tmp_path / "audio" / "a.wav") as recording:
+        with decode.opened(tmp_path / "audio" / "a.wav") as recording:
             heard = np.concatenate(list(audio.stream(recording, 16000)))
         np.testing.assert_allclose(heard, voice(), atol=1e-4)
 
@@ -745,7 +746,7 @@ def test_the_stage_needs_no_torch(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", noise(2.0, 16000), 16000)
     code = (
         "import sys\n"
-        "from rvc_dist import preprocess\n"
+        "from rvc_dist.data import preprocess\n"
         "from rvc_dist.config import DataConfig, Recipe\n"
         "from rvc_dist.workspace import Share\n"
         "preprocess.run(Recipe(run_dir=sys.argv[2], data=DataConfig(audio_dir=sys.argv[1])), Share())\n"
@@ -791,7 +792,7 @@ def test_a_long_recording_is_done_in_slices(
         (8.0, 8.0, pytest.approx(2.25, abs=0.06)),
     ]
     # One slice after the other they are the recording; at the cuts the resampler hears an edge.
-    whole = audio.resample(decoding.decode(tmp_path / "audio" / f"a.{suffix}")[0], 48000, RATE)
+    whole = audio.resample(decode.decode(tmp_path / "audio" / f"a.{suffix}")[0], 48000, RATE)
     joined = np.concatenate([piece for _, piece in made])
     assert len(joined) == len(whole)
     inner = np.abs(np.arange(len(whole)) / RATE % 4.0 - 2.0) < 1.99
@@ -895,7 +896,7 @@ def noisy(level: float = 0.01) -> audio.Wave:
 
 @pytest.mark.parametrize(("strength", "low", "high"), [(0.0, 0.99, 1.01), (0.5, 0.45, 0.6), (1.0, 0.0, 0.1)])
 def test_the_noise_goes_by_its_strength_and_the_voice_stays(strength: float, low: float, high: float) -> None:
-    from rvc_dist.denoise import NoiseGate
+    from rvc_dist.data.denoise import NoiseGate
 
     wave = noisy()
     cleaned = NoiseGate(RATE, strength)(wave)
@@ -908,7 +909,7 @@ def test_the_noise_goes_by_its_strength_and_the_voice_stays(strength: float, low
 
 
 def test_windows_join_without_a_seam_and_batches_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rvc_dist import denoise
+    from rvc_dist.data import denoise
 
     wave = np.tile(noisy(), 4)
     cleaned = denoise.NoiseGate(RATE, 0.7)(wave)
@@ -921,7 +922,7 @@ def test_windows_join_without_a_seam_and_batches_are_equal(monkeypatch: pytest.M
 
 
 def test_digital_silence_has_no_noise_to_learn_from() -> None:
-    from rvc_dist.denoise import NoiseGate
+    from rvc_dist.data.denoise import NoiseGate
 
     gate = NoiseGate(RATE, 1.0)
     for wave in (np.zeros(3 * RATE, np.float32), noise(0.4)):

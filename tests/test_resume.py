@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_features, tiny_recipe, with_train
 
-from rvc_dist import checkpoint
 from rvc_dist.config import Recipe
+from rvc_dist.train import checkpoint
 
 
 def prepared(folder: Path, **train: object) -> Path:

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from helpers import EMBEDDER
 
-from rvc_dist import checkpoint, workspace
+from rvc_dist import workspace
 from rvc_dist.config import ConfigError, load_recipe
-from rvc_dist.logs import Failure
+from rvc_dist.runtime.logs import Failure
 from rvc_dist.schema import MAX_JSON_VALUES, MAX_YAML_BYTES, SchemaError, check, parse_json, parse_yaml
-from rvc_dist.trainer import Compiled
+from rvc_dist.train import checkpoint
+from rvc_dist.train.trainer import Compiled
 from rvc_dist.workspace import SourceFile, StageError
 
 CLIP = {"speaker": 0, "source": "a.wav", "start_s": 0.0}

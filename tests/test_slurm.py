@@ -21,7 +21,8 @@ from launching import environment, rvc_dist
 from tiny import make_features, tiny_recipe
 
 from rvc_dist import __main__ as cli
-from rvc_dist import checkpoint, demo
+from rvc_dist import demo
+from rvc_dist.train import checkpoint
 from rvc_dist.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rvc_dist.config import RATES
-from rvc_dist.spectral import MULTISCALE_MELS, log_mel, mel_from_spectrogram, multiscale_mels, spectrogram
+from rvc_dist.models.spectral import MULTISCALE_MELS, log_mel, mel_from_spectrogram, multiscale_mels, spectrogram
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -14,11 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import EMBEDDER, make_features, tiny_recipe, with_train
 from torch import nn
 
-from rvc_dist import checkpoint, export, extract, index, preprocess, spectral, trainer, validation
 from rvc_dist.config import DataConfig, load_recipe
-from rvc_dist.data import MUTE_SOURCE, ClipTable
-from rvc_dist.infer import Voice
+from rvc_dist.data import preprocess
+from rvc_dist.features import extract, index
+from rvc_dist.models import spectral
 from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.train import checkpoint, trainer, validation
+from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
+from rvc_dist.voice import export
+from rvc_dist.voice.infer import Voice
 from rvc_dist.workspace import Plan, Share, StageError, Stopped, Workspace
 
 

@@ -16,9 +16,9 @@ import pytest
 from launching import ROOT, finish, kill, launcher, start
 from tiny import make_features, tiny_recipe
 
-from rvc_dist import guard, watch
 from rvc_dist.config import ConfigError, TrainConfig
-from rvc_dist.watch import Pulse, Watch
+from rvc_dist.runtime import hang_killer, watchdog
+from rvc_dist.runtime.watchdog import Pulse, Watch
 from rvc_dist.workspace import StageError, Workspace
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
@@ -28,7 +28,7 @@ TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms 
 def clock(monkeypatch):
     """The monotonic clock: clock[0] seconds."""
     now = [1000.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -70,7 +70,7 @@ def warnings(caplog):
 def test_a_slow_step_names_the_rank_that_is_behind_and_says_when_it_went_on(tmp_path, clock, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     stacks = []
-    monkeypatch.setattr(watch, "write_stacks", lambda: stacks.append(1))
+    monkeypatch.setattr(watchdog, "write_stacks", lambda: stacks.append(1))
     ranks = Ranks(tmp_path, 3, clock)
     for number in range(1, 13):
         ranks.step(number, 2.0)
@@ -143,7 +143,7 @@ def test_first_steps_validation_and_checkpoints_give_no_alarm(tmp_path, clock, c
     ranks.wait(80)  # compiles
     for number in range(2, 30):
         ranks.step(number, 0.1)
-    for phase in watch.EXEMPT:
+    for phase in watchdog.EXEMPT:
         with ranks.all[0].pulse.within(phase), ranks.all[1].pulse.within(phase):
             ranks.wait(80)
         ranks.wait(2)
@@ -189,7 +189,7 @@ time.sleep(60)
 
 def guarded(work: Workspace, token: str) -> tuple[subprocess.Popen[str], psutil.Process]:
     """A process that sleeps, and its guard."""
-    command = [sys.executable, "-c", GUARDED, guard.__file__, str(work.hanging_file), token, "0.1"]
+    command = [sys.executable, "-c", GUARDED, hang_killer.__file__, str(work.hanging_file), token, "0.1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     its_guard = psutil.Process(int(process.stdout.readline()))

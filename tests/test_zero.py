@@ -16,12 +16,12 @@ from test_resume import curves, kill_at, prepared
 from tiny import make_features, tiny_recipe, with_train
 from torch import nn
 
-from rvc_dist import checkpoint, zero
 from rvc_dist.config import Recipe, TrainConfig
-from rvc_dist.doctor.findings import Result
-from rvc_dist.doctor.machine import check_versions
-from rvc_dist.doctor.team import Exam, Team
-from rvc_dist.optim import ELEMENTWISE, OPTIMIZERS, make_optimizer
+from rvc_dist.tools.doctor.findings import Result
+from rvc_dist.tools.doctor.machine import check_versions
+from rvc_dist.tools.doctor.team import Exam, Team
+from rvc_dist.train import checkpoint, deepspeed
+from rvc_dist.train.optimizers import ELEMENTWISE, OPTIMIZERS, make_optimizer
 from rvc_dist.workspace import StageError
 
 STEPS = 4
@@ -46,12 +46,12 @@ def assert_same_steps(folder: Path, num_ranks: int, environment: dict[str, str])
     for name, train in CASES.items():
         (recipes / f"{name}.yaml").write_text(with_train(recipe, **train).to_yaml())
     saved = []
-    for stage in (0, *zero.STAGES):
+    for stage in (0, *deepspeed.STAGES):
         output, more = folder / f"stage{stage}", environment | {"THIN": "1"} | (as_zero(stage) if stage else {})
         torchrun(num_ranks, "step_on_ranks.py", recipes, 2, STEPS, output, more_environment=more)
         saved.append({name: load_file(output / f"{name}.safetensors") for name in CASES})
     plain = saved[0]
-    for stage, tensors in zip(zero.STAGES, saved[1:], strict=True):
+    for stage, tensors in zip(deepspeed.STAGES, saved[1:], strict=True):
         for name in CASES:
             # Rounding of gradients to bf16, and of what follows, is not the same rounding twice.
             bound = 1e-2 if name == "bf16" else 1e-5
@@ -148,17 +148,17 @@ def test_only_optimizers_that_see_single_numbers_are_taken(monkeypatch: pytest.M
     for name in OPTIMIZERS.keys() - ELEMENTWISE:
         rate = 1.0 if name == "prodigy" else 1e-4
         with pytest.raises(StageError, match=rf"train.optimizer: {name} .* ZeRO .* adamw, .* launch/multi_gpu.yaml"):
-            zero.check(TrainConfig(optimizer=name, learning_rate=rate))
+            deepspeed.check(TrainConfig(optimizer=name, learning_rate=rate))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(StageError, match=r"not installed: pip install 'rvc-dist\[deepspeed\]'"):
-        zero.check(TrainConfig())
+        deepspeed.check(TrainConfig())
 
 
 def filled(settings: dict[str, Any], **train: Any) -> dict[str, Any]:
     """DeepSpeed's settings from those of a launcher and a recipe."""
     settings = {"zero_optimization": {"stage": 1}} | settings
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
-    zero.fill_settings(SimpleNamespace(state=state), TrainConfig(**train))
+    deepspeed.fill_settings(SimpleNamespace(state=state), TrainConfig(**train))
     return json.loads(json.dumps(settings))
 
 

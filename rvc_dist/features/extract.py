@@ -1,0 +1,353 @@
+"""The extract stage: clips -> content features and pitch, one safetensors file beside each clips file.
+
+Shapes: B clips of equal length, S samples, T50 and T100 frames at 50 and 100 a second, C channels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rvc_dist.config import F0_HOP, FEATURE_RATE, Recipe
+from rvc_dist.data import audio, preprocess
+from rvc_dist.features.content import Embedder, load_embedder
+from rvc_dist.features.f0 import F0Method, load_f0
+from rvc_dist.features.identity import EmbedderId
+from rvc_dist.runtime.device import fixed_threads, local_device
+from rvc_dist.workspace import (
+    ClipsHeader,
+    FeaturesHeader,
+    FeaturesReport,
+    Plan,
+    Share,
+    StageError,
+    Unit,
+    Workspace,
+    changes,
+    is_done,
+    read_header,
+    read_json,
+    remove_leftovers,
+    save_arrays,
+    stamp,
+    unit_header,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_AT_EDGE = 0.1
+"""Share of the frames with a pitch that may lie at the edge of the range before it is reported: of ordinary speech it
+comes to 0, but to 0.05 with yin, which hears a high pitch in some noise."""
+
+
+class Extractor(NamedTuple):
+    """What turns a wave into features; loaded once a rank, and by the infer stage alike."""
+
+    embedder: Embedder
+    f0_method: F0Method | None
+    """None where nobody asks for pitch: all is unvoiced then."""
+    batch_clips: int
+
+    @classmethod
+    def load(cls, recipe: Recipe, with_pitch: bool = True) -> Extractor:
+        """Load the encoder and the pitch tracker of the recipe.
+
+        Raises:
+            StageError: one of them is unknown, or its weights or package are not to be had.
+        """
+        device = local_device()
+        try:
+            return cls(
+                load_embedder(recipe.extract, recipe.model.version, device),
+                load_f0(recipe.extract, device) if with_pitch else None,
+                recipe.extract.batch_clips,
+            )
+        except (ValueError, OSError, ImportError) as error:
+            raise StageError(str(error)) from error
+
+    @property
+    def embedder_id(self) -> EmbedderId:
+        return EmbedderId(self.embedder.name, self.embedder.weights_hash, self.embedder.mix)
+
+    def describe(self) -> dict[str, Any]:
+        """What the features were made with; training and export carry it along."""
+        return self.embedder_id.to_features() | {"width": self.embedder.width}
+
+    def __call__(self, waves: list[audio.Wave]) -> Iterator[tuple[int, Any, Any]]:
+        """Yield (index, content [T50, C], f0 [T100]) for 16 kHz waves [S], batched by equal length.
+
+        Nothing is padded: padding changes what a group-normalised encoder gives.
+        """
+        by_length: dict[int, list[int]] = {}
+        for i, wave in enumerate(waves):
+            by_length.setdefault(len(wave), []).append(i)
+        for indices in by_length.values():
+            for at in range(0, len(indices), self.batch_clips):
+                batch = indices[at : at + self.batch_clips]
+                stacked = torch.from_numpy(np.stack([waves[i] for i in batch]))
+                content, f0 = self.embedder(stacked).cpu().numpy(), self._pitch(stacked).cpu().numpy()
+                for row, i in enumerate(batch):
+                    yield i, content[row], f0[row]
+
+    def _pitch(self, waves: Tensor) -> Tensor:
+        """[B, S] -> f0 [B, T100]."""
+        if self.f0_method is None:
+            return torch.zeros(waves.shape[0], waves.shape[1] // F0_HOP)
+        return self.f0_method(waves)
+
+
+def run(recipe: Recipe, share: Share) -> None:
+    """Make this process's features; whoever finishes last writes the report.
+
+    Raises:
+        StageError: clips are missing, or the encoder or the pitch tracker cannot be had.
+    """
+    work = Workspace(recipe.run_dir, recipe.name)
+    clips = clip_stamps(work)
+    if wrong := preprocess.other_settings(recipe):
+        raise StageError(wrong)
+    work.check_name()
+    if is_imported(recipe, work, clips):
+        logger.info("extract: the features were imported with the clips")  # without a look for the encoder
+        return
+    with fixed_threads(recipe.extract.num_threads):
+        extract(recipe, work, clips, share)
+
+
+def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Share) -> None:
+    try:
+        extractor = Extractor.load(recipe)
+    except StageError as error:
+        if complete(recipe) is None:
+            raise
+        logger.warning("extract: all features are there, so nothing is looked for that made them (%s)", error)
+        return
+    settings = feature_settings(recipe) | {"embedder": extractor.describe()}
+    withdraw_report(work, settings, clips, share)
+    if share.is_first:
+        work.save_recipe(recipe.to_yaml())
+    if recipe.extract.include_mutes and (share.is_first or share.array):
+        save_mute(recipe, work, extractor, settings)
+    todo = [u for u in share.take(list(clips)) if done_header(recipe, work, u, settings, clips[u]) is None]
+    logger.info("extract: %d units, %d to do here", len(clips), len(todo))
+    # The next unit is read and resampled, and the last one written, while this one is computed.
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        pending = deque(reader.submit(read_unit, work.clips_file(u.id)) for u in todo[:1])
+        written: Future[None] | None = None
+        for i, unit in enumerate(todo):
+            header, waves = pending.popleft().result()
+            pending.extend(reader.submit(read_unit, work.clips_file(u.id)) for u in todo[i + 1 : i + 2])
+            features = compute_unit(header, waves, extractor, feature_stamp(settings, clips[unit]))
+            if written is not None:
+                written.result()
+                logger.info("extract: unit %d of %d", i, len(todo))
+            written = writer.submit(save_arrays, work.features_file(unit.id), *features)
+        if written is not None:
+            written.result()
+            logger.info("extract: unit %d of %d", len(todo), len(todo))
+    if extractor.f0_method is not None:
+        warn_at_edges(recipe, *extractor.f0_method.counts.tolist())
+    finish(recipe, work, settings, clips, share)
+
+
+def warn_at_edges(recipe: Recipe, pitched: int, low: int, high: int) -> None:
+    """Of `pitched` frames, `low` are at or below the lowest pitch that is taken, `high` at or above the highest."""
+    edges = {"f0_min": (low, "lowest", "below", "lower"), "f0_max": (high, "highest", "above", "raise")}
+    for key, (count, end, side, change) in edges.items():
+        if count > MAX_AT_EDGE * pitched:
+            logger.warning(
+                "extract: %.0f%% of the frames with a pitch are at the %s that is taken, %g Hz, or %s it, where all is "
+                "unvoiced: %s extract.%s if the voice goes there",
+                *(100 * count / pitched, end, getattr(recipe.extract, key), side, change, key),
+            )
+
+
+def is_imported(recipe: Recipe, work: Workspace, clips: dict[Unit, str]) -> bool:
+    """Whether the features of all clips came from another tool, and are those that the recipe asks for."""
+    report = read_report(work)
+    if report is None or report["settings"].get("embedder", {}).get("hash") != "" or not complete(recipe):
+        return False
+    return all(is_done(work.features_file(u.id), feature_stamp(report["settings"], s)) for u, s in clips.items())
+
+
+def done_header(
+    recipe: Recipe, work: Workspace, unit: Unit, settings: dict[str, Any], clips: str
+) -> dict[str, Any] | None:
+    """The header of a unit's features when they were made with `settings`, or imported as the same encoder's."""
+    imported = imported_feature_settings(recipe, settings["embedder"])
+    header = read_header(work.features_file(unit.id))
+    wanted = [feature_stamp(s, clips) for s in (settings, imported)]
+    return header if header is not None and header.get("stamp") in wanted else None
+
+
+def withdraw_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
+    """Remove a report of other features, and say what made them stale.
+
+    While units are being made again the folder holds old and new ones, which nobody may take for a whole.
+    """
+    before = read_report(work)
+    if before is None:
+        return
+    if before["settings"] == settings and before["clips"] == stamp(list(clips.values())):
+        return
+    if share.is_first:
+        logger.info("extract: making features again: %s", changes(before["settings"], settings) or "other clips")
+    work.features_report_file.unlink(missing_ok=True)
+
+
+def complete(recipe: Recipe) -> bool | None:
+    """True when the report says that all of this recipe's features are made of the present clips, else None."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    report = read_report(work)
+    if report is None:
+        return None
+    settings, embedder = report["settings"], report["settings"].get("embedder", {})
+    known = settings in (feature_settings(recipe) | {"embedder": embedder}, imported_feature_settings(recipe, embedder))
+    done = known and report["clips"] == stamp(list(clip_stamps(work).values()))
+    return (done and mute_done(recipe, work, settings)) or None
+
+
+def other_settings(recipe: Recipe) -> str:
+    """What is wrong when the run's features were made with other settings than the recipe's, and what to do."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    report = read_report(work)
+    differ = report and changes(report.get("settings", {}), feature_settings(recipe), shared=True)
+    remedy = "run `rvc-dist extract` again, or set back what differs"
+    return (
+        f"{work.features_dir} holds features of other settings than the recipe's: {remedy} ({differ})" if differ else ""
+    )
+
+
+def read_report(work: Workspace) -> FeaturesReport | None:
+    try:
+        return read_json(work.features_report_file, FeaturesReport)
+    except FileNotFoundError:  # another rank may withdraw it at any moment
+        return None
+
+
+def feature_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that the bytes of a feature depend on, under their recipe keys."""
+    values = asdict(recipe.extract)
+    del values["include_mutes"]
+    mix = values.pop("embedder_mix")
+    values |= {"embedder_mix.layers": list(mix["layers"]), "embedder_mix.ratio": mix["ratio"]}
+    return {"model.version": recipe.model.version} | {f"extract.{k}": v for k, v in values.items()}
+
+
+def imported_feature_settings(recipe: Recipe, embedder: dict[str, Any]) -> dict[str, Any]:
+    """What imported features are taken to be made with: the recipe's settings, by an encoder of unknown weights.
+
+    Without pitch guidance they may lack the pitch, and are not those of a recipe that asks for it.
+    """
+    settings = feature_settings(recipe) | {"embedder": embedder | {"hash": ""}}
+    return settings if recipe.model.pitch_guidance else settings | {"model.pitch_guidance": False}
+
+
+def feature_stamp(settings: dict[str, Any], clips: str) -> str:
+    return stamp(settings, clips)
+
+
+def clip_stamps(work: Workspace) -> dict[Unit, str]:
+    """Every unit of the plan and the stamp of its clips file.
+
+    Raises:
+        StageError: the preprocess stage has not run, or not to its end.
+    """
+    plan = Plan.load(work.plan_file)
+    if plan is None:
+        raise StageError(f"{work.clips_dir} has no clips: run `rvc-dist preprocess` first")
+    stamps = {u: (read_header(work.clips_file(u.id)) or {}).get("stamp") for u in plan.units}
+    missing = [work.clips_file(u.id).name for u, s in stamps.items() if s != u.stamp(plan.settings)]
+    if missing:
+        raise StageError(
+            f"{work.clips_dir}: {len(missing)} of {len(plan.units)} units are missing or stale "
+            f"({', '.join(missing[:5])}): run `rvc-dist preprocess` to its end first"
+        )
+    return {u: str(s) for u, s in stamps.items()}
+
+
+def read_unit(path: Path) -> tuple[ClipsHeader, list[tuple[int, audio.Wave]]]:
+    """The header of a clips file, and for each clip its length in samples and its 16 kHz copy [S]."""
+    from safetensors import safe_open
+
+    header = unit_header(path, ClipsHeader, "preprocess")
+    with safe_open(path, framework="numpy") as file:
+        waves = [file.get_tensor(f"{i:05d}") for i in range(len(header["clips"]))]
+    return header, [(len(w), audio.resample(w, header["sample_rate"], FEATURE_RATE)) for w in waves]
+
+
+def compute_unit(
+    clips_header: ClipsHeader, waves: list[tuple[int, audio.Wave]], extractor: Extractor, wanted: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The features of one unit and their header, as `save_arrays` takes them.
+
+    A batch never crosses a unit, so the bytes do not depend on the ranks.
+    """
+    arrays: dict[str, Any] = {}
+    clips: list[dict[str, Any]] = [dict(c) for c in clips_header["clips"]]
+    for i, content, f0 in extractor([w for _, w in waves]):
+        arrays[f"{i:05d}.content"], arrays[f"{i:05d}.f0"] = content, f0
+        clips[i] |= {"num_samples": waves[i][0], "num_content": len(content), "num_f0": len(f0)}
+    header = {
+        "stamp": wanted,
+        "sample_rate": clips_header["sample_rate"],
+        "embedder": extractor.describe(),
+        "clips": clips,
+    }
+    return arrays, header
+
+
+def save_mute(recipe: Recipe, work: Workspace, extractor: Extractor, settings: dict[str, Any]) -> None:
+    """Write the features of silence, for the mute clips that teach the voice to be silent."""
+    if mute_done(recipe, work, settings):
+        return
+    chunk_len = recipe.preprocess.chunk_len
+    silence = np.zeros(int(chunk_len * FEATURE_RATE), dtype=np.float32)
+    ((_, content, f0),) = extractor([silence])
+    header = {
+        "stamp": mute_stamp(recipe, settings),
+        "num_samples": int(chunk_len * recipe.data.sample_rate),
+        "num_content": len(content),
+        "num_f0": len(f0),
+    }
+    save_arrays(work.mute_file, {"00000.content": content, "00000.f0": np.zeros_like(f0)}, header)
+
+
+def mute_stamp(recipe: Recipe, settings: dict[str, Any]) -> str:
+    return stamp(settings, recipe.preprocess.chunk_len, recipe.data.sample_rate)
+
+
+def mute_done(recipe: Recipe, work: Workspace, settings: dict[str, Any]) -> bool:
+    return not recipe.extract.include_mutes or is_done(work.mute_file, mute_stamp(recipe, settings))
+
+
+def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
+    """Write the report once every unit is done, whoever did it."""
+    left = sum(done_header(recipe, work, u, settings, s) is None for u, s in clips.items())
+    if left and share.does_all:
+        raise StageError(
+            f"extract: {left} of {len(clips)} units in {work.features_dir} were replaced meanwhile: "
+            "another job works in this run folder with other settings; end one, then run the stage again"
+        )
+    if left:
+        logger.info("extract: this part is done, %d units are left to others", left)
+        return
+    if not mute_done(recipe, work, settings):
+        logger.info("extract: this part is done, the silent clip is left to another")
+        return
+    remove_leftovers(work.features_dir, len(clips))
+    headers = [unit_header(work.features_file(u.id), FeaturesHeader, "extract") for u in clips]
+    frames = sum(c["num_content"] for h in headers for c in h["clips"])
+    report = {"settings": settings, "clips": stamp(list(clips.values())), "content_frames": frames}
+    write_json(work.features_report_file, report)
+    logger.info("extract: %d content frames; %s", frames, work.features_report_file)

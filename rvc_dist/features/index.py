@@ -1,0 +1,509 @@
+"""The index stage: content features -> a FAISS IVF-Flat index, as the tools of RVC read it.
+
+Frames are streamed. However many there are, memory holds a sample of MAX_SAMPLE of them, a chunk, and the cell and
+place of each (some 20 bytes a frame). Shapes: N vectors, Q queries, K neighbours, C channels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rvc_dist.config import Recipe
+from rvc_dist.features.index_file import MAX_IN_MEMORY, check_index
+from rvc_dist.files import ForeignFileError
+from rvc_dist.workspace import (
+    FeaturesHeader,
+    IndexReport,
+    Share,
+    StageError,
+    Workspace,
+    beside,
+    read_json,
+    remove_half_written,
+    stamp,
+    unit_files,
+    unit_header,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+KMEANS_ABOVE = 200_000
+"""More frames than this are first reduced to KMEANS_CENTRES."""
+KMEANS_CENTRES = 10_000
+KMEANS_STEPS = 20
+MAX_SAMPLE = 500_000
+"""Most frames that k-means and the cells are trained on: 1.5 GB of 768 channels."""
+VECTORS_A_CELL = 39
+"""Training vectors that FAISS wants for each cell."""
+SEED = 1234
+"""Of the sample and of k-means."""
+CHUNK = 8192
+"""Vectors that are read, assigned and compared at once."""
+NUM_NEIGHBOURS = 8
+MIN_DISTANCE = 1e-9
+NUM_QUERIES = 1000
+"""Most frames on which the recall is measured."""
+SAME_DISTANCE = 1.0 + 1e-5
+"""Squared distances that differ by no more than this factor differ by their rounding alone."""
+NO_LISTS = b"il00"
+"""How FAISS ends the file of an index without lists."""
+
+Vectors = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
+"""Positions of vectors."""
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise StageError(
+            "faiss is not installed: `pip install faiss-cpu` (or faiss-gpu-cu12, but only one of them)"
+        ) from error
+    return faiss
+
+
+def _on_gpus(index: Any) -> Any:
+    """`index` on every GPU that faiss sees, or as it is when there is none or faiss is built for CPUs.
+
+    GPUs add in another order, so near ties may fall the other way: a file of the same kind, with other bits.
+    """
+    faiss = _faiss()
+    return faiss.index_cpu_to_all_gpus(index) if faiss.get_num_gpus() > 0 else index
+
+
+def num_cells(num_vectors: int) -> int:
+    """max(1, min(int(16 sqrt(N)), S // 39)), where S = min(N, MAX_SAMPLE) of the vectors train the cells.
+
+    FAISS wants 39 training vectors a cell, and one cell always works. From N = 642,102 on, S bounds the cells.
+    """
+    return max(1, min(int(16 * math.sqrt(num_vectors)), min(num_vectors, MAX_SAMPLE) // VECTORS_A_CELL))
+
+
+def index_name(recipe: Recipe, cells: int, nprobe: int) -> str:
+    return f"added_IVF{cells}_Flat_nprobe_{nprobe}_{recipe.name}_{recipe.model.version}.index"
+
+
+def run(recipe: Recipe, share: Share) -> None:
+    """Build the index on the first rank, and measure its recall.
+
+    Raises:
+        StageError: the features are missing or damaged, faiss is missing, or the folder cannot be written.
+    """
+    if not share.is_first:
+        return
+    work = Workspace(recipe.run_dir, recipe.name)
+    work.check_name()
+    wanted = wanted_stamp(recipe, work)
+    if complete(recipe):
+        logger.info("index: %s is up to date", work.index_file())
+        return
+    _faiss()  # before all frames are read, not after
+    remove_half_written(work.index_dir)
+    frames = Frames.find(work)
+    with beside(work.vectors_file, 4 * len(frames) * frames.width) as vectors_beside:
+        sample, queries = save_vectors(recipe, frames, vectors_beside)
+        vectors = VectorFile(vectors_beside)
+        logger.info("index: %d frames; training the cells on %d vectors", len(frames), len(sample))
+        index = train(sample, num_cells(len(vectors)))
+        del sample
+        index.nprobe = recipe.index.nprobe
+        file = work.index_dir / index_name(recipe, index.nlist, index.nprobe)
+        with beside(file, 4 * len(vectors) * frames.width) as index_beside:
+            write_index(index, vectors, index_beside)
+            found = fit_nprobe(recipe, index, index_beside, Recall(vectors, queries))
+            file = work.index_dir / index_name(recipe, index.nlist, index.nprobe)
+            # From here to the end no report may call files of two datasets one index that is up to date.
+            work.index_report_file.unlink(missing_ok=True)
+            index_beside.replace(file)
+        vectors_beside.replace(work.vectors_file)
+    for old in work.index_dir.glob("added_*.index"):
+        if old != file:
+            old.unlink(missing_ok=True)  # by another job too
+    report = {
+        "stamp": wanted,
+        "file": file.name,
+        "frames": len(frames),
+        "vectors": len(vectors),
+        "trained_on": min(len(frames), MAX_SAMPLE),
+        "cells": index.nlist,
+        "nprobe": index.nprobe,
+        "recall": round(found, 4),
+        "queries": len(queries.vectors),
+    }
+    write_json(work.index_report_file, report)
+    logger.info(
+        "index: %d of %d frames in %d cells, nprobe %d, recall@%d %.3f; %s",
+        len(vectors),
+        len(frames),
+        index.nlist,
+        index.nprobe,
+        NUM_NEIGHBOURS,
+        found,
+        file,
+    )
+    size = file.stat().st_size
+    if size > MAX_IN_MEMORY:
+        logger.info(
+            "index: %.1f GB, which `rvc-dist infer` reads in parts; other tools of RVC need that much memory and more, "
+            "so index.algorithm kmeans suits a voice that is passed on",
+            size / 1e9,
+        )
+
+
+def complete(recipe: Recipe) -> bool | None:
+    """True when the index is there and made of the present features, else None."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    file = work.index_file()
+    current = file is not None and read_json(work.index_report_file, IndexReport)["stamp"] == wanted_stamp(recipe, work)
+    return current or None
+
+
+def wanted_stamp(recipe: Recipe, work: Workspace) -> str:
+    if not work.features_report_file.is_file():
+        raise StageError(f"{work.features_dir} has no features: run `rvc-dist extract` first")
+    return stamp(read_json(work.features_report_file), asdict(recipe.index), recipe.name)
+
+
+def spread(num: int, most: int) -> Numbers:
+    """Ascending numbers below `num`: all, or `most` of them, one drawn from each of as many equal stretches."""
+    if num <= most:
+        return np.arange(num)
+    edges = np.arange(most + 1) * num // most
+    return np.random.Generator(np.random.PCG64(SEED)).integers(edges[:-1], edges[1:])
+
+
+class Queries(NamedTuple):
+    """Frames to look for in an index."""
+
+    vectors: Vectors
+    """[Q, C]"""
+    own: Numbers
+    """[Q]: which vector of the index each of them is, -1 for none."""
+
+    def some(self, most: int) -> Queries:
+        chosen = spread(len(self.own), most)
+        return Queries(self.vectors[chosen], self.own[chosen])
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Every content frame of a run, in the order of the units; nothing is read but headers until it is asked for."""
+
+    units: list[tuple[Path, list[int]]]
+    """Each features file, and the number of frames of each of its clips."""
+    width: int
+
+    def __len__(self) -> int:
+        return sum(sum(lengths) for _, lengths in self.units)
+
+    @classmethod
+    def find(cls, work: Workspace) -> Frames:
+        """Count the frames of the run.
+
+        Raises:
+            StageError: there is none, or a file is damaged.
+        """
+        units, width = [], 0
+        for path in unit_files(work.features_dir):
+            header = unit_header(path, FeaturesHeader, "extract")
+            lengths = [clip["num_content"] for clip in header["clips"]]
+            width = header["embedder"]["width"] if any(lengths) else width
+            units.append((path, lengths))
+        if not width:
+            raise StageError(f"{work.features_dir} holds no frame: run `rvc-dist extract` first")
+        return cls(units, width)
+
+    def clips(self) -> Iterator[Vectors]:
+        """The content of each clip, [T50, C].
+
+        Raises:
+            StageError: a file is damaged, or holds numbers that are not finite.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        for path, lengths in self.units:
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    for i, length in enumerate(lengths):
+                        content = file.get_tensor(f"{i:05d}.content")
+                        if content.shape != (length, self.width) and length:
+                            raise _damaged(path)
+                        if not np.isfinite(content).all():
+                            raise StageError(
+                                f"{path} holds numbers that are not finite: delete it and run `rvc-dist extract` again"
+                            )
+                        yield np.ascontiguousarray(content, dtype=np.float32)
+            except SafetensorError as error:
+                raise _damaged(path) from error
+
+    def sample(self, copy: BinaryIO | None = None) -> Queries:
+        """At most MAX_SAMPLE frames, evenly spread, with their positions; all frames are written to `copy`."""
+        chosen = spread(len(self), MAX_SAMPLE)
+        vectors = np.empty((len(chosen), self.width), np.float32)
+        first = taken = 0
+        for content in self.clips():
+            if copy is not None:
+                copy.write(content.data)
+            upto = int(np.searchsorted(chosen, first + len(content)))
+            vectors[taken:upto] = content[chosen[taken:upto] - first]
+            first, taken = first + len(content), upto
+        return Queries(vectors, chosen)
+
+
+def _damaged(path: Path) -> StageError:
+    return StageError(f"{path} is damaged: delete it and run `rvc-dist extract` again")
+
+
+def save_vectors(recipe: Recipe, frames: Frames, path: Path) -> tuple[Vectors, Queries]:
+    """Write what will be total_fea.npy: all frames, or their k-means centres when there are too many to search quickly.
+
+    Returns:
+        What the cells are trained on, and the queries of the recall. Frames that the file holds know their places in
+        it; those that centres stand for have none.
+    """
+    algorithm = recipe.index.algorithm
+    if algorithm == "faiss" or (algorithm == "auto" and len(frames) <= KMEANS_ABOVE):
+        with path.open("xb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(frames), frames.width)}
+            np.lib.format.write_array_header_1_0(file, header)
+            sample = frames.sample(file)
+        return sample.vectors, sample.some(NUM_QUERIES)
+    sample = frames.sample()
+    centres = reduce(sample.vectors)
+    with path.open("xb") as file:
+        np.save(file, centres)
+    queries = sample.some(NUM_QUERIES)
+    return centres, queries._replace(own=np.full_like(queries.own, -1))
+
+
+def reduce(vectors: Vectors) -> Vectors:
+    """The k-means centres of `vectors`."""
+    faiss = _faiss()
+    centres = min(KMEANS_CENTRES, len(vectors))
+    logger.info("index: reducing the frames to %d k-means centres, found on %d of them", centres, len(vectors))
+    kmeans = faiss.Kmeans(
+        vectors.shape[1],
+        centres,
+        niter=KMEANS_STEPS,
+        seed=SEED,
+        min_points_per_centroid=1,
+        gpu=faiss.get_num_gpus() > 0,
+    )
+    kmeans.train(vectors)
+    return np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
+
+
+def train(vectors: Vectors, cells: int) -> Any:
+    """An empty IVF-Flat index whose cells are made of `vectors`. Its bytes do not depend on the number of threads."""
+    faiss = _faiss()
+    index = faiss.index_factory(vectors.shape[1], f"IVF{cells},Flat")
+    index.cp.min_points_per_centroid = 1  # fewer than 39 are meant, and no reason for a warning
+    trainer = _on_gpus(faiss.IndexFlatL2(vectors.shape[1]))
+    index.clustering_index = trainer
+    index.train(vectors)
+    index.clustering_index = None  # it ends with this function
+    return index
+
+
+class VectorFile:
+    """The vectors of a .npy file of float32, read and not mapped: mapped pages would count as this process's memory."""
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        self.path, self.offset = path, mapped.offset
+        self.num, self.width = mapped.shape
+
+    def __len__(self) -> int:
+        return int(self.num)
+
+    def chunks(self) -> Iterator[tuple[int, Vectors]]:
+        """All vectors in order: the position of the first of each chunk, and the chunk."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for first in range(0, len(self), CHUNK):
+                count = min(CHUNK, len(self) - first)
+                yield first, np.fromfile(file, np.float32, count * self.width).reshape(count, self.width)
+
+    def rows(self, numbers: Numbers) -> Vectors:
+        """The vectors at `numbers` [N], [N, C]."""
+        found = np.empty((len(numbers), self.width), np.float32)
+        with self.path.open("rb", buffering=0) as file:
+            for row, number in zip(found, numbers.tolist(), strict=True):
+                file.seek(self.offset + number * row.nbytes)
+                file.readinto(row)
+        return found
+
+
+def write_index(index: Any, vectors: VectorFile, path: Path) -> None:
+    """Write the trained, empty `index` with `vectors` in its cells, byte for byte as faiss.write_index would.
+
+    FAISS writes either lists that it holds in memory, or lists in a second file whose path the first one names, which
+    other tools do not find. So the lists are written here, in FAISS's format of lists in memory ("ilar" in its
+    impl/index_write.cpp): one file that every faiss reads, and maps too.
+    """
+    cells = np.empty(len(vectors), np.int32)
+    nearest_cell = _on_gpus(index.quantizer)
+    for first, chunk in vectors.chunks():
+        cells[first : first + len(chunk)] = nearest_cell.search(chunk, 1)[1][:, 0]
+    sizes = np.bincount(cells, minlength=index.nlist)
+    order = np.argsort(cells, kind="stable")
+    del cells
+    index.ntotal = len(vectors)
+    filled = np.flatnonzero(sizes)
+    is_sparse = len(filled) <= index.nlist // 2
+    counts = np.stack([filled, sizes[filled]], axis=1).ravel() if is_sparse else sizes
+    with path.open("xb") as file:
+        file.write(_head(index))
+        file.write(b"ilar")
+        file.write(np.array([index.nlist, index.code_size], "<u8").data)
+        file.write(b"sprs" if is_sparse else b"full")
+        file.write(np.array([len(counts), *counts], "<u8").data)
+        for members in np.split(order, np.cumsum(sizes)[:-1]):
+            for at in range(0, len(members), CHUNK):
+                file.write(vectors.rows(members[at : at + CHUNK]).data)
+            file.write(members.astype("<i8").data)
+
+
+def _head(index: Any) -> bytes:
+    """What stands before the lists in the file of `index`, by FAISS itself."""
+    index.replace_invlists(None, False)
+    data: bytes = _faiss().serialize_index(index).tobytes()
+    assert data.endswith(NO_LISTS)
+    return data[: -len(NO_LISTS)]
+
+
+class Recall:
+    """Recall@8: of the 8 nearest vectors of each query, itself excluded, the share that an index finds.
+
+    The exact distances come from a search through all vectors. A vector counts as found by its distance, not by its
+    number: of frames that are equal, such as silence, any is as good as the other. With k-means, the vectors are the
+    centres.
+    """
+
+    def __init__(self, vectors: VectorFile, queries: Queries) -> None:
+        self.queries, self.num = queries, min(NUM_NEIGHBOURS, len(vectors) - 1)
+        flat = _on_gpus(_faiss().IndexFlatL2(vectors.width))
+        distances = np.empty((len(queries.own), 0), np.float32)
+        numbers = np.empty((len(queries.own), 0), np.int64)
+        for first, chunk in vectors.chunks():
+            flat.add(chunk)
+            more, where = flat.search(queries.vectors, min(self.num + 1, len(chunk)))
+            flat.reset()
+            distances = np.concatenate([distances, more], axis=1)
+            numbers = np.concatenate([numbers, first + where], axis=1)
+            best = np.argsort(distances, axis=1, kind="stable")[:, : self.num + 1]
+            distances, numbers = np.take_along_axis(distances, best, 1), np.take_along_axis(numbers, best, 1)
+        _, numbers = self._others(distances, numbers)
+        # That search is quick, but rounds like the vectors' norms instead of their distances: only its order counts.
+        nearest = vectors.rows(numbers.ravel()).reshape(*numbers.shape, vectors.width)
+        squares = np.square(nearest - queries.vectors[:, None]).sum(axis=2, dtype=np.float64)
+        self.radius = squares.max(axis=1, initial=0.0, keepdims=True)
+        """[Q, 1] squared distance of the farthest of the nearest"""
+
+    def _others(self, distances: Vectors, numbers: Numbers) -> tuple[Vectors, Numbers]:
+        """[Q, K + 1] neighbours -> [Q, K] without the query itself, or without the last where it is not among them."""
+        others = np.argsort(numbers == self.queries.own[:, None], axis=1, kind="stable")[:, :-1]
+        return np.take_along_axis(distances, others, 1), np.take_along_axis(numbers, others, 1)
+
+    def __call__(self, index: Any, nprobe: int) -> float:
+        """The recall of `index` when it searches `nprobe` cells, 0 to 1; 1 when there is nothing to find."""
+        if not self.num:
+            return 1.0
+        index.nprobe = nprobe
+        distances, _ = self._others(*index.search(self.queries.vectors, self.num + 1))
+        return float((distances <= SAME_DISTANCE * self.radius).mean())
+
+
+def fit_nprobe(recipe: Recipe, index: Any, path: Path, recall: Recall) -> float:
+    """The recall of the index in `path`, after its nprobe, and that of `index`, is raised as the recipe wants."""
+    faiss = _faiss()
+    written = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    cells, wanted = index.nlist, recipe.index.recall
+    index.nprobe, found = raised(partial(recall, written), recipe.index.nprobe, cells, wanted)
+    if index.nprobe != recipe.index.nprobe:
+        logger.info("index: nprobe %d, not %d, for index.recall %g", index.nprobe, recipe.index.nprobe, wanted)
+        with path.open("r+b") as file:
+            file.write(_head(index))
+    if wanted is not None and found < wanted:
+        logger.warning(
+            "index: all %d cells give a recall of %.4f, index.recall %g is out of reach", cells, found, wanted
+        )
+    return found
+
+
+def raised(recall: Callable[[int], float], nprobe: int, cells: int, wanted: float | None) -> tuple[int, float]:
+    """The least number of cells, from `nprobe` on, that reaches the `wanted` recall, and the recall that it reaches.
+
+    All `cells` are an exact search. More cells never find less, so the number is doubled, then bisected.
+    """
+    found = recall(nprobe)
+    if wanted is None:
+        return nprobe, found
+    short = nprobe
+    while found < wanted and nprobe < cells:
+        short, nprobe = nprobe, min(2 * nprobe, cells)
+        found = recall(nprobe)
+    while nprobe - short > 1:
+        middle = (short + nprobe) // 2
+        reached = recall(middle)
+        if reached < wanted:
+            short = middle
+        else:
+            nprobe, found = middle, reached
+    return nprobe, found
+
+
+class Retriever:
+    """Mixes content features with their nearest neighbours in an index; a large index stays on the disk.
+
+    Raises:
+        StageError: the file is not an index of RVC, or is of another width.
+    """
+
+    def __init__(self, path: Path, width: int) -> None:
+        faiss = _faiss()
+        try:
+            if not check_index(path, width).num_vectors:
+                raise ForeignFileError("it is empty")
+        except FileNotFoundError as error:
+            raise StageError(f"infer.index: {path} does not exist") from error
+        except ForeignFileError as error:
+            raise StageError(
+                f"infer.index: {path} is no index for this voice: {error}; give the added_*.index that was made with "
+                "it, or --infer.index_rate 0"
+            ) from error
+        is_large = path.stat().st_size > MAX_IN_MEMORY
+        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if is_large else 0)
+        self._vectors: Vectors | None = None if is_large else self._index.reconstruct_n(0, self._index.ntotal)
+
+    def __call__(self, content: Vectors, rate: float) -> Vectors:
+        """`content` [T, C] with the share `rate` replaced by the mean of 8 neighbours, weighted by (1/d)^2.
+
+        d is FAISS's distance, which is squared. An exact hit takes all the weight instead of dividing by zero; a frame
+        whose cells are all empty stays as it is.
+        """
+        queries = np.ascontiguousarray(content, dtype=np.float32)
+        if self._vectors is None:
+            distances, neighbours, nearest = self._index.search_and_reconstruct(queries, NUM_NEIGHBOURS)
+            nearest[neighbours < 0] = 0.0  # FAISS fills them with NaN
+        else:  # faster
+            distances, neighbours = self._index.search(queries, NUM_NEIGHBOURS)
+            nearest = self._vectors[np.maximum(neighbours, 0)]
+        is_found = neighbours >= 0
+        weights = np.where(is_found, 1.0 / np.square(np.maximum(distances, MIN_DISTANCE, dtype=np.float64)), 0.0)
+        weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        found = np.einsum("tkc,tk->tc", nearest, weights.astype(np.float32))
+        share = rate * is_found.any(axis=1, keepdims=True)
+        mixed: Vectors = (share * found + (1.0 - share) * content).astype(np.float32)
+        return mixed

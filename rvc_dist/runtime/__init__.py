@@ -1,0 +1,1 @@
+"""Processes: launchers, ranks, watching, locks, logs."""

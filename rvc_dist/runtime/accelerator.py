@@ -1,0 +1,295 @@
+"""All knowledge of Accelerate and torch.distributed: the Accelerator, ranks, wire, kernel settings, stop signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from torch import Tensor
+
+from rvc_dist.config import TrainConfig
+from rvc_dist.train import deepspeed
+from rvc_dist.workspace import OtherRankError, StageError
+
+logger = logging.getLogger(__name__)
+
+ALLOCATOR_SETTINGS = "expandable_segments:True,max_split_size_mb:512"
+MIN_BF16_CAPABILITY = (8, 0)
+"""Ampere: older GPUs emulate bf16, slower than float32, and have no TF32."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Accelerator:
+    """The Accelerator of this rank, after the kernel settings, which must precede the first CUDA call.
+
+    `timeout_s` is how long it waits for other ranks, now and in every collective; by default train.timeout_s.
+
+    Raises:
+        StageError: the launcher asked for another number of ranks than joined, or the hardware has no bf16.
+    """
+    check_launcher(config)
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted > 1:
+        check_meeting_point(wanted)
+    backend = None
+    if not torch.cuda.is_available():
+        if deepspeed.asked_for():
+            # So Accelerate hands CPUs to DeepSpeed; any other way it forgets DeepSpeed, or the other ranks.
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+            backend = "gloo"
+        elif wanted > 1:
+            # Without this, `accelerate launch --multi_gpu` on CPUs gives every process rank 0 of 1.
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+    apply_kernel_settings(config)
+    accelerator = Accelerator(
+        # Its bf16 would convert every output of the networks, features too, to float32: the step has its own autocast.
+        mixed_precision="no",
+        # The learning rate is a function of the step; Accelerate is not to step anything by itself.
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            # With accumulation the first backward passes are local, and a static graph would be recorded from those.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.grad_accum_steps == 1),
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s or config.timeout_s)),
+        ],
+    )
+    if accelerator.num_processes != wanted:
+        raise StageError(
+            f"the launcher asked for {wanted} ranks but {accelerator.num_processes} joined; on CPUs launch with "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
+        )
+    if config.use_bf16:
+        check_bf16(accelerator.device)
+    if deepspeed.asked_for():
+        deepspeed.fill_settings(accelerator, config)
+    return accelerator
+
+
+def check_launcher(config: TrainConfig) -> None:
+    """Refuse what a launcher's file asks for and this program would not do.
+
+    Raises:
+        StageError: another precision than the recipe's, FSDP, or DeepSpeed where it does not work.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16" if config.use_bf16 else "no"):
+        own = "bf16" if config.use_bf16 else "fp32"
+        raise StageError(
+            f"the launcher's mixed_precision is {precision}, the recipe's train.precision {own}: the recipe decides; "
+            "say --mixed_precision no to the launcher (or in its file), or train.precision bf16 in the recipe"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise StageError(
+            "the launcher asks for FSDP, which this program does not use: G and D fit every GPU; launch with "
+            "launch/multi_gpu.yaml, or share the optimizer's state among the ranks with launch/zero1.yaml"
+        )
+    if deepspeed.asked_for():
+        deepspeed.check(config)
+
+
+def check_meeting_point(num_ranks: int) -> None:
+    """Refuse ranks that do not know where to find each other: srun alone does not say.
+
+    Raises:
+        StageError: MASTER_ADDR or MASTER_PORT is not set.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise StageError(
+            f"{num_ranks} ranks were started, which cannot find each other: {' and '.join(missing)} not set; "
+            'before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+            "MASTER_PORT=29500 (a free port)"
+        )
+
+
+def on_first_rank(accelerator: Accelerator, function: Callable[[], None]) -> None:
+    """Run `function` on the main rank, while the others wait; its StageError is every rank's.
+
+    Raises:
+        StageError: that of `function` on the main rank, and one that points to it on the others.
+    """
+    error: StageError | None = None
+    if accelerator.is_main_process:
+        try:
+            function()
+        except StageError as failed:
+            error = failed
+    if accelerator.reduce(torch.tensor([int(error is not None)], device=accelerator.device)).item():
+        raise error or OtherRankError("rank 0 failed; its message says why")
+
+
+def apply_kernel_settings(config: TrainConfig) -> None:
+    """The kernel settings of `fast_train`: TF32, cuDNN's search for the fastest kernels, the allocator.
+
+    The flags are set on any hardware; without tensor cores for TF32 (before Ampere) they change nothing.
+    """
+    if config.fast_train:
+        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            os.environ.setdefault(variable, ALLOCATOR_SETTINGS)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = config.deterministic
+    if config.deterministic:
+        torch.backends.cudnn.benchmark = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def kernel_settings(device: torch.device) -> dict[str, Any]:
+    """What this rank really has, read back."""
+    tf32 = "not in this hardware"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY:
+        tf32 = "used"
+    return {
+        "tf32": tf32 if torch.backends.cuda.matmul.allow_tf32 else "off",
+        "tf32 matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32 cudnn": torch.backends.cudnn.allow_tf32,
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default"),
+        "torch": torch.__version__,
+        "device": device_name(device),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, for those who measure time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check_same_settings(accelerator: Accelerator, more: Mapping[str, Any]) -> None:
+    """Print the kernel settings, and `more` of the trainer's, once; ranks that differ are an error.
+
+    Raises:
+        StageError: naming every setting that differs and its value on each rank.
+    """
+    every = gather_object([kernel_settings(accelerator.device) | dict(more)])
+    differ = {key: [s[key] for s in every] for key in every[0] if any(s[key] != every[0][key] for s in every)}
+    if differ:
+        listed = "".join(f"\n  {key}: {dict(enumerate(values))}" for key, values in differ.items())
+        raise StageError(f"the ranks have different settings (rank: value):{listed}")
+    logger.info("%d ranks: %s", accelerator.num_processes, ", ".join(f"{k} {v}" for k, v in every[0].items()))
+
+
+def check_bf16(device: torch.device) -> None:
+    """Refuse bf16 where the hardware only emulates it.
+
+    Raises:
+        StageError: a CUDA device below compute capability 8.0.
+    """
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_BF16_CAPABILITY:
+        raise StageError(
+            f"train.precision: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}; bf16 needs 8.0 (Ampere) or newer and is emulated, slower than float32, "
+            "below it. Set train.precision to fp32 and train.bf16_adamw to false; train.fast_train still helps"
+        )
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an end; all ranks agree on the step.
+
+    The handler only sets a flag. Each step takes the maximum of the flags of all ranks over gloo on the host, without
+    waiting: the maximum of one step is read at the next, so the device is never waited for. A signal that comes again
+    after a while acts as it would have; at once, launcher and batch system mean the same. FAILED, which is more than
+    any signal, tells the others that a rank cannot go on. The end of a launcher is a SIGTERM too: see `guard`.
+    """
+
+    FAILED = 1000
+    SAME_S = 2.0
+    """Signals so close together are one wish."""
+    NEXT_S = 10.0
+    """How long a rank that was asked to stop still waits for what it needs to come to the end of its step."""
+
+    def __init__(self, accelerator: Accelerator, timeout_s: float) -> None:
+        self._received = 0
+        self._received_at = 0.0
+        self._timeout_s = timeout_s
+        self._what = ""
+        """What is waited for under a limit."""
+        self._pending: tuple[Tensor, Any] | None = None
+        self._group: Any = None
+        if accelerator.num_processes > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS}
+        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._waited)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pending and kind is None:
+            self._pending[1].wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if self._received and now - self._received_at > self.SAME_S:
+            signal.signal(number, self._previous[signal.Signals(number)])
+            os.kill(os.getpid(), number)
+        elif not self._received:
+            self._received, self._received_at = number, now
+            if self._what:
+                self._set_alarm(self.NEXT_S)
+
+    @contextmanager
+    def limit(self, what: str) -> Iterator[None]:
+        """Inside, this rank waits for `what` no longer than for another rank, and only briefly once it is to stop.
+
+        Raises:
+            StageError: it did not come.
+        """
+        self._what = what
+        self._set_alarm(self._timeout_s)
+        if self._received:
+            self._set_alarm(self.NEXT_S)
+        try:
+            yield
+        finally:
+            self._what = ""
+            self._set_alarm(0.0)
+
+    def _set_alarm(self, seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: an error within a destructor is lost
+
+    def _waited(self, *_: Any) -> None:
+        if not self._what:
+            return  # it has just come
+        if self._received:
+            name = signal.Signals(self._received).name
+            raise StageError(
+                f"{name} asked for the end while this rank waited for {self._what}, and they did not come within "
+                f"{self.NEXT_S:g} s: no checkpoint was written; the same command continues from the last one"
+            )
+        raise StageError(f"waited for train.timeout_s = {self._timeout_s:g} s for {self._what}, in vain")
+
+    def poll(self, failed: bool = False) -> int:
+        """The number of a signal that some rank got, or FAILED, the same on every rank at the same step; 0 if none."""
+        mine = self.FAILED if failed else self._received
+        if self._group is None:
+            return mine
+        flag = torch.tensor([mine])
+        before, self._pending = self._pending, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, True))
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])

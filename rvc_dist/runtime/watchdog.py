@@ -1,0 +1,375 @@
+"""Watches over a training run: which rank is slow and what it waits for, who is not heard of, who holds the run folder.
+
+Every rank notes what it does in a `Pulse`, which costs a few assignments a phase. A thread of each rank writes that to
+RUN/logs/rank_*.beat now and then; the first rank's reads them all when a step takes far longer than usual.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from rvc_dist.runtime.accelerator import on_first_rank
+from rvc_dist.runtime.logs import is_timeout, rank_logs, write_stacks
+from rvc_dist.runtime.run_lock import RunLock
+from rvc_dist.workspace import StageError, Workspace
+
+logger = logging.getLogger(__name__)
+
+SLOW_FACTOR, SLOW_S = 5.0, 5.0
+"""A step is slow when it takes this many times the median of recent steps, and at least this many seconds."""
+MIN_STEPS, RECENT_STEPS = 10, 50
+"""The first steps, which compile and search for kernels, and the ones that the median is taken of."""
+SILENT_S = 10.0
+"""A rank that does not beat for this long (and for three beats) is reported."""
+REPEAT_S = 60.0
+BEATS_PER_S = 100.0
+"""Of all ranks together, so that thousands do not weigh on the file system; a rank beats once a second at most."""
+EXEMPT = ("validation", "checkpoint")
+"""Phases that steps are not measured with: they take long by right, every so often."""
+EXIT_S = 10.0
+"""How long each part of an exit may take: a disk that answers no more would hold a rank, and that one all others."""
+
+
+def ends_within(limit_s: float, what: str, function: Callable[[], object]) -> bool:
+    """Call `function`, which belongs to an exit, and go on without it when it takes longer.
+
+    Raises:
+        OSError: of `function`.
+    """
+    errors = []
+
+    def call() -> None:
+        try:
+            function()
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, name=what, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if thread.is_alive():
+        logger.warning("%s has not ended after %.0f s: going on without it", what, limit_s)
+    return not thread.is_alive()
+
+
+class Pulse:
+    """What this rank does. The training thread writes it, the watching thread reads it."""
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.num_sent = 0, "start", 0
+        self.at = self.step_at = time.monotonic()
+        """When this phase and this step began; validation and checkpoints are not part of a step."""
+        self.count = 0
+        """Phases entered and gradients sent since the start: all ranks do the same, so a smaller count is behind."""
+        self._kind = ""
+        self._recent: dict[str, deque[float]] = {}
+
+    def begin_step(self, step: int, kind: str) -> None:
+        """The next step begins; its duration is compared with those of its kind only."""
+        now = time.monotonic()
+        if self._kind:
+            self._recent.setdefault(self._kind, deque(maxlen=RECENT_STEPS)).append(now - self.step_at)
+        self.step, self._kind, self.step_at = step, kind, now
+        self._enter("between phases")
+
+    def _enter(self, phase: str) -> None:
+        self.phase, self.num_sent, self.at = phase, 0, time.monotonic()
+        self.count += 1
+
+    @contextlib.contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        self._enter(phase)
+        yield
+        if phase in EXEMPT:
+            self.step_at += time.monotonic() - self.at
+        self._enter(f"after {phase}")
+
+    def sent(self) -> None:
+        """Gradients were given to all-reduce."""
+        self.num_sent += 1
+        self.count += 1
+
+    @property
+    def median_s(self) -> float | None:
+        """Of recent steps of this step's kind; None while there are too few."""
+        recent = list(self._recent.get(self._kind, ()))
+        return statistics.median(recent) if len(recent) >= MIN_STEPS else None
+
+
+class Beat(NamedTuple):
+    """The last sign of life of a rank."""
+
+    text: str
+    seen_at: float
+    """When it was new, by this process's clock."""
+    data: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.data['rank']} on {self.data['host']} (pid {self.data['pid']})"
+
+    @property
+    def where(self) -> str:
+        sent = " (gradients sent)" if self.data["num_sent"] else ""
+        return f"{self.data['phase']} of step {self.data['step']}{sent}"
+
+    def in_phase_s(self) -> float:
+        return float(self.data["in_phase_s"]) + time.monotonic() - self.seen_at
+
+
+class Watch:
+    """The watching thread of a rank, and the run's lock; `with` ends both."""
+
+    def __init__(self, work: Workspace) -> None:
+        self.work, self.pulse, self.lock = work, Pulse(), RunLock(work.train_lock_file)
+        self._rank, self._num_ranks = 0, 1
+        self._interval_s = 1.0
+        self._others: dict[int, Beat] = {}
+        self._told_step: int | None = None
+        self._told_at, self._told_since = float("-inf"), 0.0
+        self._given_up = False
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._file: int | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._me: dict[str, Any] = {}
+
+    def start(self, accelerator: Accelerator) -> None:
+        """Lock the run folder and begin to watch.
+
+        Raises:
+            StageError: another job trains in it; on all ranks.
+        """
+        self._rank, self._num_ranks = accelerator.process_index, accelerator.num_processes
+        self._interval_s = max(1.0, self._num_ranks / BEATS_PER_S)
+        token = secrets.token_hex(8)
+        self._me = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "token": token}
+        self._acquire(accelerator)
+        # The interpreter's own end waits for threads, processes and connections of libraries.
+        atexit.register(faulthandler.dump_traceback_later, 3 * EXIT_S, exit=True, file=2)
+        if self._num_ranks > 1:
+            self._start_guard(token)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def _acquire(self, accelerator: Accelerator) -> None:
+        held = False
+
+        def attempt() -> None:
+            nonlocal held
+            try:
+                held = self.lock.try_acquire()
+            except OSError as error:
+                raise StageError(
+                    f"{self.lock.path}: cannot be written ({error.strerror}); nothing was trained"
+                ) from error
+
+        while True:  # in short turns: the other ranks do not wait for longer than train.timeout_s
+            on_first_rank(accelerator, attempt)
+            if broadcast_object_list([held])[0]:
+                for log in rank_logs():
+                    log.start()
+                return
+            time.sleep(0.5)
+
+    def _start_guard(self, token: str) -> None:
+        """A process that ends this one when the others ask for it."""
+        file = self.work.hanging_file
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s): ranks that hang are left to their launchers", file, error)
+            return
+        script = str(Path(__file__).with_name("hang_killer.py"))
+        command = [sys.executable, "-E", "-S", script, str(file), token, str(self._interval_s), str(os.getpid())]
+        self._guard = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended.set()
+        ends_within(EXIT_S, "the watch", partial(self._leave, kind is not None))
+        if self._guard is not None:
+            self._guard.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._guard.wait(EXIT_S)
+
+    def _leave(self, failed: bool) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self.lock.release()
+        if self._guard is not None and not failed:  # else other guards may still have to read it
+            with contextlib.suppress(OSError):
+                self.work.hanging_file.unlink()
+        if self._file is not None:
+            os.close(self._file)
+            with contextlib.suppress(OSError):
+                self.work.beat_file(self._rank).unlink()
+
+    @contextlib.contextmanager
+    def explain_timeouts(self, timeout_s: float) -> Iterator[None]:
+        """Inside, a collective that waited too long names the ranks that it waited for, and has their guards end them.
+
+        A process that is stopped or hangs would not hear the launcher ask it to end, and the job would outlive its
+        timeout by the launcher's patience.
+
+        Raises:
+            StageError: in the place of the collective's error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._thread is None or not is_timeout(error):
+                raise
+            late = self._late()
+            self._end(late)
+            names = listed([f"{b.name}, last in {b.where}" for b in late])
+            raise StageError(
+                f"rank {self._rank} waited for train.timeout_s = {timeout_s:g} s, in {self.pulse.phase} of step "
+                f"{self.pulse.step}, for {names or 'the others, all of which did the same'}. Where each rank was is in "
+                f"{self.work.logs_dir}; the same command continues from the last checkpoint"
+            ) from error
+
+    def _late(self) -> list[Beat]:
+        """The ranks that give no sign of life, else those that have done least; none when that is all of them."""
+        first = self._beats({})
+        wait_s = min(1.5 * self._interval_s, 5.0)
+        time.sleep(wait_s)
+        beats = self._beats(first)
+        still = [b for rank, b in beats.items() if rank != self._rank and b is first.get(rank)]
+        silent = still if wait_s > self._interval_s else []  # else they may be between two beats
+        behind = least_done(beats)
+        return silent or (behind if len(behind) < len(beats) else [])
+
+    def _end(self, beats: list[Beat]) -> None:
+        file = self.work.hanging_file
+        try:
+            with file.open("a", encoding="ascii") as stream:
+                stream.writelines(f"{b.data['token']}\n" for b in beats if b.data["rank"] != self._rank)
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s): who hangs is left to its launcher", file, error)
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            try:
+                self._beat()
+                self.lock.refresh()
+            except OSError as error:
+                if not self._given_up:
+                    self._given_up = True
+                    logger.warning("%s: the other ranks cannot hear of this one (%s)", self.work.logs_dir, error)
+            self._judge()
+
+    def _beat(self) -> None:
+        """Tell the others where this rank is. One write into the same file: renaming would cost two more messages."""
+        if self._file is None:
+            self.work.logs_dir.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.work.beat_file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        pulse, now = self.pulse, time.monotonic()
+        data = self._me | {
+            "step": pulse.step,
+            "phase": pulse.phase,
+            "num_sent": pulse.num_sent,
+            "count": pulse.count,
+            "in_phase_s": round(now - pulse.at, 2),
+            "beat": now,
+        }
+        os.pwrite(self._file, f"{json.dumps(data):<1000}\n".encode(), 0)
+        os.fsync(self._file)  # over NFS others see it only then
+
+    def _judge(self) -> None:
+        """Tell when a step takes too long, and which rank it is."""
+        pulse, now = self.pulse, time.monotonic()
+        step, age_s, in_phase_s, median_s = pulse.step, now - pulse.step_at, now - pulse.at, pulse.median_s
+        if self._told_step is not None and step != self._told_step:
+            if self._rank == 0:
+                logger.info("step %d went on after %.0f s", self._told_step, now - self._told_since)
+            self._told_step, self._told_at = None, float("-inf")
+        limit_s = max(SLOW_FACTOR * median_s, SLOW_S) if median_s is not None else float("inf")
+        slow = age_s > limit_s and pulse.phase not in EXEMPT
+        if self._rank == 0 and (age_s > limit_s / 2 or in_phase_s > SILENT_S / 2):
+            self._others = self._beats(self._others)
+        else:
+            self._others = {}
+        silent = [b for b in self._others.values() if now - b.seen_at > self._silent_after_s]
+        if not (slow or silent) or now - self._told_at < REPEAT_S:
+            return
+        if self._told_step is None:
+            self._told_step, self._told_since = step, pulse.step_at
+            write_stacks()
+        self._told_at = now
+        if self._rank == 0:
+            self._tell(step, age_s, median_s if slow else None, silent)
+
+    def _tell(self, step: int, age_s: float, median_s: float | None, silent: list[Beat]) -> None:
+        usual = f", {age_s / median_s:.0f} times the median of {median_s:.2g} s" if median_s else ""
+        late = silent or least_done(self._others)
+        if len(late) < self._num_ranks or silent:
+            others = [b for r, b in self._others.items() if r not in {b.data["rank"] for b in late}]
+            waiting = f"; the others wait for it (rank {others[0].data['rank']} in {others[0].where})" if others else ""
+            who = listed([self._heard(b) for b in late]) + waiting
+        else:
+            who = f"all ranks are in {late[0].where}" if late else "no rank's beat can be read"
+        missing = [str(r) for r in range(self._num_ranks) if r not in self._others]
+        unread = f"; nothing can be read of rank {listed(missing)}" if missing else ""
+        logger.warning("step %d takes %.0f s%s: %s%s", step, age_s, usual, who, unread)
+
+    def _heard(self, beat: Beat) -> str:
+        silent_s = time.monotonic() - beat.seen_at
+        if silent_s > self._silent_after_s:
+            return f"{beat.name} has not been heard of for {silent_s:.0f} s, last in {beat.where}"
+        return f"{beat.name} is in {beat.where} since {beat.in_phase_s():.0f} s"
+
+    @property
+    def _silent_after_s(self) -> float:
+        return max(SILENT_S, 3 * self._interval_s)
+
+    def _beats(self, before: dict[int, Beat]) -> dict[int, Beat]:
+        """Every rank's beat; one that is as it was `before` is the same object."""
+        now, beats = time.monotonic(), {}
+        for rank in range(self._num_ranks):
+            try:
+                text = self.work.beat_file(rank).read_text(encoding="utf-8")
+                old = before.get(rank)
+                beats[rank] = old if old is not None and old.text == text else Beat(text, now, json.loads(text))
+            except FileNotFoundError:  # not begun yet, or ended
+                continue
+            except (OSError, ValueError):  # half of it: next time
+                if rank in before:
+                    beats[rank] = before[rank]
+        return beats
+
+
+def least_done(beats: dict[int, Beat]) -> list[Beat]:
+    """The ranks that the others wait for; all of them when all have done the same."""
+    least = min((b.data["count"] for b in beats.values()), default=0)
+    return [b for b in beats.values() if b.data["count"] == least]
+
+
+def listed(items: list[str], most: int = 4) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -1,0 +1,1 @@
+"""Tools around a run: each readable alone."""

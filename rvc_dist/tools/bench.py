@@ -1,0 +1,367 @@
+"""The bench stage: what a training step of this recipe costs on this machine, and how it scales over ranks.
+
+Everything it writes lies in RUN/bench: `results.json` and `parity.json`, and the run folder of the trainer that is
+measured, with links to the run's own features or with clips of the embedded demo voice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from rvc_dist.config import F0_PER_S, Recipe
+from rvc_dist.data import audio, decode
+from rvc_dist.demo import VOICE_DIR
+from rvc_dist.tools import bench_report, parity
+from rvc_dist.tools.measuring import PARTS, MeasuredTrainer, Sample, Span
+from rvc_dist.workspace import (
+    Share,
+    StageError,
+    Workspace,
+    atomic_write,
+    read_json,
+    remove_leftovers,
+    save_arrays,
+    stamp,
+    wait_for,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of results.json and parity.json."""
+CLIP_S = 3.0
+NUM_GLOBAL_BATCHES = 4
+"""An epoch of the demo voice has at least so many."""
+CONTENT_WIDTH = {"v1": 256, "v2": 768}
+
+
+def run(recipe: Recipe, share: Share) -> None:
+    """Measure, write the result into RUN/bench, and print it with the earlier ones of other numbers of ranks.
+
+    Raises:
+        StageError: RUN/bench cannot be written, the features do not fit the recipe, or there is nothing to compare.
+    """
+    config = recipe.bench
+    if config.plain and recipe.train.grad_accum_steps > 1:
+        raise StageError(
+            f"bench.plain: got train.grad_accum_steps {recipe.train.grad_accum_steps}; the plain step knows no "
+            "micro-batches: set it to 1, or train.batch_size to the product of both"
+        )
+    if config.parity:
+        parity.asked_for(recipe.train, share.count)  # nothing to compare is an error before anything is written
+    bench = Bench(recipe, share)
+    results_file = bench.folder / ("parity.json" if config.parity else "results.json")
+    if share.is_first:
+        bench.prepare()
+        load_results(results_file)  # a damaged file is an error before anything is measured
+    recipe = bench.recipe()
+    result = parity_result(recipe, share) if config.parity else measured_result(recipe)
+    if not share.is_first:
+        return
+    result["key"]["data"] = bench.data
+    try:
+        results = store(results_file, result)
+    except OSError as error:
+        raise StageError(f"{results_file}: cannot be written ({error.strerror})") from error
+    if config.parity:
+        bench_report.show_parity(result)
+    else:
+        bench_report.show_result(result, results)
+    bench_report.say(bench_report.console(), f"written: {results_file}")
+
+
+class Bench:
+    """RUN/bench and the data in it."""
+
+    def __init__(self, recipe: Recipe, share: Share) -> None:
+        self._recipe, self._share = recipe, share
+        self.run = Workspace(recipe.run_dir, recipe.name)
+        self.folder = self.run.root / "bench"
+        self.data = "run" if self.run.features_report_file.is_file() else "demo"
+        """Whose clips are trained on."""
+        self.work = Workspace(self.folder / self.data, recipe.name)
+
+    def recipe(self) -> Recipe:
+        """The recipe with the trainer's run folder in RUN/bench, as soon as the first rank has prepared it."""
+        recipe = replace(self._recipe, run_dir=str(self.work.root))
+        if self.data == "run":
+            wait_for("the links to the features", lambda: self.work.features_report_file.is_file() or None)
+            return recipe
+        wait_for("the clips of the demo voice", self._is_cut)
+        # Every clip counts, and speed does not depend on which ones are left out.
+        return replace(recipe, data=replace(recipe.data, holdout=0.0))
+
+    def prepare(self) -> None:
+        """Links to the run's features, or else clips of the demo voice.
+
+        Raises:
+            StageError: RUN/bench cannot be written to.
+        """
+        try:
+            for folder in (self.folder, self.work.root):
+                folder.mkdir(parents=True, exist_ok=True)
+                atomic_write(folder / ".probe", "")
+                (folder / ".probe").unlink()
+            if self.data == "run":
+                for link, target in ((self.work.clips_dir, "clips"), (self.work.features_dir, "features")):
+                    _link(link, self.run.root / target)
+            elif not self._is_cut():
+                self._cut()
+        except OSError as error:
+            raise StageError(
+                f"{error.filename or self.folder}: the benchmark's files cannot be written ({error.strerror}); make "
+                f"{self.run.root} writable, remove what is in the way, or choose another run_dir"
+            ) from error
+
+    def _is_cut(self) -> bool | None:
+        files = self.work.features_report_file, self.work.features_file(0), self.work.clips_file(0)
+        return (all(f.is_file() for f in files) and read_json(files[0]) == self._report()) or None
+
+    def _report(self) -> dict[str, Any]:
+        """What the clips of the demo voice depend on. As few units as give whole global batches."""
+        train, rate = self._recipe.train, self._recipe.data.sample_rate
+        global_batch = train.batch_size * train.grad_accum_steps * self._share.count
+        per_unit = len(_windows())
+        step = global_batch // math.gcd(global_batch, per_unit)  # so many units are whole global batches
+        units = step * -(-NUM_GLOBAL_BATCHES * global_batch // (per_unit * step))
+        width = CONTENT_WIDTH[self._recipe.model.version]
+        made_of = {"stamp": stamp("bench", rate, width, CLIP_S), "units": units}
+        return made_of | {"settings": {}, "clips": made_of["stamp"], "content_frames": 0}  # as extract's report
+
+    def _cut(self) -> None:
+        """Write what preprocess and extract would: clips of 3 s, with made-up content and pitch.
+
+        All units after the first are links to it: a large global batch needs many clips, but no different ones.
+        """
+        rate, width = self._recipe.data.sample_rate, CONTENT_WIDTH[self._recipe.model.version]
+        report, rng = self._report(), np.random.default_rng(0)
+        waves, features, clips = {}, {}, []
+        for i, (source, start_s) in enumerate(_windows()):
+            wave, source_rate = decode.decode(source)
+            first = round(start_s * source_rate)
+            part = wave[first : first + round(CLIP_S * source_rate)]
+            waves[f"{i:05d}"] = audio.resample(part, source_rate, rate)
+            num_f0 = round(CLIP_S * F0_PER_S)
+            features[f"{i:05d}.content"] = rng.standard_normal((num_f0 // 2, width), dtype=np.float32)
+            features[f"{i:05d}.f0"] = made_up_pitch(num_f0)
+            sizes = {"num_samples": len(waves[f"{i:05d}"]), "num_content": num_f0 // 2, "num_f0": num_f0}
+            clips.append({"speaker": 0, "source": source.name, "start_s": start_s} | sizes)
+        header = {"stamp": report["stamp"], "sample_rate": rate, "clips": clips}
+        embedder = {"name": "random", "width": width, "hash": report["stamp"]}
+        self.work.features_report_file.unlink(missing_ok=True)
+        save_arrays(self.work.clips_file(0), waves, header)
+        save_arrays(self.work.features_file(0), features, header | {"embedder": embedder})
+        for unit in range(1, report["units"]):
+            for path in (self.work.clips_file, self.work.features_file):
+                _link(path(unit), path(0))
+        for folder in (self.work.clips_dir, self.work.features_dir):
+            remove_leftovers(folder, report["units"])
+        write_json(self.work.features_report_file, report)
+        logger.info("%d clips of the demo voice in %s", len(clips) * report["units"], self.work.root)
+
+
+def _windows() -> list[tuple[Path, float]]:
+    """Recordings of the demo voice, and where in them clips begin, in seconds."""
+    files = sorted((VOICE_DIR / "voice").glob("*.flac"))
+    return [(file, i * CLIP_S) for file in files for i in range(int(decode.duration(file) // CLIP_S))]
+
+
+def made_up_pitch(num_frames: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A contour [T100] in Hz between 80 and 300, 0 in every fourth stretch of 0.2 s."""
+    frames = np.arange(num_frames)
+    contour = 190 + 110 * np.sin(2 * np.pi * frames / 150)
+    return np.where(frames // 20 % 4 == 3, 0.0, contour).astype(np.float32)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Relative, so that a run folder can be moved; a link to something else is replaced."""
+    wanted = os.path.relpath(target.resolve(), link.parent.resolve())
+    if link.is_symlink():
+        if os.readlink(link) == wanted:
+            return
+        link.unlink()
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(wanted)
+
+
+def measured_result(recipe: Recipe) -> dict[str, Any]:
+    """Measure the recipe's steps on the ranks that the launcher started; plain data, the same on all ranks."""
+    with closing(MeasuredTrainer(recipe)) as trainer:
+        mine = _measure(trainer, recipe)
+        ranks = gather_object([mine])
+        key = trainer.key()
+        gradient_bytes = {
+            name: sum(p.nbytes for p in n.raw.parameters() if p.requires_grad) for name, n in trainer.networks.items()
+        }
+        parameters = {name: sum(p.numel() for p in n.raw.parameters()) for name, n in trainer.networks.items()}
+        machine, on_cuda = trainer.machine(), trainer.device.type == "cuda"
+    summary = summarise(ranks, on_cuda, key["precision"])
+    summary |= {"parameters": parameters, "gradient_bytes": gradient_bytes}
+    return {"key": key, "measured_at": _now(), "machine": machine, "summary": summary, "ranks": ranks}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _measure(trainer: MeasuredTrainer, recipe: Recipe) -> dict[str, Any]:
+    """The raw numbers of this rank. Last what lets the weights of the ranks part ways."""
+    config = recipe.bench
+    warmup, count = config.warmup_steps, config.steps
+    longest = trainer.longest()
+    trainer.forget_peak_memory()
+    logger.info("bench: %d + %d steps as the sampler deals them", warmup, count)
+    steps = trainer.dealt(warmup + count)
+    for _ in range(warmup):
+        next(steps)
+    sent = trainer.wire.num_bytes
+    dealt = list(steps)
+    sent = trainer.wire.num_bytes - sent
+    samples: dict[str, list[Sample]] = {"dealt": dealt, "longest": dealt}
+    if not trainer.has_one_length:
+        logger.info("bench: %d + %d steps on the longest clips", warmup, count)
+        samples["longest"] = list(trainer.repeated(longest, warmup + count))[warmup:]
+    mine: dict[str, Any] = {
+        "samples": {name: [s.to_dict() for s in steps] for name, steps in samples.items()},
+        "longest_frames": longest[0].content.shape[1],
+        "wire_bytes_per_step": sent / count,
+        "memory": trainer.peak_memory(),
+        "peak_flops": trainer.peak_flops(),
+    }
+    if config.plain:
+        logger.info("bench: %d + %d steps in turn with the plain step", warmup, count)
+        plain = trainer.plain(config.plain_precision)
+        pairs, losses = trainer.against_plain(plain, longest, warmup + count)
+        del plain
+        mine["plain"] = {"pairs": _pairs(pairs[warmup:]), "losses": losses, "precision": config.plain_precision}
+    if trainer.num_ranks > 1:
+        logger.info("bench: %d steps with and without communication", count)
+        mine["with_and_without_wire"] = _pairs(trainer.with_and_without_wire(longest, count))
+    mine["flops"] = trainer.count_flops(longest)
+    rounded: dict[str, Any] = json.loads(json.dumps(mine), parse_float=lambda text: float(f"{float(text):.9g}"))
+    return rounded
+
+
+def _pairs(pairs: Iterable[tuple[Span, Span]]) -> list[list[dict[str, float]]]:
+    return [[asdict(a), asdict(b)] for a, b in pairs]
+
+
+def summarise(ranks: Sequence[dict[str, Any]], on_cuda: bool, precision: str) -> dict[str, Any]:
+    """Medians over steps. Ranks step together, so that a step takes as long as on the slowest of them."""
+    series = {name: _series([rank["samples"][name] for rank in ranks]) for name in ("dealt", "longest")}
+    flops = ranks[0]["flops"] | {"step": sum(ranks[0]["flops"].values())}
+    peak = {name: statistics.fmean(rank["peak_flops"][name] for rank in ranks) for name in ranks[0]["peak_flops"]}
+    clock = "wall_s" if on_cuda else "cpu_s"
+    spent = series["longest"]["parts"] | {"step": series["longest"]}
+    utilisation = {
+        name: flops[name] / max(spent[name][clock], 1e-9) / peak[precision] for name in flops if name in spent
+    }
+    summary = {
+        "series": series,
+        "flops": flops,
+        "peak_flops": peak,
+        "peak_clock": clock,
+        "utilisation": utilisation,
+        "memory": {name: max(rank["memory"][name] for rank in ranks) for name in ranks[0]["memory"]},
+        "wire_bytes_per_step": max(rank["wire_bytes_per_step"] for rank in ranks),
+        "longest_frames": ranks[0]["longest_frames"],
+    }
+    if "with_and_without_wire" in ranks[0]:
+        summary["communication"] = _communication([rank["with_and_without_wire"] for rank in ranks])
+    if "plain" in ranks[0]:
+        summary["plain"] = _against_plain([rank["plain"] for rank in ranks])
+    return summary
+
+
+def _series(ranks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Of each rank's samples, which are as many."""
+    steps = list(zip(*ranks, strict=True))
+    walls = [max(s["wall_s"] for s in step) for step in steps]
+    every = [s for step in steps for s in step]
+    parts = {
+        name: {clock: statistics.median(s["parts"][name][clock] for s in every) for clock in ("wall_s", "cpu_s")}
+        for name in PARTS
+        if name in every[0]["parts"]
+    }
+    return {
+        "wall_s": statistics.median(walls),
+        "cpu_s": statistics.median(s["cpu_s"] for s in every),
+        "audio_s_per_s": statistics.median(step[0]["audio_s"] / wall for step, wall in zip(steps, walls, strict=True)),
+        "parts": parts,
+    }
+
+
+def _communication(ranks: Sequence[Sequence[Sequence[dict[str, float]]]]) -> dict[str, Any]:
+    alone = [statistics.median(without["wall_s"] for _, without in pairs) for pairs in ranks]
+    together = statistics.median(max(pair[0]["wall_s"] for pair in step) for step in zip(*ranks, strict=True))
+    without = statistics.median(max(pair[1]["wall_s"] for pair in step) for step in zip(*ranks, strict=True))
+    slowest, fastest = alone.index(max(alone)), alone.index(min(alone))
+    return {
+        "with_s": together,
+        "without_s": without,
+        "share": 1 - without / together,
+        "slowest_rank": slowest,
+        "slowest_s": alone[slowest],
+        "fastest_rank": fastest,
+        "fastest_s": alone[fastest],
+    }
+
+
+def _against_plain(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    pairs = [pair for rank in ranks for pair in rank["pairs"]]
+    clocks = ("wall_s", "cpu_s")
+    real = {clock: statistics.median(mine[clock] for mine, _ in pairs) for clock in clocks}
+    plain = {clock: statistics.median(its[clock] for _, its in pairs) for clock in clocks}
+    losses = ranks[0]["losses"]
+    return {
+        "precision": ranks[0]["precision"],
+        "real": real,
+        "plain": plain,
+        "ratio": {clock: plain[clock] / max(real[clock], 1e-9) for clock in clocks},
+        "losses": losses,
+        "difference": max(abs(a - b) / max(abs(a), 1e-9) for a, b in losses.values()),
+    }
+
+
+def parity_result(recipe: Recipe, share: Share) -> dict[str, Any]:
+    result = parity.measure(recipe, share.count)
+    sides = result["sides"]
+    key = sides["recipe"]["key"] | {"steps": recipe.bench.steps, "seed": recipe.train.seed}
+    return {"key": key, "measured_at": _now(), **result}
+
+
+def load_results(path: Path) -> list[dict[str, Any]]:
+    """The results kept in `path`, none when there is no such file.
+
+    Raises:
+        StageError: the file is not one of ours.
+    """
+    if not path.is_file():
+        return []
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("results"), list):
+        raise StageError(f"{path}: not results of this version of rvc_dist (format {FORMAT}); move it away")
+    results: list[dict[str, Any]] = data["results"]
+    return results
+
+
+def store(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Keep `result` in the place of one with the same key, and all others; returns all of them."""
+    plain = json.loads(json.dumps(result))
+    results = [r for r in load_results(path) if r["key"] != plain["key"]] + [plain]
+    write_json(path, {"format": FORMAT, "results": results})
+    return results

@@ -1,0 +1,142 @@
+"""Checks of what the data stages need that are still to come: their encoder, their pitch tracker, and room."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from rvc_dist.config import F0_PER_S, Recipe, f0_method_names
+from rvc_dist.data import decode, preprocess
+from rvc_dist.data.sources import list_sources
+from rvc_dist.features import extract, index
+from rvc_dist.features.content import load_embedder
+from rvc_dist.features.f0 import load_f0
+from rvc_dist.features.identity import EmbedderId
+from rvc_dist.runtime.accelerator import check_bf16, check_launcher
+from rvc_dist.tools.doctor.disk import existing_parent, judge_disk
+from rvc_dist.tools.doctor.findings import Result
+from rvc_dist.tools.doctor.machine import OPTIONAL_F0
+from rvc_dist.tools.doctor.team import Exam
+from rvc_dist.train import checkpoint
+from rvc_dist.workspace import Plan, SourceFile, StageError, Workspace
+
+CPU = torch.device("cpu")
+MAX_MEASURED = 200
+"""Recordings whose headers are read where no plan tells of them."""
+
+
+def features_done(recipe: Recipe) -> bool:
+    """Whether clips and features are those of this recipe and of the recordings that are there now."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    plan = Plan.load(work.plan_file)
+    if plan is None or preprocess.complete(recipe) is None:
+        return False
+    if "imported" not in plan.settings:
+        planned = {(f.path, f.size) for f in (*(f for u in plan.units for f in u.files), *plan.excluded)}
+        if planned != {(f.path, f.size) for f in list_sources(Path(recipe.data.audio_dir), work.root)}:
+            return False
+    return extract.complete(recipe) is True
+
+
+def check_start(exam: Exam, result: Result) -> None:
+    """Of a run alone: what training refuses at its start, and the recordings."""
+    del result
+    check_launcher(exam.recipe.train)
+    if exam.recipe.train.use_bf16:
+        check_bf16(exam.team.device)
+    exam.hosts = [socket.gethostname()] * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    plan = Plan.load(exam.work.plan_file)
+    if plan is None or "imported" not in plan.settings:
+        list_sources(Path(exam.recipe.data.audio_dir), exam.work.root)
+
+
+def check_encoder(exam: Exam, result: Result) -> None:
+    """The content encoder can be loaded: where it is missing the first rank fetches it."""
+    recipe, found = exam.recipe, None
+    if exam.has_features_to_make and exam.team.is_first:
+        try:
+            embedder = load_embedder(recipe.extract, recipe.model.version, CPU)
+            found = EmbedderId(embedder.name, embedder.weights_hash, embedder.mix).to_features()
+            found["width"] = embedder.width
+        except (ValueError, OSError, ImportError) as error:
+            fail(result, error, "extract.embedder_model")
+    (exam.embedder, *_) = exam.team.gather(found)
+    result.same[recipe.extract.embedder_model] = "needed" if exam.has_features_to_make else "not needed any more"
+
+
+def check_pitch_tracker(exam: Exam, result: Result) -> None:
+    """So can the pitch tracker; a package of it that is missing is told with the other packages."""
+    config = exam.recipe.extract
+    result.same[config.f0_method] = "needed" if exam.has_features_to_make else "not needed any more"
+    if not (exam.has_features_to_make and exam.team.is_first):
+        return
+    try:
+        load_f0(config, CPU)
+    except (ValueError, OSError) as error:
+        fail(result, error, "extract.f0_method")
+    except ImportError as error:
+        if not OPTIONAL_F0.keys() & set(f0_method_names(config.f0_method)):
+            fail(result, error, "extract.f0_method")
+
+
+def fail(result: Result, error: Exception, key: str) -> None:
+    what, put, how = str(error).partition(" Put ")
+    result.fail(what, f"put {how}" if put else f"mend what it names, or choose another {key}")
+
+
+def check_disk(exam: Exam, result: Result) -> None:
+    """The run's disk holds clips, features, index, checkpoints and voice files that are still to come."""
+    config, work = exam.recipe.train, exam.work
+    one = 3 * exam.weight_bytes + checkpoint.SPARE_BYTES  # weights, and two moments of each
+    kept = sum(f.stat().st_size for p in checkpoint.all_in(work.checkpoints_dir) for f in p.glob("*"))
+    voices = 3 * (sum(p.nbytes for p in exam.modules["generator"].parameters()) // 2) if exam.modules else 0
+    folders = (work.clips_dir, work.features_dir, work.index_dir)
+    there = sum(f.stat().st_size for folder in folders for f in folder.glob("*"))
+    data = max(0, round(sum(data_bytes(exam))) - there) if exam.has_features_to_make else 0
+    result.measured["for the data stages"] = (data / 1e9, "GB")
+    # The newest ones, the best, and the one being written before the oldest goes.
+    total = data + (config.keep_checkpoints + 2) * one + voices - kept
+    judge_disk(existing_parent(work.root), data + one, total, result)
+
+
+def data_bytes(exam: Exam) -> Iterator[float]:
+    """Bytes of clips, features and index when no recording is silent anywhere."""
+    recipe, width = exam.recipe, (exam.embedder or {}).get("width", 768)
+    seconds = recorded_seconds(exam)
+    if recipe.preprocess.cut_method != "skip":
+        seconds *= recipe.preprocess.chunk_len / (recipe.preprocess.chunk_len - recipe.preprocess.overlap_len)
+    frames = seconds * F0_PER_S / 2
+    vectors = frames if recipe.index.algorithm == "faiss" else min(frames, index.KMEANS_ABOVE)
+    yield seconds * recipe.data.sample_rate * 4
+    yield frames * (width + 2) * 4
+    yield 2 * vectors * width * 4  # total_fea.npy and the index file
+
+
+def recorded_seconds(exam: Exam) -> float:
+    plan = Plan.load(exam.work.plan_file)
+    if plan is not None and "imported" in plan.settings:
+        return sum(unit.duration_s for unit in plan.units)
+    with contextlib.suppress(StageError):  # another check says it
+        sources, found = measured(exam.recipe)
+        share = sum(source.size for source, *_ in found) / sum(s.size for s in sources)
+        return sum(seconds for *_, seconds in found) / share if share else 0.0
+    return 0.0
+
+
+def measured(recipe: Recipe) -> tuple[list[SourceFile], list[tuple[SourceFile, int, float]]]:
+    """The usable recordings of the dataset, and of at most MAX_MEASURED of them the rate in Hz and the seconds.
+
+    Raises:
+        StageError: there is none.
+    """
+    folder, found = Path(recipe.data.audio_dir), []
+    sources = [s for s in list_sources(folder, Path(recipe.run_dir)) if not s.reason]
+    for source in sources[:: -(-len(sources) // MAX_MEASURED)]:
+        with contextlib.suppress(decode.AudioError), decode.opened(folder / source.path) as recording:
+            found.append((source, recording.rate, recording.duration_s))  # preprocess leaves the others out
+    return sources, found

@@ -1,0 +1,190 @@
+"""The ranks of an examination: how they find each other, exchange what they found, and whether their clocks agree."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from rvc_dist.config import Recipe
+from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.runtime.accelerator import make_accelerator
+from rvc_dist.runtime.device import local_device
+from rvc_dist.tools.doctor.findings import Result, Severity, first_line, with_remedy
+from rvc_dist.train import deepspeed
+from rvc_dist.train.dataset import ClipTable
+from rvc_dist.workspace import Share, StageError, Workspace
+
+SAME_FOLDER = "every rank must see the same run folder and be given the same recipe: put run_dir on a shared filesystem"
+ANSWER_TIMEOUT_S = 60
+"""A rank that says nothing for so long is taken for lost."""
+MAX_CLOCK_SKEW_S = 5.0
+MEETING = (
+    "make sure that all ranks were started, and that MASTER_ADDR and MASTER_PORT name rank 0's host and a free port"
+)
+NETWORK = (
+    "let the nodes reach each other on all ports; where a node has several network interfaces name the one that "
+    "connects them (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); NCCL_DEBUG=INFO says what NCCL tried"
+)
+
+T = TypeVar("T")
+
+
+class Team:
+    """The ranks that joined, and an exchange of plain data that does not need the network of the GPUs."""
+
+    def __init__(self, rank: int = 0, accelerator: Accelerator | None = None) -> None:
+        self.rank, self.accelerator = rank, accelerator
+        self.count = int(accelerator.num_processes) if accelerator is not None else 1
+        self.device = accelerator.device if accelerator is not None else local_device()
+        self._group: Any = None
+        if self.count > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=ANSWER_TIMEOUT_S))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank does what one rank is enough for."""
+        return self.rank == 0 or self.count == 1
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank; the others wait for it.
+
+        Raises:
+            StageError: a rank did not answer; from then on this rank is alone.
+        """
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            self._group, self.count = None, 1
+            raise StageError(
+                f"a rank did not answer within {ANSWER_TIMEOUT_S} s ({first_line(error)}); what follows is of rank "
+                f"{self.rank} alone. Look at the other ranks' output; if they are alive, {NETWORK}"
+            ) from error
+        return values
+
+
+@dataclass
+class Exam:
+    """What is looked at, and what earlier checks leave for later ones."""
+
+    recipe: Recipe
+    team: Team
+    joined: Result = field(default_factory=Result)
+    """How the ranks found each other."""
+    hosts: list[str] = field(default_factory=list)
+    """Of every rank."""
+    table: ClipTable | None = None
+    """None when there are no features that fit the recipe."""
+    data_stages_done: bool = False
+    embedder: dict[str, Any] | None = None
+    """Of features that are still to be made: what `ClipTable.embedder` will be."""
+    shape: GeneratorShape | None = None
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    """Networks to be thrown away; empty when they cannot be built."""
+    step_s: float | None = None
+    """Estimated seconds of a whole step without communication."""
+
+    @property
+    def work(self) -> Workspace:
+        return Workspace(self.recipe.run_dir, self.recipe.name)
+
+    @property
+    def has_features_to_make(self) -> bool:
+        """Whether there are recordings, or clips, without the recipe's features."""
+        return not self.data_stages_done and (
+            Path(self.recipe.data.audio_dir).exists() or self.work.plan_file.is_file()
+        )
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks on this host."""
+        return max(1, self.hosts.count(socket.gethostname()))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for module in self.modules.values() for p in module.parameters())
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has found each of the others."""
+        return not any(p.severity == Severity.ERROR for p in self.joined.problems)
+
+
+def join(recipe: Recipe) -> Exam:
+    """Find the other ranks as training does; what goes wrong becomes a problem, and this rank goes on alone."""
+    joined = Result()
+    rank = Share.from_environment().index
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 0 < num_gpus <= local_rank:
+        joined.fail(
+            f"rank {rank} is number {local_rank} on its host but sees {num_gpus} GPU(s)",
+            "start no more ranks than GPUs, and let every task see all GPUs of its node (--gpus-per-node without "
+            "--gpus-per-task or --gpu-bind; no CUDA_VISIBLE_DEVICES of its own)",
+        )
+        return Exam(recipe, Team(rank), joined)
+    try:
+        # What the hardware cannot do is a finding of its own, no reason to stop here.
+        plain = replace(recipe.train, precision="fp32", bf16_adamw=False)
+        accelerator = make_accelerator(plain, ANSWER_TIMEOUT_S)
+        team = Team(accelerator.process_index, accelerator)
+    except StageError as error:
+        joined.fail(*with_remedy(str(error)))
+        return Exam(recipe, Team(rank), joined)
+    except (RuntimeError, ValueError, OSError) as error:  # what torch.distributed raises when ranks do not meet
+        joined.fail(f"the ranks did not find each other: {first_line(error)}", f"{MEETING}; {NETWORK}")
+        return Exam(recipe, Team(rank), joined)
+    return Exam(recipe, team, joined)
+
+
+def check_ranks(exam: Exam, result: Result) -> None:
+    """The launcher's ranks are all there, were given one recipe, and have clocks that agree."""
+    team = exam.team
+    result.problems += exam.joined.problems
+    exam.hosts = team.gather(socket.gethostname())
+    result.same |= {"ranks": str(team.count), "hosts": str(len(set(exam.hosts)))}
+    if team.count > 1:
+        result.same["backend"] = dist.get_backend()
+    if team.accelerator is not None and (stage := deepspeed.stage(team.accelerator)):
+        result.same["ZeRO stage"] = str(stage)
+    recipes = team.gather(dict(_settings(exam.recipe)))
+    for key in recipes[0]:
+        values = [str(settings[key]) for settings in recipes]
+        if len(set(values)) > 1:
+            result.same[key] = values[team.rank]
+    team.gather(None)  # so that all read their clocks at one moment
+    clocks = team.gather(time.time())
+    if team.is_first:
+        skewed_clocks(clocks, result)
+
+
+def _settings(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """`section.key` and its value."""
+    for section, values in recipe.to_dict().items():
+        if isinstance(values, dict):
+            yield from ((f"{section}.{key}", value) for key, value in values.items())
+        else:
+            yield section, values
+
+
+def skewed_clocks(clocks: Sequence[float], result: Result) -> None:
+    """Seconds since the epoch of every rank, read at one moment."""
+    spread = max(clocks) - min(clocks)
+    if spread > MAX_CLOCK_SKEW_S:
+        late, early = clocks.index(max(clocks)), clocks.index(min(clocks))
+        result.warn(
+            f"the clock of rank {late} is {spread:.0f} s ahead of rank {early}'s",
+            "let a time service (chrony, ntpd) set the clocks; until then the logs of the ranks are out of step",
+        )

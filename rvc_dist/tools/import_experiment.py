@@ -1,0 +1,773 @@
+"""The import stage: an experiment folder of Applio, ARVC or RVC-WebUI -> a run folder that goes on from there.
+
+Clips, content features, pitch, speakers, index and weights are taken over as they are; what is missing or does not fit
+is named and left to the other stages. Shapes: S samples, T50 and T100 frames at 50 and 100 a second, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, ModelConfig, Recipe
+from rvc_dist.data import decode
+from rvc_dist.data.preprocess import clips_report, imported_clip_settings, left_out_entry
+from rvc_dist.data.sources import content_of
+from rvc_dist.features.extract import feature_stamp, imported_feature_settings, mute_stamp
+from rvc_dist.features.identity import PUBLISHED
+from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
+from rvc_dist.features.index_file import check_index
+from rvc_dist.files import ForeignFileError, read_npy
+from rvc_dist.schema import SchemaError, read_bounded
+from rvc_dist.workspace import (
+    ClipsHeader,
+    FeaturesHeader,
+    Plan,
+    Share,
+    SourceFile,
+    StageError,
+    Unit,
+    Workspace,
+    atomic_write,
+    cut_units,
+    is_done,
+    printable,
+    read_json,
+    remove_leftovers,
+    save_arrays,
+    stamp,
+    unit_header,
+    wait_for,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[np.float32]
+
+CONTENT_PER_S = F0_PER_S // 2
+LENGTH_TOLERANCE_S = 0.1
+"""Features may be so much shorter or longer than their clip: trackers and encoders differ by a frame or two."""
+OVERLAP_S = 0.3
+"""Of neighbouring clips, as the tools cut them by default."""
+V1_WIDTH = 256
+MAX_NUMBERS = 1 << 26
+"""Of the features of one clip: half an hour."""
+SHOWN = 5
+MAX_LIST_BYTES = 1 << 25
+"""Of a filelist.txt: 100,000 clips with long paths."""
+MAX_LIST_LINES, MAX_MISSING = 300_000, 1000
+"""Of the list, and of its waves that are not there by name; more are only counted."""
+MAX_MUTES = 20
+"""Silent clips a speaker, and different files of them that are looked for."""
+
+WIDTHS = {
+    "inter_channels": "inter_channels",
+    "hidden_channels": "hidden_channels",
+    "filter_channels": "filter_channels",
+    "n_heads": "num_heads",
+    "n_layers": "num_layers",
+    "upsample_initial_channel": "upsample_initial_channel",
+    "gin_channels": "gin_channels",
+}
+"""`model` of an experiment's config.json -> our keys."""
+
+SAME_ENCODER = {
+    "contentvec_base": "contentvec",
+    "hubert_base": "contentvec",
+    "chinese_hubert_base": "chinese-hubert-base",
+    "japanese_hubert_base": "japanese-hubert-base",
+    "korean_hubert_base": "korean-hubert-base",
+}
+"""Other tools' names of content encoders -> those here; the hubert_base.pt of RVC holds ContentVec's weights."""
+
+
+class Layout(NamedTuple):
+    """Where a tool keeps what, relative to the experiment's folder."""
+
+    tools: str
+    waves: str
+    content: tuple[str, ...]
+    f0: str
+    """Pitch in Hz; the folder beside it has the same as 255 coarse steps."""
+
+
+LAYOUTS = (
+    Layout("Applio, ARVC", "sliced_audios", ("extracted", "v2_extracted", "v1_extracted"), "f0_voiced"),
+    Layout("RVC-WebUI", "0_gt_wavs", ("3_feature768", "3_feature256"), "2b-f0nsf"),
+)
+
+
+class FeatureError(ValueError):
+    """Features of a clip cannot be taken over; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment's folder, read as far as its small files go."""
+
+    folder: Path
+    layout: Layout
+    content_dir: Path | None
+    """None when no features were extracted."""
+    f0_dir: Path | None
+    """None when there is no pitch."""
+    width: int
+    """C of the content features, 0 without any."""
+    config: dict[str, Any]
+    info: dict[str, Any]
+    speakers: dict[str, int]
+    """Name of a wave -> speaker id, as filelist.txt has it."""
+    mutes: tuple[str, ...]
+    """Content features of the silent clips in filelist.txt, one entry a line."""
+
+    @property
+    def waves_dir(self) -> Path:
+        return self.folder / self.layout.waves
+
+    def content_file(self, wave: str) -> Path | None:
+        return self.content_dir and self.content_dir / f"{Path(wave).stem}.npy"
+
+    def f0_file(self, wave: str) -> Path | None:
+        return self.f0_dir and self.f0_dir / f"{wave}.npy"
+
+    def has_features(self, wave: str) -> bool:
+        """Whether the files are there, unread."""
+        files = [f for f in (self.content_file(wave), self.f0_file(wave)) if f is not None]
+        return bool(files) and all(f.is_file() for f in files)
+
+
+def run(recipe: Recipe, share: Share) -> None:
+    """Import the experiment `recipe.data.audio_dir` into the run folder, on the first rank.
+
+    Raises:
+        StageError: no experiment is there, nothing in it can be used, its waves have several sample rates, or the run
+            folder holds something else.
+    """
+    if not share.is_first:
+        wait_for("the import on rank 0", partial(complete, recipe))
+        return
+    experiment = read_experiment(Path(recipe.data.audio_dir))
+    work = Workspace(recipe.run_dir, recipe.name)
+    old = check_run_folder(work, recipe)
+    files = list_waves(experiment)
+    recipe = adapt(recipe, experiment, common_rate(experiment, files))
+    settings = imported_clip_settings(recipe)
+    listing = stamp([f.identity for f in files], feature_listing(experiment))
+    if old is not None and (old.listing, old.settings) == (listing, settings) and complete(recipe):
+        logger.info("import: %s was imported before, nothing to do", experiment.folder)
+        return
+    for report in (work.clips_report_file, work.features_report_file, work.index_report_file):
+        report.unlink(missing_ok=True)  # until the end nothing may look finished
+    plan = make_plan(experiment, files, listing, settings)
+    atomic_write(work.plan_file, plan.dumps())
+    features = imported_feature_settings(recipe, embedder(recipe, experiment))
+    for unit in plan.units:
+        import_unit(experiment, work, unit, settings, features, recipe.data.sample_rate)
+    finish(recipe, experiment, work, plan, features)
+
+
+def complete(recipe: Recipe) -> bool | None:
+    """True when the experiment is imported to the end, else None (for `wait_for`)."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    if not work.clips_report_file.is_file():  # written last
+        return None
+    plan = Plan.load(work.plan_file)
+    done = (
+        plan is not None
+        and _imports(plan, recipe)
+        and all(is_done(work.clips_file(u.id), u.stamp(plan.settings)) for u in plan.units)
+    )
+    return done or None
+
+
+def _imports(plan: Plan, recipe: Recipe) -> bool:
+    return "imported" in plan.settings and plan.settings["data.audio_dir"] == recipe.data.audio_dir
+
+
+def check_run_folder(work: Workspace, recipe: Recipe) -> Plan | None:
+    """The plan of an earlier import of the same experiment, or None when the run folder is free.
+
+    Raises:
+        StageError: the run folder holds something else, which is not overwritten.
+    """
+    if work.root.exists() and not work.root.is_dir():
+        raise StageError(f"run_dir: {work.root} is a file; expected a folder, or a name that is free")
+    plan = Plan.load(work.plan_file)
+    if plan is not None and _imports(plan, recipe):
+        return plan
+    taken = [p for p in (work.plan_file, work.config_file, work.features_dir, work.checkpoints_dir) if p.exists()]
+    if taken:
+        what = f"an import of {plan.settings['data.audio_dir']}" if plan and "imported" in plan.settings else "a run"
+        raise StageError(f"run_dir: {work.root} already holds {what} ({taken[0].name}); give another --run_dir")
+    return None
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """What is in an experiment's folder.
+
+    Raises:
+        StageError: it is missing, no folder, or laid out like none of LAYOUTS; says what was found.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise StageError(f"{folder} {what}; expected the folder of an experiment, such as logs/NAME")
+    layout = find_layout(folder)
+    speakers, mutes = read_filelist(folder / "filelist.txt")
+    content_dir = _with_arrays([folder / name for name in layout.content])
+    return Experiment(
+        folder=folder,
+        layout=layout,
+        content_dir=content_dir,
+        f0_dir=_with_arrays([folder / layout.f0]),
+        width=_width(content_dir) if content_dir else 0,
+        config=_json(folder / "config.json"),
+        info=_json(folder / "model_info.json"),
+        speakers=speakers,
+        mutes=mutes,
+    )
+
+
+def find_layout(folder: Path) -> Layout:
+    found = [layout for layout in LAYOUTS if any((folder / layout.waves).glob("*.wav"))]
+    if len(found) == 1:
+        return found[0]
+    expected = " or ".join(f"{layout.waves}/ ({layout.tools})" for layout in LAYOUTS)
+    if found:
+        both = " and ".join(f"{layout.waves}/" for layout in found)
+        raise StageError(f"{folder} has waves in {both}: move one of them away, or name an experiment of one tool")
+    inside = sorted(p.name for p in folder.iterdir() if any((p / layout.waves).is_dir() for layout in LAYOUTS))
+    if inside := [name for name in inside if not name.startswith("mute")]:  # the tools' silent clips
+        raise StageError(f"{folder} is no experiment but holds some: name one of them ({_some(inside)})")
+    here = [p.name + "/" * p.is_dir() for p in sorted(folder.iterdir())]
+    more = f" and {len(here) - 10} more" if len(here) > 10 else ""
+    raise StageError(
+        f"{folder} is not laid out as an experiment: expected .wav files in {expected}; "
+        f"found {', '.join(map(printable, here[:10])) + more if here else 'an empty folder'}"
+    )
+
+
+def _with_arrays(folders: list[Path]) -> Path | None:
+    """The first of `folders` with arrays in it."""
+    found = [folder for folder in folders if any(folder.glob("*.npy"))]
+    for folder in found[1:]:
+        logger.warning("import: %s is left out, %s is used", folder, found[0].name)
+    return found[0] if found else None
+
+
+def _width(content_dir: Path) -> int:
+    """C of the first features that can be read, 0 if none can."""
+    for path in sorted(content_dir.glob("*.npy")):
+        with contextlib.suppress(FeatureError):
+            return int(read_array(path, 2).shape[1])
+    return 0
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file of another tool: {} when there is none or it holds something else, which is said."""
+    if not path.is_file():
+        return {}
+    try:
+        data = read_json(path)
+    except (StageError, OSError):
+        data = None
+    if not isinstance(data, dict):
+        logger.warning("import: %s is not what its name says and is left out", path)
+        return {}
+    return data
+
+
+def read_filelist(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Speaker by name of the wave, and the features of the silent clips: `wave|content[|coarse f0|f0][...]|speaker`.
+
+    Paths are those of the machine that wrote it, Windows or not, so that only their names count here.
+    """
+    speakers: dict[str, int] = {}
+    mutes: list[str] = []
+    if not path.is_file():
+        return speakers, ()
+    try:
+        text = read_bounded(path, MAX_LIST_BYTES).decode(errors="replace")
+        if text.count("\n") > MAX_LIST_LINES:
+            raise SchemaError(f"more than {MAX_LIST_LINES} lines")
+    except SchemaError as error:
+        raise StageError(f"{path}: {error}; leave the list out, or shorten it to the experiment's clips") from error
+    wrong = []
+    for number, line in enumerate(text.splitlines(), 1):
+        fields = line.strip().split("|")
+        if len(fields) < 3 or not re.fullmatch(r"[0-9]{1,9}", fields[-1]):
+            wrong += [str(number)] if line.strip() else []
+            continue
+        name = _name(fields[0])
+        if name.startswith("mute"):
+            mutes.append(fields[1])
+        else:
+            speakers.setdefault(name, int(fields[-1]))
+    if wrong:
+        logger.warning("import: %s, line %s is not `wave|features|...|speaker id`", path, _some(wrong))
+    return speakers, tuple(mutes)
+
+
+def _name(path: str) -> str:
+    return PurePosixPath(path.replace("\\", "/")).name
+
+
+def list_waves(experiment: Experiment) -> list[SourceFile]:
+    """Every wave of the experiment in a fixed order, and those that filelist.txt has beyond; unusable with a reason."""
+    found = {p.name: p for p in experiment.waves_dir.glob("*.wav")}
+    files = []
+    missing = sorted(experiment.speakers.keys() - found.keys())
+    if len(missing) > MAX_MISSING:
+        logger.warning("import: %d waves of filelist.txt are missing, %d of them are named", len(missing), MAX_MISSING)
+    for name in sorted({*found, *missing[:MAX_MISSING]}):
+        speaker = experiment.speakers.get(name, _speaker_of(name))
+        if name not in found:
+            files.append(SourceFile(name, speaker, 0, 0, reason="in filelist.txt, but the wave is missing"))
+            continue
+        try:
+            status = found[name].stat()
+        except OSError as error:  # a link that leads nowhere
+            files.append(SourceFile(name, speaker, 0, 0, reason=f"cannot be read ({error.strerror})"))
+            continue
+        file = SourceFile(name, speaker, status.st_size, status.st_mtime_ns)
+        if not stat.S_ISREG(status.st_mode):  # a FIFO may never answer
+            file = replace(file, reason="not a regular file")
+        elif speaker >= MAX_SPEAKERS:
+            file = replace(file, reason=f"speaker id {speaker} is above {MAX_SPEAKERS - 1}")
+        else:
+            try:
+                file = replace(file, duration_s=round(decode.duration(found[name]), 6))
+            except decode.AudioError as error:
+                file = replace(file, reason=str(error))
+        files.append(file)
+    if all(f.reason for f in files):
+        raise _nothing(experiment, files)
+    unlisted = [name for name in sorted(found) if experiment.speakers and name not in experiment.speakers]
+    if unlisted:
+        logger.warning(
+            "import: %d clips are not in filelist.txt and are imported all the same (%s)",
+            len(unlisted),
+            _some(unlisted),
+        )
+    return in_their_recordings(files)
+
+
+def _speaker_of(name: str) -> int:
+    """The id in SPEAKER_RECORDING_CLIP.wav; other names are of speaker 0."""
+    match = re.fullmatch(r"(\d+)_\d+_\d+\.wav", name, re.ASCII)
+    return int(match[1]) if match else 0
+
+
+def recording_of(name: str) -> tuple[str, int]:
+    """What a clip was cut from and its number there, by its name: Applio's and ARVC's, RVC-WebUI's, rvc-next's."""
+    match = re.fullmatch(r"((?:\d+_)?\d+|ms\d+_s\d+_[0-9a-f]+)_(\d+)\.wav", name, re.ASCII)
+    return (match[1], int(match[2])) if match else (name, 0)
+
+
+def in_their_recordings(files: list[SourceFile]) -> list[SourceFile]:
+    """`files` with where each begins in its recording, as far as numbers and lengths tell.
+
+    The tools cut with an overlap, so each is taken to begin within the one before: only neighbours share samples.
+    """
+    ends_s: dict[tuple[int, str], float] = {}
+    starts_s = {}
+    for file in sorted(files, key=lambda f: recording_of(f.path)):
+        recording = (file.speaker, recording_of(file.path)[0])
+        starts_s[file.path] = round(max(0.0, ends_s.get(recording, 0.0) - OVERLAP_S), 6)
+        ends_s[recording] = starts_s[file.path] + file.duration_s
+    return [replace(f, start_s=starts_s[f.path]) for f in files]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+
+
+def _nothing(experiment: Experiment, files: list[SourceFile]) -> StageError:
+    lines = "".join(f"\n  {printable(f.path)}: {f.reason}" for f in files[:20])
+    more = f"\n  and {len(files) - 20} more" if len(files) > 20 else ""
+    return StageError(f"{experiment.waves_dir}: none of {len(files)} clips can be used{lines}{more}")
+
+
+def common_rate(experiment: Experiment, files: list[SourceFile]) -> int:
+    """The sample rate of every wave in Hz.
+
+    Raises:
+        StageError: there are several, config.json says another, or no network has it.
+    """
+    import soundfile
+
+    by_rate: dict[int, list[str]] = {}
+    for file in files:
+        if not file.reason:
+            by_rate.setdefault(int(soundfile.info(experiment.waves_dir / file.path).samplerate), []).append(file.path)
+    if len(by_rate) > 1:
+        listed = "; ".join(f"{rate} Hz: {len(n)} clips ({_some(n)})" for rate, n in sorted(by_rate.items()))
+        raise StageError(f"{experiment.waves_dir} has waves of several sample rates, expected one ({listed})")
+    (rate,) = by_rate
+    data = experiment.config.get("data")
+    said = data.get("sample_rate", data.get("sampling_rate", rate)) if isinstance(data, dict) else rate
+    if said != rate:
+        raise StageError(f"{experiment.folder / 'config.json'} says {said} Hz, the waves have {rate} Hz")
+    if rate not in RATES["v2"]:
+        expected = ", ".join(map(str, RATES["v2"]))
+        raise StageError(f"{experiment.waves_dir} has waves of {rate} Hz, expected one of {expected}")
+    return rate
+
+
+def adapt(recipe: Recipe, experiment: Experiment, rate: int) -> Recipe:
+    """`recipe` with what the experiment settles: rate, version, pitch guidance, widths of the network, encoder.
+
+    An `extract.embedder_model` other than the default is the user's word for the encoder, and stays.
+
+    Raises:
+        StageError: config.json has widths that no recipe can have.
+    """
+    model: dict[str, Any] = {}
+    widths = experiment.config.get("model")
+    if isinstance(widths, dict):
+        model |= {ours: widths[theirs] for theirs, ours in WIDTHS.items() if theirs in widths}
+    if experiment.content_dir:
+        model["version"] = "v1" if experiment.width == V1_WIDTH else "v2"
+        model["pitch_guidance"] = experiment.f0_dir is not None
+    encoder = recipe.extract.embedder_model
+    if encoder == Recipe().extract.embedder_model and (named := experiment.info.get("embedder_model")):
+        encoder = SAME_ENCODER.get(str(named), str(named))
+        if encoder not in PUBLISHED:  # a file of others makes no later stage fetch what it names
+            logger.warning(
+                "import: the encoder is one of the user's own (%s): name it with --extract.embedder_model",
+                printable(encoder[:80]),
+            )
+            encoder = "custom"
+    wrong = [f"{k}: {v!r}" for k, v in model.items() if type(v) is not type(getattr(ModelConfig(), k))]
+    try:
+        if wrong:
+            raise ConfigError(", ".join(wrong))
+        adapted = replace(
+            recipe,
+            data=replace(recipe.data, sample_rate=rate),
+            extract=replace(recipe.extract, embedder_model=encoder),
+            model=replace(recipe.model, **model),
+        )
+    except ConfigError as error:
+        raise StageError(f"{experiment.folder / 'config.json'} describes no network of ours: {error}") from error
+    logger.info(
+        "import: %s (%s), %d Hz, %s, %s, encoder %s",
+        experiment.folder,
+        experiment.layout.tools,
+        rate,
+        adapted.model.version,
+        "with pitch" if adapted.model.pitch_guidance else "without pitch",
+        encoder,
+    )
+    return adapted
+
+
+def embedder(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
+    """What `Extractor.describe` says of the encoder; its weights are not known."""
+    return {"name": recipe.extract.embedder_model, "width": experiment.width, "hash": ""}
+
+
+def feature_listing(experiment: Experiment) -> list[tuple[str, int, int]]:
+    """What changed arrays change."""
+    folders = [d for d in (experiment.content_dir, experiment.f0_dir) if d]
+    status = [(p, p.stat()) for folder in folders for p in sorted(folder.glob("*.npy"))]
+    return [(f"{p.parent.name}/{p.name}", s.st_size, s.st_mtime_ns) for p, s in status]
+
+
+def make_plan(experiment: Experiment, files: list[SourceFile], listing: str, settings: dict[str, Any]) -> Plan:
+    """The work list: clips with features before those without, so that hardly any unit has both kinds."""
+    usable = sorted((f for f in files if not f.reason), key=lambda f: not experiment.has_features(f.path))
+    return Plan(listing, settings, cut_units(usable), tuple(f for f in files if f.reason))
+
+
+def import_unit(
+    experiment: Experiment,
+    work: Workspace,
+    unit: Unit,
+    settings: dict[str, Any],
+    features: dict[str, Any],
+    rate: int,
+) -> None:
+    """Write the clips of one unit and, when all of them have features, these; nothing when that is done."""
+    clips_stamp = unit.stamp(settings)
+    wanted = feature_stamp(features, clips_stamp)
+    clips_done = is_done(work.clips_file(unit.id), clips_stamp)
+    if clips_done and (not experiment.content_dir or is_done(work.features_file(unit.id), wanted)):
+        return
+    waves: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
+    clips: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
+    for file in unit.files:
+        entry = {"path": file.path, "speaker": file.speaker, "seconds_in": file.duration_s, "clips": 0}
+        told.append(entry | {"seconds_out": 0.0, "lost": {decode.UNREADABLE: file.duration_s}, "reason": ""})
+        try:
+            wave, _ = decode.decode(experiment.waves_dir / file.path)
+        except decode.AudioError as error:
+            told[-1]["reason"] = str(error)
+            continue
+        key = f"{len(clips):05d}"
+        clip = {"speaker": file.speaker, "source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
+        clip["content"] = content_of(experiment.waves_dir / file.path)
+        waves[key] = wave
+        clips.append(clip)
+        seconds = round(len(wave) / rate, 6)
+        told[-1] |= {"clips": 1, "seconds_in": seconds, "seconds_out": round(seconds, 3), "lost": {}}
+        if not experiment.content_dir:
+            continue
+        try:
+            content, f0 = read_features(experiment, file.path, len(wave) / rate)
+        except FeatureError as error:
+            told[-1]["reason"] = f"features not imported: {error}"
+            continue
+        arrays[f"{key}.content"], arrays[f"{key}.f0"] = content, f0
+        sizes.append(clip | {"num_samples": len(wave), "num_content": len(content), "num_f0": len(f0)})
+    if experiment.content_dir and len(sizes) == len(clips):
+        header = {"stamp": wanted, "sample_rate": rate, "embedder": features["embedder"], "clips": sizes}
+        save_arrays(work.features_file(unit.id), arrays, header)
+    # After the features: a unit whose clips are there has what it could have.
+    save_arrays(
+        work.clips_file(unit.id), waves, {"stamp": clips_stamp, "sample_rate": rate, "clips": clips, "files": told}
+    )
+
+
+def read_features(experiment: Experiment, wave: str, seconds: float) -> tuple[Array, Array]:
+    """Content [T50, C] and f0 [T100] of a clip; f0 is 0 where the experiment has no pitch.
+
+    Raises:
+        FeatureError: a file is missing or is not what it should be.
+    """
+    content_file, f0_file = experiment.content_file(wave), experiment.f0_file(wave)
+    assert content_file is not None
+    content = read_array(content_file, 2)
+    if content.shape[1] != experiment.width:
+        raise FeatureError(f"{content_file.parent.name}: {content.shape[1]} wide, the others {experiment.width}")
+    _check_length(content_file, content, CONTENT_PER_S, seconds)
+    if f0_file is None:
+        return content, np.zeros(2 * len(content), np.float32)
+    f0 = read_array(f0_file, 1)
+    if f0.min(initial=0.0) < 0.0:
+        raise FeatureError(f"{f0_file.parent.name}: a pitch below 0 Hz")
+    _check_length(f0_file, f0, F0_PER_S, seconds)
+    return content, f0
+
+
+def read_array(path: Path, num_dims: int) -> Array:
+    """A float32 copy of what is in an .npy file; nothing in it is run.
+
+    Raises:
+        FeatureError: it is missing, no array of numbers of `num_dims` dimensions, empty, or not finite.
+    """
+    try:
+        data = read_npy(path)
+    except FileNotFoundError:
+        raise FeatureError(f"{path.parent.name}: missing") from None
+    except (ForeignFileError, OSError) as error:
+        raise FeatureError(f"{path.parent.name}: {error}") from error
+    if data.ndim != num_dims or data.size > MAX_NUMBERS:
+        what = f"{data.dtype} {list(data.shape)}, expected at most {MAX_NUMBERS} numbers in {num_dims} dimensions"
+        raise FeatureError(f"{path.parent.name}: {what}")
+    array: Array = np.ascontiguousarray(data, np.float32)
+    if not np.isfinite(array).all():
+        raise FeatureError(f"{path.parent.name}: values that are not finite")
+    return array
+
+
+def _check_length(path: Path, array: Array, per_s: int, seconds: float) -> None:
+    if abs(len(array) / per_s - seconds) > LENGTH_TOLERANCE_S:
+        raise FeatureError(f"{path.parent.name}: {len(array) / per_s:.2f} s long, the clip {seconds:.2f} s")
+
+
+def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, features: dict[str, Any]) -> None:
+    """All that comes after the units: silent clips, reports, index, weights and the recipe."""
+    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "import") for u in plan.units]
+    files = [dict(f) for h in headers for f in h["files"]] + [left_out_entry(f) for f in plan.excluded]
+    files.sort(key=lambda f: (f["speaker"], f["path"]))
+    used = [f for f in files if f["clips"]]
+    for file in files:
+        if file["reason"]:
+            logger.warning("import: %s: %s", printable(file["path"]), file["reason"])
+    if not used:
+        raise _nothing(experiment, [SourceFile(f["path"], f["speaker"], 0, 0, reason=f["reason"]) for f in files])
+    remove_leftovers(work.clips_dir, len(plan.units))
+    remove_leftovers(work.features_dir, len(plan.units))
+    stamps = [u.stamp(plan.settings) for u in plan.units]
+    whole = bool(experiment.content_dir) and all(
+        is_done(work.features_file(u.id), feature_stamp(features, s)) for u, s in zip(plan.units, stamps, strict=True)
+    )
+    if whole:
+        recipe = import_mutes(recipe, experiment, work, features, {f["speaker"] for f in used})
+        made = [unit_header(work.features_file(u.id), FeaturesHeader, "import") for u in plan.units]
+        frames = sum(c["num_content"] for header in made for c in header["clips"])
+        write_json(work.features_report_file, {"settings": features, "clips": stamp(stamps), "content_frames": frames})
+        import_index(recipe, experiment, work, frames)
+    recipe = import_weights(recipe, experiment, work, 1 + max(f["speaker"] for f in used))
+    work.save_recipe(recipe.to_yaml())
+    total_s = _total_seconds(experiment) or sum(f["seconds_in"] for f in used)
+    report = clips_report(files, total_s) | {
+        "imported": str(experiment.folder),
+        "files_without_features": sum(1 for f in used if f["reason"]) if experiment.content_dir else len(used),
+    }
+    write_json(work.clips_report_file, report)
+    logger.info(
+        "import: %d clips, %d left out, %s; go on with `rvc-dist run --config %s`",
+        len(used),
+        len(files) - len(used),
+        "with all features" if whole else f"{report['files_without_features']} without features, for extract to make",
+        work.config_file,
+    )
+
+
+def _total_seconds(experiment: Experiment) -> float:
+    """Length of the recordings that the clips were cut from, which overlap; 0 when it is not told."""
+    value = experiment.info.get("total_seconds")
+    return float(value) if isinstance(value, (int, float)) and 0.0 < value < float("inf") else 0.0
+
+
+def import_mutes(
+    recipe: Recipe, experiment: Experiment, work: Workspace, features: dict[str, Any], speakers: set[int]
+) -> Recipe:
+    """Take over the features of silence; without any there are no silent clips, since they would need the encoder."""
+    different = [*dict.fromkeys(experiment.mutes)][:MAX_MUTES]  # every speaker has the same
+    path = next(filter(None, (_find_mute(experiment, mute) for mute in different)), None)
+    count, content = min(MAX_MUTES, round(len(experiment.mutes) / len(speakers))), None
+    if path is not None:
+        try:
+            content = read_array(path, 2)
+            if content.shape[1] != experiment.width:
+                raise FeatureError(f"{content.shape[1]} wide, the clips' features {experiment.width}")
+        except FeatureError as error:
+            logger.warning("import: silent clips are left out: %s: %s", path, error)
+            content = None
+    elif experiment.mutes:
+        logger.warning("import: silent clips are left out: %s is not to be found", experiment.mutes[0])
+    if content is None or not count:
+        return replace(recipe, extract=replace(recipe.extract, include_mutes=0))
+    recipe = replace(recipe, extract=replace(recipe.extract, include_mutes=count))
+    header = {
+        "stamp": mute_stamp(recipe, features),
+        "num_samples": len(content) * recipe.data.sample_rate // CONTENT_PER_S,
+        "num_content": len(content),
+        "num_f0": 2 * len(content),
+    }
+    arrays = {"00000.content": content, "00000.f0": np.zeros(2 * len(content), np.float32)}
+    save_arrays(work.mute_file, arrays, header)
+    return recipe
+
+
+def _find_mute(experiment: Experiment, written: str) -> Path | None:
+    """The file of a path in filelist.txt: absolute, relative to the tool's folder, or beside the experiment.
+
+    A list may name any file of this machine; only what the tools call a silent clip's features is looked at.
+    """
+    path = Path(written.replace("\\", "/"))
+    if not re.search(r"(?:^|/)mute[^/]*(?:/[^/]*)?/mute[^/\0]*\.npy$", path.as_posix()) or ".." in path.parts:
+        return None
+    logs = experiment.folder.parent
+    tried = [path] if path.is_absolute() else [logs.parent / path]
+    tried += [logs.joinpath(*path.parts[-3:]), experiment.folder / path.name]
+    return next((p for p in tried if p.is_file()), None)
+
+
+def import_index(recipe: Recipe, experiment: Experiment, work: Workspace, frames: int) -> None:
+    """Take over the newest index if it holds the imported features; else the index stage makes one."""
+    files = [p for p in experiment.folder.glob("*.index") if not p.name.startswith("trained_")]
+    if not files:
+        return
+    path = max(files, key=lambda p: p.stat().st_mtime)
+    try:
+        import faiss
+
+        found = check_index(path, experiment.width)
+        if not found.num_cells:
+            raise ForeignFileError("it has no cells")
+        if found.num_vectors != frames and not (frames > KMEANS_ABOVE and found.num_vectors == KMEANS_CENTRES):
+            raise ForeignFileError(f"it has {found.num_vectors} vectors, the features {frames} frames")
+    except ImportError:
+        return  # the index stage says what to install
+    except ForeignFileError as error:
+        logger.warning("import: the index stage makes a new index, since %s is of no use: %s", path.name, error)
+        return
+    whole = faiss.read_index(str(path))
+    inverted = faiss.extract_index_ivf(whole)
+    inverted.nprobe = recipe.index.nprobe
+    file = work.index_dir / index_name(recipe, inverted.nlist, recipe.index.nprobe)
+    vectors = io.BytesIO()
+    np.save(vectors, whole.reconstruct_n(0, whole.ntotal))
+    atomic_write(work.vectors_file, vectors.getvalue())
+    atomic_write(file, faiss.serialize_index(whole).tobytes())
+    report = {"file": file.name, "frames": frames, "vectors": whole.ntotal, "cells": inverted.nlist}
+    write_json(work.index_report_file, {"stamp": wanted_stamp(recipe, work), **report})
+    logger.info("import: index %s", path.name)
+
+
+def weight_pairs(folder: Path) -> Iterator[tuple[int, Path, Path]]:
+    """(step, generator, discriminator), the highest step first: from that one the other tools go on."""
+    numbered = {int(m[1]): p for p in folder.glob("G_*.pth") if (m := re.fullmatch(r"G_(\d+)\.pth", p.name, re.ASCII))}
+    for step in sorted(numbered, reverse=True):
+        other = folder / f"D_{step}.pth"
+        if other.is_file():
+            yield step, numbered[step], other
+        else:
+            logger.warning("import: %s is left out: %s is missing", numbered[step].name, other.name)
+
+
+def import_weights(recipe: Recipe, experiment: Experiment, work: Workspace, num_speakers: int) -> Recipe:
+    """Let training start from the newest weights that fit the recipe's networks; the user's own go before."""
+    if recipe.train.pretrained_g or recipe.train.pretrained_d:
+        logger.info("import: training starts from the recipe's weights, not from the experiment's")
+        return recipe
+    for step, generator, discriminator in weight_pairs(experiment.folder):
+        try:
+            kept_g, kept_d = keep_weights(recipe, experiment, work, (generator, discriminator), num_speakers)
+        except StageError as error:
+            logger.warning("import: the weights of step %d are left out: %s", step, error)
+            continue
+        logger.info(
+            "import: training starts from %s and %s: weights alone, without the optimizers' moments",
+            generator.name,
+            discriminator.name,
+        )
+        return replace(recipe, train=replace(recipe.train, pretrained_g=kept_g, pretrained_d=kept_d))
+    logger.warning("import: no weights to start from; set train.pretrained_g and train.pretrained_d")
+    return recipe
+
+
+def keep_weights(
+    recipe: Recipe, experiment: Experiment, work: Workspace, files: tuple[Path, Path], num_speakers: int
+) -> list[str]:
+    """Write the weights of G and of D, without the optimizers, into the run folder; returns where.
+
+    Raises:
+        StageError: a file cannot be read, or does not fit the recipe.
+    """
+    import torch
+
+    from rvc_dist.models.state_dict import to_upstream
+    from rvc_dist.train import checkpoint, networks
+    from rvc_dist.train.dataset import ClipTable
+
+    width = experiment.width or (V1_WIDTH if recipe.model.version == "v1" else 768)
+    table = ClipTable((), (), width, embedder(recipe, experiment), num_speakers)
+    train = replace(
+        recipe.train, pretrained_g=str(files[0]), pretrained_d=str(files[1]), activation_checkpointing=False
+    )
+    _, modules = networks.build(replace(recipe, train=train), table)
+    kept = [work.pretrained_dir / file.name for file in files]
+    for target, name in zip(kept, checkpoint.MODELS, strict=True):
+        buffer = io.BytesIO()
+        torch.save({"model": to_upstream(modules[name].state_dict())}, buffer)
+        atomic_write(target, buffer.getvalue())
+    return [str(target) for target in kept]

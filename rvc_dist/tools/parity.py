@@ -1,0 +1,127 @@
+"""`rvc-dist bench --parity`: the same steps in plain float32 and as the recipe says, and the difference in every loss.
+
+Both sides begin with the same weights and see the same clips with the same noise.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rvc_dist.config import Recipe, TrainConfig
+from rvc_dist.tools.measuring import MeasuredTrainer
+from rvc_dist.workspace import StageError
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
+PLAIN = {
+    "fast_train": False,
+    "bf16_adamw": False,
+    "precision": "fp32",
+    "optimizer": "adamw",
+    "compile": "never",
+    "grad_compression": "none",
+}
+"""The settings of the float32 side; all others are the recipe's."""
+
+
+def asked_for(config: TrainConfig, num_ranks: int) -> list[str]:
+    """The settings of a recipe that can make its losses differ from the float32 side's.
+
+    Raises:
+        StageError: there is none.
+    """
+    effective = {
+        "fast_train": config.fast_train,
+        "bf16_adamw": config.bf16_adamw,
+        "precision": config.precision,
+        "optimizer": config.optimizer,
+        # "auto" compiles only with fast_train, which is named already.
+        "compile": "never" if config.compile == "auto" else config.compile,
+        "grad_compression": config.grad_compression if num_ranks > 1 else "none",
+    }
+    settings = [f"{name} {str(value).lower()}" for name, value in effective.items() if value != PLAIN[name]]
+    if not settings:
+        raise StageError(
+            "--parity: nothing to compare, since the recipe already trains in plain float32 with AdamW; set "
+            "train.fast_train, train.bf16_adamw, train.precision, train.optimizer or train.compile"
+        )
+    return settings
+
+
+@contextmanager
+def kept_kernel_settings() -> Iterator[None]:
+    """Afterwards the process has the kernel settings of before: `apply_kernel_settings` only switches them on."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags = (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    variables = {name: os.environ.get(name) for name in ALLOCATOR_VARIABLES}
+    try:
+        yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = flags
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
+    """Train `bench.steps` steps on both sides; plain data, the same on all ranks.
+
+    Raises:
+        StageError: as `asked_for` does.
+    """
+    settings = asked_for(recipe.train, num_ranks)
+    # prodigy multiplies a rate that it finds by itself, so its 1.0 means nothing to AdamW.
+    rate = TrainConfig.learning_rate if recipe.train.optimizer == "prodigy" else recipe.train.learning_rate
+    plain = replace(recipe, train=replace(recipe.train, learning_rate=rate, **PLAIN))  # type: ignore[arg-type]
+    sides = {name: _follow(side) for name, side in (("float32", plain), ("recipe", recipe))}
+    curves = {name: side.pop("losses") for name, side in sides.items()}
+    names = list(dict.fromkeys(key for step in curves["float32"] for key in step))
+    return {
+        "settings": settings,
+        "sides": sides,
+        "curves": {key: {name: [step.get(key) for step in curve] for name, curve in curves.items()} for key in names},
+        "compared": {key: _compare(*([step.get(key) for step in curve] for curve in curves.values())) for key in names},
+    }
+
+
+def _follow(recipe: Recipe) -> dict[str, Any]:
+    with kept_kernel_settings():
+        trainer = MeasuredTrainer(recipe)
+        try:
+            losses, spans = trainer.follow(recipe.bench.steps)
+            key, machine = trainer.key(), trainer.machine()
+        finally:
+            trainer.close()
+    del trainer
+    gc.collect()  # of networks and optimizers that refer to one another: the other side needs their memory
+    seconds = statistics.median(span.wall_s for span in spans[1:] or spans)
+    return {"losses": losses, "step_s": seconds, "key": key, "machine": machine}
+
+
+def _compare(ours: list[float | None], theirs: list[float | None]) -> dict[str, Any] | None:
+    """Two curves in numbers; steps without finite gradients on either side are left out."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return None
+    means = [statistics.fmean(side) for side in zip(*pairs, strict=True)]
+    difference = statistics.fmean(abs(a - b) for a, b in pairs)
+    size = statistics.fmean(abs(a) for a, _ in pairs)
+    return {
+        "first": pairs[0],
+        "last": pairs[-1],
+        "mean": means,
+        "steps": len(pairs),
+        "absolute": difference,
+        "relative": difference / size if size else 0.0,
+    }

@@ -1,0 +1,546 @@
+"""Checkpoints: saved whole or not at all, verified before they are used; pretrained weights.
+
+A checkpoint is a directory of safetensors and JSON files, written beside its final name and renamed. `manifest.json`,
+written last, lists every file's size and SHA-256. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rvc_dist.features.identity import EmbedderId
+from rvc_dist.files import ForeignFileError
+from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.models.torch_file import load_pth, weights
+from rvc_dist.schema import (
+    MAX_JSON_BYTES,
+    Count,
+    FileName,
+    Positive,
+    SchemaError,
+    SpeakerId,
+    check,
+    parse_json,
+    read_bounded,
+)
+from rvc_dist.train.optimizers import OptimizerState
+from rvc_dist.workspace import StageError, atomic_write, read_json, space
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Raised when a checkpoint of before can no longer be continued."""
+MANIFEST, STATE = "manifest.json", "state.json"
+MODELS = ("generator", "discriminator")
+FILES = (*(f"{name}.safetensors" for n in MODELS for name in (n, f"optimizer_{n}")), STATE)
+SPARE_BYTES = 16 << 20
+"""Free space beyond the tensors themselves that a checkpoint asks for."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. All of it is in the checkpoint, none of it in a file name."""
+
+    step: int = 0
+    """Steps done, those without an update included."""
+    epoch: int = 0
+    """Epochs completed."""
+    seen: tuple[tuple[int, int], ...] = ()
+    """Of the current epoch: (clips of a global batch, steps of that size), one entry a change of size."""
+    best_metric: float | None = None
+    best_step: int = 0
+    best_epoch: int = 0
+    bad_streak: int = 0
+    """Last steps in a row whose gradients were not finite."""
+    rolled_back_at: int | None = None
+    """The step at which such a row last made the run go back to a checkpoint."""
+
+
+class WrittenFile(TypedDict):
+    """Of a file in MANIFEST."""
+
+    bytes: Count
+    sha256: str
+
+
+class MeterState(TypedDict):
+    names: list[str]
+    ranks: list[list[float]]
+
+
+class OldState(TypedDict):
+    """What is in STATE of every version of FORMAT."""
+
+    format: int
+    progress: Progress
+    identity: dict[str, Any]
+    optimizer_groups: dict[str, list[dict[str, Any]]]
+    meter: MeterState
+    num_ranks: Positive
+
+
+class StateFile(OldState, total=False):
+    trained_speakers: list[SpeakerId]
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint in memory."""
+
+    progress: Progress
+    identity: dict[str, Any]
+    """What must match for the weights to mean the same: shapes, rates, embedder, optimizer."""
+    models: dict[str, dict[str, Tensor]]
+    """State dicts by MODELS."""
+    optimizers: dict[str, OptimizerState]
+    """By MODELS."""
+    meter: dict[str, Any] = field(default_factory=lambda: {"names": [], "ranks": []})
+    """`Meter.state` of a run that stopped between two log lines."""
+    num_ranks: int = 1
+    trained_speakers: tuple[int, ...] = ()
+    """Speaker ids that were ever trained, rising; none where an older version of rvc_dist wrote the checkpoint."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """`fingerprint.of_data`; empty where an older version wrote it."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """File stem to what it holds."""
+        states = {f"optimizer_{name}": state.tensors for name, state in self.optimizers.items()}
+        return {**self.models, **states}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for tensors in self.tensors().values() for t in tensors.values())
+
+    def to_host(self) -> Checkpoint:
+        """With the weights copied to host memory, where training cannot change them; optimizer states are there."""
+        copies = {n: {k: t.detach().to("cpu", copy=True) for k, t in w.items()} for n, w in self.models.items()}
+        return replace(self, models=copies)
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time: training waits only for the copy to host memory."""
+
+    def __init__(
+        self, folder: Path, keep: int, check: Callable[[], None] = lambda: None, limit_s: float = 600.0
+    ) -> None:
+        self.folder, self.keep, self.limit_s = folder, keep, limit_s
+        self.check = check
+        """Called before each: raises a StageError when this process may not write here any more."""
+        self.error: StageError | None = None
+        """Why the last one could not be written."""
+        self._thread: threading.Thread | None = None
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        """Copy `checkpoint` and begin to write it, after the one before is written."""
+        self.wait()
+        if self._thread is None:
+            args = (checkpoint.to_host(),)
+            self._thread = threading.Thread(target=self._write, args=args, name="checkpoint writer", daemon=True)
+            self._thread.start()
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.check()
+            path = save(self.folder, checkpoint)
+            prune(self.folder, self.keep, checkpoint.progress.best_step)
+        except StageError as error:
+            self.error = error
+        except OSError as error:
+            self.error = StageError(f"{self.folder}: old checkpoints cannot be removed ({error})")
+        except BaseException as error:
+            self.error = StageError(
+                f"{self.folder}: the checkpoint of step {checkpoint.progress.step} cannot be written ({error!r}); "
+                f"{space(self.folder, checkpoint.num_bytes)}; earlier checkpoints are untouched and the same command "
+                "goes on from them"
+            )
+            raise  # a fault of ours: the thread's traceback is printed and logged
+        else:
+            logger.info("saved %s", path)
+
+    def wait(self, limit_s: float | None = None) -> None:
+        """Return when nothing is being written any more, or with an error after `limit_s`, by default self.limit_s."""
+        if self._thread is not None:
+            self._thread.join(self.limit_s if limit_s is None else limit_s)
+            if self._thread.is_alive():
+                self.error = StageError(
+                    f"{self.folder}: the last checkpoint is still being written: its disk does not answer, or not in "
+                    "train.timeout_s; earlier checkpoints are untouched"
+                )
+            else:
+                self._thread = None
+
+
+def prepare_folder(folder: Path, num_bytes: int) -> None:
+    """Make sure, before any step, that a checkpoint of `num_bytes` can be written; remove what killed runs left.
+
+    Raises:
+        StageError: the folder cannot be written to, or its disk is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / ".probe", "")
+        (folder / ".probe").unlink()
+        for path in folder.glob(".step_*.tmp"):
+            _clear(path)
+    except OSError as error:
+        raise StageError(
+            f"{folder}: checkpoints cannot be written there ({error.strerror}); nothing was trained. Make the folder "
+            "writable or choose another run_dir"
+        ) from error
+    _check_space(folder, num_bytes)
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + SPARE_BYTES:
+        raise StageError(
+            f"{folder}: a checkpoint needs {(num_bytes + SPARE_BYTES) / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB "
+            "free; earlier checkpoints are untouched. Free some space (or lower train.keep_checkpoints) and run the "
+            "same command"
+        )
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `checkpoint` below `folder` and return its directory.
+
+    Raises:
+        StageError: the disk is full or refuses; what was there before is untouched.
+    """
+    final = folder / f"step_{checkpoint.progress.step:08d}"
+    beside = folder / f".{final.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        beside.mkdir(parents=True)
+        _check_space(folder, checkpoint.num_bytes)
+        for name, tensors in checkpoint.tensors().items():
+            _save_tensors(beside / f"{name}.safetensors", tensors)
+        state = {
+            "format": FORMAT,
+            "progress": asdict(checkpoint.progress),
+            "identity": checkpoint.identity,
+            "optimizer_groups": {name: s.groups for name, s in checkpoint.optimizers.items()},
+            "meter": checkpoint.meter,
+            "num_ranks": checkpoint.num_ranks,
+            "trained_speakers": checkpoint.trained_speakers,
+            "data": checkpoint.data,
+        }
+        atomic_write(beside / STATE, json.dumps(state, indent=1))
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(beside.iterdir())}
+        atomic_write(beside / MANIFEST, json.dumps(manifest, indent=1))
+        _sync_folder(beside)
+        if os.path.lexists(final):
+            discard(final, beside)
+        else:
+            beside.rename(final)
+        _sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise StageError(
+            f"{final}: cannot be written ({reason}); {space(folder, checkpoint.num_bytes + SPARE_BYTES)}; earlier "
+            "checkpoints are untouched. Free some space, or raise the limit, and run the same command"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            _clear(beside)
+    return final
+
+
+def discard(path: Path, successor: Path | None = None) -> None:
+    """Remove a checkpoint, under another name: when this is killed halfway, no half of it looks like a whole one.
+
+    Its place is taken by `successor`.
+    """
+    aside = path.with_name(f".{path.name}.old.tmp")
+    _clear(aside)
+    path.rename(aside)
+    if successor is not None:
+        successor.rename(path)
+    _clear(aside)
+
+
+def _clear(path: Path) -> None:
+    """Remove a folder, or a link to one, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with path.open("xb") as stream:
+        mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path)
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # safetensors 0.8 makes a file that its owner alone may read
+        path.chmod(mode)
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def all_in(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, oldest first; copies that a user made under other names are none."""
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8}", p.name) and p.is_dir())
+
+
+def whole_in(folder: Path) -> list[Path]:
+    """The checkpoints below `folder` that are as they were written, oldest first; a warning names the others.
+
+    Raises:
+        StageError: there are some, and none is whole.
+    """
+    problems = {path: damage(path) for path in all_in(folder)}
+    whole = [path for path, found in problems.items() if not found]
+    if problems and not whole:
+        verify(max(problems))
+    for path in problems.keys() - set(whole):
+        logger.warning("%s is damaged and was passed over (%s); remove it", path, "; ".join(problems[path]))
+    return whole
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint; one without a manifest, which is written last, was never whole or is half removed."""
+    for path in reversed(all_in(folder)):
+        if (path / MANIFEST).is_file():
+            return path
+        logger.warning("%s has no %s and is passed over: it was never whole, or is half removed", path, MANIFEST)
+    return None
+
+
+def prune(folder: Path, keep: int, best_step: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    found = [p for p in all_in(folder) if (p / MANIFEST).is_file()]
+    for path in found[:-keep]:
+        if path.name != f"step_{best_step:08d}":
+            discard(path)
+
+
+def damage(path: Path) -> list[str]:
+    """What is wrong with a checkpoint's files; empty when all are as they were written."""
+    if not (path / MANIFEST).is_file():
+        return [f"{MANIFEST} is missing"]
+    try:
+        wanted_files = parse_json(read_bounded(path / MANIFEST, MAX_JSON_BYTES), dict[FileName, WrittenFile])
+    except SchemaError as error:
+        return [f"{MANIFEST} is not what was written ({error})"]
+    problems = [f"{name} is not in {MANIFEST}" for name in FILES if name not in wanted_files]
+    for name in set(FILES) & wanted_files.keys():
+        file, size, digest = path / name, wanted_files[name]["bytes"], wanted_files[name]["sha256"]
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes, expected {size}")
+        elif _sha256(file) != digest:
+            problems.append(f"{name} was changed (its SHA-256 differs)")
+    return problems
+
+
+def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
+    """Nothing, if the checkpoint in `path` is as it was written and belongs to this run.
+
+    Raises:
+        StageError: files are damaged, or `identity` differs from the checkpoint's; every mismatch is listed, and the
+            newest whole checkpoint besides it is named.
+    """
+    problems = damage(path)
+    if problems:
+        whole = [p for p in all_in(path.parent) if p != path and not damage(p)]
+        remedy = (
+            f"remove {path.name} to continue from {whole[-1].name}, the newest whole checkpoint"
+            if whole
+            else "no other whole checkpoint is left; remove the folder to start over"
+        )
+        raise StageError(f"{path} is damaged and was not used; {remedy}" + "".join(f"\n  {p}" for p in problems))
+    state = _state(path)
+    if identity is not None:
+        check_identity(path, state["identity"], identity)
+
+
+def identity_of(path: Path) -> dict[str, Any]:
+    """The identity of the checkpoint in `path`, which `verify` has accepted."""
+    identity: dict[str, Any] = _state(path)["identity"]
+    return identity
+
+
+def check_identity(path: Path, made_with: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises StageError, with every mismatch, when the checkpoint in `path` was `made_with` another identity."""
+    before, now = _comparable(made_with), _comparable(identity)
+    differ = [k for k in {**before, **now} if not _agree(before.get(k), now.get(k))]
+    if differ:
+        listed = "".join(f"\n  {k}: {before.get(k)}, now {now.get(k)}" for k in differ)
+        raise StageError(
+            f"{path} was made with other settings; change them back, or give the run another run_dir{listed}"
+        )
+
+
+def _state(path: Path) -> Any:
+    """The contents of a whole checkpoint's STATE.
+
+    Raises:
+        StageError: it is of another format.
+    """
+    state = read_json(path / STATE)
+    if state.get("format") != FORMAT:
+        raise StageError(
+            f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}: continue it with "
+            "the version that made it, or give the run another run_dir"
+        )
+    try:
+        return check(state, StateFile)
+    except SchemaError as error:
+        raise StageError(f"{path / STATE}: {error}; remove {path.name} to go on from the one before") from error
+
+
+def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: EmbedderId.from_features(v) if k == "embedder" else v for k, v in identity.items()}
+
+
+def _agree(before: Any, now: Any) -> bool:
+    if isinstance(before, EmbedderId) and isinstance(now, EmbedderId):
+        return before.agrees_with(now) is True
+    return bool(before == now)
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, which `verify` has accepted or `whole_in` has found."""
+    state = _state(path)
+    progress = state["progress"] | {"seen": tuple((size, steps) for size, steps in state["progress"]["seen"])}
+    groups = state["optimizer_groups"]
+    return Checkpoint(
+        progress=Progress(**progress),
+        identity=state["identity"],
+        models={name: load_file(path / f"{name}.safetensors") for name in MODELS},
+        optimizers={n: OptimizerState(load_file(path / f"optimizer_{n}.safetensors"), groups[n]) for n in MODELS},
+        meter=state["meter"],
+        num_ranks=state["num_ranks"],
+        trained_speakers=tuple(state.get("trained_speakers", ())),
+        data=state.get("data", {}),
+    )
+
+
+def load_pretrained(path: Path, state: Mapping[str, Tensor], module: nn.Module, key: str) -> None:
+    """Fill `module` with `state`, which `read_pretrained` found in `path`.
+
+    Raises:
+        StageError: keys or shapes do not fit, all of them listed.
+    """
+    wanted = module.state_dict()
+    problems = [f"{k}: missing" for k in wanted if k not in state]
+    problems += [f"{k}: not part of this network" for k in state if k not in wanted]
+    problems += [
+        f"{k}: {list(v.shape)}, this network has {list(wanted[k].shape)}"
+        for k, v in state.items()
+        if k in wanted and v.shape != wanted[k].shape
+    ]
+    if problems:
+        shown = "".join(f"\n  {p}" for p in problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise StageError(
+            f"{key}: {path} does not fit this recipe's network (version, sample rate, pitch guidance, widths and the "
+            f"encoder's width must be those it was trained with):{shown}{more}"
+        )
+    module.load_state_dict({k: v.float() for k, v in state.items()})
+    logger.info("%s: %s", key, path)
+
+
+class Pretrained(NamedTuple):
+    """The contents of a `G_*.pth` or `D_*.pth`."""
+
+    state: dict[str, Tensor]
+    """In this package's spelling of weight norm."""
+    embedder: EmbedderId | None
+    """The content encoder that it was trained with, where the file says so: those of RVC do not."""
+
+
+def read_pretrained(path: Path, key: str) -> Pretrained:
+    """Read the weights of another tool.
+
+    Raises:
+        StageError: no such file, or not one that holds weights alone.
+    """
+    try:
+        data = load_pth(path)
+    except FileNotFoundError as error:
+        raise StageError(f"{key}: {path} does not exist") from error
+    except ForeignFileError as error:
+        raise StageError(f"{key}: {path} is not a file of plain weights ({error})") from error
+    state = data.get("model", data.get("weight", data)) if isinstance(data, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise StageError(f"{key}: {path} holds no state dict; expected a dict with `model`, as G_*.pth and D_*.pth")
+    if "weight" in data and "config" in data and not any(str(k).startswith("enc_q.") for k in state):
+        kind = key[-1].upper()
+        raise StageError(
+            f"{key}: {path} is a voice file, made to convert with: it has no "
+            f"{'posterior encoder (enc_q)' if kind == 'G' else 'discriminator'}, which training needs; give the "
+            f"{kind}_*.pth of the training that it came from, or pretrained weights such as f0{kind}48k.pth"
+        )
+    try:
+        return Pretrained(from_upstream(weights(state)), EmbedderId.from_voice(data))
+    except ForeignFileError as error:
+        raise StageError(f"{key}: {path} cannot be trained on from: {error}; give another file") from error
+    except ValueError as error:
+        raise StageError(f"{key}: {path} does not say what it was trained with: {error}") from error
+
+
+def check_embedder(path: Path, trained_with: EmbedderId | None, features: EmbedderId, key: str) -> None:
+    """Make sure that the weights in `path` know the content features that they are to go on with.
+
+    Raises:
+        StageError: they were trained with another content encoder or another mix of its layers.
+    """
+    if trained_with is None:
+        if features.name != "contentvec":
+            logger.warning(
+                "%s: %s does not say which content encoder it was trained with; those of RVC were trained with "
+                "contentvec, and the features are of %s",
+                key,
+                path,
+                features,
+            )
+        return
+    agrees = features.agrees_with(trained_with)
+    if agrees is None:
+        logger.warning(
+            "%s: %s was trained with %s, the features are of %s: whether these are the same cannot be told, since the "
+            "file has no hash of the encoder's weights. If they are not, use other weights or extract again",
+            key,
+            path,
+            trained_with,
+            features,
+        )
+    elif not agrees:
+        raise StageError(
+            f"{key}: {path} was trained with {trained_with}, the features are of {features}. Run `rvc-dist extract` "
+            f"with that encoder (extract.embedder_model and extract.embedder_mix), or leave {key} out"
+        )

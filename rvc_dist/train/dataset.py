@@ -1,0 +1,592 @@
+"""Batches: the dataset over the run's safetensors files, and the one sampler that decides who trains on what.
+
+Shapes: B clips, T spectrogram frames, S = T * hop samples, C content channels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
+from rvc_dist.runtime.hang_killer import end_with_parent
+from rvc_dist.runtime.watchdog import ends_within
+from rvc_dist.train import memory
+from rvc_dist.train.holdout import SpeakerShare, hold_out
+from rvc_dist.workspace import FeaturesHeader, MuteHeader, StageError, Workspace, read_header, unit_files, unit_header
+
+logger = logging.getLogger(__name__)
+
+BUCKET_FRAMES = 50
+"""Clips are padded to a multiple of this many frames: at most 900 / 50 = 18 shapes."""
+MIN_STEPS_PER_EPOCH = 4
+"""Full steps an epoch below which a run is warned of its global batch, and more ranks are said not to pay."""
+MUTE_SOURCE = ""
+"""The source of the silent clips, which belong to no recording."""
+SHM = Path("/dev/shm")
+"""Where loader processes put the batches that they have ready."""
+WORKERS_S = 3.0
+"""How long a loader process may take for the clips that it reads when the loader ends."""
+CACHE_SHARE = 0.5
+"""Of the device's free memory, what a cached dataset may take: the rest is for the step."""
+
+Clips = np.ndarray[Any, np.dtype[np.int64]]
+"""Numbers of clips in the training list."""
+Seen = Sequence[tuple[int, int]]
+"""What of an epoch was trained on: (size of the global batch, steps of that size), one entry a change of size."""
+
+
+@dataclass(frozen=True)
+class ClipRef:
+    """Where one training clip lies, what it was cut from, and how long it is."""
+
+    unit: int
+    key: str
+    speaker: int
+    source: str
+    """The recording."""
+    num_frames: int
+    """Once wave, content and f0 are trimmed to the shortest."""
+    start_s: float = 0.0
+    """In its recording."""
+    duration_s: float = 0.0
+    """Of all its samples."""
+    content: str = ""
+    """Hash of the recording, where it is known."""
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any], unit: int, index: int, num_samples: int, num_frames: int) -> ClipRef:
+        """Clip `index` of a unit with this `header`."""
+        clip, duration_s = header["clips"][index], num_samples / header["sample_rate"]
+        where = (clip["speaker"], str(clip["source"]), num_frames, clip["start_s"], duration_s)
+        return cls(unit, f"{index:05d}", *where, clip.get("content", ""))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one step; padding is zero."""
+
+    wave_with_reach: Tensor
+    """[B, 1, reach + S + reach] float32: S and what the windows of the first and last frame reach beyond it"""
+    content: Tensor
+    """[B, T, C] float32"""
+    f0: Tensor
+    """[B, T] float32 in Hz, 0 where unvoiced"""
+    lengths: Tensor
+    """[B] int64, valid frames"""
+    speaker: Tensor
+    """[B] int64"""
+    clips: tuple[int, ...]
+    """Each clip's number in the training list."""
+    seeds: tuple[int, ...]
+    """Each clip's seed for the noise of this epoch."""
+    share: float
+    """This micro-batch's clips times the number of ranks, over those of the global batch: 1 over the micro-batches a
+    step when the batch is full. Losses that are means over clips are multiplied by it, so that their sum over
+    micro-batches, averaged over ranks, is the mean over the global batch."""
+    mean_frames: float
+    """Valid frames of the global batch over the number of ranks: what the KL divergence is divided by."""
+    reach: int
+    """In samples; see `RateSpec.reach`."""
+
+    @property
+    def wave(self) -> Tensor:
+        """[B, 1, S]: the samples of the frames alone, a view."""
+        return self.wave_with_reach[:, :, self.reach : self.wave_with_reach.shape[2] - self.reach]
+
+    def _map(self, function: Any) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def first(self, count: int) -> Batch:
+        """The first `count` clips."""
+        return replace(self._map(lambda t: t[:count]), clips=self.clips[:count], seeds=self.seeds[:count])
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda t: t.pin_memory())
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One micro-batch of one rank, before anything is read."""
+
+    clips: tuple[int, ...]
+    epoch: int
+    padded_frames: int
+    share: float
+    mean_frames: float
+
+
+class ClipData(NamedTuple):
+    """One clip as it is trained on."""
+
+    wave_with_reach: Tensor
+    """[reach + T * hop + reach] float32"""
+    content: Tensor
+    """[T, C] float32"""
+    f0: Tensor
+    """[T] float32 in Hz"""
+    speaker: int
+
+
+def feature_frames(num_frames: int, rate: int, hop: int, per_s: int, device: torch.device | str = "cpu") -> Tensor:
+    """For each spectrogram frame, the index of the feature frame that holds its start: [T] int64.
+
+    At 100 frames a second this is the identity for f0 and repeats each of the 50 content frames twice, as RVC does;
+    at 44.1 kHz (86.13 frames a second) it is the nearest-neighbour interpolation.
+    """
+    return torch.arange(num_frames, device=device) * (hop * per_s) // rate
+
+
+def covered_frames(rate: int, hop: int, num_samples: int, num_content: int, num_f0: int) -> int:
+    """Spectrogram frames for which wave, content (50 a second) and f0 (100 a second) all exist."""
+    by_content = -(-num_content * rate // (hop * F0_PER_S // 2))
+    by_f0 = -(-num_f0 * rate // (hop * F0_PER_S))
+    return min(num_samples // hop, by_content, by_f0)
+
+
+@dataclass(frozen=True)
+class ClipTable:
+    """All clips of a run, split into training and validation: see `rvc_dist.train.holdout`."""
+
+    train: tuple[ClipRef, ...]
+    holdout: tuple[ClipRef, ...]
+    content_channels: int
+    embedder: dict[str, Any]
+    num_speakers: int
+    shares: tuple[SpeakerShare, ...] = ()
+    """What of each speaker is held out."""
+
+    @property
+    def trained_speakers(self) -> tuple[int, ...]:
+        """The speakers that the networks hear, in rising order: silent clips alone teach nobody's voice."""
+        return tuple(sorted({c.speaker for c in self.train if c.source != MUTE_SOURCE}))
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> ClipTable:
+        """Read the headers of every unit.
+
+        Raises:
+            StageError: the features are missing, or no clip is long enough to train on.
+        """
+        work = Workspace(recipe.run_dir, recipe.name)
+        if not work.features_report_file.is_file():
+            raise StageError(f"{work.features_dir} has no features: run `rvc-dist extract` first")
+        spec = recipe.rate_spec
+        clips, short, embedder = [], 0, {}
+        for path in unit_files(work.features_dir):
+            header = unit_header(path, FeaturesHeader, "extract")
+            if header["sample_rate"] != recipe.data.sample_rate:
+                raise StageError(
+                    f"{path} belongs to clips of {header['sample_rate']} Hz, the recipe says "
+                    f"data.sample_rate {recipe.data.sample_rate}: run `rvc-dist preprocess` and `extract` again"
+                )
+            embedder = dict(header["embedder"])
+            for i, clip in enumerate(header["clips"]):
+                sizes = clip["num_samples"], clip["num_content"], clip["num_f0"]
+                frames = covered_frames(recipe.data.sample_rate, spec.hop, *sizes)
+                if frames < spec.segment // spec.hop + 1:
+                    short += 1
+                    continue
+                clips.append(ClipRef.of(header, int(path.stem), i, clip["num_samples"], frames))
+        if short:
+            logger.warning("%d clips are shorter than the training segment and are left out", short)
+        if not clips:
+            raise StageError(f"{work.features_dir} holds no clip long enough to train on")
+        return cls.split(recipe, clips, lambda speaker: _mutes(work, recipe, speaker), embedder)
+
+    @classmethod
+    def split(
+        cls,
+        recipe: Recipe,
+        clips: Sequence[ClipRef],
+        mutes: Callable[[int], Sequence[ClipRef]],
+        embedder: dict[str, Any],
+    ) -> ClipTable:
+        """`clips` without the held-out ones, and the silent clips of each speaker; `embedder` made the content."""
+        held, lost, shares = hold_out(clips, recipe.data.holdout, recipe.train.seed)
+        speakers = sorted({c.speaker for c in clips})
+        train = (c for c in clips if c not in held and c not in lost)
+        return cls(
+            train=(*train, *(c for s in speakers for c in mutes(s))),
+            holdout=tuple(c for c in clips if c in held),
+            content_channels=embedder["width"],
+            embedder=embedder,
+            num_speakers=speakers[-1] + 1,
+            shares=shares,
+        )
+
+
+def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:
+    if not recipe.extract.include_mutes or read_header(work.mute_file) is None:
+        return []
+    header = unit_header(work.mute_file, MuteHeader, "extract")
+    sizes = header["num_samples"], header["num_content"], header["num_f0"]
+    frames = covered_frames(recipe.data.sample_rate, recipe.rate_spec.hop, *sizes)
+    return [ClipRef(-1, "00000", speaker, MUTE_SOURCE, frames)] * recipe.extract.include_mutes
+
+
+class BucketBatchSampler(Sampler[tuple[BatchPlan, ...]]):
+    """Global batches of clips of like length, and this rank's part of each: a pure function of its arguments.
+
+    Clips are shuffled, put into buckets by padded length, and cut into global batches of batch_size * accum_steps *
+    num_ranks; what is left of a bucket moves up into the next one, so only one batch an epoch, the last of the largest
+    bucket, can be short. A short batch is dealt evenly; a rank that gets none borrows one clip with a share of 0. Thus
+    every clip is seen exactly once an epoch on any number of ranks. One item is one step: its micro-batches.
+    """
+
+    def __init__(
+        self, lengths: list[int], batch_size: int, num_ranks: int, rank: int, seed: int, accum_steps: int = 1
+    ) -> None:
+        self.lengths = np.minimum(np.asarray(lengths, dtype=np.int64), MAX_CLIP_FRAMES)
+        self.batch_size, self.num_ranks, self.rank, self.seed = batch_size, num_ranks, rank, seed
+        self.accum_steps = accum_steps
+        self._start: tuple[int, Seen] = (0, ())
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.accum_steps * self.num_ranks
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.global_batch_size)
+
+    @property
+    def exceeds_dataset(self) -> bool:
+        """Whether the global batch is more than the clips bear: an epoch has fewer than MIN_STEPS_PER_EPOCH of it."""
+        return self.global_batch_size * MIN_STEPS_PER_EPOCH > len(self.lengths)
+
+    @property
+    def num_borrowed(self) -> int:
+        """Clips an epoch that a rank computes for nothing, because the short batch has none for it."""
+        short = len(self.lengths) % self.global_batch_size
+        num_micro = -(-short // (self.batch_size * self.num_ranks))
+        return max(0, self.num_ranks * num_micro - short)
+
+    def start_at(self, epoch: int, seen: Seen) -> None:
+        """Where the next iteration begins: in `epoch`, after the steps that `seen` counts."""
+        self._start = (epoch, seen)
+
+    def global_batches(self, epoch: int, seen: Seen = ()) -> list[Clips]:
+        """The clip numbers of every global batch of an epoch that is left, in order; the same on all ranks.
+
+        When the size of the global batch changed within the epoch (a run resumed on another number of ranks), the clips
+        that were not yet seen are cut anew, and none is seen twice.
+        """
+        left = self._generator(epoch).permutation(len(self.lengths))
+        for part, (size, num_steps) in enumerate(seen):
+            batches = self._cut(left, size, self._generator(epoch, part))
+            if size == self.global_batch_size and part == len(seen) - 1:
+                return batches[num_steps:]
+            left = left[~np.isin(left, np.concatenate(batches[:num_steps]))]
+        return self._cut(left, self.global_batch_size, self._generator(epoch, len(seen)))
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, *key]))
+
+    def _cut(self, order: Clips, size: int, rng: np.random.Generator) -> list[Clips]:
+        buckets = -(-self.lengths[order] // BUCKET_FRAMES)
+        batches, carried = [], order[:0]
+        for bucket in np.unique(buckets):
+            clips = np.concatenate([carried, order[buckets == bucket]])
+            full = len(clips) // size * size
+            batches += list(clips[:full].reshape(-1, size))
+            carried = clips[full:]
+        if len(carried):
+            batches.append(carried)
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def part(self, clips: Clips, epoch: int) -> tuple[BatchPlan, ...]:
+        """This rank's micro-batches of a global batch: as many as are needed, the same number on every rank."""
+        num_micro = -(-len(clips) // (self.batch_size * self.num_ranks))
+        lengths = self.lengths[clips]
+        return tuple(
+            BatchPlan(
+                clips=tuple((mine if len(mine) else clips[:1]).tolist()),
+                epoch=epoch,
+                padded_frames=int(-(-lengths.max() // BUCKET_FRAMES) * BUCKET_FRAMES),
+                share=len(mine) * self.num_ranks / len(clips),
+                mean_frames=float(lengths.sum()) / self.num_ranks,
+            )
+            for mine in np.array_split(clips, self.num_ranks * num_micro)[self.rank :: self.num_ranks]
+        )
+
+    def __iter__(self) -> Iterator[tuple[BatchPlan, ...]]:
+        """Endless: epoch after epoch, from the start that was set."""
+        epoch, seen = self._start
+        while True:
+            for clips in self.global_batches(epoch, seen):
+                yield self.part(clips, epoch)
+            epoch, seen = epoch + 1, ()
+
+
+class ClipDataset(Dataset[list[Batch]]):
+    """Reads whole steps: one item is the micro-batches of one rank."""
+
+    def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...]) -> None:
+        self.work = Workspace(recipe.run_dir, recipe.name)
+        self.clips = clips
+        self.rate, self.spec, self.seed = recipe.data.sample_rate, recipe.rate_spec, recipe.train.seed
+
+    def __getitem__(self, plans: tuple[BatchPlan, ...]) -> list[Batch]:
+        return [self.read_batch(plan) for plan in plans]
+
+    def read_batch(self, plan: BatchPlan) -> Batch:
+        clips = [self.read(self.clips[i], self._first_frame(i, plan.epoch)) for i in plan.clips]
+        return collate(clips, plan, self.spec, tuple(self._noise_seed(i, plan.epoch) for i in plan.clips))
+
+    def _first_frame(self, index: int, epoch: int) -> int:
+        """Long clips show another part of at most 900 frames each epoch; the choice needs no state."""
+        spare = self.clips[index].num_frames - MAX_CLIP_FRAMES
+        if spare <= 0:
+            return 0
+        return int(np.random.Generator(np.random.PCG64([self.seed, epoch, index])).integers(spare + 1))
+
+    def _noise_seed(self, index: int, epoch: int) -> int:
+        """The noise of a clip in an epoch is the same on any rank of any number: nothing of it needs saving."""
+        return int(np.random.SeedSequence([self.seed, epoch, index, 1]).generate_state(1, np.uint64)[0])
+
+    def read(self, clip: ClipRef, first: int = 0) -> ClipData:
+        """A clip from frame `first` on, at most MAX_CLIP_FRAMES of it: aligned and trimmed."""
+        last = min(clip.num_frames, first + MAX_CLIP_FRAMES)
+        wave, content, f0 = self._tensors(clip)
+        hop, frames = self.spec.hop, slice(first, last)
+        return ClipData(
+            wave_with_reach=part_with_reach(wave, first * hop, last * hop, self.spec.reach),
+            content=content[feature_frames(last, self.rate, hop, F0_PER_S // 2, content.device)[frames]],
+            f0=f0[feature_frames(last, self.rate, hop, F0_PER_S, f0.device)[frames]],
+            speaker=clip.speaker,
+        )
+
+    def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor]:
+        """The whole wave [S], or what reads a part of it; content [T50, C]; f0 [T100]."""
+        features = _open(self.work.mute_file if clip.unit < 0 else self.work.features_file(clip.unit))
+        if clip.unit < 0:
+            wave = torch.zeros(clip.num_frames * self.spec.hop)
+        else:
+            wave = _open(self.work.clips_file(clip.unit)).get_slice(clip.key)
+        return wave, features.get_tensor(f"{clip.key}.content"), features.get_tensor(f"{clip.key}.f0")
+
+
+class CachedClips(ClipDataset):
+    """A dataset that lies in a device's memory: read once, never copied again."""
+
+    def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...], device: torch.device) -> None:
+        super().__init__(recipe, clips)
+        self._cache = {clip: self._load(clip, device) for clip in dict.fromkeys(clips)}
+
+    def _load(self, clip: ClipRef, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        wave, content, f0 = super()._tensors(clip)
+        return wave[: clip.num_frames * self.spec.hop + self.spec.reach].to(device), content.to(device), f0.to(device)
+
+    def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor]:
+        return self._cache[clip] if clip in self._cache else super()._tensors(clip)
+
+
+def cached_bytes(recipe: Recipe, clips: tuple[ClipRef, ...], content_channels: int) -> int:
+    """Device memory that `CachedClips` takes: wave, content at 50 frames a second, f0 at 100, all float32."""
+    different = dict.fromkeys(clips)
+    seconds = sum(c.num_frames for c in different) * recipe.rate_spec.hop / recipe.data.sample_rate
+    per_s = recipe.data.sample_rate + content_channels * F0_PER_S / 2 + F0_PER_S
+    return round(4 * (seconds * per_s + len(different) * recipe.rate_spec.reach))
+
+
+def part_with_reach(wave: Any, first: int, last: int, reach: int) -> Tensor:
+    """Samples first - reach .. last + reach of a clip's `wave` [S], reflected where the clip has none.
+
+    So their spectrogram is that of the whole clip, reflected at its ends, as other tools of RVC take it. `wave` may be
+    a slice of a safetensors file, of which only this part is read.
+    """
+    (size,) = wave.get_shape() if hasattr(wave, "get_shape") else wave.shape
+    begin, end = max(0, first - reach), min(size, last + reach)
+    part: Tensor = wave[begin:end]
+    missing = (begin - (first - reach), last + reach - end)
+    return F.pad(part[None], missing, mode="reflect")[0] if any(missing) else part
+
+
+@lru_cache(maxsize=1024)
+def _open(path: Path) -> Any:
+    """A memory-mapped safetensors file; the system bounds how many a process may have."""
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")
+
+
+def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device) -> ClipDataset:
+    """The training clips, in the device's memory if the recipe asks for that and they fit."""
+    if not recipe.train.cache_on_device:
+        return ClipDataset(recipe, table.train)
+    needed, free = cached_bytes(recipe, table.train, table.content_channels), memory.free_memory(device)
+    if needed > free * CACHE_SHARE:
+        logger.warning(
+            "train.cache_on_device: the dataset needs %.1f GB, %s has %.1f GB free of which it may take %.0f%%; "
+            "it is read from the disk instead",
+            needed / 1e9,
+            device,
+            free / 1e9,
+            100 * CACHE_SHARE,
+        )
+        return ClipDataset(recipe, table.train)
+    logger.info("the dataset lies in the memory of %s: %.2f GB", device, needed / 1e9)
+    return CachedClips(recipe, table.train, device)
+
+
+def collate(clips: list[ClipData], plan: BatchPlan, spec: RateSpec, seeds: tuple[int, ...]) -> Batch:
+    """Pad clips with zeros to the plan's frames, on the device that they are on."""
+    size, width, padded, device = len(clips), clips[0].content.shape[1], plan.padded_frames, clips[0].f0.device
+    wave = torch.zeros(size, 1, padded * spec.hop + 2 * spec.reach, device=device)
+    content = torch.zeros(size, padded, width, device=device)
+    f0 = torch.zeros(size, padded, device=device)
+    for i, clip in enumerate(clips):
+        wave[i, 0, : len(clip.wave_with_reach)] = clip.wave_with_reach
+        content[i, : len(clip.content)] = clip.content
+        f0[i, : len(clip.f0)] = clip.f0
+    return Batch(
+        wave_with_reach=wave,
+        content=content,
+        f0=f0,
+        lengths=torch.tensor([len(c.content) for c in clips]),
+        speaker=torch.tensor([c.speaker for c in clips]),
+        clips=plan.clips,
+        seeds=seeds,
+        share=plan.share,
+        mean_frames=plan.mean_frames,
+        reach=spec.reach,
+    )
+
+
+def loader_settings(config: TrainConfig, device: torch.device, cached: bool) -> dict[str, Any]:
+    """The DataLoader options of a rank.
+
+    Those of `fast_train` are the reference's: as many workers as half of the cores, at most 8, 16 batches ahead, pinned
+    memory, workers that persist. The ranks of a machine share its cores.
+    """
+    workers = 0 if cached else config.num_workers
+    if config.fast_train and workers:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = max(1, min(8, (os.cpu_count() or 1) // 2 // local_ranks))
+    return {
+        "num_workers": workers,
+        "prefetch_factor": (16 if config.fast_train else 4) if workers else None,
+        "pin_memory": device.type == "cuda" and not cached,
+        "persistent_workers": workers > 0,
+    }
+
+
+class ReadAhead(NamedTuple):
+    """How many steps each loader process may have ready in shared memory."""
+
+    wanted: int
+    fits: int
+    needed: int
+    """Bytes of shared memory, of all ranks of this host."""
+    free: int
+    what: str
+    remedy: str
+
+    @classmethod
+    def measure(cls, recipe: Recipe, table: ClipTable, settings: Mapping[str, Any], local_ranks: int) -> ReadAhead:
+        config, spec = recipe.train, recipe.rate_spec
+        frames = min(max((c.num_frames for c in table.train), default=MAX_CLIP_FRAMES), MAX_CLIP_FRAMES)
+        samples = -(-frames // BUCKET_FRAMES) * BUCKET_FRAMES * (spec.hop + table.content_channels + 1) + 2 * spec.reach
+        step_bytes = config.batch_size * config.grad_accum_steps * samples * 4
+        workers, wanted = settings["num_workers"], settings["prefetch_factor"]
+        # Besides those that are ready, two: a rank lets go of a step only when it has the next.
+        needed, free = step_bytes * (workers * wanted + 2) * local_ranks, shutil.disk_usage(SHM).free
+        return cls(
+            wanted,
+            (free // (step_bytes * local_ranks) - 2) // workers,
+            needed,
+            free,
+            f"{SHM} has {free / 1e6:.0f} MB free, the loaders of {local_ranks} rank(s) on this host need "
+            f"{needed / 1e6:.0f} MB (steps of {step_bytes / 1e6:.1f} MB, {wanted} ahead in each of {workers} "
+            "loader process(es) a rank)",
+            f"start the container with --shm-size={math.ceil(1.5 * needed / 2**30)}g, or set train.num_workers 0",
+        )
+
+
+def fit_shared_memory(recipe: Recipe, table: ClipTable, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`settings`, with fewer steps ahead where shared memory does not hold them: results do not depend on that.
+
+    Raises:
+        StageError: it does not even hold one a loader process, and the ranks would wait for ever.
+    """
+    if not settings["num_workers"] or not SHM.is_dir():
+        return settings
+    ahead = ReadAhead.measure(recipe, table, settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if ahead.fits < 1:
+        raise StageError(f"{ahead.what}; {ahead.remedy}")
+    if ahead.fits >= ahead.wanted:
+        return settings
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.warning("%s: %d ahead fit and are read; for more, %s", ahead.what, ahead.fits, ahead.remedy)
+    return {**settings, "prefetch_factor": ahead.fits}
+
+
+def make_loader(
+    dataset: ClipDataset, sampler: BucketBatchSampler, settings: Mapping[str, Any]
+) -> DataLoader[list[Batch]]:
+    """Steps as the sampler plans them; nothing else shards or shuffles."""
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        # A loader draws a seed for its workers; drawn from the global state it would depend on what ran before.
+        generator=torch.Generator(),
+        worker_init_fn=partial(end_with_rank, os.getpid()),
+        **settings,
+    )
+
+
+def end_loader(loaded: Any) -> list[int]:
+    """End the processes of a loader's iterator, by force where they do not; the exit codes of those that had died."""
+    workers = getattr(loaded, "_workers", ())
+    if not workers:
+        return []
+    died = [worker.exitcode for worker in workers if worker.exitcode]
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would take their end for a fault
+    if not ends_within(WORKERS_S, "the loader", loaded._shutdown_workers):
+        for worker in workers:
+            worker.kill()
+            worker.join(WORKERS_S)
+    signal.signal(signal.SIGCHLD, handler)
+    return died
+
+
+def end_with_rank(rank: int, worker: int) -> None:
+    """Let this loader process end with its rank, of process id `rank`, or when that says so, and for nobody else.
+
+    It holds the rank's connections: while it lives, the others do not notice that the rank has died. What asks a rank
+    to save and stop often goes to its loader processes too, which it still needs for a step.
+    """
+    del worker
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL, rank)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_asked, args=(rank,), name="end", daemon=True).start()
+
+
+def _end_when_asked(rank: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)  # nothing of it is to be kept

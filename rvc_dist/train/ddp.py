@@ -1,0 +1,110 @@
+"""A network as the step computes it: what sends its gradients to the other ranks, and what updates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from rvc_dist.train.optimizers import OptimizerState, load_optimizer_state, optimizer_state, step_if
+
+
+class Wire:
+    """Averages gradients over ranks as a communication hook of DDP, as bf16 if asked to, and counts what is sent."""
+
+    def __init__(self, compress: bool, on_send: Callable[[], None] = lambda: None) -> None:
+        self.compress, self.on_send = compress, on_send
+        self.num_bytes = 0
+        """Bytes of gradients that this rank gave to all-reduce."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Nothing on one rank, where `module` is not wrapped."""
+        if isinstance(module, DistributedDataParallel):
+            # Not the method itself: DDP refuses annotations that are text.
+            module.register_comm_hook(self, lambda wire, bucket: wire.send(bucket))
+
+    def count(self, num_elements: int, dtype: torch.dtype) -> None:
+        """This many gradients are sent."""
+        self.num_bytes += num_elements * (2 if self.compress else dtype.itemsize)
+        self.on_send()
+
+    def send(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        self.count(bucket.buffer().numel(), bucket.buffer().dtype)
+        hook = default_hooks.bf16_compress_hook if self.compress else default_hooks.allreduce_hook
+        assert dist.group.WORLD is not None
+        future: torch.futures.Future[Tensor] = hook(dist.group.WORLD, bucket)
+        return future
+
+
+@dataclass
+class Network:
+    """A network in its guises, and what optimizes it: on one rank, or averaged over ranks by DDP."""
+
+    raw: nn.Module
+    """The module itself: for validation and checkpoints."""
+    call: nn.Module
+    """The module as it is computed, compiled or not: for passes whose gradients are not this network's."""
+    ddp: nn.Module
+    """`call`, as it is for passes with gradients of its own."""
+    optimizer: Optimizer
+
+    def local(self, local: bool) -> AbstractContextManager[None]:
+        """Inside, if `local`, forward and backward passes add to this rank's gradients and send nothing."""
+        if local and isinstance(self.ddp, DistributedDataParallel):
+            context: AbstractContextManager[None] = self.ddp.no_sync()
+            return context
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` []; averaged over ranks, unless they are `local`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def update(self, max_norm: float | None) -> tuple[Tensor, Tensor]:
+        """One step from the gradients, clipped to `max_norm`, unless they are not finite.
+
+        Returns:
+            Their norm [], and whether it is finite, [] bool: the same on all ranks.
+        """
+        norm = nn.utils.get_total_norm([p.grad for p in self.raw.parameters() if p.grad is not None])
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.raw.parameters(), max_norm, norm)
+        good = norm.isfinite()
+        step_if(self.optimizer, good)
+        return norm, good
+
+    def optimizer_state(self, wanted: bool) -> OptimizerState | None:
+        """Of all parameters, on the ranks where it is `wanted`; every rank has to ask for it."""
+        return optimizer_state(self.optimizer, self.raw) if wanted else None
+
+    def load(self, weights: Mapping[str, Tensor], state: OptimizerState) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: the optimizer's state does not fit.
+        """
+        self.raw.load_state_dict(weights)
+        load_optimizer_state(self.optimizer, self.raw, state)
+
+    def detach(self) -> None:
+        """Send nothing any more: a rank that ran out of memory still computes, alone, what would have fitted."""
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` passes gradients through but gets none: no useless gradients, no useless all-reduce."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

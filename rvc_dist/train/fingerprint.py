@@ -1,0 +1,81 @@
+"""Which recordings a run was trained and validated on: what its checkpoints carry, and what a change of it means."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rvc_dist.config import Recipe
+from rvc_dist.train.checkpoint import Progress
+from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
+from rvc_dist.train.holdout import validated
+from rvc_dist.workspace import StageError, Workspace, printable, read_json, stamp
+
+logger = logging.getLogger(__name__)
+
+NAMED = 3
+
+
+def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
+    """Plain data: the recordings by their content, stamps of both sides of the split, the dataset's length."""
+    clips = [c for c in (*table.train, *table.holdout) if c.source != MUTE_SOURCE]
+    ends_s: dict[tuple[int, str], float] = {}
+    for clip in clips:
+        of = (clip.speaker, clip.source)
+        ends_s[of] = max(ends_s.get(of, 0.0), clip.start_s + clip.duration_s)
+    # What an older version of rvc_dist cut has no hash: then the name and the end of what was cut stand for it.
+    recordings = {c.content or f"{c.source} to {ends_s[c.speaker, c.source]:.2f} s": c.source for c in clips}
+    report = Workspace(recipe.run_dir, recipe.name).clips_report_file
+    return {
+        "recordings": recordings,
+        "train": stamp([(c.source, c.unit, c.key, c.num_frames) for c in table.train]),
+        "validation": stamp(recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]),
+        "dataset_length": read_json(report)["total_dataset_duration"] if report.is_file() else "",
+    }
+
+
+def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say what changed since the checkpoint in `path`.
+
+    Raises:
+        StageError: none of its recordings is left.
+    """
+    if not before:
+        logger.info("%s is from before checkpoints knew their data; it goes on with the present recordings", path)
+        return
+    old, new = before["recordings"], now["recordings"]
+    if not old.keys() & new.keys():
+        raise StageError(
+            f"{path} was trained on other recordings ({_named(old)}) than those of the run folder now ({_named(new)}): "
+            "none is the same. Give the new voice another run_dir, or remove the checkpoints to begin anew"
+        )
+    changes = {
+        "new": {k: v for k, v in new.items() if k not in old},
+        "gone": {k: v for k, v in old.items() if k not in new},
+    }
+    told = [f"{_named(recordings)} {what}" for what, recordings in changes.items() if recordings]
+    if told or before["train"] != now["train"]:
+        logger.warning(
+            "the data changed since %s: %s; the epoch begins anew", path.name, ", ".join(told) or "other clips of it"
+        )
+    if before["validation"] != now["validation"]:
+        logger.warning("validation has other clips or another seed since %s: the best begins anew", path.name)
+
+
+def adjusted(progress: Progress, before: dict[str, Any], now: dict[str, Any]) -> Progress:
+    """Where training goes on with the data of `now`: places in an epoch and metrics mean nothing on other clips."""
+    if not before:
+        return progress
+    if before["train"] != now["train"]:
+        progress = replace(progress, seen=())
+    if before["validation"] != now["validation"]:
+        progress = replace(progress, best_metric=None, best_step=0, best_epoch=0)
+    return progress
+
+
+def _named(recordings: dict[str, str]) -> str:
+    names = sorted(set(recordings.values()))
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names)} ({', '.join(map(printable, names[:NAMED]))}{more})"

@@ -1,0 +1,229 @@
+"""Which clips validation has and training never sees: a share of each speaker's seconds, at the ends of recordings.
+
+A recording's part hangs on a draw from its own name, its content and the seed, so that others may come and go. Only
+where the draws of a speaker's recordings give too little or too much do they depend on one another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product, zip_longest
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rvc_dist.config import Recipe
+    from rvc_dist.train.dataset import ClipRef, ClipTable
+
+LEAST_S = 10.0
+"""Of a speaker who has enough for it."""
+STRETCH_S = 6.0
+"""Of a recording: two clips, for about one that is lost at the edge."""
+MOST_SHARE = 0.1
+"""Of a speaker's seconds, unless the recipe asks for more."""
+ENOUGH = 0.75
+"""Of what a speaker should at least have held out; for less than a clip more, no further boundary is worth its loss."""
+SAME_S = 1e-3
+"""Starts of clips are rounded: those that share less than this do not overlap."""
+MAX_VALIDATED = 32
+"""Clips of one validation, or as many as there are speakers."""
+LISTED = 6
+"""Most speakers whose shares are shown one by one."""
+
+
+class SpeakerShare(NamedTuple):
+    """Seconds of a speaker's clips; those of overlapping clips count in each of them."""
+
+    speaker: int
+    total_s: float
+    held_s: float
+    lost_s: float
+    """On neither side, since these clips overlap held-out ones."""
+
+    @property
+    def held(self) -> float:
+        return self.held_s / self.total_s
+
+
+class HeldOut(NamedTuple):
+    clips: frozenset[ClipRef]
+    lost: frozenset[ClipRef]
+    shares: tuple[SpeakerShare, ...]
+
+
+def hold_out(clips: Iterable[ClipRef], share: float, seed: int) -> HeldOut:
+    """The clips that are held out, those that overlap them, and what that comes to by speaker."""
+    by_recording: dict[tuple[int, str], list[ClipRef]] = {}
+    for clip in clips:
+        by_recording.setdefault((clip.speaker, clip.source), []).append(clip)
+    by_speaker: dict[int, list[_Recording]] = {}
+    for (speaker, _), its_clips in sorted(by_recording.items()):
+        by_speaker.setdefault(speaker, []).append(_Recording(its_clips, seed))
+    shares = []
+    for speaker, recordings in by_speaker.items():
+        if share:
+            _hold_out_of_speaker(recordings, share)
+        lost_s = sum(_seconds(r.lost) for r in recordings)
+        shares.append(
+            SpeakerShare(speaker, sum(r.seconds for r in recordings), sum(r.held_s for r in recordings), lost_s)
+        )
+    every = [r for recordings in by_speaker.values() for r in recordings]
+    return HeldOut(
+        frozenset(c for r in every for c in r.held), frozenset(c for r in every for c in r.lost), tuple(shares)
+    )
+
+
+class _Recording:
+    """The clips of a recording, of which the last `count` are held out."""
+
+    def __init__(self, clips: list[ClipRef], seed: int) -> None:
+        self.clips = sorted(clips, key=lambda c: c.start_s)
+        self.seconds, self.count, self.held_s = _seconds(clips), 0, 0.0
+        self.draw = _draw(seed, clips[0].source, *sorted({c.content for c in clips}))
+        self._longest_s = max(c.duration_s for c in clips)
+
+    @property
+    def held(self) -> list[ClipRef]:
+        return self.clips[len(self.clips) - self.count :]
+
+    @property
+    def lost(self) -> list[ClipRef]:
+        return self._overlapping(self.count) if self.count else []
+
+    def _overlapping(self, count: int) -> list[ClipRef]:
+        """Earlier clips that share samples with the last `count`."""
+        first, found = len(self.clips) - count, []
+        start_s = self.clips[first].start_s + SAME_S
+        for clip in reversed(self.clips[:first]):
+            if clip.start_s + self._longest_s <= start_s:
+                break
+            if clip.start_s + clip.duration_s > start_s:
+                found.append(clip)
+        return found
+
+    def hold(self, goal_s: float, most_s: float) -> None:
+        """Hold out about `goal_s` seconds, never more than `most_s`, and lose little at the edge, never more than that.
+
+        What was held out before stays where nothing is found.
+        """
+        held_s, best = 0.0, math.inf
+        for count, clip in enumerate(reversed(self.clips), 1):
+            held_s += clip.duration_s
+            beyond = held_s - goal_s
+            if held_s > most_s + SAME_S or beyond >= best:
+                break
+            lost_s = _seconds(self._overlapping(count))
+            cost = max(beyond, -2 * beyond) + lost_s
+            if cost < best and lost_s <= held_s + SAME_S:
+                best, self.count, self.held_s = cost, count, held_s
+
+    def release(self) -> None:
+        self.count, self.held_s = 0, 0.0
+
+
+def _hold_out_of_speaker(recordings: list[_Recording], share: float) -> None:
+    total_s = sum(r.seconds for r in recordings)
+    most_share = max(share, MOST_SHARE)
+    most_s = most_share * total_s
+    ordered = sorted(recordings, key=lambda r: r.draw)
+    _hold_by_draw(ordered, share, most_s)
+    held_s = sum(r.held_s for r in recordings)
+    for recording in reversed(ordered):
+        if held_s > most_s + SAME_S and share * recording.seconds < STRETCH_S:
+            held_s -= recording.held_s
+            recording.release()
+    least_s = min(max(LEAST_S, share * total_s / 2), most_s)
+    # Of each recording no more than were it the speaker's only one, then whatever there is.
+    for bound, recording in product((most_share, 1.0), ordered):
+        if held_s < ENOUGH * least_s:
+            others_s = held_s - recording.held_s
+            recording.hold(least_s - others_s, min(most_s - others_s, bound * recording.seconds))
+            held_s = others_s + recording.held_s
+    if total_s - held_s - sum(_seconds(r.lost) for r in recordings) <= SAME_S:  # a speaker's only speech
+        for recording in recordings:
+            recording.release()
+
+
+def _hold_by_draw(recordings: Iterable[_Recording], share: float, most_s: float) -> None:
+    """Of each recording its share, or, where that is too short a stretch, a longer one of as many fewer recordings."""
+    for recording in recordings:
+        goal_s = share * recording.seconds
+        if goal_s >= STRETCH_S:
+            recording.hold(goal_s, max(share, MOST_SHARE) * recording.seconds)
+            continue
+        stretch_s = STRETCH_S if recording.seconds >= 3 * STRETCH_S else recording.seconds
+        if recording.draw * stretch_s < goal_s:
+            recording.hold(stretch_s, most_s)
+
+
+def _draw(*parts: object) -> float:
+    """A number in 0..1 that hangs on `parts` alone."""
+    digest = hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _seconds(clips: Iterable[ClipRef]) -> float:
+    return sum(c.duration_s for c in clips)
+
+
+def evenly(clips: Sequence[ClipRef], count: int, seed: int) -> list[ClipRef]:
+    """`count` of `clips`, and at least one of each speaker: in turn over speakers, and over each one's recordings."""
+    tree: dict[int, dict[str, list[ClipRef]]] = {}
+    for clip in sorted(clips, key=lambda c: _draw(seed, c.source, c.unit, c.key)):
+        tree.setdefault(clip.speaker, {}).setdefault(clip.source, []).append(clip)
+    queues = [list(_in_turn(recordings.values())) for _, recordings in sorted(tree.items())]
+    return list(_in_turn(queues))[: max(count, len(tree))]
+
+
+def validated(recipe: Recipe, table: ClipTable) -> list[ClipRef]:
+    """The clips that every validation of a run converts."""
+    return evenly(table.holdout, MAX_VALIDATED, recipe.train.seed)
+
+
+def _in_turn(queues: Iterable[Sequence[ClipRef]]) -> Iterator[ClipRef]:
+    """The first of each, then the second of each, and so on."""
+    return (clip for row in zip_longest(*queues) for clip in row if clip is not None)
+
+
+def report(shares: Sequence[SpeakerShare], asked: float) -> Iterator[tuple[int, str]]:
+    """(level of logging, line) on what was held out, and on what is far from what was asked."""
+    if not asked or not shares:
+        return
+    if len(shares) <= LISTED:
+        rows = (
+            f"speaker {s.speaker} {s.held_s:.1f} of {s.total_s:.1f} s ({s.held:.1%}, {s.lost_s:.1f} s lost beside)"
+            for s in shares
+        )
+        yield logging.INFO, f"held out: {'; '.join(rows)}"
+    else:
+        total_s, held_s, lost_s = (sum(values) for values in list(zip(*shares, strict=True))[1:])
+        yield (
+            logging.INFO,
+            f"held out of {len(shares)} speakers: {_range(shares)} of each, {held_s:.1f} of {total_s:.1f} s in all "
+            f"({held_s / total_s:.1%}), {lost_s:.1f} s lost at the edges",
+        )
+    if none := [s for s in shares if not s.held_s]:
+        rest = "there is no validation and no best checkpoint" if len(none) == len(shares) else "the others have it"
+        yield (
+            logging.WARNING,
+            f"data.holdout: nothing is held out of {_speakers(none)}: too few clips, or too long ones; {rest}",
+        )
+    if far := [s for s in shares if s.held_s and not asked / 2 <= s.held <= 2.05 * asked]:
+        yield (
+            logging.WARNING,
+            f"data.holdout: asked for {asked:.1%}, {_range(far)} of {_speakers(far)} is held out: whole clips, and at "
+            f"least about {LEAST_S:.0f} s where that is no more than {MOST_SHARE:.0%}",
+        )
+
+
+def _range(shares: Sequence[SpeakerShare]) -> str:
+    low, high = (f"{bound(s.held for s in shares):.1%}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def _speakers(shares: Sequence[SpeakerShare]) -> str:
+    more = f" and {len(shares) - LISTED} more" if len(shares) > LISTED else ""
+    listed = ", ".join(f"{s.speaker} ({s.total_s:.1f} s)" for s in shares[:LISTED])
+    return f"speaker{'s' if len(shares) > 1 else ''} {listed}{more}"

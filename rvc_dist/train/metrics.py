@@ -1,0 +1,152 @@
+"""Meters that never make the host wait for the device, the tracker that writes TensorBoard, the progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from rvc_dist.runtime.watchdog import Pulse
+from rvc_dist.workspace import disk_errors
+
+
+class Meter:
+    """Running means of scalar tensors, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
+        """[N + 1]: the sum of every value, and last the count of steps."""
+
+    def update(self, values: Mapping[str, Tensor], good: Tensor) -> None:
+        """Add one step's values, scalars of the same names every time; nothing when `good` [] is false."""
+        row = torch.stack([*(v.detach().float() for v in values.values()), torch.ones_like(good, dtype=torch.float32)])
+        row = row.where(good, 0.0)
+        self._names, self._sums = tuple(values), row if self._sums is None else self._sums + row
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means since the last read, over all ranks; empty without a good step. The host waits for the device."""
+        if self._sums is None:
+            return {}
+        sums, self._sums = self._sums, None
+        *reduced, count = accelerator.reduce(torch.cat([sums[:-1] / sums[-1], sums[-1:]]), reduction="mean").tolist()
+        return dict(zip(self._names, reduced, strict=True)) if count else {}
+
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """What a checkpoint keeps, plain data: the sums of every rank, for a run that stops between two reads."""
+        if self._sums is None:
+            return {"names": [], "ranks": []}
+        return {"names": list(self._names), "ranks": accelerator.gather(self._sums.unsqueeze(0)).tolist()}
+
+    def load(self, state: Mapping[str, Any], rank: int, num_ranks: int, device: torch.device) -> None:
+        """Go on from `state`; another number of ranks goes on from the mean over the ranks that there were."""
+        self._names, self._sums = tuple(state["names"]), None
+        if self._names:
+            ranks = torch.tensor(state["ranks"], device=device)
+            self._sums = ranks[rank] if len(ranks) == num_ranks else ranks.mean(0)
+
+
+class PhaseTimer:
+    """Time spent in the parts of a step. On CUDA by events, which are read only with `read`."""
+
+    def __init__(self, device: torch.device, pulse: Pulse | None = None) -> None:
+        self._cuda = device.type == "cuda"
+        self._pulse = pulse or Pulse()
+        self._spans: list[tuple[str, Any, Any]] = []
+        self.num_steps = 0
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = self._now()
+        with self._pulse.within(name):
+            yield
+        self._spans.append((name, begin, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds a step in each part, since the last read."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = {}
+        for name, begin, end in self._spans:
+            seconds = begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+            totals[name] = totals.get(name, 0.0) + seconds
+        steps = max(1, self.num_steps)
+        self._spans, self.num_steps = [], 0
+        return {name: total / steps for name, total in totals.items()}
+
+
+class Tracker:
+    """TensorBoard on the main rank, nothing on the others.
+
+    `purge_step` hides what an earlier run wrote at or after the step that this one continues from.
+    """
+
+    def __init__(self, folder: Path, purge_step: int, enabled: bool) -> None:
+        self._folder = folder
+        self._writer: Any = None
+        if enabled:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._call("add_scalar", name, value, step)
+
+    def mel_picture(self, name: str, mels: list[Tensor], step: int) -> None:
+        """Log-mel spectrograms [M, T] above one another, low frequencies at the bottom."""
+        if self._writer:
+            stacked = torch.cat([m.float().cpu().flip(0) for m in mels])
+            low, high = stacked.min(), stacked.max()
+            self._call("add_image", name, ((stacked - low) / (high - low).clamp_min(1e-6)).unsqueeze(0), step)
+
+    def sound(self, name: str, wave: Tensor, rate: int, step: int) -> None:
+        """A wave [S] in -1..1."""
+        if self._writer:
+            self._call("add_audio", name, wave.float().cpu().clamp(-1, 1).unsqueeze(0), step, sample_rate=rate)
+
+    def flush(self) -> None:
+        self._call("flush")
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
+        if self._writer:
+            with disk_errors(self._folder):  # of its thread, which do not say of which file
+                getattr(self._writer, method)(*arguments, **options)
+
+
+class ProgressBar:
+    """A live bar on the main rank's terminal; elsewhere the log lines are enough."""
+
+    def __init__(self, total: int, done: int, enabled: bool) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True)
+        self._bar.disable = not (enabled and self._bar.console.is_terminal)
+        self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, losses_text: str, audio_s_per_s: float) -> None:
+        text = f"{losses_text}, {audio_s_per_s:.1f} s audio/s"
+        self._bar.update(self._task, completed=step, description=text)

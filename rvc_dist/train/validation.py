@@ -1,0 +1,75 @@
+"""What a voice makes of held-out clips: mel distance, a picture and a sound.
+
+S samples, M mel bands, T frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from rvc_dist.config import Recipe
+from rvc_dist.features.f0 import coarse_pitch
+from rvc_dist.models.generator import Generator
+from rvc_dist.models.spectral import log_mel
+from rvc_dist.train.dataset import BatchPlan, ClipDataset, ClipRef, ClipTable, collate
+from rvc_dist.train.holdout import validated
+from rvc_dist.train.metrics import Tracker
+
+
+@dataclass
+class Validation:
+    """Converts held-out clips with each one's own noise, so that distances compare, on any number of ranks."""
+
+    recipe: Recipe
+    table: ClipTable
+    dataset: ClipDataset
+    accelerator: Accelerator
+    tracker: Tracker
+
+    @torch.no_grad()
+    def mel_distance(self, generator: Generator, step: int) -> float | None:
+        """Mean over clips and ranks, None without held-out clips; the first clip is shown in TensorBoard."""
+        device = self.accelerator.device
+        clips = validated(self.recipe, self.table)
+        mine = list(enumerate(clips))[self.accelerator.process_index :: self.accelerator.num_processes]
+        sums = torch.zeros(2, device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for i, clip in mine or [(0, self.table.train[0])]:
+                torch.manual_seed(self.recipe.train.seed + i)
+                real, fake = self._resynthesise(generator, clip)
+                if mine:
+                    distance = F.l1_loss(self._log_mel(fake), self._log_mel(real))
+                    sums += torch.stack([distance, torch.ones_like(distance)])
+                if i == 0:
+                    self._show(real, fake, step)
+        if not clips:
+            return None
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return float(total / count)
+
+    def _resynthesise(self, generator: Generator, clip: ClipRef) -> tuple[Tensor, Tensor]:
+        """A clip [S] and what the voice makes of its content and pitch [S]."""
+        read = self.dataset.read(clip)
+        frames = len(read.content)
+        plan = BatchPlan(clips=(0,), epoch=0, padded_frames=frames, share=1.0, mean_frames=frames)
+        batch = collate([read], plan, self.recipe.rate_spec, seeds=(0,)).to(self.accelerator.device)
+        guided = self.recipe.model.pitch_guidance
+        coarse, f0 = (coarse_pitch(batch.f0), batch.f0) if guided else (None, None)
+        fake = generator.infer(batch.content, batch.lengths, coarse, f0, batch.speaker)
+        return batch.wave[0, 0], fake[0, 0].float()
+
+    def _log_mel(self, wave: Tensor) -> Tensor:
+        """[M, T] of a wave [S]."""
+        spec = self.recipe.rate_spec
+        return log_mel(wave.unsqueeze(0), self.recipe.data.sample_rate, spec.n_fft, spec.hop, spec.num_mels)[0]
+
+    def _show(self, real: Tensor, fake: Tensor, step: int) -> None:
+        rate = self.recipe.data.sample_rate
+        self.tracker.mel_picture("mel/real_above_generated", [self._log_mel(real), self._log_mel(fake)], step)
+        self.tracker.sound("audio/generated", fake, rate, step)
+        self.tracker.sound("audio/real", real, rate, step)

@@ -1,0 +1,1 @@
+"""Voice files and conversion."""
