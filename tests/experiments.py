@@ -17,7 +17,8 @@ from rvc_dist.config import FEATURE_RATE, ExtractConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.content import load_embedder
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
-from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.models.generator import Generator
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
 
 VOICE = Path(rvc_dist.__file__).parent / "demo_voice" / "voice"

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from rvc_dist.config import RATES, DataConfig, ModelConfig, Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
 from rvc_dist.models.encoders import ATTENTION_WINDOW, RelativeAttention
-from rvc_dist.models.generator import Generator, GeneratorOutput, GeneratorShape, Noise
+from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import Conv1d, ConvTranspose1d, channels_last, frame_mask, slice_frames, slice_samples
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.spectral import spectrogram
 from rvc_dist.models.state_dict import from_upstream, to_upstream
 from rvc_dist.models.vocoders import SineGenerator

@@ -8,7 +8,7 @@ import numpy as np
 
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
 from rvc_dist.models import discriminator
-from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.workspace import Workspace, save_arrays, write_json
 
 WIDTH = 16

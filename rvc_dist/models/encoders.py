@@ -7,16 +7,13 @@ keys of upstream RVC.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.models.modules import LEAKY_SLOPE, LayerNorm, WaveNet
-
-if TYPE_CHECKING:
-    from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.models.shape import GeneratorShape
 
 ATTENTION_WINDOW = 10
 """Frames to either side that have a learnt relative position."""

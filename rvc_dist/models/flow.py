@@ -5,15 +5,11 @@ B batch, T frames, C channels. Attribute names are the state-dict keys of upstre
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from rvc_dist.models.modules import WaveNet
-
-if TYPE_CHECKING:
-    from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.models.shape import GeneratorShape
 
 NUM_COUPLINGS = 4
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from functools import reduce
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from rvc_dist.models.modules import LEAKY_SLOPE, ConvTranspose1d, ResBlock, channels_last
-
-if TYPE_CHECKING:
-    from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.models.shape import GeneratorShape
 
 SINE_AMPLITUDE = 0.1
 NOISE_DEVIATION = 0.003

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from rvc_dist.config import Recipe
 from rvc_dist.models import spectral
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
-from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.models.generator import Generator
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.tools.measuring import PartTimer, flop_counter
 from rvc_dist.train import checkpoint, memory
 from rvc_dist.train.dataset import BUCKET_FRAMES, Batch

@@ -16,8 +16,9 @@ from rvc_dist.config import Recipe
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
 from rvc_dist.models.encoders import Transformer
-from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import ResBlock, WaveNet
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.train import checkpoint, memory
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import StageError

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rvc_dist.config import Recipe
 from rvc_dist.features.identity import EmbedderId
-from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable

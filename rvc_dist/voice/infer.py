@@ -26,7 +26,8 @@ from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.features.identity import PUBLISHED, EmbedderId
 from rvc_dist.features.index import Retriever
 from rvc_dist.files import ForeignFileError
-from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.models.generator import Generator
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.runtime.device import local_device

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from rvc_dist.config import Recipe
-from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import make_accelerator
 from rvc_dist.runtime.device import local_device
 from rvc_dist.tools.doctor.findings import Result, Severity, first_line, with_remedy

@@ -24,7 +24,7 @@ from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, DataConfig, Recipe
 from rvc_dist.data.preprocess import low_rates
 from rvc_dist.data.sources import list_sources
 from rvc_dist.features import extract
-from rvc_dist.models.generator import GeneratorShape
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import device_name
 from rvc_dist.tools.bench import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.tools.doctor.ahead import measured

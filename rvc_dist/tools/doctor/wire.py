@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rvc_dist.config import Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
-from rvc_dist.models.generator import Generator, GeneratorShape
+from rvc_dist.models.generator import Generator
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import synchronize
 from rvc_dist.tools.doctor.findings import Result, first_line
 from rvc_dist.tools.doctor.team import ANSWER_TIMEOUT_S, NETWORK, Exam, Team
