@@ -21,7 +21,6 @@ from rvc_dist.features.f0 import (
     HybridPitch,
     SwiftPitch,
     autotune,
-    coarse_pitch,
     load_f0,
     local_average_hz,
     majority_median,
@@ -29,6 +28,7 @@ from rvc_dist.features.f0 import (
     viterbi,
 )
 from rvc_dist.features.f0_signal import aperiodicity, swipe_kernels
+from rvc_dist.models.pitch import coarse_pitch
 
 CPU = torch.device("cpu")
 RATE = 16000

@@ -24,11 +24,6 @@ from torch import Tensor
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig, f0_method_names
 from rvc_dist.features.content import hub_file, make_torchaudio_importable
 
-COARSE_MIN_HZ = 50.0
-COARSE_MAX_HZ = 1100.0
-COARSE_BINS = 256
-"""Rows of the generator's pitch table; row 0 is never used."""
-
 SILENCE_RMS = 2.0**-15
 """One step of 16-bit audio: quieter than this there is nothing to have a pitch."""
 SILENCE_WINDOW = 1024
@@ -355,17 +350,6 @@ def find_weights(key: str, name: str, method: str) -> Path:
         f"Put {Path(name).name} on this machine and say --{key} PATH, or take a method that brings its own weights or "
         "needs none: --extract.f0_method crepe (or any but rmvpe and penn)"
     )
-
-
-def coarse_pitch(f0: Tensor) -> Tensor:
-    """The row of the generator's pitch table for each f0: Hz, any shape -> int64 of that shape, 1 to 255.
-
-    Mel-spaced over 50..1100 Hz whatever range was tracked, because the table was trained so; unvoiced (0) is 1.
-    """
-    low, high = (1127.0 * math.log1p(hz / 700.0) for hz in (COARSE_MIN_HZ, COARSE_MAX_HZ))
-    mel = 1127.0 * torch.log1p(f0.float() / 700.0)
-    scaled = (mel - low) * (COARSE_BINS - 2) / (high - low) + 1.0
-    return scaled.clamp(1.0, COARSE_BINS - 1.0).round().long()
 
 
 def _bin_of(hz: float) -> float:

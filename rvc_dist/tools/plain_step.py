@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import TrainConfig
-from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import LEAKY_SLOPE, slice_samples
+from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.train import losses
 from rvc_dist.train.dataset import Batch

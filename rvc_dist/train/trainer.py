@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from rvc_dist.config import LossConfig, Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract
-from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import slice_samples
+from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.runtime.accelerator import StopSignal, check_same_settings, make_accelerator, on_first_rank
 from rvc_dist.runtime.watchdog import EXIT_S, Watch, ends_within

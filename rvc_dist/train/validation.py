@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rvc_dist.config import Recipe
-from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.models.generator import Generator
+from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import log_mel
 from rvc_dist.train.dataset import BatchPlan, ClipDataset, ClipRef, ClipTable, collate
 from rvc_dist.train.holdout import validated

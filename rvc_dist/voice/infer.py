@@ -22,11 +22,11 @@ from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.extract import Extractor
-from rvc_dist.features.f0 import coarse_pitch
 from rvc_dist.features.identity import PUBLISHED, EmbedderId
 from rvc_dist.features.index import Retriever
 from rvc_dist.files import ForeignFileError
 from rvc_dist.models.generator import Generator
+from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
