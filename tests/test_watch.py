@@ -18,7 +18,8 @@ from tiny import make_features, tiny_recipe
 
 from rvc_dist.config import ConfigError, TrainConfig
 from rvc_dist.runtime import hang_killer, watchdog
-from rvc_dist.runtime.watchdog import Pulse, Watch
+from rvc_dist.runtime.heartbeat import Pulse
+from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.workspace import StageError, Workspace
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"

@@ -14,21 +14,20 @@ import logging
 import os
 import secrets
 import socket
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from rvc_dist.runtime.accelerator import on_first_rank
+from rvc_dist.runtime.heartbeat import EXEMPT, Beat, Pulse
 from rvc_dist.runtime.logs import is_timeout, rank_logs, write_stacks
 from rvc_dist.runtime.run_lock import RunLock
 from rvc_dist.workspace import StageError, Workspace
@@ -37,15 +36,11 @@ logger = logging.getLogger(__name__)
 
 SLOW_FACTOR, SLOW_S = 5.0, 5.0
 """A step is slow when it takes this many times the median of recent steps, and at least this many seconds."""
-MIN_STEPS, RECENT_STEPS = 10, 50
-"""The first steps, which compile and search for kernels, and the ones that the median is taken of."""
 SILENT_S = 10.0
 """A rank that does not beat for this long (and for three beats) is reported."""
 REPEAT_S = 60.0
 BEATS_PER_S = 100.0
 """Of all ranks together, so that thousands do not weigh on the file system; a rank beats once a second at most."""
-EXEMPT = ("validation", "checkpoint")
-"""Phases that steps are not measured with: they take long by right, every so often."""
 EXIT_S = 10.0
 """How long each part of an exit may take: a disk that answers no more would hold a rank, and that one all others."""
 
@@ -72,71 +67,6 @@ def ends_within(limit_s: float, what: str, function: Callable[[], object]) -> bo
     if thread.is_alive():
         logger.warning("%s has not ended after %.0f s: going on without it", what, limit_s)
     return not thread.is_alive()
-
-
-class Pulse:
-    """What this rank does. The training thread writes it, the watching thread reads it."""
-
-    def __init__(self) -> None:
-        self.step, self.phase, self.num_sent = 0, "start", 0
-        self.at = self.step_at = time.monotonic()
-        """When this phase and this step began; validation and checkpoints are not part of a step."""
-        self.count = 0
-        """Phases entered and gradients sent since the start: all ranks do the same, so a smaller count is behind."""
-        self._kind = ""
-        self._recent: dict[str, deque[float]] = {}
-
-    def begin_step(self, step: int, kind: str) -> None:
-        """The next step begins; its duration is compared with those of its kind only."""
-        now = time.monotonic()
-        if self._kind:
-            self._recent.setdefault(self._kind, deque(maxlen=RECENT_STEPS)).append(now - self.step_at)
-        self.step, self._kind, self.step_at = step, kind, now
-        self._enter("between phases")
-
-    def _enter(self, phase: str) -> None:
-        self.phase, self.num_sent, self.at = phase, 0, time.monotonic()
-        self.count += 1
-
-    @contextlib.contextmanager
-    def within(self, phase: str) -> Iterator[None]:
-        self._enter(phase)
-        yield
-        if phase in EXEMPT:
-            self.step_at += time.monotonic() - self.at
-        self._enter(f"after {phase}")
-
-    def sent(self) -> None:
-        """Gradients were given to all-reduce."""
-        self.num_sent += 1
-        self.count += 1
-
-    @property
-    def median_s(self) -> float | None:
-        """Of recent steps of this step's kind; None while there are too few."""
-        recent = list(self._recent.get(self._kind, ()))
-        return statistics.median(recent) if len(recent) >= MIN_STEPS else None
-
-
-class Beat(NamedTuple):
-    """The last sign of life of a rank."""
-
-    text: str
-    seen_at: float
-    """When it was new, by this process's clock."""
-    data: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"rank {self.data['rank']} on {self.data['host']} (pid {self.data['pid']})"
-
-    @property
-    def where(self) -> str:
-        sent = " (gradients sent)" if self.data["num_sent"] else ""
-        return f"{self.data['phase']} of step {self.data['step']}{sent}"
-
-    def in_phase_s(self) -> float:
-        return float(self.data["in_phase_s"]) + time.monotonic() - self.seen_at
 
 
 class Watch:

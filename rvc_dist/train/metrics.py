@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from rvc_dist.runtime.watchdog import Pulse
+from rvc_dist.runtime.heartbeat import Pulse
 from rvc_dist.workspace import disk_errors
 
 

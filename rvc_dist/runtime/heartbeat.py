@@ -1,0 +1,80 @@
+"""What a rank does now, and when it was last heard of."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+MIN_STEPS, RECENT_STEPS = 10, 50
+"""The first steps, which compile and search for kernels, and the ones that the median is taken of."""
+EXEMPT = ("validation", "checkpoint")
+"""Phases that steps are not measured with: they take long by right, every so often."""
+
+
+class Pulse:
+    """What this rank does. The training thread writes it, the watching thread reads it."""
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.num_sent = 0, "start", 0
+        self.at = self.step_at = time.monotonic()
+        """When this phase and this step began; validation and checkpoints are not part of a step."""
+        self.count = 0
+        """Phases entered and gradients sent since the start: all ranks do the same, so a smaller count is behind."""
+        self._kind = ""
+        self._recent: dict[str, deque[float]] = {}
+
+    def begin_step(self, step: int, kind: str) -> None:
+        """The next step begins; its duration is compared with those of its kind only."""
+        now = time.monotonic()
+        if self._kind:
+            self._recent.setdefault(self._kind, deque(maxlen=RECENT_STEPS)).append(now - self.step_at)
+        self.step, self._kind, self.step_at = step, kind, now
+        self._enter("between phases")
+
+    def _enter(self, phase: str) -> None:
+        self.phase, self.num_sent, self.at = phase, 0, time.monotonic()
+        self.count += 1
+
+    @contextlib.contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        self._enter(phase)
+        yield
+        if phase in EXEMPT:
+            self.step_at += time.monotonic() - self.at
+        self._enter(f"after {phase}")
+
+    def sent(self) -> None:
+        """Gradients were given to all-reduce."""
+        self.num_sent += 1
+        self.count += 1
+
+    @property
+    def median_s(self) -> float | None:
+        """Of recent steps of this step's kind; None while there are too few."""
+        recent = list(self._recent.get(self._kind, ()))
+        return statistics.median(recent) if len(recent) >= MIN_STEPS else None
+
+
+class Beat(NamedTuple):
+    """The last sign of life of a rank."""
+
+    text: str
+    seen_at: float
+    """When it was new, by this process's clock."""
+    data: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.data['rank']} on {self.data['host']} (pid {self.data['pid']})"
+
+    @property
+    def where(self) -> str:
+        sent = " (gradients sent)" if self.data["num_sent"] else ""
+        return f"{self.data['phase']} of step {self.data['step']}{sent}"
+
+    def in_phase_s(self) -> float:
+        return float(self.data["in_phase_s"]) + time.monotonic() - self.seen_at
