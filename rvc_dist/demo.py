@@ -10,9 +10,8 @@ from pathlib import Path
 
 from rvc_dist import pipeline
 from rvc_dist.config import Recipe, load_recipe
-from rvc_dist.workspace import Share, Workspace
+from rvc_dist.workspace import DEMO_VOICE_DIR, Share, Workspace
 
-VOICE_DIR = Path(__file__).parent / "demo_voice"
 COMPARED_STEPS = 20
 MEL_LOSS = "loss/g_mel"
 
@@ -27,8 +26,8 @@ def demo_arguments() -> list[str]:
     """The demo's recipe as command-line arguments; the user's own come after them."""
     return [
         *("--config", str(recipe_file())),
-        *("--data.audio_dir", str(VOICE_DIR / "voice")),
-        *("--infer.input", str(VOICE_DIR / "source" / "fr.flac")),
+        *("--data.audio_dir", str(DEMO_VOICE_DIR / "voice")),
+        *("--infer.input", str(DEMO_VOICE_DIR / "source" / "fr.flac")),
     ]
 
 

@@ -23,10 +23,10 @@ from accelerate.utils import gather_object
 
 from rvc_dist.config import F0_PER_S, Recipe
 from rvc_dist.data import audio, decode
-from rvc_dist.demo import VOICE_DIR
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.measuring import PARTS, MeasuredTrainer, Sample, Span
 from rvc_dist.workspace import (
+    DEMO_VOICE_DIR,
     Share,
     StageError,
     Workspace,
@@ -176,7 +176,7 @@ class Bench:
 
 def _windows() -> list[tuple[Path, float]]:
     """Recordings of the demo voice, and where in them clips begin, in seconds."""
-    files = sorted((VOICE_DIR / "voice").glob("*.flac"))
+    files = sorted((DEMO_VOICE_DIR / "voice").glob("*.flac"))
     return [(file, i * CLIP_S) for file in files for i in range(int(decode.duration(file) // CLIP_S))]
 
 
