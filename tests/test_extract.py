@@ -19,7 +19,7 @@ from rvc_dist import workspace
 from rvc_dist.config import EmbedderMix, PreprocessConfig, Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
-from rvc_dist.features.extract import Extractor
+from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.workspace import Share, StageError, read_header, read_json, unit_files
 

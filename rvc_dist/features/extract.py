@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from rvc_dist.config import F0_HOP, FEATURE_RATE, Recipe
+from rvc_dist.config import FEATURE_RATE, Recipe
 from rvc_dist.data import audio, preprocess
-from rvc_dist.features.content import Embedder, load_embedder
-from rvc_dist.features.f0 import F0Method, load_f0
-from rvc_dist.features.identity import EmbedderId
-from rvc_dist.runtime.device import fixed_threads, local_device
+from rvc_dist.features.extractor import Extractor
+from rvc_dist.runtime.device import fixed_threads
 from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
@@ -48,62 +43,6 @@ logger = logging.getLogger(__name__)
 MAX_AT_EDGE = 0.1
 """Share of the frames with a pitch that may lie at the edge of the range before it is reported: of ordinary speech it
 comes to 0, but to 0.05 with yin, which hears a high pitch in some noise."""
-
-
-class Extractor(NamedTuple):
-    """What turns a wave into features; loaded once a rank, and by the infer stage alike."""
-
-    embedder: Embedder
-    f0_method: F0Method | None
-    """None where nobody asks for pitch: all is unvoiced then."""
-    batch_clips: int
-
-    @classmethod
-    def load(cls, recipe: Recipe, with_pitch: bool = True) -> Extractor:
-        """Load the encoder and the pitch tracker of the recipe.
-
-        Raises:
-            StageError: one of them is unknown, or its weights or package are not to be had.
-        """
-        device = local_device()
-        try:
-            return cls(
-                load_embedder(recipe.extract, recipe.model.version, device),
-                load_f0(recipe.extract, device) if with_pitch else None,
-                recipe.extract.batch_clips,
-            )
-        except (ValueError, OSError, ImportError) as error:
-            raise StageError(str(error)) from error
-
-    @property
-    def embedder_id(self) -> EmbedderId:
-        return EmbedderId(self.embedder.name, self.embedder.weights_hash, self.embedder.mix)
-
-    def describe(self) -> dict[str, Any]:
-        """What the features were made with; training and export carry it along."""
-        return self.embedder_id.to_features() | {"width": self.embedder.width}
-
-    def __call__(self, waves: list[audio.Wave]) -> Iterator[tuple[int, Any, Any]]:
-        """Yield (index, content [T50, C], f0 [T100]) for 16 kHz waves [S], batched by equal length.
-
-        Nothing is padded: padding changes what a group-normalised encoder gives.
-        """
-        by_length: dict[int, list[int]] = {}
-        for i, wave in enumerate(waves):
-            by_length.setdefault(len(wave), []).append(i)
-        for indices in by_length.values():
-            for at in range(0, len(indices), self.batch_clips):
-                batch = indices[at : at + self.batch_clips]
-                stacked = torch.from_numpy(np.stack([waves[i] for i in batch]))
-                content, f0 = self.embedder(stacked).cpu().numpy(), self._pitch(stacked).cpu().numpy()
-                for row, i in enumerate(batch):
-                    yield i, content[row], f0[row]
-
-    def _pitch(self, waves: Tensor) -> Tensor:
-        """[B, S] -> f0 [B, T100]."""
-        if self.f0_method is None:
-            return torch.zeros(waves.shape[0], waves.shape[1] // F0_HOP)
-        return self.f0_method(waves)
 
 
 def run(recipe: Recipe, share: Share) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.content import WITHOUT_FILES
-from rvc_dist.features.extract import Extractor
+from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.identity import PUBLISHED, EmbedderId
 from rvc_dist.features.index import Retriever
 from rvc_dist.files import ForeignFileError
