@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe
 from rvc_dist.data.audio import Wave
-from rvc_dist.features.content import make_torchaudio_importable
 from rvc_dist.features.f0 import F0Method
+from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.train import checkpoint

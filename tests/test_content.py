@@ -17,14 +17,8 @@ from torch import Tensor
 
 import rvc_dist
 from rvc_dist.config import EmbedderMix, ExtractConfig
-from rvc_dist.features.content import (
-    EMBEDDERS,
-    Embedder,
-    Version,
-    hub_silence,
-    load_embedder,
-    make_torchaudio_importable,
-)
+from rvc_dist.features.content import EMBEDDERS, Embedder, Version, load_embedder
+from rvc_dist.features.hub import hub_silence, make_torchaudio_importable
 
 CPU = torch.device("cpu")
 SPEECH = Path(rvc_dist.__file__).parent / "demo_voice" / "voice" / "000.flac"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig, f0_method_names
-from rvc_dist.features.content import hub_file, make_torchaudio_importable
+from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 
 SILENCE_RMS = 2.0**-15
 """One step of 16-bit audio: quieter than this there is nothing to have a pitch."""

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import F0_PER_S, FEATURE_RATE, ExtractConfig
-from rvc_dist.features.content import make_torchaudio_importable, read_tensors
+from rvc_dist.features.content import read_tensors
 from rvc_dist.features.f0 import F0Method, check_range, find_weights, viterbi
+from rvc_dist.features.hub import make_torchaudio_importable
 
 RATE = 8000
 WINDOW = 1024
