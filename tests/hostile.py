@@ -52,7 +52,7 @@ from rvc_dist.__main__ import run_stage, set_up_logging
 from rvc_dist.config import InferConfig, Recipe
 from rvc_dist.features.content import read_tensors
 from rvc_dist.features.f0 import F0_METHODS
-from rvc_dist.features.index import Retriever
+from rvc_dist.features.index_file import Retriever
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.train import networks

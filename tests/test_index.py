@@ -16,7 +16,8 @@ from helpers import changed, narrow_recipe, workspace_of, write_features
 
 from rvc_dist.config import IndexConfig, Recipe
 from rvc_dist.features import index
-from rvc_dist.features.index import Queries, Recall, Retriever, VectorFile, num_cells
+from rvc_dist.features.index import Queries, Recall, VectorFile, num_cells
+from rvc_dist.features.index_file import Retriever
 from rvc_dist.workspace import Share, StageError, read_json
 
 ALONE = Share(0, 1)

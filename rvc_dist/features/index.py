@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rvc_dist.config import Recipe
-from rvc_dist.features.index_file import MAX_IN_MEMORY, check_index
-from rvc_dist.files import ForeignFileError
+from rvc_dist.features.index_file import MAX_IN_MEMORY, NUM_NEIGHBOURS, Vectors, load_faiss
 from rvc_dist.workspace import (
     FeaturesHeader,
     IndexReport,
@@ -49,8 +48,6 @@ SEED = 1234
 """Of the sample and of k-means."""
 CHUNK = 8192
 """Vectors that are read, assigned and compared at once."""
-NUM_NEIGHBOURS = 8
-MIN_DISTANCE = 1e-9
 NUM_QUERIES = 1000
 """Most frames on which the recall is measured."""
 SAME_DISTANCE = 1.0 + 1e-5
@@ -58,19 +55,8 @@ SAME_DISTANCE = 1.0 + 1e-5
 NO_LISTS = b"il00"
 """How FAISS ends the file of an index without lists."""
 
-Vectors = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
 """Positions of vectors."""
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise StageError(
-            "faiss is not installed: `pip install faiss-cpu` (or faiss-gpu-cu12, but only one of them)"
-        ) from error
-    return faiss
 
 
 def _on_gpus(index: Any) -> Any:
@@ -78,7 +64,7 @@ def _on_gpus(index: Any) -> Any:
 
     GPUs add in another order, so near ties may fall the other way: a file of the same kind, with other bits.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     return faiss.index_cpu_to_all_gpus(index) if faiss.get_num_gpus() > 0 else index
 
 
@@ -108,7 +94,7 @@ def run(recipe: Recipe, share: Share) -> None:
     if complete(recipe):
         logger.info("index: %s is up to date", work.index_file())
         return
-    _faiss()  # before all frames are read, not after
+    load_faiss()  # before all frames are read, not after
     remove_half_written(work.index_dir)
     frames = Frames.find(work)
     with beside(work.vectors_file, 4 * len(frames) * frames.width) as vectors_beside:
@@ -289,7 +275,7 @@ def save_vectors(recipe: Recipe, frames: Frames, path: Path) -> tuple[Vectors, Q
 
 def reduce(vectors: Vectors) -> Vectors:
     """The k-means centres of `vectors`."""
-    faiss = _faiss()
+    faiss = load_faiss()
     centres = min(KMEANS_CENTRES, len(vectors))
     logger.info("index: reducing the frames to %d k-means centres, found on %d of them", centres, len(vectors))
     kmeans = faiss.Kmeans(
@@ -306,7 +292,7 @@ def reduce(vectors: Vectors) -> Vectors:
 
 def train(vectors: Vectors, cells: int) -> Any:
     """An empty IVF-Flat index whose cells are made of `vectors`. Its bytes do not depend on the number of threads."""
-    faiss = _faiss()
+    faiss = load_faiss()
     index = faiss.index_factory(vectors.shape[1], f"IVF{cells},Flat")
     index.cp.min_points_per_centroid = 1  # fewer than 39 are meant, and no reason for a warning
     trainer = _on_gpus(faiss.IndexFlatL2(vectors.shape[1]))
@@ -378,7 +364,7 @@ def write_index(index: Any, vectors: VectorFile, path: Path) -> None:
 def _head(index: Any) -> bytes:
     """What stands before the lists in the file of `index`, by FAISS itself."""
     index.replace_invlists(None, False)
-    data: bytes = _faiss().serialize_index(index).tobytes()
+    data: bytes = load_faiss().serialize_index(index).tobytes()
     assert data.endswith(NO_LISTS)
     return data[: -len(NO_LISTS)]
 
@@ -393,7 +379,7 @@ class Recall:
 
     def __init__(self, vectors: VectorFile, queries: Queries) -> None:
         self.queries, self.num = queries, min(NUM_NEIGHBOURS, len(vectors) - 1)
-        flat = _on_gpus(_faiss().IndexFlatL2(vectors.width))
+        flat = _on_gpus(load_faiss().IndexFlatL2(vectors.width))
         distances = np.empty((len(queries.own), 0), np.float32)
         numbers = np.empty((len(queries.own), 0), np.int64)
         for first, chunk in vectors.chunks():
@@ -427,7 +413,7 @@ class Recall:
 
 def fit_nprobe(recipe: Recipe, index: Any, path: Path, recall: Recall) -> float:
     """The recall of the index in `path`, after its nprobe, and that of `index`, is raised as the recipe wants."""
-    faiss = _faiss()
+    faiss = load_faiss()
     written = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
     cells, wanted = index.nlist, recipe.index.recall
     index.nprobe, found = raised(partial(recall, written), recipe.index.nprobe, cells, wanted)
@@ -462,48 +448,3 @@ def raised(recall: Callable[[int], float], nprobe: int, cells: int, wanted: floa
         else:
             nprobe, found = middle, reached
     return nprobe, found
-
-
-class Retriever:
-    """Mixes content features with their nearest neighbours in an index; a large index stays on the disk.
-
-    Raises:
-        StageError: the file is not an index of RVC, or is of another width.
-    """
-
-    def __init__(self, path: Path, width: int) -> None:
-        faiss = _faiss()
-        try:
-            if not check_index(path, width).num_vectors:
-                raise ForeignFileError("it is empty")
-        except FileNotFoundError as error:
-            raise StageError(f"infer.index: {path} does not exist") from error
-        except ForeignFileError as error:
-            raise StageError(
-                f"infer.index: {path} is no index for this voice: {error}; give the added_*.index that was made with "
-                "it, or --infer.index_rate 0"
-            ) from error
-        is_large = path.stat().st_size > MAX_IN_MEMORY
-        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if is_large else 0)
-        self._vectors: Vectors | None = None if is_large else self._index.reconstruct_n(0, self._index.ntotal)
-
-    def __call__(self, content: Vectors, rate: float) -> Vectors:
-        """`content` [T, C] with the share `rate` replaced by the mean of 8 neighbours, weighted by (1/d)^2.
-
-        d is FAISS's distance, which is squared. An exact hit takes all the weight instead of dividing by zero; a frame
-        whose cells are all empty stays as it is.
-        """
-        queries = np.ascontiguousarray(content, dtype=np.float32)
-        if self._vectors is None:
-            distances, neighbours, nearest = self._index.search_and_reconstruct(queries, NUM_NEIGHBOURS)
-            nearest[neighbours < 0] = 0.0  # FAISS fills them with NaN
-        else:  # faster
-            distances, neighbours = self._index.search(queries, NUM_NEIGHBOURS)
-            nearest = self._vectors[np.maximum(neighbours, 0)]
-        is_found = neighbours >= 0
-        weights = np.where(is_found, 1.0 / np.square(np.maximum(distances, MIN_DISTANCE, dtype=np.float64)), 0.0)
-        weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        found = np.einsum("tkc,tk->tc", nearest, weights.astype(np.float32))
-        share = rate * is_found.any(axis=1, keepdims=True)
-        mixed: Vectors = (share * found + (1.0 - share) * content).astype(np.float32)
-        return mixed

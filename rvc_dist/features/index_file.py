@@ -14,13 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from rvc_dist.files import ForeignFileError, regular_size
+from rvc_dist.workspace import StageError
 
 FLAT, IVF_FLAT = b"IxF2", b"IwFl"
 SQUARED_DISTANCE = 1
 MAX_IN_MEMORY = 1_000_000_000
 """Bytes of an index file above which retrieval maps it instead of reading it."""
+NUM_NEIGHBOURS = 8
+MIN_DISTANCE = 1e-9
 CHUNK = 1 << 22
 """Numbers that are looked at at once."""
+
+Vectors = npt.NDArray[np.float32]
 
 
 class IndexSize(NamedTuple):
@@ -129,3 +134,63 @@ class _File:
         for first in range(0, count, CHUNK):
             if not np.isfinite(self.numbers("<f4", min(CHUNK, count - first))).all():
                 raise ForeignFileError("it holds numbers that are not finite")
+
+
+def load_faiss() -> Any:
+    """The module, imported late: it takes a second.
+
+    Raises:
+        StageError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise StageError(
+            "faiss is not installed: `pip install faiss-cpu` (or faiss-gpu-cu12, but only one of them)"
+        ) from error
+    return faiss
+
+
+class Retriever:
+    """Mixes content features with their nearest neighbours in an index; a large index stays on the disk.
+
+    Raises:
+        StageError: the file is not an index of RVC, or is of another width.
+    """
+
+    def __init__(self, path: Path, width: int) -> None:
+        faiss = load_faiss()
+        try:
+            if not check_index(path, width).num_vectors:
+                raise ForeignFileError("it is empty")
+        except FileNotFoundError as error:
+            raise StageError(f"infer.index: {path} does not exist") from error
+        except ForeignFileError as error:
+            raise StageError(
+                f"infer.index: {path} is no index for this voice: {error}; give the added_*.index that was made with "
+                "it, or --infer.index_rate 0"
+            ) from error
+        is_large = path.stat().st_size > MAX_IN_MEMORY
+        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if is_large else 0)
+        self._vectors: Vectors | None = None if is_large else self._index.reconstruct_n(0, self._index.ntotal)
+
+    def __call__(self, content: Vectors, rate: float) -> Vectors:
+        """`content` [T, C] with the share `rate` replaced by the mean of 8 neighbours, weighted by (1/d)^2.
+
+        d is FAISS's distance, which is squared. An exact hit takes all the weight instead of dividing by zero; a frame
+        whose cells are all empty stays as it is.
+        """
+        queries = np.ascontiguousarray(content, dtype=np.float32)
+        if self._vectors is None:
+            distances, neighbours, nearest = self._index.search_and_reconstruct(queries, NUM_NEIGHBOURS)
+            nearest[neighbours < 0] = 0.0  # FAISS fills them with NaN
+        else:  # faster
+            distances, neighbours = self._index.search(queries, NUM_NEIGHBOURS)
+            nearest = self._vectors[np.maximum(neighbours, 0)]
+        is_found = neighbours >= 0
+        weights = np.where(is_found, 1.0 / np.square(np.maximum(distances, MIN_DISTANCE, dtype=np.float64)), 0.0)
+        weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        found = np.einsum("tkc,tk->tc", nearest, weights.astype(np.float32))
+        share = rate * is_found.any(axis=1, keepdims=True)
+        mixed: Vectors = (share * found + (1.0 - share) * content).astype(np.float32)
+        return mixed

@@ -23,7 +23,7 @@ from rvc_dist.data import audio, decode
 from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.identity import PUBLISHED, EmbedderId
-from rvc_dist.features.index import Retriever
+from rvc_dist.features.index_file import Retriever
 from rvc_dist.files import ForeignFileError
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.pitch import coarse_pitch
