@@ -17,6 +17,7 @@ from tiny import make_features, tiny_recipe, with_train
 from torch import nn
 
 from rvc_dist.config import Recipe, TrainConfig
+from rvc_dist.runtime.launcher import ZERO_STAGES, check_deepspeed, fill_deepspeed_settings
 from rvc_dist.tools.doctor.findings import Result
 from rvc_dist.tools.doctor.machine import check_versions
 from rvc_dist.tools.doctor.team import Exam, Team
@@ -46,12 +47,12 @@ def assert_same_steps(folder: Path, num_ranks: int, environment: dict[str, str])
     for name, train in CASES.items():
         (recipes / f"{name}.yaml").write_text(with_train(recipe, **train).to_yaml())
     saved = []
-    for stage in (0, *deepspeed.STAGES):
+    for stage in (0, *ZERO_STAGES):
         output, more = folder / f"stage{stage}", environment | {"THIN": "1"} | (as_zero(stage) if stage else {})
         torchrun(num_ranks, "step_on_ranks.py", recipes, 2, STEPS, output, more_environment=more)
         saved.append({name: load_file(output / f"{name}.safetensors") for name in CASES})
     plain = saved[0]
-    for stage, tensors in zip(deepspeed.STAGES, saved[1:], strict=True):
+    for stage, tensors in zip(ZERO_STAGES, saved[1:], strict=True):
         for name in CASES:
             # Rounding of gradients to bf16, and of what follows, is not the same rounding twice.
             bound = 1e-2 if name == "bf16" else 1e-5
@@ -145,20 +146,21 @@ def test_only_optimizers_that_see_single_numbers_are_taken(monkeypatch: pytest.M
     alike = {name for name in OPTIMIZERS if torch.allclose(steps(name, False), steps(name, True), rtol=1e-5, atol=1e-7)}
     assert alike == ELEMENTWISE
 
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for name in OPTIMIZERS.keys() - ELEMENTWISE:
         rate = 1.0 if name == "prodigy" else 1e-4
         with pytest.raises(StageError, match=rf"train.optimizer: {name} .* ZeRO .* adamw, .* launch/multi_gpu.yaml"):
-            deepspeed.check(TrainConfig(optimizer=name, learning_rate=rate))
+            deepspeed.check_optimizer(TrainConfig(optimizer=name, learning_rate=rate))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(StageError, match=r"not installed: pip install 'rvc-dist\[deepspeed\]'"):
-        deepspeed.check(TrainConfig())
+        check_deepspeed()
 
 
 def filled(settings: dict[str, Any], **train: Any) -> dict[str, Any]:
     """DeepSpeed's settings from those of a launcher and a recipe."""
     settings = {"zero_optimization": {"stage": 1}} | settings
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
-    deepspeed.fill_settings(SimpleNamespace(state=state), TrainConfig(**train))
+    fill_deepspeed_settings(SimpleNamespace(state=state), TrainConfig(**train))
     return json.loads(json.dumps(settings))
 
 

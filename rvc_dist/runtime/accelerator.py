@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from rvc_dist.config import TrainConfig
-from rvc_dist.train import deepspeed
+from rvc_dist.runtime.launcher import asks_for_deepspeed, check_deepspeed, fill_deepspeed_settings
 from rvc_dist.workspace import OtherRankError, StageError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         check_meeting_point(wanted)
     backend = None
     if not torch.cuda.is_available():
-        if deepspeed.asked_for():
+        if asks_for_deepspeed():
             # So Accelerate hands CPUs to DeepSpeed; any other way it forgets DeepSpeed, or the other ranks.
             os.environ.pop("ACCELERATE_USE_CPU", None)
             backend = "gloo"
@@ -69,8 +69,8 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         )
     if config.use_bf16:
         check_bf16(accelerator.device)
-    if deepspeed.asked_for():
-        deepspeed.fill_settings(accelerator, config)
+    if asks_for_deepspeed():
+        fill_deepspeed_settings(accelerator, config)
     return accelerator
 
 
@@ -92,8 +92,8 @@ def check_launcher(config: TrainConfig) -> None:
             "the launcher asks for FSDP, which this program does not use: G and D fit every GPU; launch with "
             "launch/multi_gpu.yaml, or share the optimizer's state among the ranks with launch/zero1.yaml"
         )
-    if deepspeed.asked_for():
-        deepspeed.check(config)
+    if asks_for_deepspeed():
+        check_deepspeed()
 
 
 def check_meeting_point(num_ranks: int) -> None:

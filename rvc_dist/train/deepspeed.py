@@ -9,10 +9,6 @@ elements, float32. That part is the only parameter that the optimizer sees.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,105 +22,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rvc_dist.config import TrainConfig
+from rvc_dist.runtime.launcher import asks_for_deepspeed, zero_stage
 from rvc_dist.train.ddp import Network, Wire
 from rvc_dist.train.optimizers import ELEMENTWISE, PARAMETERS, OptimizerState, load_optimizer_state, optimizer_state
 from rvc_dist.workspace import StageError
 
-STAGES = (1, 2)
 PART = "part"
 """What this rank's part is called where others name a parameter."""
-BUCKET_ELEMENTS = 1 << 23
-"""Gradients sent at a time (32 MiB); DeepSpeed's own default would reserve two gigabytes a network."""
 
 
-def asked_for() -> bool:
-    """The launcher's file says `distributed_type: DEEPSPEED`."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
-
-
-def stage(accelerator: Accelerator) -> int:
-    """1 or 2; 0 without DeepSpeed."""
-    if not asked_for():
-        return 0
-    return int(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse a recipe that cannot be trained so.
+def check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimizer that ZeRO cannot divide among the ranks.
 
     Raises:
-        StageError: DeepSpeed is not installed, or the optimizer looks at more than one number at a time.
+        StageError: it looks at more than one number at a time.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise StageError("the launcher asks for DeepSpeed, which is not installed: pip install 'rvc-dist[deepspeed]'")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of the autocast that is cared for below
-    warnings.filterwarnings("ignore", ".*torch.distributed.*deprecated", FutureWarning)  # DeepSpeed's own calls
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Its own collectives for CPUs are compiled when first used; gloo needs no compiler.
-        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    if config.optimizer_name not in ELEMENTWISE:
+    if asks_for_deepspeed() and config.optimizer_name not in ELEMENTWISE:
         raise StageError(
             f"train.optimizer: {config.optimizer_name} looks at whole parameters, of which ZeRO cuts some in two; with "
             f"DeepSpeed choose one of {', '.join(sorted(ELEMENTWISE))}, or launch with launch/multi_gpu.yaml"
         )
-
-
-def fill_settings(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Complete the launcher's DeepSpeed settings from the recipe.
-
-    Raises:
-        StageError: they ask for what this program does not do, or contradict the recipe; everything is listed.
-    """
-    settings: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
-    zero: dict[str, Any] = settings["zero_optimization"]
-    if problems := _unsupported(zero) + _contradictions(settings, config):
-        raise StageError("the launcher's DeepSpeed settings do not fit:" + "".join(f"\n  {p}" for p in problems))
-    for key in ("train_batch_size", "fp16", "bf16"):
-        settings.pop(key, None)
-    settings["train_micro_batch_size_per_gpu"] = config.batch_size
-    settings["gradient_clipping"] = config.max_grad_norm or 0.0
-    # The trainer scales its losses, and says itself which pass is the last of a step.
-    settings["gradient_accumulation_steps"] = 1
-    if config.grad_compression == "bf16":
-        settings["communication_data_type"] = "bf16"
-    for key in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(key, "auto") == "auto":
-            zero[key] = BUCKET_ELEMENTS
-
-
-def _unsupported(zero: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if zero.get("stage") not in STAGES:
-        problems.append(f"zero stage {zero.get('stage')}: use 1 or 2, or launch/multi_gpu.yaml")
-    for key in ("offload_optimizer", "offload_param"):
-        device = (zero.get(key) or {}).get("device", "none")
-        if device != "none":
-            problems.append(f"{key} to {device}: a network and its optimizer stay on one device; leave it out")
-    if zero.get("round_robin_gradients"):
-        problems.append("round_robin_gradients: parameters stay in their order; leave it out")
-    return problems
-
-
-def _contradictions(settings: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """What the recipe decides, and the settings decide otherwise."""
-    numbers = {
-        "train_micro_batch_size_per_gpu": ("train.batch_size", (config.batch_size,)),
-        "gradient_clipping": ("train.max_grad_norm", (config.max_grad_norm or 0.0,)),
-        "gradient_accumulation_steps": ("train.grad_accum_steps", (1, config.grad_accum_steps)),
-    }
-    problems = [
-        f"{key} {settings[key]}: the recipe's {name} is {same[-1]}; leave it out"
-        for key, (name, same) in numbers.items()
-        if settings.get(key, "auto") not in ("auto", *same)
-    ]
-    for key in ("fp16", "bf16", "torch_autocast", "amp"):
-        if settings.get(key, {}).get("enabled") is True:
-            problems.append(f"{key}: the recipe's train.precision decides; leave it out")
-    for key, name in (("optimizer", "train.optimizer"), ("scheduler", "train.lr_schedule")):
-        if key in settings:
-            problems.append(f"{key}: the recipe's {name} decides; leave it out")
-    return problems
 
 
 class _Autocast(nn.Module):
@@ -165,7 +82,7 @@ class ZeroNetwork(Network):
         """
         accelerator.deepspeed_engine_wrapped = None  # for Accelerator.backward, which knows one engine alone
         engine, _ = accelerator.prepare(_Autocast(call, autocast), optimizer)
-        network = cls(raw, call, engine, optimizer, engine, wire, sends_every_pass=stage(accelerator) == 2)
+        network = cls(raw, call, engine, optimizer, engine, wire, sends_every_pass=zero_stage(accelerator) == 2)
         groups = [group["params"] for group in optimizer.param_groups]
         if [len(g) for g in groups] != [1] or not torch.equal(network.part, network._part_of(network._parameters())):
             from deepspeed import __version__

@@ -29,6 +29,7 @@ from rvc_dist.models.modules import slice_samples
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.runtime.accelerator import StopSignal, check_same_settings, make_accelerator, on_first_rank
+from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.runtime.watchdog import EXIT_S, Watch, ends_within
 from rvc_dist.train import checkpoint, compilation, deepspeed, fingerprint, holdout, losses, memory, networks
 from rvc_dist.train.dataset import (
@@ -94,6 +95,7 @@ class Trainer:
         self.work.check_name()
         if wrong := preprocess.other_settings(recipe) or extract.other_settings(recipe):
             raise StageError(wrong)
+        deepspeed.check_optimizer(self.config)
         self.accelerator = make_accelerator(self.config)
         self.device = self.accelerator.device
         if watch is None:
@@ -153,7 +155,7 @@ class Trainer:
         )
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
-        check_same_settings(self.accelerator, compiled | {"ZeRO stage": deepspeed.stage(self.accelerator)})
+        check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero_stage(self.accelerator)})
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.accelerator.is_main_process)
         self.validation = Validation(recipe, self.table, self.dataset, self.accelerator, self.tracker)
 
@@ -243,7 +245,7 @@ class Trainer:
     def _prepare(self, name: str, module: nn.Module) -> Network:
         call = compilation.compiled(module, self.device) if self.compiled[name] else module
         optimizer = make_optimizer(self.config, module)
-        if deepspeed.stage(self.accelerator):
+        if zero_stage(self.accelerator):
             return deepspeed.ZeroNetwork.prepare(self.accelerator, module, call, optimizer, self.wire, self._autocast())
         network = Network(module, call, self.accelerator.prepare_model(call), optimizer)
         self.wire.attach(network.ddp)

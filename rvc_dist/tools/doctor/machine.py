@@ -21,9 +21,9 @@ from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.data.sources import list_sources
 from rvc_dist.features import index
 from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, device_name
+from rvc_dist.runtime.launcher import asks_for_deepspeed
 from rvc_dist.tools.doctor.findings import Result, first_line, ranks_text
 from rvc_dist.tools.doctor.team import Exam
-from rvc_dist.train import deepspeed
 from rvc_dist.workspace import StageError, Workspace
 
 CROWDED = 0.1
@@ -48,7 +48,7 @@ def check_versions(exam: Exam, result: Result) -> None:
     """Every rank has the same versions, new enough, and a torch that fits the driver."""
     del exam
     result.same |= {"rvc_dist": __version__, "python": platform.python_version()}
-    packages = (*PACKAGES, "deepspeed") if deepspeed.asked_for() else PACKAGES
+    packages = (*PACKAGES, "deepspeed") if asks_for_deepspeed() else PACKAGES
     result.same |= {name: found for name in packages if (found := installed(name))}
     faiss = [f"{name} {found}" for name in FAISS if (found := installed(name))]
     if faiss:

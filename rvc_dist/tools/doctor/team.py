@@ -20,8 +20,8 @@ from rvc_dist.config import Recipe
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import make_accelerator
 from rvc_dist.runtime.device import local_device
+from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.tools.doctor.findings import Result, Severity, first_line, with_remedy
-from rvc_dist.train import deepspeed
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Share, StageError, Workspace
 
@@ -157,7 +157,7 @@ def check_ranks(exam: Exam, result: Result) -> None:
     result.same |= {"ranks": str(team.count), "hosts": str(len(set(exam.hosts)))}
     if team.count > 1:
         result.same["backend"] = dist.get_backend()
-    if team.accelerator is not None and (stage := deepspeed.stage(team.accelerator)):
+    if team.accelerator is not None and (stage := zero_stage(team.accelerator)):
         result.same["ZeRO stage"] = str(stage)
     recipes = team.gather(dict(_settings(exam.recipe)))
     for key in recipes[0]:

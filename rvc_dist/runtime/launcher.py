@@ -1,0 +1,105 @@
+"""What the launcher asked for, and the settings of DeepSpeed that the recipe completes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rvc_dist.config import TrainConfig
+from rvc_dist.workspace import StageError
+
+ZERO_STAGES = (1, 2)
+BUCKET_ELEMENTS = 1 << 23
+"""Gradients sent at a time (32 MiB); DeepSpeed's own default would reserve two gigabytes a network."""
+
+
+def asks_for_deepspeed() -> bool:
+    """The launcher's file says `distributed_type: DEEPSPEED`."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """1 or 2; 0 without DeepSpeed."""
+    if not asks_for_deepspeed():
+        return 0
+    return int(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
+
+
+def check_deepspeed() -> None:
+    """Prepare for DeepSpeed, whose launcher files this one accepts.
+
+    Raises:
+        StageError: it is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise StageError("the launcher asks for DeepSpeed, which is not installed: pip install 'rvc-dist[deepspeed]'")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of the autocast that is cared for below
+    warnings.filterwarnings("ignore", ".*torch.distributed.*deprecated", FutureWarning)  # DeepSpeed's own calls
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Its own collectives for CPUs are compiled when first used; gloo needs no compiler.
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def fill_deepspeed_settings(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Complete the launcher's DeepSpeed settings from the recipe.
+
+    Raises:
+        StageError: they ask for what this program does not do, or contradict the recipe; everything is listed.
+    """
+    settings: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero: dict[str, Any] = settings["zero_optimization"]
+    if problems := _unsupported(zero) + _contradictions(settings, config):
+        raise StageError("the launcher's DeepSpeed settings do not fit:" + "".join(f"\n  {p}" for p in problems))
+    for key in ("train_batch_size", "fp16", "bf16"):
+        settings.pop(key, None)
+    settings["train_micro_batch_size_per_gpu"] = config.batch_size
+    settings["gradient_clipping"] = config.max_grad_norm or 0.0
+    # The trainer scales its losses, and says itself which pass is the last of a step.
+    settings["gradient_accumulation_steps"] = 1
+    if config.grad_compression == "bf16":
+        settings["communication_data_type"] = "bf16"
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(key, "auto") == "auto":
+            zero[key] = BUCKET_ELEMENTS
+
+
+def _unsupported(zero: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if zero.get("stage") not in ZERO_STAGES:
+        problems.append(f"zero stage {zero.get('stage')}: use 1 or 2, or launch/multi_gpu.yaml")
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device != "none":
+            problems.append(f"{key} to {device}: a network and its optimizer stay on one device; leave it out")
+    if zero.get("round_robin_gradients"):
+        problems.append("round_robin_gradients: parameters stay in their order; leave it out")
+    return problems
+
+
+def _contradictions(settings: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """What the recipe decides, and the settings decide otherwise."""
+    numbers = {
+        "train_micro_batch_size_per_gpu": ("train.batch_size", (config.batch_size,)),
+        "gradient_clipping": ("train.max_grad_norm", (config.max_grad_norm or 0.0,)),
+        "gradient_accumulation_steps": ("train.grad_accum_steps", (1, config.grad_accum_steps)),
+    }
+    problems = [
+        f"{key} {settings[key]}: the recipe's {name} is {same[-1]}; leave it out"
+        for key, (name, same) in numbers.items()
+        if settings.get(key, "auto") not in ("auto", *same)
+    ]
+    for key in ("fp16", "bf16", "torch_autocast", "amp"):
+        if settings.get(key, {}).get("enabled") is True:
+            problems.append(f"{key}: the recipe's train.precision decides; leave it out")
+    for key, name in (("optimizer", "train.optimizer"), ("scheduler", "train.lr_schedule")):
+        if key in settings:
+            problems.append(f"{key}: the recipe's {name} decides; leave it out")
+    return problems
