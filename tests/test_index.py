@@ -506,7 +506,7 @@ def test_a_missing_faiss_is_told_with_the_remedy(recipe: Recipe, monkeypatch: py
 def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the index stays: in memory, or as a large one on the disk."""
     if request.param == "disk":
-        monkeypatch.setattr(index, "MAX_IN_MEMORY", 0)
+        monkeypatch.setattr("rvc_dist.features.index_file.MAX_IN_MEMORY", 0)
     return str(request.param)
 
 
@@ -578,7 +578,7 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_from_the_disk_comes_what_comes_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = frames(1000), frames(60, seed=9)
     in_memory = retriever(tmp_path, vectors, cells=20)
-    monkeypatch.setattr(index, "MAX_IN_MEMORY", 0)
+    monkeypatch.setattr("rvc_dist.features.index_file.MAX_IN_MEMORY", 0)
     from_disk = Retriever(tmp_path / "i.index", WIDTH)
     assert isinstance(faiss.downcast_InvertedLists(from_disk._index.invlists), faiss.OnDiskInvertedLists)
     assert np.array_equal(from_disk(queries, 0.7), in_memory(queries, 0.7))

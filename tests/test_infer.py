@@ -36,7 +36,6 @@ from torch import Tensor
 
 from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, EmbedderMix, ExtractConfig, InferConfig, Recipe
 from rvc_dist.data import audio, decode
-from rvc_dist.features import extract
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.models.generator import Generator
@@ -231,7 +230,9 @@ def speech_like(seconds: float) -> audio.Wave:
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_joins_do_not_click(guided: bool, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract, "load_embedder", lambda _config, _version, device: LocalEmbedder(device))
+    monkeypatch.setattr(
+        "rvc_dist.features.extractor.load_embedder", lambda _config, _version, device: LocalEmbedder(device)
+    )
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(NARROW, pitch_guidance=guided))
     recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
     new_voice(recipe, tmp_path / "v.pth")
