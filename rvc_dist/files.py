@@ -42,10 +42,15 @@ def regular_size(path: Path) -> int:
         raise
     except OSError as error:
         raise ForeignFileError(f"it cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = "folder" if stat.S_ISDIR(status.st_mode) else "FIFO, socket or device"
-        raise ForeignFileError(f"it is a {kind}, expected a file")
+    if reason := not_regular(status.st_mode):
+        raise ForeignFileError(reason)
     return status.st_size
+
+
+def not_regular(mode: int) -> str:
+    """Why something of that mode is not opened, or nothing."""
+    kind = "folder" if stat.S_ISDIR(mode) else "FIFO, socket or device"
+    return "" if stat.S_ISREG(mode) else f"it is a {kind}, expected a file"
 
 
 def read_npy(path: Path) -> npt.NDArray[np.generic]:

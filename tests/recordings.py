@@ -124,6 +124,10 @@ def _only_magic(rng: random.Random, data: bytearray) -> bytearray:
     return data[: rng.randrange(1, 48)]
 
 
+_MADE_RARELY = ("au", "caf", "aac", "ac3", "wma", "mka")
+_MADE_BY_FFMPEG = {"m4a": "aac", "aac": "aac", "ac3": "ac3", "wma": "wmav2", "mka": "flac"}
+
+
 def write_made(folder: Path, seed: int) -> dict[str, float | None]:
     """A dataset of a few recordings of every kind, level and fault, the same for the same seed.
 
@@ -135,20 +139,25 @@ def write_made(folder: Path, seed: int) -> dict[str, float | None]:
     for i in range(rng.integers(2, 5)):
         rate = int(rng.choice([8000, 16000, 22050, 24000, 44100, 48000, 96000]))
         wave = _made_wave(rng, rate)
-        kind = str(rng.choice(["wav", "flac", "ogg", "mp3", "m4a"], p=[0.4, 0.2, 0.1, 0.2, 0.1]))
+        kinds = {"wav": 0.3, "flac": 0.15, "ogg": 0.1, "mp3": 0.15, "m4a": 0.1} | dict.fromkeys(_MADE_RARELY, 0.05)
+        kind = str(rng.choice(list(kinds), p=[share / sum(kinds.values()) for share in kinds.values()]))
         path = folder / f"{i}.{kind}"
+        codec = _MADE_BY_FFMPEG.get(kind)
         if kind == "wav":
             soundfile.write(path, wave, rate, subtype=str(rng.choice(["PCM_16", "PCM_24", "FLOAT"])))
         else:
             wave = wave[:, :2]
             if kind != "flac" and rate == 96000:
                 wave, rate = wave[::2], 48000
-            if kind == "m4a":
-                rate = max(rate, 16000)
-                write_av(path, wave[:, 0], "aac", rate)
+            if codec:
+                rate = 48000 if kind == "ac3" else max(rate, 16000)
+                write_av(path, wave[:, 0], codec, rate)
             else:
                 soundfile.write(path, np.clip(wave, -1, 1), rate)
         held[path.name] = len(wave) / rate
+        if rng.random() < 0.15:
+            path.write_bytes(path.read_bytes() * 2)
+            held[path.name] = 2 * len(wave) / rate
         if rng.random() < 0.15:
             data = bytearray(path.read_bytes())
             damage = [_cut, _flip_anywhere, _zeros][rng.integers(3)]

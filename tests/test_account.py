@@ -15,8 +15,8 @@ from rvc_dist.workspace import Share, Workspace, read_json
 
 WITHIN_S = 0.002
 """A slice: rounding to samples of two rates, and of the account."""
-LOSSY_S = {".ogg": 0.05, ".mp3": 0.15, ".m4a": 0.15}
-"""Encoders pad their first and last frame."""
+LOSSY_S = {".ogg": 0.05, ".mp3": 0.15, ".m4a": 0.15, ".aac": 0.15, ".ac3": 0.15, ".wma": 0.3, ".mka": 0.01}
+"""Encoders pad their first and last frame, of a joined recording twice; time stamps of some are rounded."""
 
 
 def recipe_of(folder: Path, seed: int) -> Recipe:

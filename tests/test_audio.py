@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from rvc_dist.data import audio
+import rvc_dist
+from rvc_dist.data import audio, decode
 
 RATE = 16000
 SLICE_RATE = 1000
+VOICE = Path(rvc_dist.__file__).parent / "demo_voice" / "voice"
 HOP = 15
 """Samples of a slicer frame at SLICE_RATE."""
 
@@ -23,6 +27,16 @@ def level(wave: audio.Wave) -> float:
 
 
 # Resampling and filtering
+
+
+@pytest.mark.parametrize("path", sorted(VOICE.glob("*.flac")), ids=lambda path: path.name)
+def test_speech_has_its_own_rate_and_what_was_upsampled_the_one_before(path: Path) -> None:
+    wave, rate = decode.decode(path)
+    high = audio.resample(wave, rate, 48000)
+    assert (audio.effective_rate(wave, rate, rate), audio.effective_rate(high, 48000, rate)) == (16000, 16000)
+    assert audio.effective_rate(high, 48000, 48000) == 16000
+    telephone = audio.resample(audio.resample(wave, rate, 8000), 8000, 44100)
+    assert audio.effective_rate(np.round(telephone * 32767).astype(np.float32) / 32767, 44100, 44100) == 8000
 
 
 @pytest.mark.parametrize(("rate", "new_rate"), [(16000, 48000), (44100, 16000), (48000, 40000), (8000, 44100)])

@@ -606,7 +606,7 @@ def test_a_fifo_among_the_waves_is_named_and_not_waited_for(tmp_path: Path, copi
     (copied / "sliced_audios" / "0_7_8.wav").symlink_to("nowhere")
     recipe = recipe_for(copied, tmp_path / "run")
     imported(recipe)
-    assert reasons(recipe)["0_7_7.wav"] == "not a regular file"
+    assert reasons(recipe)["0_7_7.wav"] == "it is a FIFO, socket or device, expected a file"
     assert "cannot be read" in reasons(recipe)["0_7_8.wav"]
 
 

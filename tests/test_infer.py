@@ -504,6 +504,18 @@ def test_a_voice_without_pitch_needs_no_tracker(
     assert (converter._kept_share(np.zeros(20), 10) == 1).all()
 
 
+def test_a_recording_beyond_the_range_of_pitch_is_told(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for hz, told in ((40.0, "lower extract.f0_min"), (220.0, ""), (1500.0, "raise extract.f0_max")):
+        caplog.clear()
+        monkeypatch.setitem(F0_METHODS, "pyin", type("Steady", (SteadyPitch,), {"HZ": hz}))
+        convert_file(recipe)
+        warned = [r.getMessage() for r in caplog.records if "frames with a pitch" in r.getMessage()]
+        assert len(warned) == bool(told)
+        assert all(w.startswith("infer: 100% of the frames") and f"{told} if" in w for w in warned)
+
+
 def test_a_v1_voice(recipe: Recipe, tmp_path: Path) -> None:
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(NARROW, version="v1"))
     recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))

@@ -415,6 +415,24 @@ def test_recordings_below_the_voices_rate_are_told(
     assert report(config)["low_rates"] == expected.partition(";")[0]
 
 
+def test_recordings_that_were_upsampled_are_told_once_for_all(
+    tmp_path: Path, slices_of_4_s: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    import soxr
+
+    for name, rate in (("a", 48000), ("b", 16000), ("c", 22050)):
+        wave = soxr.resample(noise(6.0, rate), rate, 48000, quality="VHQ")
+        write(tmp_path / "audio" / f"{name}.wav", wave, 48000)
+    write(tmp_path / "audio" / "d.wav", noise(2.0, 44100), 44100)
+    config = dataclasses.replace(recipe(tmp_path), data=DataConfig(str(tmp_path / "audio"), sample_rate=48000))
+    preprocess.run(config, Share())
+    (told,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert told.startswith("preprocess: 2 of 4 recordings (0.2 of 0.3 min) were upsampled, the lowest from 16000 Hz: ")
+    assert told.endswith("\n  b.wav: 48000 Hz, holds what 16000 Hz do\n  c.wav: 48000 Hz, holds what 22050 Hz do")
+    assert report(config)["upsampled"] == told.removeprefix("preprocess: ")
+    assert [f["effective_rate"] for f in report(config)["files"]] == [48000, 16000, 22050, 44100]
+
+
 def test_the_report_of_an_old_plan_does_not_count(tmp_path: Path, small: Path) -> None:
     config = recipe(tmp_path)
     preprocess.run(config, Share())
@@ -448,6 +466,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
         "seconds_in": 10.25,
         "lost": {},
         "low_rates": "",
+        "upsampled": "",
         "speakers": [0, 3],
         "files_used": 3,
         "files_left_out": 1,
@@ -460,6 +479,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
         "seconds_out": 8.5,
         "lost": {},
         "sample_rate": RATE,
+        "effective_rate": RATE,
         "reason": "",
     }
     assert files["3/bad.wav"] == {
@@ -522,7 +542,7 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
         "int16.wav": "1 clip dropped (peak above 2.5)",
         "inf.wav": "has samples that are not finite numbers",
         "README": "not readable as audio (Format not recognised)",
-        "pipe.wav": "not a regular file",
+        "pipe.wav": "it is a FIFO, socket or device, expected a file",
     }
     config = recipe(tmp_path)
     with caplog.at_level(logging.INFO):
@@ -535,7 +555,8 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
     assert [c["source"] for c, _ in clips(config)] == ["good.wav"]
 
 
-def test_a_cut_mp3_gives_what_there_is_and_says_so(tmp_path: Path) -> None:
+def test_a_cut_mp3_gives_what_there_is_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     path = tmp_path / "audio" / "a.mp3"
     write(path, noise(6.0, 44100), 44100)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -545,7 +566,22 @@ def test_a_cut_mp3_gives_what_there_is_and_says_so(tmp_path: Path) -> None:
     missing_s = file["lost"]["cut off"]
     assert 2.0 < missing_s < 4.0
     assert file["seconds_in"] == pytest.approx(6.0, abs=0.1)
-    assert file["reason"] == f"{missing_s:.2f} s are missing (cut off)"
+    promised = f"its header promises 6.00 s, what is there ends at {6.0 - missing_s:.2f} s"
+    assert file["reason"] == f"{missing_s:.2f} s are missing (cut off: {promised})"
+    (told,) = [r.getMessage() for r in caplog.records if "are in clips" in r.getMessage()]
+    assert f"of 6.0 s of recordings ({missing_s:.1f} s of them are promised by headers and not there)" in told
+
+
+def test_slices_beyond_a_cut_are_missing_not_unreadable(tmp_path: Path, slices_of_4_s: None) -> None:
+    path = tmp_path / "audio" / "a.wav"
+    write(path, noise(10.0))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 10])
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    (file,) = report(config)["files"]
+    assert file["seconds_in"] == pytest.approx(10.0, abs=0.01)
+    assert file["lost"] == {decode.CUT: pytest.approx(7.0, abs=0.01)}
+    assert file["reason"].count("what is there ends before this part") == 2
 
 
 def test_simple_loses_only_what_is_shorter_than_a_clip_and_says_so(tmp_path: Path) -> None:
@@ -806,6 +842,7 @@ def test_a_long_recording_is_done_in_slices(
             "seconds_out": pytest.approx(10.25, abs=0.06),
             "lost": {},
             "sample_rate": 48000,
+            "effective_rate": 48000,
             "reason": "",
         }
     ]

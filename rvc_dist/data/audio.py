@@ -32,6 +32,12 @@ CANCELLING = 0.1
 """Of the energy that the mean of independent channels would have: one with less of it is no downmix."""
 FILTER_BLOCK = 1 << 20
 """Samples filtered at once."""
+UPSAMPLED_FROM = (8000, 11025, 12000, 16000, 22050, 24000)
+"""Sample rates in Hz that recordings are looked at for having had once."""
+UPSAMPLED_DB = 35.0
+"""Power that is missing above half of such a rate, of that right below it. Of true recordings less than 10 are missing
+up to 16000 Hz, and 27 up to 24000; of upsampled ones 40 and more, but of very quiet ones."""
+SPECTRUM_SAMPLES, NUM_SPECTRA = 1024, 16
 
 
 class Resampler:
@@ -105,6 +111,25 @@ def normalise(wave: Wave) -> Wave:
     if peak < SILENT_PEAK:
         return wave
     return (wave * np.float32(LEVEL_PEAK * LEVEL_SHARE / peak + 1.0 - LEVEL_SHARE)).astype(np.float32)
+
+
+def effective_rate(wave: Wave, rate: int, own_rate: int) -> int:
+    """The sample rate in Hz that holds all that is in a recording of `own_rate`: less where it was upsampled.
+
+    Seen in a few spectra of it as a wave [S] of `rate`: above half of the rate that it once had nothing is left.
+    """
+    if len(wave) < SPECTRUM_SAMPLES:
+        return own_rate
+    starts = np.linspace(0, len(wave) - SPECTRUM_SAMPLES, NUM_SPECTRA).astype(np.int64)
+    frames = wave[starts[:, None] + np.arange(SPECTRUM_SAMPLES)] * np.hanning(SPECTRUM_SAMPLES).astype(np.float32)
+    power = np.square(np.abs(np.fft.rfft(frames, axis=1))).mean(axis=0)
+    for low in UPSAMPLED_FROM:
+        edge = low / 2 * SPECTRUM_SAMPLES / rate
+        below, above = power[int(0.8 * edge) : int(0.94 * edge)], power[int(1.15 * edge) :]  # resamplers are not steep
+        bands = above[: len(above) // 8 * 8].reshape(-1, 8).mean(axis=1)
+        if low < 0.75 * min(rate, own_rate) and bands.max() < below.mean() * 10.0 ** (-UPSAMPLED_DB / 10.0):
+            return low
+    return own_rate
 
 
 def _window_samples(rate: int, chunk_s: float, overlap_s: float) -> tuple[int, int]:

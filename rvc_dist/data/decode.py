@@ -15,7 +15,8 @@ import struct
 import sys
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,20 +29,32 @@ Samples = npt.NDArray[np.float32]
 Wave = npt.NDArray[np.float32]
 """[S], mono"""
 
-SNDFILE_SUFFIXES = (".wav", ".wave", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff", ".aif", ".w64", ".rf64")
-"""What libsndfile decodes."""
+SNDFILE_SUFFIXES = (
+    *(".wav", ".wave", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff", ".aif", ".w64", ".rf64", ".caf", ".au"),
+)
+"""What libsndfile decodes; of .caf some."""
 AV_SUFFIXES = (
-    *(".m4a", ".m4b", ".mp4", ".3gp", ".aac", ".alac", ".wma", ".webm", ".ac3", ".mka", ".mkv", ".mov", ".amr", ".caf"),
+    *(".m4a", ".m4b", ".mp4", ".3gp", ".aac", ".alac", ".wma", ".webm", ".ac3", ".mka", ".mkv", ".mov", ".amr"),
 )
 """What needs PyAV."""
 AUDIO_SUFFIXES = SNDFILE_SUFFIXES + AV_SUFFIXES
-CONTAINERS = "mov,matroska,asf,wav,w64,flac,ogg,aiff,caf"
+CONTAINERS = "mov,matroska,asf,wav,w64,flac,ogg,aiff,caf,au"
 """ffmpeg's readers that know their files by a signature. The others would hear music in any bytes, and playlists would
 open files and addresses that somebody else wrote down."""
 RAW_STREAMS = {".aac": "aac", ".ac3": "ac3,eac3", ".mp3": "mp3", ".amr": "amr"}
 """Streams without a container: believed only of files that are named so, or without a suffix begin as they do. Their
 header's length is a guess."""
-RAW_MAGIC = {b"\xff\xf1": ".aac", b"\xff\xf9": ".aac", b"\x0bw": ".ac3", b"#!": ".amr"}
+STARTS = {
+    b"fLaC": (0, rb"fLaC[\0\x80]\0\0\x22"),
+    b"\x1aE\xdf\xa3": (0, rb"\x1aE\xdf\xa3.{0,60}(matroska|webm)"),
+    b"ftyp": (4, rb"\0\0\0[\x10-\xff]ftyp(?!hei|mif|avi)[ -~]{4}"),
+    b"0&\xb2u\x8ef\xcf\x11\xa6\xd9\0\xaa\0b\xcel": (0, rb"0&\xb2u"),
+}
+"""Of flac, matroska, mp4 and asf: bytes to look for, how many come before them, and all that a recording begins with.
+Where it is seen again another one was joined to the first."""
+CHECKED_CODECS = ("flac", "ac3", "eac3")
+"""Their frames hold a sum of their bytes, without which damage becomes noise. The others' do not: what a decoder of
+theirs makes of damage, without an error, looks like any other sound."""
 FORGETFUL = ("MP3", "OGG")
 """Formats of libsndfile that click where a read begins that is not the first."""
 MIN_RATE, MAX_RATE = 4000, 768000
@@ -62,24 +75,28 @@ SILENT_PEAK = 1e-3
 """A track that never reaches it is silent."""
 MAX_RMS = 0.4
 """Bytes that are no sound, read as samples, are louder, and as white as noise or far from zero."""
-CHUNKED = {
+CHUNKED: dict[bytes, tuple[int, str, int]] = {
     **dict.fromkeys((b"RIFF", b"RF64"), (12, "<4sI", 2)),
     **dict.fromkeys((b"RIFX", b"FORM"), (12, ">4sI", 2)),
+    b".snd": (4, ">II", 1),
     b"caff": (8, ">4sq", 1),
     b"riff": (40, "<16sQ", 8),
 }
-"""First bytes of wav, aiff, caf and w64: where their chunks begin, the head of a chunk, what its size is padded to."""
+"""First bytes of wav, aiff, au, caf and w64: where their chunks begin, a chunk's head, what its size is padded to."""
 UNKNOWN_SIZE = 0x7FFF0000
 """Sizes from here on stand in headers that were written before the length was known."""
 FRAME_DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "flt": "f4", "dbl": "f8"}
 """Of ffmpeg's samples; those whose channels lie apart have a p behind their name."""
 MAX_PLANES = 8
 MAX_TRIES = 200_000
-"""Bytes that are looked at for the next frame of an mp3."""
+"""Bytes that are looked at for the next frame of a stream."""
 _BITS_REVERSED = bytes(int(f"{i:08b}"[::-1], 2) for i in range(256))
 _MP3_KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _MP3_KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
 _MP3_RATES = (44100, 48000, 32000, 0)
+_AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
+_AC3_RATES = (48000, 44100, 32000, 0)
+_AC3_KBPS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640)
 
 
 class AudioError(ValueError):
@@ -105,7 +122,11 @@ class Part(NamedTuple):
     """An mp3 whose first frame tells its length."""
     has_holes: bool = False
     """Pieces are damaged that libsndfile would leave out as if they had never been."""
+    skipped: tuple[tuple[float, float], ...] = ()
+    """Where frames were counted: the places and the seconds of bytes that are none, beyond what a decoder tells."""
     notes: tuple[str, ...] = ()
+    kind: str = ""
+    """The suffix of what begins as a stream without a container does."""
 
 
 class _Bytes(io.RawIOBase):
@@ -151,6 +172,10 @@ class Recording(ABC):
     duration_s: float
     notes: tuple[str, ...] = ()
     """What is to be said of it beside `lost`."""
+    skipped: tuple[tuple[float, float], ...] = ()
+    """Places, and seconds of sound that was there and has left no time stamp."""
+    span_s: tuple[float, float]
+    """Where the last reading of `blocks` began and came to an end."""
     lost: list[tuple[float, str]]
     """Seconds that the last reading of `blocks` did not give, each with UNREADABLE, GAP or CUT."""
 
@@ -174,16 +199,24 @@ class Recording(ABC):
                 if len(part):
                     yield part
                 if left == 0:
-                    return
-        wanted_s = min(self.duration_s - start_s, sys.maxsize if num_samples is None else num_samples / self.rate)
-        missing_s = wanted_s - got / self.rate - sum(seconds for seconds, _ in self.lost)
-        if missing_s > SLACK_S:
+                    break
+        end_s = sys.maxsize if num_samples is None else start_s + num_samples / self.rate
+        self.span_s = start_s, start_s + got / self.rate + sum(seconds for seconds, _ in self.lost)
+        missing_s = min(self.duration_s, end_s) - self.span_s[1]
+        if missing_s > SLACK_S and left != 0:
             self.lost.append((missing_s, CUT))
+        skipped = ((min(at, self.duration_s), seconds) for at, seconds in self.skipped)
+        self.lost += [(seconds, UNREADABLE) for at, seconds in skipped if start_s <= at < end_s]
 
     def told(self) -> list[str]:
         """What is to be said of the recording and of the last reading of it."""
         seconds = {why: sum(s for s, reason in self.lost if reason == why) for _, why in self.lost}
-        return [*self.notes, *(f"{s:.2f} s are missing ({why})" for why, s in seconds.items())]
+        told = {why: f"{s:.2f} s are missing ({why})" for why, s in seconds.items()}
+        begins_s, ends_s = self.span_s
+        if CUT in told and ends_s + SLACK_S < self.duration_s:
+            where = f"ends at {ends_s:.2f} s" if ends_s > begins_s or not begins_s else "ends before this part"
+            told[CUT] = told[CUT][:-1] + f": its header promises {self.duration_s:.2f} s, what is there {where})"
+        return [*self.notes, *told.values()]
 
     @abstractmethod
     def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
@@ -192,7 +225,7 @@ class Recording(ABC):
 
 class SndfileRecording(Recording):
     def __init__(self, path: Path, part: Part) -> None:
-        self.path, self.part, self.notes = path, part, part.notes
+        self.path, self.part, self.notes, self.skipped = path, part, part.notes, part.skipped
         with self._open() as file:
             self.rate, self.num_channels, self.kind = int(file.samplerate), int(file.channels), str(file.format)
             self.duration_s = int(file.frames) / max(1, self.rate) * part.claim
@@ -256,16 +289,16 @@ class SndfileRecording(Recording):
 
 class AvRecording(Recording):
     def __init__(self, path: Path, part: Part) -> None:
-        self.path, self.part, self.notes, self.track = path, part, part.notes, -1
-        self.can_seek, self.slack_s, self.gap = True, SLACK_S, GAP
-        kind = path.suffix.lower()
-        if not kind:
-            with _Bytes(path, part) as file:
-                kind = RAW_MAGIC.get(file.read(2), "")
-        self.demuxers = ",".join(filter(None, [CONTAINERS, RAW_STREAMS.get(kind)]))
+        self.path, self.part, self.notes, self.skipped, self.track = path, part, part.notes, part.skipped, -1
+        self.slack_s, self.gap = SLACK_S, GAP
+        self.demuxers = ",".join(filter(None, [CONTAINERS, RAW_STREAMS.get(path.suffix.lower() or part.kind)]))
         with self._open() as (container, stream):
             self.rate = int(stream.rate or 0)
             self.duration_s = self._length(container, stream)
+            if stream.codec_context and stream.codec_context.name.startswith("pcm"):
+                self.duration_s *= part.claim
+            # ffmpeg counts damage otherwise when it seeks over it; of amr it is not known here.
+            self.can_seek = not part.has_holes and container.format.name != "amr"
             if container.format.name == "flac" or part.has_holes:
                 self.gap = UNREADABLE
             if container.format.name == "flac":  # its places are exact; those of vorbis are some 10 ms off
@@ -303,13 +336,14 @@ class AvRecording(Recording):
                     found = container.streams[self.track]
                 if found.codec_context is None:
                     raise AudioError("its codec is not known here")
-                if found.codec_context.name == "flac":  # else damaged frames are noise
+                if found.codec_context.name in CHECKED_CODECS:
                     found.codec_context.options = {"err_detect": "crccheck+explode"}
                 yield container, found
         except AudioError:
             raise
         except (av.FFmpegError, OSError, OverflowError, ValueError) as error:  # seeking to where a bad header leads
-            raise AudioError(f"not readable as audio ({getattr(error, 'strerror', None) or error})") from error
+            reason = "; ".join(self.part.notes) or getattr(error, "strerror", None) or error
+            raise AudioError(f"not readable as audio ({reason})") from error
 
     def _length(self, container: Any, stream: Any) -> float:
         """Seconds, by the header or, where it does not say or only guesses, by a walk through the packets."""
@@ -318,12 +352,7 @@ class AvRecording(Recording):
             return float(stream.duration * stream.time_base)
         if container.duration and not is_raw:
             return float(container.duration) / 1e6  # AV_TIME_BASE
-        seconds = _walked(container, stream)
-        if is_raw and seconds > 60.0:
-            with self._open() as (again, same):  # whose damage ffmpeg counts otherwise when it seeks over it
-                again.seek(int((seconds - 10.0) / same.time_base), stream=same)
-                self.can_seek = abs(_walked(again, same) - seconds) < 1e-3
-        return seconds
+        return _walked(container, stream)
 
     def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
         """Samples have the places that their frames' time stamps say, so every part meets the next one.
@@ -398,12 +427,32 @@ class AvRecording(Recording):
 
 
 class JoinedRecording(Recording):
-    """Recordings that were written one after the other into one file."""
+    """Recordings that were written one after the other into one file; one that is unreadable is as long as its bytes
+    would be of the others.
+    """
 
-    def __init__(self, parts: list[Recording]) -> None:
-        self.parts, self.rate = parts, parts[0].rate
-        self.duration_s = sum(part.duration_s for part in parts)
-        self.notes = (f"{len(parts)} recordings joined in one file", *parts[0].notes)
+    def __init__(self, path: Path, parts: list[Part]) -> None:
+        self.notes = (f"{len(parts)} recordings joined in one file",)
+        self.parts, self.duration_s, num_bytes = list[Recording](), 0.0, 0
+        unread = []
+        for number, part in enumerate(parts, 1):
+            try:
+                with _reasons(path):
+                    recording = _open_first(path, part)
+            except MissingDecoderError:
+                raise
+            except AudioError as error:
+                if number == len(parts) and not self.parts:
+                    raise
+                unread.append((self.duration_s, part.end - part.begin))
+                self.notes += (f"recording {number} of those joined: {error}",)
+                continue
+            self.parts.append(recording)
+            self.notes += recording.notes
+            self.duration_s += recording.duration_s
+            num_bytes += part.end - part.begin
+        self.rate = self.parts[0].rate
+        self.skipped = tuple((at_s, size / num_bytes * self.duration_s) for at_s, size in unread)
 
     def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
         begin, at = round(start_s * self.rate), 0
@@ -513,8 +562,8 @@ def mono(samples: Samples) -> Wave:
 @lru_cache(256)
 def _known(path: Path, size: int, mtime_ns: int, inode: int) -> Recording:
     """The recording in a file, kept for its other slices: it holds nothing open."""
-    parts = [_open_first(path, part) for part in (_parts(path) if size else [Part(0, 0)])]
-    return parts[0] if len(parts) == 1 else JoinedRecording(parts)
+    parts = _parts(path) if size else [Part(0, 0)]
+    return _open_first(path, parts[0]) if len(parts) == 1 else JoinedRecording(path, parts)
 
 
 def _open_first(path: Path, part: Part) -> Recording:
@@ -552,7 +601,8 @@ def _open_first(path: Path, part: Part) -> Recording:
                 f"an mp3 that is damaged or does not say its length, of which only {recording.duration_s:.1f} of "
                 f"{seconds:.1f} s would be read; pip install av, or convert it to wav or flac"
             ) from error
-        other.duration_s = max(other.duration_s, recording.duration_s if part.is_tagged else 0.0)
+        promised_s = recording.duration_s - sum(skipped_s for _, skipped_s in part.skipped)
+        other.duration_s = max(other.duration_s, promised_s if part.is_tagged else 0.0)
         return other
     if recording.kind == "OGG" and part.has_holes:
         return AvRecording(path, part)
@@ -594,17 +644,26 @@ def _parts(path: Path) -> list[Part]:
             return _ogg_parts(data, at)
         if magic in CHUNKED:
             return _chunked_parts(data, at)
-        if magic in (b"fLaC", b"\x1aE\xdf\xa3"):
-            starts = []
-            while at >= 0:
-                head = data[at : at + 64]
-                if re.match(rb"fLaC[\0\x80]\0\0\x22", head) or b"matroska" in head or b"webm" in head:
-                    starts.append(at)
-                at = data.find(magic, at + 1)
-            return [Part(a, b) for a, b in zip([0, *starts[1:]], [*starts[1:], len(data)], strict=True)]
-        if path.suffix.lower() == ".mp3" or _mp3_frame(data, at):
-            return _mp3_parts(data)
-        return [Part(0, len(data))]
+        for word, (lead, pattern) in STARTS.items():
+            if data[at + lead : at + lead + len(word)] == word:
+                return _joined_parts(data, at + lead, word, lead, re.compile(pattern, re.DOTALL))
+        for kind, (first_byte, frame_at) in FRAMES.items():
+            if path.suffix.lower() == kind or frame_at(data, at):
+                return [part._replace(kind=kind) for part in _framed_parts(data, first_byte, frame_at)]
+        return [Part(0, len(data), kind=".amr" if magic == b"#!AM" else "")]
+
+
+def _joined_parts(data: mmap.mmap, at: int, word: bytes, lead: int, start: re.Pattern[bytes]) -> list[Part]:
+    starts = [0]
+    while (at := data.find(word, at + 1)) >= 0:
+        if start.match(data[at - lead : at + 64]):
+            starts.append(at - lead)
+    parts = []
+    for begin, end in zip(starts, [*starts[1:], len(data)], strict=True):
+        is_open = word == b"ftyp" and data.find(b"moov", begin, end) < 0
+        notes = (f"{CUT} before the table of its samples, which an mp4 may have at its end",) if is_open else ()
+        parts.append(Part(begin, end, notes=notes))
+    return parts
 
 
 def _after_tags(data: mmap.mmap, at: int) -> int:
@@ -649,41 +708,63 @@ def _ogg_parts(data: mmap.mmap, at: int) -> list[Part]:
 
 
 def _chunked_parts(data: mmap.mmap, begin: int) -> list[Part]:
-    """A wav, aiff, caf or w64 whose size of samples is compared with the file's."""
-    start, layout, pad = CHUNKED[data[begin : begin + 4]]
-    head, at, whole = struct.calcsize(layout), begin + start, Part(begin, len(data))
-    is_w64 = head == 24
-    while True:
-        if at + head > len(data):
-            return [whole]
-        name, size = struct.unpack_from(layout, data, at)
-        size, room = size - head * is_w64, len(data) - at - head
-        if name[:4] in (b"data", b"SSND"):
+    """A wav, aiff, au, caf or w64 whose size of samples is compared with the file's."""
+    magic, parts = data[begin : begin + 4], list[Part]()
+    _, layout, pad = CHUNKED[magic]
+    while found := _chunk_of_samples(data, begin):
+        first, size, patch = found
+        room, rest = len(data) - first, first + size + -size % pad
+        if not 0 <= size <= room or data[rest : rest + 4] != magic:
             break
+        parts.append(Part(begin, rest))
+        begin = rest
+    whole = Part(begin, len(data))
+    if found is None:
+        return [*parts, whole]
+    if size > room > 0 and (layout in ("<16sQ", ">4sq") or size < UNKNOWN_SIZE):
+        whole = whole._replace(claim=min(size / room, MAX_HOURS))
+    elif size >= 0 and len(data) - rest >= 1024 and not re.match(rb"[ -~]{4}|ID3", data[rest : rest + 4]):
+        whole = whole._replace(patch=patch)
+    return [*parts, whole]
+
+
+def _chunk_of_samples(data: mmap.mmap, begin: int) -> tuple[int, int, tuple[int, bytes]] | None:
+    """Where samples begin, how many bytes of them the header tells of, and the patch that makes it tell of all."""
+    magic = data[begin : begin + 4]
+    start, layout, pad = CHUNKED[magic]
+    head, at = struct.calcsize(layout), begin + start
+    uncounted = head if magic == b"riff" else 0
+    while at + head <= len(data):
+        name, size = struct.unpack_from(layout, data, at)
+        first, size = at + head, size - uncounted
+        if magic == b".snd":  # which has no chunks: in the place of a name stands where the samples begin
+            first = begin + name
+        if magic == b".snd" or name[:4] in (b"data", b"SSND"):
+            room = max(0, len(data) - first)
+            patch = at - begin, struct.pack(layout, name, min(room, 0xFFFFFFFE if head == 8 else room) + uncounted)
+            if magic == b"RF64":
+                size = int.from_bytes(data[begin + 28 : begin + 36], "little")
+                patch = 28, struct.pack("<Q", room)
+            return first, size, patch
         if size < 0:
-            return [whole]
-        at += head + size + -size % pad
-    patch_at, patch = (
-        at - begin,
-        struct.pack(layout, name, min(room, 0xFFFFFFFE if head == 8 else room) + head * is_w64),
-    )
-    if data[begin : begin + 4] == b"RF64":
-        patch_at, patch = 28, struct.pack("<Q", room)
-        size = int.from_bytes(data[begin + 28 : begin + 36], "little")
-    if size > room > 0 and (head > 8 or size < UNKNOWN_SIZE):
-        return [whole._replace(claim=min(size / room, MAX_HOURS))]
-    if not 0 <= size <= room:
-        return [whole]
-    rest = at + head + size + -size % pad
-    if data[rest : rest + 4] == data[begin : begin + 4]:
-        return [Part(begin, rest), *_chunked_parts(data, rest)]
-    if len(data) - rest < 1024 or re.match(rb"[ -~]{4}|ID3", data[rest : rest + 4]):
-        return [whole]
-    return [whole._replace(patch=(patch_at, patch))]
+            break
+        at = first + size + -size % pad
+    return None
 
 
-def _mp3_frame(data: mmap.mmap, at: int) -> tuple[int, int, int, bool] | None:
-    """Bytes, samples and rate of the frame of an mp3 that begins there, and whether it is a tag that tells a length.
+class Frame(NamedTuple):
+    """Of a stream of frames that can be decoded by themselves: one."""
+
+    size: int
+    """Bytes."""
+    samples: int
+    rate: int
+    is_tag: bool = False
+    """It tells a length and holds no sound."""
+
+
+def _mp3_frame(data: mmap.mmap, at: int) -> Frame | None:
+    """The frame of an mp3 that begins there.
 
     Layer III: a frame is 1152 samples (MPEG-1) or 576 (MPEG-2, 2.5) in 144 or 72 * bit rate / sample rate bytes.
     """
@@ -698,34 +779,102 @@ def _mp3_frame(data: mmap.mmap, at: int) -> tuple[int, int, int, bool] | None:
     tag = at + 4 + ((17, 32) if is_mpeg1 else (9, 17))[head[3] < 0xC0]
     is_tag = data[tag : tag + 4] in (b"Xing", b"Info") or data[at + 36 : at + 40] == b"VBRI"
     size = (144000 if is_mpeg1 else 72000) * kbps // rate + (head[2] >> 1 & 1)
-    return size, 1152 if is_mpeg1 else 576, rate, is_tag
+    return Frame(size, 1152 if is_mpeg1 else 576, rate, is_tag)
 
 
-def _mp3_parts(data: mmap.mmap) -> list[Part]:
-    """The frames of an mp3, counted one by one; a tag that tells a length begins another recording."""
-    parts = [Part(0, len(data))]
-    at = _after_tags(data, 0)
+def _aac_frame(data: mmap.mmap, at: int) -> Frame | None:
+    """The frame of raw AAC (ADTS) that begins there: its size stands in it, and how many times 1024 samples it has."""
+    head = data[at : at + 7]
+    if len(head) < 7 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
+        return None
+    index, size = head[2] >> 2 & 15, (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
+    return Frame(size, 1024 * (1 + (head[6] & 3)), _AAC_RATES[index]) if index < 13 and size >= 7 else None
+
+
+def _ac3_frame(data: mmap.mmap, at: int) -> Frame | None:
+    """The frame of AC-3 that begins there: 1536 samples, its size by bit rate and sample rate."""
+    head = data[at : at + 6]
+    if len(head) < 6 or head[:2] != b"\x0bw":
+        return None
+    rate, kbps = _AC3_RATES[head[4] >> 6], head[4] >> 1 & 31
+    if not rate or kbps >= len(_AC3_KBPS) or head[5] >> 3 > 8:  # E-AC-3 is not counted
+        return None
+    return Frame(2 * (96000 * _AC3_KBPS[kbps] // rate + (head[4] & (rate == 44100))), 1536, rate)
+
+
+FRAMES = {".mp3": (b"\xff", _mp3_frame), ".aac": (b"\xff", _aac_frame), ".ac3": (b"\x0b", _ac3_frame)}
+"""Of streams without a container, by the suffix that is believed: a frame's first byte, and what reads its head."""
+
+
+@dataclass
+class _Count:
+    """What is counted of the frames of a recording."""
+
+    begin: int
+    samples: int = 0
+    num_bytes: int = 0
+    is_tagged: bool = False
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+    """Samples before bytes that are no frame, and how many bytes."""
+
+    def part(self, end: int, last: Frame | None, is_whole: bool) -> Part:
+        """What ends there; `last` is its last frame.
+
+        Bytes that are no frame stand for as long as others, but a decoder takes them for one frame, and tells that.
+        """
+        notes = () if is_whole or self.is_tagged else (f"{CUT}: its last frame is not whole",)
+        skipped = []
+        if last is not None:
+            for samples, num_bytes in self.skipped:
+                missing = num_bytes / self.num_bytes * self.samples - last.samples
+                if missing > 0:
+                    skipped.append((samples / last.rate, missing / last.rate))
+        return Part(
+            self.begin,
+            end,
+            counted=self.samples,
+            is_tagged=self.is_tagged,
+            has_holes=bool(self.skipped),
+            skipped=tuple(skipped),
+            notes=notes,
+        )
+
+
+def _framed_parts(data: mmap.mmap, first_byte: bytes, frame_at: Callable[[mmap.mmap, int], Frame | None]) -> list[Part]:
+    """The recordings in a stream of frames, counted one by one; a tag that tells a length begins another."""
+    parts, count, frame, end = [], _Count(0), None, 0
+    for at, found, num_skipped in _frames(data, first_byte, frame_at):
+        if found.is_tag and count.samples:
+            parts.append(count.part(at, frame, True))
+            count = _Count(at)
+        if num_skipped and count.samples:
+            count.skipped.append((count.samples, num_skipped))
+        if found.is_tag:
+            count.is_tagged = True
+        else:
+            count.samples += found.samples
+            count.num_bytes += found.size
+        frame, end = found, at + found.size
+    return [*parts, count.part(len(data), frame, end <= len(data))]
+
+
+def _frames(
+    data: mmap.mmap, first_byte: bytes, frame_at: Callable[[mmap.mmap, int], Frame | None]
+) -> Iterator[tuple[int, Frame, int]]:
+    """Where frames begin, the frames, and the bytes right before each that are neither frame nor tag."""
+    at = end = _after_tags(data, 0)
     while at < len(data):
-        if frame := _mp3_frame(data, at):
-            size, samples, _, is_tag = frame
-            if is_tag and parts[-1].counted:
-                parts[-1] = parts[-1]._replace(end=at)
-                parts.append(Part(at, len(data)))
-            last = parts[-1]
-            parts[-1] = last._replace(
-                counted=last.counted + (0 if is_tag else samples), is_tagged=last.is_tagged or is_tag
-            )
-            at += size
+        if frame := frame_at(data, at):
+            yield at, frame, at - end
+            at = end = at + frame.size
         elif (after := _after_tags(data, at)) > at:
-            at = after
+            at = end = after
         else:  # two frames in a row are no chance
             for _ in range(MAX_TRIES):
-                at = data.find(b"\xff", at + 1)
-                if at < 0 or ((frame := _mp3_frame(data, at)) and _mp3_frame(data, at + frame[0])):
+                at = data.find(first_byte, at + 1)
+                if at < 0:
+                    return
+                if (frame := frame_at(data, at)) and frame_at(data, at + frame.size):
                     break
             else:  # a file of nothing else would take minutes
-                break
-            if at < 0:
-                break
-            parts[-1] = parts[-1]._replace(has_holes=parts[-1].counted > 0)
-    return parts
+                return

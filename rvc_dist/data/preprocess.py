@@ -74,6 +74,8 @@ class Outcome(NamedTuple):
     lost: dict[str, float]
     """Seconds that are in no clip, by why: with those in clips, each counted once, they are `seconds_in`."""
     reason: str
+    effective_rate: int = 0
+    """In Hz, what the clips hold; 0 where there is none."""
 
 
 def run(recipe: Recipe, share: Share) -> None:
@@ -287,6 +289,7 @@ def make_unit(
                 "seconds_out": round(samples / recipe.data.sample_rate, 3),
                 "lost": outcome.lost,
                 "sample_rate": file.rate,
+                "effective_rate": outcome.effective_rate,
                 "reason": outcome.reason,
             }
         )
@@ -365,7 +368,7 @@ def read_slice(recipe: Recipe, file: SourceFile, levels: Levels, channel: int | 
         parts.append(resampler(np.zeros(0, np.float32), last=True))
         if num > most:
             recording.lost.append(((num - most) / recording.rate, LATER))
-    if not num:
+    if not num and not recording.lost:
         raise decode.AudioError(
             "holds no samples" if file.is_last and not file.start_s else "ends before its header says"
         )
@@ -385,6 +388,8 @@ def cut_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None = None) ->
     """
     config, rate, levels = recipe.preprocess, recipe.data.sample_rate, Levels()
     read = read_slice(recipe, file, levels)
+    if not len(read.wave):
+        return _outcome([], read, {}, read.notes)
     if levels.peak < audio.SILENT_PEAK:
         return _outcome([], read, {SILENCE: len(read.wave)}, [*read.notes, "silent (peak below -60 dB)"])
     notes = read.notes + list(levels.notes())
@@ -410,7 +415,8 @@ def cut_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None = None) ->
     lost = _lost(spans, len(wave))
     if clips and lost[SILENCE] > len(wave) / 2:
         notes.append(f"{lost[SILENCE] / rate:.1f} of its {len(wave) / rate:.1f} s are silence")
-    return _outcome(clips, read, lost, notes)
+    heard_rate = audio.effective_rate(read.wave, rate, file.rate) if clips else 0
+    return _outcome(clips, read, lost, notes)._replace(effective_rate=heard_rate)
 
 
 def _fate(piece: audio.Wave, rate: int) -> str:
@@ -483,7 +489,8 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
     low, remedy = low_rates(recipe, [(f["sample_rate"], f["seconds_in"]) for f in used])
-    report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low}
+    upsampled = upsampled_recordings(recipe, used)
+    report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low, "upsampled": upsampled}
     for file in files:
         if file["reason"]:
             logger.warning("preprocess: %s: %s", printable(file["path"]), file["reason"])
@@ -503,6 +510,8 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
     )
     if low:
         logger.warning("preprocess: %s; %s", low, remedy)
+    if upsampled:
+        logger.warning("preprocess: %s", upsampled)
     logger.info("preprocess: %s", account(report["seconds_in"], report["lost"]))
 
 
@@ -521,6 +530,22 @@ def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str,
     )
     remedy = f"set data.sample_rate {fitting}, or " if fitting < wanted else ""
     return text, f"{remedy}give recordings of {wanted} Hz"
+
+
+def upsampled_recordings(recipe: Recipe, files: list[dict[str, Any]]) -> str:
+    """What is to be said of those recordings that hold less than their own rate, and the voice's, could."""
+    limit = min(recipe.data.sample_rate, HEARD_RATE)
+    found = [f for f in files if 0 < f.get("effective_rate", 0) < min(f["sample_rate"], limit)]
+    if not found:
+        return ""
+    seconds, all_s = sum(f["seconds_in"] for f in found), sum(f["seconds_in"] for f in files)
+    lowest = min(f["effective_rate"] for f in found)
+    return (
+        f"{len(found)} of {len(files)} recordings ({seconds / 60:.1f} of {all_s / 60:.1f} min) were upsampled, the "
+        f"lowest from {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice learns to sound as dull; "
+        "give others if there are"
+        + listed((f["path"], f"{f['sample_rate']} Hz, holds what {f['effective_rate']} Hz do") for f in found)
+    )
 
 
 def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
@@ -551,9 +576,10 @@ def sum_lost(files: list[dict[str, Any]]) -> dict[str, float]:
 def account(seconds_in: float, lost: dict[str, float]) -> str:
     """What became of the seconds of recordings; a second that several clips hold is counted once."""
     parts = ", ".join(f"{why} {seconds:.1f} s" for why, seconds in lost.items())
-    all_lost = sum(lost.values())
+    all_lost, missing_s = sum(lost.values()), lost.get(decode.CUT, 0.0)
     told = f"{all_lost:.1f} s not ({parts})" if lost else "nothing was lost"
-    return f"of {seconds_in:.1f} s of recordings {seconds_in - all_lost:.1f} s are in clips, {told}"
+    promised = f" ({missing_s:.1f} s of them are promised by headers and not there)" if missing_s else ""
+    return f"of {seconds_in:.1f} s of recordings{promised} {seconds_in - all_lost:.1f} s are in clips, {told}"
 
 
 def left_out_entry(file: SourceFile) -> dict[str, Any]:
@@ -574,6 +600,7 @@ def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str,
             for key in ("seconds_in", "clips", "seconds_out"):
                 known[key] = round(known[key] + part[key], 6)
             known["lost"] = sum_lost([known, part])
+            known["effective_rate"] = max(e.get("effective_rate", 0) for e in (known, part))
     for path, found in reasons.items():
         told = [f"from {format_duration(at)}: {why}" if len(found) > 1 else why for at, why in sorted(found) if why]
         more = [f"and {len(told) - most} slices more"] if len(told) > most else []

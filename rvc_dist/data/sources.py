@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 
 from rvc_dist.config import MAX_SPEAKERS
 from rvc_dist.data.decode import AUDIO_SUFFIXES
+from rvc_dist.files import not_regular
 from rvc_dist.workspace import SourceFile, StageError, listed, printable
 
 
@@ -73,8 +73,8 @@ def _source(path: Path, audio_dir: Path) -> SourceFile:
         reason = "broken link"
     elif path.is_symlink() and not path.resolve().is_relative_to(audio_dir.resolve()):
         reason = "link that leads out of the dataset; expected the recording itself"
-    elif not stat.S_ISREG(status.st_mode):
-        reason = "not a regular file"
+    elif told := not_regular(status.st_mode):
+        reason = told
     elif suffix and suffix not in AUDIO_SUFFIXES:  # a name without one is judged by its content
         reason = f"not one of {_kinds()}"
     elif not status.st_size:

@@ -40,10 +40,6 @@ from rvc_dist.workspace import (
 
 logger = logging.getLogger(__name__)
 
-MAX_AT_EDGE = 0.1
-"""Share of the frames with a pitch that may lie at the edge of the range before it is reported: of ordinary speech it
-comes to 0, but to 0.05 with yin, which hears a high pitch in some noise."""
-
 
 def run(recipe: Recipe, share: Share) -> None:
     """Make this process's features; whoever finishes last writes the report.
@@ -94,21 +90,8 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
         if written is not None:
             written.result()
             logger.info("extract: unit %d of %d", len(todo), len(todo))
-    if extractor.f0_method is not None:
-        warn_at_edges(recipe, *extractor.f0_method.counts.tolist())
+    extractor.warn_at_edges("extract")
     finish(recipe, work, settings, clips, share)
-
-
-def warn_at_edges(recipe: Recipe, pitched: int, low: int, high: int) -> None:
-    """Of `pitched` frames, `low` are at or below the lowest pitch that is taken, `high` at or above the highest."""
-    edges = {"f0_min": (low, "lowest", "below", "lower"), "f0_max": (high, "highest", "above", "raise")}
-    for key, (count, end, side, change) in edges.items():
-        if count > MAX_AT_EDGE * pitched:
-            logger.warning(
-                "extract: %.0f%% of the frames with a pitch are at the %s that is taken, %g Hz, or %s it, where all is "
-                "unvoiced: %s extract.%s if the voice goes there",
-                *(100 * count / pitched, end, getattr(recipe.extract, key), side, change, key),
-            )
 
 
 def is_imported(recipe: Recipe, work: Workspace, clips: dict[Unit, str]) -> bool:

@@ -5,6 +5,7 @@ Shapes: B clips of equal length, S samples, T50 and T100 frames at 50 and 100 a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,12 @@ from rvc_dist.features.f0 import F0Method, load_f0
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.runtime.device import local_device
 from rvc_dist.workspace import StageError
+
+logger = logging.getLogger(__name__)
+
+MAX_AT_EDGE = 0.1
+"""Share of the frames with a pitch that may lie at the edge of the range before it is reported: of ordinary speech it
+comes to 0, but to 0.05 with yin, which hears a high pitch in some noise."""
 
 
 class Extractor(NamedTuple):
@@ -75,3 +82,17 @@ class Extractor(NamedTuple):
         if self.f0_method is None:
             return torch.zeros(waves.shape[0], waves.shape[1] // F0_HOP)
         return self.f0_method(waves)
+
+    def warn_at_edges(self, stage: str) -> None:
+        """Tell of a voice that often was at or beyond the lowest or highest pitch that is taken."""
+        if self.f0_method is None:
+            return
+        pitched, low, high = self.f0_method.counts.tolist()
+        edges = {"f0_min": (low, "lowest", "below", "lower"), "f0_max": (high, "highest", "above", "raise")}
+        for key, (count, end, side, change) in edges.items():
+            if count > MAX_AT_EDGE * pitched:
+                logger.warning(
+                    "%s: %.0f%% of the frames with a pitch are at the %s that is taken, %g Hz, or %s it, where all is "
+                    "unvoiced: %s extract.%s if the voice goes there",
+                    *(stage, 100 * count / pitched, end, getattr(self.f0_method, key), side, change, key),
+                )

@@ -188,8 +188,9 @@ class FcpePitch(F0Method):
     def track(self, wave: Tensor) -> Tensor:
         # Above full scale it prints a complaint for each clip.
         wave = wave / wave.abs().max().clamp_min(1.0)
-        f0: Tensor = self.network(wave[None, :, None], FEATURE_RATE, "local_argmax", self.THRESHOLD)
-        return f0[0, :, 0]
+        f0: Tensor = self.network(wave[None, :, None], FEATURE_RATE, "local_argmax", self.THRESHOLD)[0, :, 0]
+        # Of a tone below the range it takes some frames for its lowest pitch.
+        return _with_yin_below(f0, wave, self) if ((f0 > 0) & (f0 < self.f0_min)).any() else f0
 
 
 class PestoPitch(F0Method):
@@ -215,7 +216,18 @@ class PestoPitch(F0Method):
         # It mirrors half a window at the ends, which a shorter clip does not have.
         wave = F.pad(wave, (0, max(0, self.MIN_SAMPLES - wave.shape[0])))
         f0, confidence, _ = self.network(wave, convert_to_freq=True, return_activations=False)
-        return torch.where(confidence >= self.MIN_CONFIDENCE, f0, 0.0)
+        # It is sure that a tone of 40 Hz is one of 120.
+        return _with_yin_below(torch.where(confidence >= self.MIN_CONFIDENCE, f0, 0.0), wave, self)
+
+
+def _with_yin_below(f0: Tensor, wave: Tensor, method: F0Method) -> Tensor:
+    """f0 [T] of a wave [S], where YIN hears a pitch below the range with that, which no network of `method` sees."""
+    from rvc_dist.features.f0_signal import yin
+
+    true_f0 = torch.from_numpy(yin(wave.cpu().numpy(), method.f0_min, method.f0_max)).to(f0)
+    num_frames = min(len(f0), len(true_f0))
+    f0, true_f0 = f0[:num_frames], true_f0[:num_frames]
+    return torch.where((f0 > 0) & (true_f0 > 0) & (true_f0 < method.f0_min), true_f0, f0)
 
 
 class SwiftPitch(F0Method):

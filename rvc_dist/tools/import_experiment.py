@@ -10,7 +10,6 @@ import contextlib
 import io
 import logging
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ from rvc_dist.features.extract import feature_stamp, imported_feature_settings, 
 from rvc_dist.features.identity import PUBLISHED
 from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
 from rvc_dist.features.index_file import check_index
-from rvc_dist.files import ForeignFileError, read_npy
+from rvc_dist.files import ForeignFileError, not_regular, read_npy
 from rvc_dist.schema import SchemaError, read_bounded
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -341,8 +340,8 @@ def list_waves(experiment: Experiment) -> list[SourceFile]:
             files.append(SourceFile(name, speaker, 0, 0, reason=f"cannot be read ({error.strerror})"))
             continue
         file = SourceFile(name, speaker, status.st_size, status.st_mtime_ns)
-        if not stat.S_ISREG(status.st_mode):  # a FIFO may never answer
-            file = replace(file, reason="not a regular file")
+        if reason := not_regular(status.st_mode):
+            file = replace(file, reason=reason)
         elif speaker >= MAX_SPEAKERS:
             file = replace(file, reason=f"speaker id {speaker} is above {MAX_SPEAKERS - 1}")
         else:

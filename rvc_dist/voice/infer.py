@@ -304,6 +304,7 @@ def run(recipe: Recipe, share: Share) -> None:
         raise StageError(f"infer.input: {source}: {error}") from error
     for note in recording.told():
         logger.warning("infer: %s: %s", source, note)
+    converter.extractor.warn_at_edges("infer")
     logger.info("infer: %s", target)
 
 
