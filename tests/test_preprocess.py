@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from rvc_dist import workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
 from rvc_dist.data import audio, decode, preprocess
+from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import content_of
 from rvc_dist.workspace import Plan, Share, StageError, Workspace
 
@@ -580,7 +581,7 @@ def test_slices_beyond_a_cut_are_missing_not_unreadable(tmp_path: Path, slices_o
     preprocess.run(config, Share())
     (file,) = report(config)["files"]
     assert file["seconds_in"] == pytest.approx(10.0, abs=0.01)
-    assert file["lost"] == {decode.CUT: pytest.approx(7.0, abs=0.01)}
+    assert file["lost"] == {CUT: pytest.approx(7.0, abs=0.01)}
     assert file["reason"].count("what is there ends before this part") == 2
 
 

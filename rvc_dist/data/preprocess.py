@@ -15,6 +15,7 @@ import numpy as np
 
 from rvc_dist.config import MAX_CLIP_FRAMES, RATES, Recipe
 from rvc_dist.data import audio, decode
+from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import content_of, list_sources
 from rvc_dist.workspace import (
     MAX_SLICE_S,
@@ -576,7 +577,7 @@ def sum_lost(files: list[dict[str, Any]]) -> dict[str, float]:
 def account(seconds_in: float, lost: dict[str, float]) -> str:
     """What became of the seconds of recordings; a second that several clips hold is counted once."""
     parts = ", ".join(f"{why} {seconds:.1f} s" for why, seconds in lost.items())
-    all_lost, missing_s = sum(lost.values()), lost.get(decode.CUT, 0.0)
+    all_lost, missing_s = sum(lost.values()), lost.get(CUT, 0.0)
     told = f"{all_lost:.1f} s not ({parts})" if lost else "nothing was lost"
     promised = f" ({missing_s:.1f} s of them are promised by headers and not there)" if missing_s else ""
     return f"of {seconds_in:.1f} s of recordings{promised} {seconds_in - all_lost:.1f} s are in clips, {told}"
