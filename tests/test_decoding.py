@@ -334,15 +334,8 @@ def hiss(seconds: float, rate: int = 44100) -> decode.Wave:
 
 
 def write_kind(path: Path, wave: decode.Wave, gap_s: float = 0.0) -> Path:
-    codecs = {"ac3": "ac3"} | {
-        "m4a": "aac",
-        "aac": "aac",
-        "wma": "wmav2",
-        "mka": "flac",
-        "webm": "libopus",
-        "3gp": "aac",
-        "m4b": "aac",
-    }
+    codecs = dict.fromkeys(("m4a", "aac", "3gp", "m4b"), "aac")
+    codecs |= {"ac3": "ac3", "wma": "wmav2", "mka": "flac", "webm": "libopus"}
     kind = path.suffix[1:]
     if kind in codecs:
         rate = 48000 if kind == "webm" else 44100
