@@ -49,9 +49,9 @@ from helpers import (
 from torch import Tensor
 
 from rvc_dist.__main__ import run_stage, set_up_logging
+from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import InferConfig, Recipe
 from rvc_dist.features.content import read_tensors
-from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.features.index_file import Retriever
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.state_dict import to_upstream
@@ -291,7 +291,7 @@ def infer(folder: Path) -> int:
 def prepare_infer(folder: Path) -> None:
     soundfile.write(folder / "in.wav", tone(0.2), 24000)
     (folder / "voice.pth").write_bytes(saved(voice()))
-    F0_METHODS["pyin"] = SteadyPitch
+    F0_METHODS["pyin"] = F0Spec(SteadyPitch)
 
 
 @cache

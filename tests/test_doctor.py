@@ -25,9 +25,9 @@ from tiny import make_features, tiny_recipe, with_train
 
 from rvc_dist import __main__ as cli
 from rvc_dist import pipeline
+from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import DataConfig, ExtractConfig, PreprocessConfig, Recipe
 from rvc_dist.features import extract
-from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.pipeline import DATA_STAGES
 from rvc_dist.tools import doctor
 from rvc_dist.tools.doctor import ahead, disk, findings, machine, team, training, wire
@@ -751,7 +751,7 @@ def new_run(tmp_path, monkeypatch) -> Recipe:
         folder = tmp_path / "audio" / str(speaker)
         folder.mkdir(parents=True)
         soundfile.write(folder / "a.wav", tone(4.0), RATE)
-    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     make_ssl_folder(tmp_path / "encoder", "Hubert", num_layers=1)

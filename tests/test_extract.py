@@ -16,11 +16,11 @@ from helpers import RATE, SteadyPitch, changed, make_ssl_folder, narrow_recipe, 
 from safetensors.numpy import load_file
 
 from rvc_dist import workspace
+from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import EmbedderMix, PreprocessConfig, Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
 from rvc_dist.features.extractor import Extractor
-from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.workspace import Share, StageError, read_header, read_json, unit_files
 
 ALONE = Share(0, 1)
@@ -28,7 +28,7 @@ ALONE = Share(0, 1)
 
 @pytest.fixture
 def quick_pitch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_the_threads_are_the_recipes_and_not_the_launchers(recipe: Recipe, monke
             seen.append(torch.get_num_threads())
             return super().track(wave)
 
-    monkeypatch.setitem(F0_METHODS, "pyin", Watching)
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(Watching))
     extract.run(changed(recipe, "extract", num_threads=2), ALONE)
     assert set(seen) == {2}
     assert torch.get_num_threads() == 1
@@ -224,7 +224,7 @@ def test_a_changed_setting_makes_all_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setitem(F0_METHODS, "fcpe", SteadyPitch)
+    monkeypatch.setitem(F0_METHODS, "fcpe", F0Spec(SteadyPitch))
     extract.run(recipe, ALONE)
     before = mtimes(recipe)
     other = changed(recipe, section, **values)
@@ -289,7 +289,7 @@ def test_clips_in_a_batch_agree_with_clips_alone(recipe: Recipe) -> None:
 def test_a_voice_beyond_the_range_is_reported(
     hz: float, told: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(F0_METHODS, "pyin", type("Steady", (SteadyPitch,), {"HZ": hz}))
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(type("Steady", (SteadyPitch,), {"HZ": hz})))
     extract.run(recipe, Share())
     warnings = [r.getMessage() for r in caplog.records if "frames with a pitch" in r.getMessage()]
     assert len(warnings) == bool(told)

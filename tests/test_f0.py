@@ -13,9 +13,9 @@ from helpers import SteadyPitch
 from torch import Tensor
 
 import rvc_dist
+from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import F0_METHOD_NAMES, ConfigError, ExtractConfig, Recipe, f0_method_names, parse_recipe
 from rvc_dist.features.f0 import (
-    F0_METHODS,
     CrepePitch,
     F0Method,
     HybridPitch,
@@ -279,8 +279,8 @@ def test_autotune_within_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     class Steady(SteadyPitch):
         HZ = 450.0  # 39 cents above A4
 
-    monkeypatch.setitem(F0_METHODS, "pyin", Steady)
-    monkeypatch.setitem(F0_METHODS, "yin", Steady)
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(Steady))
+    monkeypatch.setitem(F0_METHODS, "yin", F0Spec(Steady))
     half = torch.cat([torch.zeros(4800), voice(450.0, 0.3)[0]])[None]
 
     def tuned(**values: object) -> Tensor:

@@ -23,10 +23,10 @@ from helpers import RATE, SteadyPitch, changed, narrow_recipe, workspace_of
 from safetensors.numpy import load_file
 
 from rvc_dist import __main__ as cli
+from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import Recipe, TrainConfig, load_recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
-from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.tools import import_experiment
 from rvc_dist.train import trainer
 from rvc_dist.train.dataset import ClipTable
@@ -313,7 +313,7 @@ def test_what_is_left_out_is_named_and_the_rest_computed(
     kept = whole.read_bytes()
 
     caplog.set_level(logging.INFO)
-    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
     extract.run(recipe, Share())
     assert "extract: 5 units, 4 to do here" in caplog.text
     assert extract.complete(recipe)
@@ -329,7 +329,7 @@ def test_imported_features_that_are_gone_or_not_those_asked_for_are_made(
     tmp_path: Path, applio: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
     recipe = imported(recipe_for(applio, tmp_path / "run"))
     file = workspace_of(recipe).features_file(0)
     file.unlink()
@@ -350,7 +350,7 @@ def test_without_features_extract_makes_them_all(copied: Path, tmp_path: Path, m
     assert read_json(workspace_of(recipe).clips_report_file)["files_without_features"] == 6
     preprocess.run(recipe, Share())
     assert not extract.complete(recipe)
-    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
     extract.run(recipe, Share())
     assert extract.complete(recipe)
 

@@ -34,10 +34,10 @@ from helpers import (
 from huggingface_hub import constants
 from torch import Tensor
 
+from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, EmbedderMix, ExtractConfig, InferConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.content import Embedder, load_embedder
-from rvc_dist.features.f0 import F0_METHODS
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.voice import infer
@@ -49,7 +49,7 @@ ALONE = Share(0, 1)
 
 @pytest.fixture(autouse=True)
 def _quick_pitch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(F0_METHODS, "pyin", SteadyPitch)
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
 
 
 @pytest.fixture(scope="session")

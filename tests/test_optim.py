@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from rvc_dist.choices import OPTIMIZERS
 from rvc_dist.config import OptimConfig, OptimizerName, TrainConfig
 from rvc_dist.train.optimizers import (
-    OPTIMIZERS,
     AnyPrecisionAdamW,
     OptimizerState,
     learning_rate,
@@ -25,7 +25,7 @@ from rvc_dist.train.optimizers import (
 )
 from rvc_dist.workspace import StageError
 
-PACKAGED = [n for n in OPTIMIZERS if n not in ("adamw", "radam", "anyprecision_adamw", "adamw_8bit")]
+PACKAGED = [name for name, spec in OPTIMIZERS.items() if spec.package]
 
 
 LEARNING_RATES = {"prodigy": 1.0, "ranger21": 0.1}  # the second clips and smooths gradients until little is left
@@ -260,7 +260,7 @@ def test_another_optimizers_state_is_refused():
         load_optimizer_state(make_optimizer(config_of("lion"), net), net, state)
 
 
-@pytest.mark.parametrize("name", [*PACKAGED, "adamw_8bit"])
+@pytest.mark.parametrize("name", PACKAGED)
 def test_a_missing_package_is_named_with_the_command_that_installs_it(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
@@ -349,7 +349,7 @@ def test_kahan_summation_keeps_updates_that_bfloat16_parameters_would_lose():
 @pytest.mark.parametrize("chunk", [1, 7, 40])
 def test_the_size_of_chunks_changes_no_bit(monkeypatch, options, chunk):
     whole = train(lambda p: AnyPrecisionAdamW(p, lr=1e-2, **options), steps=3)
-    monkeypatch.setattr("rvc_dist.train.optimizers.CPU_CHUNK", chunk)
+    monkeypatch.setattr("rvc_dist.train.optimizers.CPU_RUN", chunk)
     assert torch.equal(whole, train(lambda p: AnyPrecisionAdamW(p, lr=1e-2, **options), steps=3))
 
 
@@ -363,7 +363,7 @@ def test_parameters_in_another_memory_order_are_updated_alike(monkeypatch):
             optimizer.step()
         return parameter.detach()
 
-    monkeypatch.setattr("rvc_dist.train.optimizers.CPU_CHUNK", 50)
+    monkeypatch.setattr("rvc_dist.train.optimizers.CPU_RUN", 50)
     assert torch.equal(run(torch.contiguous_format), run(torch.channels_last))
 
 
@@ -416,7 +416,7 @@ def test_a_step_with_found_inf_changes_no_bit_and_does_not_count(kind, done):
 @pytest.mark.parametrize("kind", ["anyprecision", "anyprecision with all options"])
 def test_the_skip_on_the_device_changes_no_bit_either(monkeypatch, kind, shape, chunk):
     """The way of a GPU, which masks every change, taken on the CPU."""
-    monkeypatch.setattr("rvc_dist.train.optimizers.CPU_CHUNK", chunk)
+    monkeypatch.setattr("rvc_dist.train.optimizers.CPU_RUN", chunk)
     monkeypatch.setattr(AnyPrecisionAdamW, "host_devices", ())
     net, undisturbed = small_net(), small_net()
     for n in (net, undisturbed):

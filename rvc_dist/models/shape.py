@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rvc_dist.choices import vocoder_of_voice
 from rvc_dist.config import RATES, Recipe
 
 _EXPORT_ENTRIES = 18
@@ -41,7 +42,7 @@ class GeneratorShape:
     """Width of the speaker embedding."""
     pitch_guidance: bool = True
     vocoder: str = "hifi-gan"
-    """With pitch_guidance, the key into VOCODERS."""
+    """The key into `choices.VOCODERS`."""
 
     @property
     def hop(self) -> int:
@@ -114,7 +115,7 @@ class GeneratorShape:
     def from_export_config(
         cls, config: Sequence[Any], *, version: str, f0: bool, content_channels: int, vocoder: str
     ) -> GeneratorShape:
-        """The generator of a voice file; `vocoder` in the export's spelling ("HiFi-GAN") or the recipe's.
+        """The generator of a voice file; `vocoder` is what the file calls it.
 
         Raises ValueError for a list of another length, an entry that no network can have, or a rate that `version`
         lacks or that the upsampling does not give.
@@ -153,7 +154,7 @@ class GeneratorShape:
             upsample_initial_channel=config[13],
             gin_channels=config[16],
             pitch_guidance=f0,
-            vocoder=vocoder.lower(),
+            vocoder=vocoder_of_voice(vocoder),
         )
 
 

@@ -1,4 +1,4 @@
-"""Decoders `dec`: latent frames to samples. Another vocoder is another class and an entry in VOCODERS.
+"""Decoders `dec`: latent frames to samples. Another vocoder is another class and an entry in `choices.VOCODERS`.
 
 B batch, T frames, S samples (S = T * hop), C channels. Attribute names are the state-dict keys of upstream RVC.
 """
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from rvc_dist.choices import VOCODERS, resolve
 from rvc_dist.models.modules import LEAKY_SLOPE, ConvTranspose1d, ResBlock, channels_last
 from rvc_dist.models.shape import GeneratorShape
 
@@ -131,14 +132,14 @@ class NSFHiFiGAN(HiFiGAN):
         return excited
 
 
-VOCODERS: dict[tuple[str, bool], type[HiFiGAN]] = {("hifi-gan", True): NSFHiFiGAN, ("hifi-gan", False): HiFiGAN}
-"""Decoder by (name, pitch guidance)."""
-
-
 def build_vocoder(shape: GeneratorShape) -> HiFiGAN:
     """The decoder that `shape` names; ValueError when there is none."""
-    key = (shape.vocoder, shape.pitch_guidance)
-    if key not in VOCODERS:
-        allowed = ", ".join(f"{name} {'with' if pitch else 'without'} pitch" for name, pitch in VOCODERS)
+    spec = VOCODERS.get(shape.vocoder)
+    maker = spec and (spec.guided if shape.pitch_guidance else spec.plain)
+    if maker is None:
+        ways = [(name, "with", spec.guided) for name, spec in VOCODERS.items()]
+        ways += [(name, "without", spec.plain) for name, spec in VOCODERS.items()]
+        allowed = ", ".join(f"{name} {how} pitch" for name, how, maker in ways if maker)
         raise ValueError(f"vocoder: got {shape.vocoder!r}, pitch_guidance {shape.pitch_guidance}; expected {allowed}")
-    return VOCODERS[key](shape)
+    vocoder: HiFiGAN = resolve(maker)(shape)
+    return vocoder

@@ -1,30 +1,26 @@
-"""The table of optimizers, AnyPrecisionAdamW, what a checkpoint keeps of an optimizer, and the learning rate.
-
-Shapes: N elements of a run of parameters, laid one after the other.
-"""
+"""AnyPrecisionAdamW and the other optimizers, what a checkpoint keeps of one, and the learning rate."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import Optimizer
 
+from rvc_dist.choices import OPTIMIZERS, resolve
 from rvc_dist.config import OptimConfig, TrainConfig
 from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
 
-CPU_CHUNK, DEVICE_CHUNK = 1 << 17, 1 << 22
+CPU_RUN, DEVICE_RUN = 1 << 17, 1 << 22
 """Elements that AnyPrecisionAdamW updates at a time: a thread's share of the cache; elsewhere enough to fill a GPU."""
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where PyTorch has a fused AdamW."""
@@ -70,10 +66,10 @@ class AnyPrecisionAdamW(Optimizer):
         state: dict[str, Tensor] = self.state[parameter]
         for key, dtype in self.dtypes.items():
             if key not in state:
-                state[key] = torch.zeros_like(parameter, dtype=dtype)
-            elif state[key].dtype != dtype:  # Optimizer.load_state_dict gives state the parameter's type
-                state[key] = state[key].to(dtype)
-        return [state[key] for key in self.dtypes]
+                state[key] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+            # Optimizer.load_state_dict gives state the parameter's type.
+            state[key] = state[key].to(dtype, memory_format=torch.contiguous_format)
+        return list(state.values())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -95,123 +91,112 @@ class AnyPrecisionAdamW(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
+        group["step"] = group["step"] + (1 if skip is None else (~skip).double())
         device = params[0].device
-        if skip is None:
-            group["step"] += 1
-        elif isinstance(group["step"], Tensor):
-            group["step"] = group["step"] + ~skip
-        else:
-            group["step"] = torch.full((), group["step"], dtype=torch.float64, device=device) + ~skip
-        limit = CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else DEVICE_CHUNK
-        chunks = list(_chunks(((p, p.grad.contiguous(), *self._state_of(p)) for p in params), limit))
-        longest = max(sum(row[0].numel() for row in chunk) for chunk in chunks)
-        # Memory fresh from the operating system costs more than the arithmetic on it: every chunk uses the same.
+        limit = CPU_RUN * torch.get_num_threads() if device.type == "cpu" else DEVICE_RUN
+        weights = [p.contiguous() for p in params]  # the parameter itself, unless its memory has another order
+        rows = ((w, p.grad.contiguous(), *self._state_of(p)) for p, w in zip(params, weights, strict=True))
+        # Memory fresh from the operating system costs more than the arithmetic on it: every run uses the same.
+        longest = min(limit, sum(p.numel() for p in params))
         work = torch.empty(4, longest, dtype=torch.promote_types(params[0].dtype, torch.float32), device=device)
-        for chunk in chunks:
-            self._step_chunk(group, list(zip(*chunk, strict=True)), skip, work)
+        for run in _runs(rows, limit):
+            self._step_run(group, run, skip, work)
+        for parameter, weight in zip(params, weights, strict=True):
+            if weight is not parameter:
+                parameter.copy_(weight)
 
-    def _step_chunk(
-        self, group: dict[str, Any], columns: Sequence[tuple[Tensor, ...]], skip: Tensor | None, work: Tensor
+    def _step_run(
+        self, group: dict[str, Any], run: list[tuple[Tensor, ...]], skip: Tensor | None, work: Tensor
     ) -> None:
-        """One step for pieces of parameters, their gradients, and each of their state tensors."""
-        # A view of one contiguous piece, which changes in place; several pieces become one tensor that is copied back.
-        parameter, gradient, *state = (_flatten_dense_tensors(c) for c in columns)  # type: ignore[no-untyped-call]
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            gradient = gradient / grad_scale
-        changing = (parameter, *state)
-        before = None if skip is None else [tensor.clone() for tensor in changing]
-        _adamw_(group, parameter, gradient, *state, work=work[:, : parameter.numel()])
-        if skip is not None and before is not None:
-            for old, new in zip(before, changing, strict=True):
-                torch.where(skip, old, new, out=new)
-        for column, flat in zip((columns[0], *columns[2:]), changing, strict=True):
-            if flat.data_ptr() != column[0].data_ptr():
-                pieces = _unflatten_dense_tensors(flat, column)  # type: ignore[no-untyped-call]
-                torch._foreach_copy_(column, pieces)
+        """One step for flat pieces of parameters, their gradients, and each of their state tensors."""
+        columns = [list(column) for column in zip(*run, strict=True)]
+        changing = [columns[0], *columns[2:]]
+        sizes = [piece.numel() for piece in columns[0]]
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            columns[1] = [gradient / grad_scale for gradient in columns[1]]
+        before = [] if skip is None else [torch.cat(column) for column in changing]
+        _adamw_(group, *columns, work=[list(torch.split(row[: sum(sizes)], sizes)) for row in work])
+        for column, old in zip(changing, before, strict=False):
+            assert skip is not None
+            torch._foreach_copy_(column, torch.split(torch.where(skip, old, torch.cat(column)), sizes))
+
+
+def _runs(rows: Iterable[tuple[Tensor, ...]], limit: int) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Contiguous tensors of equal size, row by row, as flat pieces in runs of at most `limit` elements."""
+    run: list[tuple[Tensor, ...]] = []
+    size = 0
+    for row in rows:
+        for piece in zip(*(torch.split(tensor.view(-1), limit) for tensor in row), strict=True):
+            if run and size + piece[0].numel() > limit:
+                yield run
+                run, size = [], 0
+            run.append(piece)
+            size += piece[0].numel()
+    yield run
 
 
 def _adamw_(
     group: dict[str, Any],
-    parameter: Tensor,
-    gradient: Tensor,
-    momentum: Tensor,
-    variance: Tensor,
-    *compensation: Tensor,
-    work: Tensor,
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momenta: list[Tensor],
+    variances: list[Tensor],
+    *compensations: list[Tensor],
+    work: list[list[Tensor]],
 ) -> None:
-    """Change parameter [N], momentum, variance and any Kahan compensation; `work` [4, N] is float32 to compute in."""
+    """Change parameters, momenta, variances and any Kahan compensations; `work` is four lists to compute in."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     # Numbers, or float64 tensors [] on the device: 1 - 0.99 ** 1 has no more than five digits in float32.
     bias1, bias2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
     change, denominator, exact, old = work
-    gradient = gradient.to(work.dtype)
-    momentum.copy_(change.copy_(momentum).mul_(beta1).add_(gradient, alpha=1 - beta1))
-    square = variance if variance.dtype == work.dtype else exact.copy_(variance)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    if square is exact:
-        variance.copy_(square)
-    torch.sqrt(square, out=denominator).mul_(bias2**-0.5).add_(group["eps"])
-    change.div_(denominator).mul_(-lr / bias1).add_(parameter, alpha=-lr * group["weight_decay"])
-    if not compensation:
-        parameter.add_(change)
+    gradients = [gradient.to(change[0].dtype) for gradient in gradients]
+    torch._foreach_copy_(change, momenta)
+    torch._foreach_mul_(change, beta1)
+    torch._foreach_add_(change, gradients, alpha=1 - beta1)
+    torch._foreach_copy_(momenta, change)
+    is_exact = variances[0].dtype == change[0].dtype
+    squares = variances if is_exact else exact
+    if not is_exact:
+        torch._foreach_copy_(squares, variances)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+    if not is_exact:
+        torch._foreach_copy_(variances, squares)
+    torch._foreach_copy_(denominator, squares)
+    torch._foreach_sqrt_(denominator)
+    torch._foreach_mul_(denominator, bias2**-0.5)
+    torch._foreach_add_(denominator, group["eps"])
+    torch._foreach_div_(change, denominator)
+    torch._foreach_mul_(change, -lr / bias1)
+    torch._foreach_add_(change, parameters, alpha=-lr * group["weight_decay"])
+    if not compensations:
+        torch._foreach_add_(parameters, change)
         return
-    change.add_(compensation[0])
-    old.copy_(parameter)
-    parameter.add_(change)
-    compensation[0].copy_(change.sub_(denominator.copy_(parameter).sub_(old)))
+    torch._foreach_add_(change, compensations[0])
+    torch._foreach_copy_(old, parameters)
+    torch._foreach_add_(parameters, change)
+    torch._foreach_copy_(denominator, parameters)
+    torch._foreach_sub_(denominator, old)
+    torch._foreach_sub_(change, denominator)
+    torch._foreach_copy_(compensations[0], change)
 
 
-def _chunks(rows: Iterable[tuple[Tensor, ...]], limit: int) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Tensors of equal shape, row by row, in runs of at most `limit` elements; longer ones in pieces, as views."""
-    chunk: list[tuple[Tensor, ...]] = []
-    size = 0
-    for row in rows:
-        # Tensors in another order than C's have no flat view; they go whole.
-        whole = row[0].numel() <= limit or not all(t.is_contiguous() for t in row)
-        pieces = [row] if whole else list(zip(*(torch.split(t.view(-1), limit) for t in row), strict=True))
-        for piece in pieces:
-            if chunk and size + piece[0].numel() > limit:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(piece)
-            size += piece[0].numel()
-    if chunk:
-        yield chunk
-
-
-Factory = Callable[[list[nn.Parameter], TrainConfig], Optimizer]
-
-
-def _common(config: TrainConfig) -> dict[str, Any]:
-    """What every optimizer but a few takes from the recipe."""
-    optim = config.optim
-    return {
-        "lr": config.learning_rate,
-        "betas": (optim.beta1, optim.beta2),
-        "eps": optim.eps,
-        "weight_decay": optim.weight_decay,
-    }
-
-
-def _adamw(params: list[nn.Parameter], config: TrainConfig) -> Optimizer:
+def adamw(params: list[nn.Parameter], **options: Any) -> Optimizer:
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in params)
-    return torch.optim.AdamW(params, **_common(config), fused=fused, foreach=not fused)
+    return torch.optim.AdamW(params, **options, fused=fused, foreach=not fused)
 
 
-def _radam(params: list[nn.Parameter], config: TrainConfig) -> Optimizer:
-    return torch.optim.RAdam(params, **_common(config), decoupled_weight_decay=True, foreach=True)
+def radam(params: list[nn.Parameter], **options: Any) -> Optimizer:
+    return torch.optim.RAdam(params, **options, decoupled_weight_decay=True, foreach=True)
 
 
-def _anyprecision_adamw(params: list[nn.Parameter], config: TrainConfig) -> Optimizer:
-    variance_dtype = getattr(torch, config.optim.variance_dtype)
-    kahan = config.optim.kahan_summation
-    return AnyPrecisionAdamW(params, **_common(config), variance_dtype=variance_dtype, kahan=kahan)
+def anyprecision_adamw(params: list[nn.Parameter], variance_dtype: str, **options: Any) -> Optimizer:
+    return AnyPrecisionAdamW(params, **options, variance_dtype=getattr(torch, variance_dtype))
 
 
-def _adamw_8bit(params: list[nn.Parameter], config: TrainConfig) -> Optimizer:
+def adamw_8bit(params: list[nn.Parameter], **options: Any) -> Optimizer:
     """AdamW with both moments in 8 bits (arXiv 2110.02861)."""
-    kind = _third_party("bitsandbytes.optim", config).AdamW8bit
+    kind = resolve("bitsandbytes.optim:AdamW8bit")
     device = params[0].device
     # Which devices it has kernels for depends on its version and on the CUDA libraries it finds: try one block.
     trial = nn.Parameter(torch.zeros(4096, device=device))
@@ -225,88 +210,8 @@ def _adamw_8bit(params: list[nn.Parameter], config: TrainConfig) -> Optimizer:
         ) from error
     if device.type == "cpu":
         logger.warning("train.optimizer: adamw_8bit saves memory on the CPU too, but takes many times adamw's time")
-    optimizer: Optimizer = kind(params, **_common(config))
+    optimizer: Optimizer = kind(params, **options)
     return optimizer
-
-
-def _packaged(kind: str, options: Callable[[TrainConfig], dict[str, Any]]) -> Factory:
-    """Class `kind` of the package pytorch-optimizer, with decoupled weight decay."""
-
-    def factory(params: list[nn.Parameter], config: TrainConfig) -> Optimizer:
-        make = getattr(_third_party("pytorch_optimizer", config), kind)
-        optimizer: Optimizer = make(params, weight_decouple=True, **options(config))
-        return optimizer
-
-    return factory
-
-
-def _third_party(module: str, config: TrainConfig) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise StageError(
-            f"train.optimizer: {config.optimizer_name} needs a package that cannot be imported ({error}); install it: "
-            "pip install 'rvc-dist[optim]'"
-        ) from error
-
-
-def _without_eps(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in _common(config).items() if key != "eps"}
-
-
-def _adan(config: TrainConfig) -> dict[str, Any]:
-    # arXiv 2208.06677: decays of the gradient, of its differences (the package's default), and of the squares.
-    return _common(config) | {"betas": (config.optim.beta1, 0.92, config.optim.beta2)}
-
-
-def _ademamix(config: TrainConfig) -> dict[str, Any]:
-    # arXiv 2409.03137: the third decay is that of the slow momentum, which is what the method is about.
-    return _common(config) | {"betas": (config.optim.beta1, config.optim.beta2, 0.9999)}
-
-
-def _came(config: TrainConfig) -> dict[str, Any]:
-    # arXiv 2307.02047: the third decay is that of the instability. Both its eps are added to squares: its own are kept.
-    return _without_eps(config) | {"betas": (config.optim.beta1, config.optim.beta2, 0.9999)}
-
-
-def _prodigy(config: TrainConfig) -> dict[str, Any]:
-    # arXiv 2306.06101: a rate that rises from zero must not count as a measure of the distance.
-    return _common(config) | {"safeguard_warmup": config.warmup_steps > 0}
-
-
-def _ranger(config: TrainConfig) -> dict[str, Any]:
-    # RAdam (arXiv 1908.03265) with Lookahead (arXiv 1907.08610). Without this option, version 4.1 of the package takes
-    # the steps before rectification sets in with a negative rate, up the gradient.
-    return _common(config) | {"degenerated_to_sgd": True}
-
-
-def _ranger21(config: TrainConfig) -> dict[str, Any]:
-    # arXiv 2106.13731. The learning rate is the recipe's: its own schedule, and with it the length of the run, is off.
-    return _common(config) | {"num_iterations": 1, "disable_lr_scheduler": True}
-
-
-OPTIMIZERS: dict[str, Factory] = {
-    "adamw": _adamw,
-    "radam": _radam,
-    "anyprecision_adamw": _anyprecision_adamw,
-    "adamw_8bit": _adamw_8bit,
-    # arXiv 2010.07468: its eps is added to the variance in every step, where 1e-9 would rule; its own 1e-16 is kept.
-    "adabelief": _packaged("AdaBelief", _without_eps),
-    "adan": _packaged("Adan", _adan),
-    "ademamix": _packaged("AdEMAMix", _ademamix),
-    "adopt": _packaged("ADOPT", _common),  # arXiv 2411.02853
-    "came": _packaged("CAME", _came),
-    "lamb": _packaged("Lamb", _common),  # arXiv 1904.00962
-    "lion": _packaged("Lion", _without_eps),  # arXiv 2302.06675: signs alone, nothing is divided
-    "prodigy": _packaged("Prodigy", _prodigy),
-    "ranger": _packaged("Ranger", _ranger),
-    "ranger21": _packaged("Ranger21", _ranger21),
-}
-"""Every name of config.OptimizerName, and what makes it of trainable parameters and the recipe."""
-
-
-ELEMENTWISE = frozenset({"adamw", "radam", "anyprecision_adamw", "adabelief", "adan", "ademamix", "adopt", "lion"})
-"""Those that treat every number of a parameter alone, so that it does not matter how parameters are cut and joined."""
 
 
 def make_optimizer(config: TrainConfig, module: nn.Module) -> Optimizer:
@@ -315,7 +220,16 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> Optimizer:
     Raises:
         StageError: the optimizer's package is missing, or does not run on this device.
     """
-    return OPTIMIZERS[config.optimizer_name]([p for p in module.parameters() if p.requires_grad], config)
+    spec = OPTIMIZERS[config.optimizer_name]
+    params = [p for p in module.parameters() if p.requires_grad]
+    try:
+        optimizer: Optimizer = resolve(spec.make)(params, **spec.options(config))
+    except ImportError as error:
+        raise StageError(
+            f"train.optimizer: {config.optimizer_name} needs a package that cannot be imported ({error}); install it: "
+            "pip install 'rvc-dist[optim]'"
+        ) from error
+    return optimizer
 
 
 PARAMETERS, ATTRIBUTES = "parameters", "attributes"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rvc_dist.choices import VOCODERS
 from rvc_dist.config import Recipe
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.shape import GeneratorShape
@@ -22,9 +23,6 @@ from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import ClipsReport, Share, StageError, Workspace, atomic_write, read_json
 
 logger = logging.getLogger(__name__)
-
-VOCODER_NAMES = {"hifi-gan": "HiFi-GAN"}
-"""The recipe's word for a vocoder -> the voice file's."""
 
 
 def run(recipe: Recipe, share: Share) -> None:
@@ -112,7 +110,7 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
         "model_hash": model_hash(weight),
         "model_name": recipe.name,
         "author": recipe.export.author,
-        "vocoder": VOCODER_NAMES[shape.vocoder],
+        "vocoder": VOCODERS[shape.vocoder].voice_name,
         "energy": False,
         "speakers_id": num_speakers,
         "trained_speakers": list(saved.trained_speakers),

@@ -43,8 +43,6 @@ FADE = 4
 SEARCH_SHARE = 0.25
 """The join is put at the quietest place of this last part of a window."""
 MAX_PEAK = 0.99
-VOCODER_ALIASES = {"Default": "HiFi-GAN"}
-"""Names that other tools write into voice files -> the names known here."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Voice:
                 version=version,
                 f0=bool(int(data.get("f0", 1))),
                 content_channels=state["enc_p.emb_phone.weight"].shape[1],
-                vocoder=VOCODER_ALIASES.get(vocoder, vocoder),
+                vocoder=vocoder,
             )
             # Not built on `meta`, for whose weight norms PyTorch imports its compiler: 4 s and 300 MB.
             if shape.least_weights > (held := sum(v.numel() for v in state.values())):

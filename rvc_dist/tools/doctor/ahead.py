@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from rvc_dist.choices import F0_METHODS
 from rvc_dist.config import F0_PER_S, Recipe, f0_method_names
 from rvc_dist.data import decode, preprocess
 from rvc_dist.data.sources import list_sources
@@ -20,7 +21,6 @@ from rvc_dist.features.identity import EmbedderId
 from rvc_dist.runtime.accelerator import check_bf16, check_launcher
 from rvc_dist.tools.doctor.disk import existing_parent, judge_disk
 from rvc_dist.tools.doctor.findings import Result
-from rvc_dist.tools.doctor.machine import OPTIONAL_F0
 from rvc_dist.tools.doctor.team import Exam
 from rvc_dist.train import checkpoint
 from rvc_dist.train.deepspeed import check_optimizer
@@ -82,7 +82,7 @@ def check_pitch_tracker(exam: Exam, result: Result) -> None:
     except (ValueError, OSError) as error:
         fail(result, error, "extract.f0_method")
     except ImportError as error:
-        if not OPTIONAL_F0.keys() & set(f0_method_names(config.f0_method)):
+        if not any(F0_METHODS[name].package for name in f0_method_names(config.f0_method)):
             fail(result, error, "extract.f0_method")
 
 

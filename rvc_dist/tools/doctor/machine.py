@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from rvc_dist import __version__
+from rvc_dist.choices import F0_METHODS, OPTIMIZERS
 from rvc_dist.config import Recipe, f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.data.sources import list_sources
@@ -29,16 +30,6 @@ from rvc_dist.workspace import StageError, Workspace
 CROWDED = 0.1
 """Share of a GPU's memory that others may hold before it is told."""
 
-OPTIONAL_F0 = {
-    "fcpe": ("torchfcpe", "torchfcpe"),
-    "pesto": ("pesto", "pesto-pitch"),
-    "swift": ("swift_f0", "swift-f0"),
-    "pm": ("parselmouth", "praat-parselmouth"),
-    "harvest": ("pyworld", "pyworld-prebuilt"),
-    "dio": ("pyworld", "pyworld-prebuilt"),
-}
-"""Pitch trackers that need a module, and the package that brings it."""
-BUILT_IN_OPTIMIZERS = {"adamw", "radam", "anyprecision_adamw"}
 PACKAGES = ("torch", "torchaudio", "accelerate", "transformers", "numpy", "safetensors")
 """Whose versions are told; a faiss comes under one of several names."""
 FAISS = ("faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "faiss-gpu", "faiss")
@@ -120,23 +111,12 @@ def check_packages(exam: Exam, result: Result) -> None:
 def wanted_packages(recipe: Recipe, work: Workspace) -> dict[str, tuple[str, str]]:
     """Module -> (package, what of the recipe needs it)."""
     wanted = {"faiss": ("faiss-gpu-cu12" if torch.cuda.is_available() else "faiss-cpu", "the index stage")}
+    chosen = {f"train.optimizer {recipe.train.optimizer_name}": OPTIMIZERS[recipe.train.optimizer_name].package}
     for name in f0_method_names(recipe.extract.f0_method):
-        if name in OPTIONAL_F0:
-            module, package = OPTIONAL_F0[name]
-            wanted[module] = package, f"extract.f0_method {recipe.extract.f0_method}"
+        chosen[f"extract.f0_method {name}"] = F0_METHODS[name].package
+    wanted |= {package.module: (package.name, reason) for reason, package in chosen.items() if package}
     if recipe.preprocess.clean_dataset:
         wanted["noisereduce"] = "noisereduce", "preprocess.clean_dataset"
-    optimizer = recipe.train.optimizer_name
-    if optimizer not in BUILT_IN_OPTIMIZERS:
-        module, package = (
-            ("bitsandbytes", "bitsandbytes")
-            if optimizer == "adamw_8bit"
-            else (
-                "pytorch_optimizer",
-                "pytorch-optimizer",
-            )
-        )
-        wanted[module] = package, f"train.optimizer {optimizer}"
     audio_dir = Path(recipe.data.audio_dir)
     if audio_dir.is_dir():
         with contextlib.suppress(StageError):  # the data check tells it
