@@ -10,12 +10,12 @@ import os
 import shlex
 import sys
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rvc_dist import __version__
-from rvc_dist.config import Recipe, nearest_key, parse_recipe
+from rvc_dist.command_line import Options, join_words, nearest_key, recipe_of, split_words
+from rvc_dist.config import Recipe
 from rvc_dist.runtime.hang_killer import end_with_launcher
 from rvc_dist.runtime.logs import RankLog, rank_log
 from rvc_dist.runtime.run_lock import may_be_held
@@ -51,8 +51,6 @@ class Stage(NamedTuple):
 
 TRAINING = ("train", "run")
 """Stages that hold the run folder's lock."""
-FLAGS = {"-h", "--help", "--print_config", "--json", "--parity"}
-"""Options that no value follows."""
 
 STAGES = {
     "preprocess": Stage("rvc_dist.data.preprocess", "Cut recordings into clips.", takes_shard=True),
@@ -112,51 +110,12 @@ def set_up_logging(share: Share) -> None:
     logging.getLogger("rvc_dist").setLevel(logging.INFO)
 
 
-def take_shards(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The values of --shard, and the other arguments."""
-    shards, others = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--shard":
-            shards.append(next(rest, ""))
-        elif argument.startswith("--shard="):
-            shards.append(argument.removeprefix("--shard="))
-        else:
-            others.append(argument)
-    return shards, others
-
-
-def take_folders(name: str, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The arguments of a stage that takes folders as a recipe's, and what its `run` is given besides the recipe."""
-    if not STAGES[name].folders:
-        return arguments, {}
-    folders, options = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("-"):
-            folders.append(argument)
-            continue
-        options.append(argument)
-        if argument not in FLAGS and "=" not in argument:
-            options += islice(rest, 1)  # its value, which is no folder
-    if name == "dataset":
-        return [o for o in options if o != "--json"], {"runs": folders, "as_json": "--json" in options}
-    if {"-h", "--help"} & set(options):
-        return options, {}
-    if len(folders) != 1:
-        got = " and ".join(folders) or "no folder"
-        raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
-    folder = os.path.abspath(folders[0])
-    voice = os.path.basename(folder)
-    return ["--name", voice, "--run_dir", f"runs/{voice}", *options, "--data.audio_dir", folder], {}
-
-
 def meant_by(name: str, word: str) -> list[str]:
     """The options that a word which belongs to none was probably meant as."""
     text, equals, value = word.partition("=")
     _, suffix = os.path.splitext(word)
     if word == "-c":  # the file's name follows
-        return []
+        return ["--config"]
     if not equals and suffix in (".yaml", ".yml"):
         return ["--config", word]
     if not equals and name == "infer" and suffix:
@@ -165,32 +124,29 @@ def meant_by(name: str, word: str) -> list[str]:
     return [f"--{key}{equals}{value}"] if key else [word]
 
 
-def check_words(name: str, arguments: list[str]) -> None:
+def check_words(name: str, options: Options) -> None:
     """Raises ValueError, with the command that was probably meant, when a word is neither an option nor its value."""
-    meant: list[str] = []
     stray = ""
-    rest = iter(arguments)
-    for word in rest:
-        if word in FLAGS or word.startswith("--"):
-            meant.append(word)
-            meant += islice(rest, 0 if word in FLAGS or "=" in word else 1)
+    meant: list[str] = []
+    for option, value in options:
+        if option.startswith("--") or option == "-h":
+            meant += join_words([(option, value)])
         else:
+            word = option or str(value)
             stray = stray or word
-            meant += meant_by(name, word)
-    if stray and meant != arguments:
+            meant += meant_by(name, word) + ([value] if option and value else [])
+    if stray and meant != join_words(options):
         raise ValueError(f"{stray!r} is no option; did you mean: rvc-dist {name} {shlex.join(meant)}")
     if stray:
         raise ValueError(f"{stray!r} is no option; expected --section.key VALUE (--help lists every key)")
 
 
-def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
-    """The recipe, and which part of the work this process does."""
-    stage = STAGES[name]
-    shards, arguments = take_shards(arguments)
+def share_of(name: str, shards: list[str]) -> Share:
+    """Which part of a stage's work this process does, given the values of --shard."""
     if not shards:  # tasks of srun that were given theirs are not ranks
         adopt_slurm_ranks(os.environ)
     share = Share.from_environment()
-    if shards and not stage.takes_shard:
+    if shards and not STAGES[name].takes_shard:
         takers = ", ".join(n for n, s in STAGES.items() if s.takes_shard)
         raise ValueError(f"--shard: {name} is not a stage that can be split so, only {takers}")
     if len(shards) > 1:
@@ -198,15 +154,41 @@ def parse(name: str, arguments: list[str]) -> tuple[Recipe, Share]:
     for part in map(Share.parse, shards):
         # Under a launcher too, each rank takes its part of the shard.
         share = Share(part.index * share.count + share.index, part.count * share.count, array=True)
-    check_words(name, arguments)
-    about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
+    return share
+
+
+def options_of(name: str, options: Options) -> tuple[Options, dict[str, Any]]:
+    """A stage's options as a recipe has them, and what its `run` is given besides the recipe."""
+    folders = [str(value) for option, value in options if not option]
+    if STAGES[name].folders:
+        options = [(option, value) for option, value in options if option]
+    if name == "dataset":
+        as_json = ("--json", None) in options
+        return [option for option in options if option[0] != "--json"], {"runs": folders, "as_json": as_json}
+    if name == "import" and not {"-h", "--help"} & {option for option, _ in options}:
+        if len(folders) != 1:
+            got = " and ".join(folders) or "no folder"
+            raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
+        folder = os.path.abspath(folders[0])
+        voice = os.path.basename(folder)
+        return [("--name", voice), ("--run_dir", f"runs/{voice}"), *options, ("--data.audio_dir", folder)], {}
+    if name == "bench":
+        return [("--bench.parity", "true") if option == ("--parity", None) else option for option in options], {}
+    return options, {}
+
+
+def parse(name: str, words: list[str]) -> tuple[Recipe, Share, dict[str, Any]]:
+    """The recipe, which part of the work this process does, and what the stage's `run` is given besides."""
+    stage, options = STAGES[name], split_words(words)
+    share = share_of(name, [value or "" for option, value in options if option == "--shard"])
+    options, more = options_of(name, [option for option in options if option[0] != "--shard"])
+    check_words(name, options)
     if name == "demo":
         from rvc_dist.demo import demo_arguments
 
-        arguments = demo_arguments() + arguments
-    if name == "bench":
-        arguments = ["--bench.parity=true" if a == "--parity" else a for a in arguments]
-    return parse_recipe(f"{name} {stage.folders}".strip(), arguments, about), share
+        options = split_words(demo_arguments()) + options
+    about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
+    return recipe_of(f"{name} {stage.folders}".strip(), options, about), share, more
 
 
 def stopped_code() -> int:
@@ -234,9 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rvc-dist: unknown stage {name!r}; {hint}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        given = arguments[1:]
-        arguments, options = take_folders(name, given)
-        recipe, share = parse(name, arguments)
+        recipe, share, options = parse(name, arguments[1:])
     except (ValueError, OSError) as error:
         print(f"rvc-dist {name}: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -246,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = Workspace(recipe.run_dir, recipe.name)
     # What is refused because another job trains in the folder leaves nothing there.
     is_waiting = name in TRAINING and may_be_held(work.train_lock_file)
-    with rank_log(work, share, [name, *given], is_waiting) as log:
+    with rank_log(work, share, arguments, is_waiting) as log:
         try:
             return run_stage(name, recipe, share, options, log)
         except Exception as error:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -34,30 +38,84 @@ class SchemaError(ValueError):
     """A text is not what it should be; the message is the reason and does not name the file."""
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rule:
     """What a plain value must be."""
 
-    expected: str
+    expected: str | Collection[Any]
+    """In words, or the choices: the keys of a table may grow."""
     types: tuple[type, ...]
     holds: Callable[[Any], bool] = lambda value: True
+    kind: str = ""
+    """What `types` are called, where `expected` does not say it."""
 
     def fits(self, value: object) -> bool:
         return type(value) in self.types and self.holds(value)
 
+    def expects(self, value: object = None) -> str:
+        """What `value` should have been."""
+        if isinstance(self.expected, str):
+            return f"{self.kind}, {self.expected}" if self.kind and type(value) not in self.types else self.expected
+        near = nearest(value, self.expected) if isinstance(value, str) else ""
+        return f"one of {', '.join(map(str, self.expected))}" + (f"; did you mean {near}?" if near else "")
+
 
 class Fault(NamedTuple):
+    """What is wrong with a value, under its full key."""
+
     key: str
-    got: object
-    expected: str
+    sentence: str
+    is_bound: bool = False
+    """The value has the right type and is out of bounds."""
+
+    @classmethod
+    def of(cls, key: str, value: object, wanted: str, is_bound: bool = False) -> Fault:
+        if isinstance(value, tuple):
+            value = list(value)
+        got = "nothing" if value is dataclasses.MISSING else "null" if value is None else reprlib.repr(value)
+        return cls(key, f"{key or 'the whole'}: got {got}, expected {wanted}", is_bound)
 
 
-def _whole(low: int, high: int) -> Rule:
-    return Rule(f"a whole number of {low} to {high}", (int,), lambda value: bool(low <= value <= high))
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The one of `words` that `word` resembles most, or an empty text."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(words), n=1)), "")
 
 
-Count = Annotated[int, _whole(0, 2**53)]
-Positive = Annotated[int, _whole(1, 2**53)]
-SpeakerId = Annotated[int, _whole(0, 108)]
+def one_of(choices: Collection[Any]) -> Rule:
+    return Rule(choices, tuple({type(choice) for choice in choices}), choices.__contains__)
+
+
+def _number(low: float, expected: str, holds: Callable[[Any], bool]) -> Rule:
+    """A rule for whole numbers if `low` is one, else for all numbers; NaN never holds."""
+    if isinstance(low, int):
+        return Rule(expected, (int,), holds, "a whole number")
+    return Rule(expected, (int, float), holds, "a number")
+
+
+def at_least(low: float) -> Rule:
+    return _number(low, f"at least {low}", lambda value: bool(low <= value < math.inf))
+
+
+def above(low: float) -> Rule:
+    return _number(low, f"more than {low}", lambda value: bool(low < value < math.inf))
+
+
+def within(low: float, high: float) -> Rule:
+    return _number(low, f"{low} to {high}", lambda value: bool(low <= value <= high))
+
+
+def multiple_of(base: int) -> Rule:
+    return _number(base, f"a multiple of {base}", lambda value: value >= base and value % base == 0)
+
+
+MAX_INT = 2**53
+"""No count means anything above it, and JSON readers of others keep no larger one exactly."""
+_MOST = Rule(f"at most {MAX_INT}", (int,), lambda value: bool(value <= MAX_INT))
+Count = Annotated[int, at_least(0), _MOST]
+Positive = Annotated[int, at_least(1), _MOST]
+SpeakerId = Annotated[int, within(0, 108)]
 """A row of the speaker table of pretrained generators."""
 Seconds = Annotated[float, Rule("seconds", (int, float), lambda value: bool(0 <= value < 1e12))]
 OsName = Annotated[str, Rule("a name", (str,), lambda text: "\0" not in text)]
@@ -66,7 +124,6 @@ FileName = Annotated[
     str, Rule("a file's name alone", (str,), lambda text: text > ".." and not set(text) & set("/\\\0"))
 ]
 
-_NOTHING = Rule("no such key", ())
 _PLAIN: dict[object, Rule] = {
     bool: Rule("true or false", (bool,)),
     int: Rule("a whole number", (int,), lambda value: abs(value) < 2**63),
@@ -83,73 +140,83 @@ def check(value: Any, kind: type[T]) -> T:
     Raises:
         SchemaError: it is not; says the first key at fault, what is there, and what was expected.
     """
-    if fault := _fault(value, kind):
-        got = "nothing" if fault.got is dataclasses.MISSING else reprlib.repr(fault.got)
-        raise SchemaError(f"{fault.key.lstrip('.') or 'the whole'}: got {got}, expected {fault.expected}")
+    for fault in faults(value, kind):
+        raise SchemaError(fault.sentence)
     found: T = value
     return found
 
 
-def _fault(value: Any, kind: Any) -> Fault | None:
-    origin, arguments, rule = _parts(kind)
-    children: Iterable[tuple[object, Any, Any]] = ()
-    if value is dataclasses.MISSING:
-        fits = False
-    elif rule is not None:
-        fits = rule.fits(value)
-    elif kind is Any:
-        fits = True
+def faults(value: Any, kind: Any, key: str = "") -> Iterator[Fault]:
+    """All that is not as `kind` says in `value`, whose own key is `key`."""
+    origin, arguments, rules = _parts(kind)
+    if kind is Any:
+        return
+    if rules:
+        broken = (rule for rule in rules if not rule.fits(value))
+        yield from (Fault.of(key, value, r.expects(value), type(value) in r.types) for r in islice(broken, 1))
     elif origin is Union:
-        fits = any(_fault(value, one) is None for one in arguments)
+        found = [list(faults(value, one, key)) for one in arguments]
+        if all(found):
+            bounds = [fault for some in found for fault in some if fault.is_bound]
+            yield from bounds[:1] or [Fault.of(key, value, expected(kind, value))]
+    elif type(value) not in ((list, tuple) if origin is list else (dict,)):
+        yield Fault.of(key, value, expected(kind, value))
     elif origin is list:
-        fits = type(value) is list
-        children = ((i, item, arguments[0]) for i, item in enumerate(value if fits else ()))
+        for i, item in enumerate(value):
+            yield from faults(item, arguments[0], f"{key}[{i}]")
     else:
-        fits = type(value) is dict
-        inside = value if fits else {}
-        children = _by_key(inside, kind) if origin is None else ((k, v, arguments[1]) for k, v in inside.items())
-    if not fits:
-        return Fault("", value, _expected(kind))
-    for key, item, one in children:
-        if fault := _fault(item, one):
-            return fault._replace(key=(f"[{key}]" if isinstance(key, int) else f".{key}") + fault.key)
-    return None
+        yield from _faults_inside(value, kind, f"{key}." if key else "")
+
+
+def _faults_inside(value: dict[str, Any], kind: Any, prefix: str) -> Iterator[Fault]:
+    origin, arguments, _ = _parts(kind)
+    hints, optional = (dict.fromkeys(value, arguments[1]), frozenset()) if origin is dict else _keys(kind)
+    for name, hint in hints.items():
+        if name in value or name not in optional:
+            yield from faults(value.get(name, dataclasses.MISSING), hint, f"{prefix}{name}")
+    if dataclasses.is_dataclass(kind):
+        for name in value.keys() - hints.keys():
+            near = nearest(str(name), hints)
+            hint = f"did you mean {prefix}{near}?" if near else f"expected one of {', '.join(hints)}"
+            yield Fault(f"{prefix}{name}", f"unknown key {prefix}{name}; {hint}")
 
 
 @cache
-def _parts(kind: Any) -> tuple[object, tuple[Any, ...], Rule | None]:
+def _parts(kind: Any) -> tuple[object, tuple[Any, ...], tuple[Rule, ...]]:
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return origin, arguments, arguments[1:]
+    if origin is Literal:
+        return origin, arguments, (one_of(arguments),)
     alike = {UnionType: Union, tuple: list}  # JSON has no tuples
-    return alike.get(origin, origin), arguments, arguments[1] if origin is Annotated else _PLAIN.get(kind)
-
-
-def _by_key(value: dict[str, Any], kind: Any) -> Iterable[tuple[str, Any, Any]]:
-    hints, optional, closed = _keys(kind)
-    for key, hint in hints.items():
-        if key in value or key not in optional:
-            yield key, value.get(key, dataclasses.MISSING), hint
-    if closed:
-        yield from ((key, value[key], Annotated[None, _NOTHING]) for key in value if key not in hints)
+    return alike.get(origin, origin), arguments, (_PLAIN[kind],) if kind in _PLAIN else ()
 
 
 @cache
-def _keys(kind: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
-    """Of a record: the type of every key, those that may lack, and whether there may be no other."""
+def _keys(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """Of a record: the type of every key, and those that may lack."""
     hints = get_type_hints(kind, include_extras=True)
     if not dataclasses.is_dataclass(kind):
-        return hints, kind.__optional_keys__, False
-    fields = dataclasses.fields(kind)
-    optional = [f.name for f in fields if not f.default is f.default_factory is dataclasses.MISSING]
-    return {f.name: hints[f.name] for f in fields}, frozenset(optional), True
+        return hints, kind.__optional_keys__
+    optional = [f.name for f in dataclasses.fields(kind) if not f.default is f.default_factory is dataclasses.MISSING]
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}, frozenset(optional)
 
 
-def _expected(kind: Any) -> str:
-    origin, arguments, rule = _parts(kind)
-    if rule is not None:
-        return rule.expected
+def expected(kind: Any, value: object = None) -> str:
+    """What `kind` would have in the place of `value`."""
+    origin, arguments, rules = _parts(kind)
     if origin is Union:
-        return " or ".join(map(_expected, arguments))
-    return "a list" if origin is list else f"keys such as {next(iter(_keys(kind)[0]))}" if origin is None else "keys"
+        return " or ".join(expected(one, value) for one in arguments)
+    if origin is None and not rules:
+        return f"keys such as {next(iter(_keys(kind)[0]))}: ..."
+    return rules[0].expects(value) if rules else "a list" if origin is list else "keys"
+
+
+def types_of(kind: Any) -> frozenset[type]:
+    """The types that plain values of `kind` have; none where it is a record."""
+    origin, arguments, rules = _parts(kind)
+    inside = [types_of(one) for one in arguments] if origin is Union else []
+    return frozenset(t for rule in rules for t in rule.types).union(*inside)
 
 
 def read_bounded(path: Path, most: int) -> bytes:
@@ -200,13 +267,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data, and no key twice, of which only the last would count."""
+    """Plain data; 1e-4 is a number and a date a text; no key twice, of which only the last would count."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         _unique([(key, None) for key in keys])
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
 
 
 def parse_yaml(data: bytes) -> Any:

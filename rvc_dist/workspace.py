@@ -26,7 +26,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, overload
 
-from rvc_dist.config import ConfigError, Recipe, load_recipe
+from rvc_dist.command_line import load_recipe
+from rvc_dist.config import ConfigError, Recipe
 from rvc_dist.schema import (
     MAX_JSON_BYTES,
     Count,

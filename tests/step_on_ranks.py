@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from tiny import thin_networks
 
-from rvc_dist.config import Recipe, load_recipe
+from rvc_dist.command_line import load_recipe
+from rvc_dist.config import Recipe
 from rvc_dist.train import trainer
 
 

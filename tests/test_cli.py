@@ -102,9 +102,9 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
         (["help"], "rvc-dist: unknown stage 'help'; expected one of preprocess, extract, index, train, "),
         (["train", "--train.batchsize", "3"], "unknown key train.batchsize; did you mean train.batch_size?"),
         (["train", "--trian.batch_size=3"], "unknown key trian.batch_size; did you mean train.batch_size?"),
-        (["train", "--train.batch_size", "many"], "train.batch_size: got many, expected int"),
+        (["train", "--train.batch_size", "many"], "train.batch_size: got 'many', expected a whole number, at least 1"),
         (["train", "--train.batch_size", "0"], "train.batch_size: got 0, expected at least 1"),
-        (["train", "--train.precision", "fp16"], "train.precision: got fp16, expected "),
+        (["train", "--train.precision", "fp16"], "train.precision: got 'fp16', expected one of fp32, bf16"),
         (["train", "--name", "ä" * 91], "expected at most 180 bytes"),
         (["train", "--name", "a/b"], "name: got 'a/b', expected a file name"),
         (["train", "--config", "/none/recipe.yaml"], "--config: /none/recipe.yaml does not exist"),
@@ -308,7 +308,7 @@ def test_a_stage_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_demo_takes_its_recipe_and_the_users_changes() -> None:
-    recipe, _ = cli.parse("demo", ["--train.max_steps", "3"])
+    recipe, *_ = cli.parse("demo", ["--train.max_steps", "3"])
     assert (recipe.name, recipe.train.max_steps, recipe.data.sample_rate) == ("demo", 3, 24000)
     assert Path(recipe.data.audio_dir).is_dir()
     assert Path(recipe.infer.input).is_file()
@@ -318,7 +318,7 @@ def test_the_demo_takes_its_recipe_and_the_users_changes() -> None:
 
 
 def test_the_demos_result_follows_the_run_folder() -> None:
-    recipe, _ = cli.parse("demo", [])
+    recipe, *_ = cli.parse("demo", [])
     assert demo.with_output_in_run_dir(recipe) == recipe
     moved = demo.with_output_in_run_dir(replace(recipe, run_dir="/elsewhere"))
     assert moved.infer.output == "/elsewhere/converted.wav"

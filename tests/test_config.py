@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rvc_dist.config import RATES, ConfigError, EmbedderMix, Recipe, load_recipe, parse_recipe
+from rvc_dist.command_line import load_recipe, parse_recipe
+from rvc_dist.config import RATES, ConfigError, EmbedderMix, Recipe
 
 NAN = math.nan
 
@@ -173,7 +174,7 @@ def test_all_problems_are_told_at_once() -> None:
     }
     with pytest.raises(ConfigError) as caught:
         build(wrong)
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == list(wrong)
+    assert sorted(line.split(":")[0] for line in str(caught.value).splitlines()) == sorted(wrong)
 
 
 def test_two_settings_that_contradict_are_refused() -> None:
@@ -231,9 +232,18 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ),
         ("preprocess: {chunk_len: long}", r"preprocess\.chunk_len: "),
         ("preprocess: {cut_method: random}", r"preprocess\.cut_method: "),
-        ("extract: {embedder_mix: {layers: 9}}", r"embedder_mix\.layers: got 9, expected a list such as \[9\]$"),
-        ("extract: {embedder_mix: {layers: [last]}}", r"extract\.embedder_mix\.layers: got last, expected int$"),
-        ("extract: {embedder_mix: {ratio: [0.5]}}", r"extract\.embedder_mix\.ratio: got \[0\.5\], expected float$"),
+        (
+            "extract: {embedder_mix: {layers: 9}}",
+            r"embedder_mix\.layers: got 9, expected a list, rising layer numbers .* such as \[9\]$",
+        ),
+        (
+            "extract: {embedder_mix: {layers: [last]}}",
+            r"embedder_mix\.layers: got \['last'\], expected rising",
+        ),
+        (
+            "extract: {embedder_mix: {ratio: [0.5]}}",
+            r"embedder_mix\.ratio: got \[0\.5\], expected a number, 0\.0 to 1\.0$",
+        ),
         ("extract: {embedder_mix: [9]}", r"extract\.embedder_mix: got \[9\], expected keys such as layers: \.\.\.$"),
         ("preprocess: {chunk_len: 10}", r"preprocess\.chunk_len: got 10\.0, expected 1\.0 to 9\.0"),
         ("[1, 2]", "holds a list"),
@@ -253,6 +263,6 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_importing_the_recipe_loads_nothing_heavy() -> None:
-    code = "import sys, rvc_dist.config; print(sorted({'torch', 'numpy', 'jsonargparse'} & set(sys.modules)))"
+    code = "import sys, rvc_dist.command_line; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

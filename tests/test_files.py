@@ -13,7 +13,8 @@ import soundfile
 import yaml
 
 from rvc_dist import demo
-from rvc_dist.config import Recipe, load_recipe
+from rvc_dist.command_line import load_recipe
+from rvc_dist.config import Recipe
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -15,7 +15,8 @@ import pytest
 from helpers import EMBEDDER
 
 from rvc_dist import workspace
-from rvc_dist.config import ConfigError, load_recipe
+from rvc_dist.command_line import load_recipe
+from rvc_dist.config import ConfigError
 from rvc_dist.runtime.logs import Failure
 from rvc_dist.schema import MAX_JSON_VALUES, MAX_YAML_BYTES, SchemaError, check, parse_json, parse_yaml
 from rvc_dist.train import checkpoint
@@ -75,7 +76,7 @@ def test_a_wrong_value_anywhere_is_a_sentence_with_its_key(kind: Any) -> None:
             else:
                 at[path[-1]] = value
             said = reason(json.dumps(edited).encode(), kind)
-            assert not said or (": got " in said and len(said) < 300)
+            assert not said or ((": got " in said or "unknown key" in said) and len(said) < 300)
             refused += bool(said)
     assert refused > len(paths(good))
 
@@ -132,8 +133,8 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("x" * (MAX_YAML_BYTES + 1), "bytes, expected at most"),
         ("train: {seed: 1}\ntrain: {seed: 2}", "the key 'train' is there twice"),
         ("train: {seed: " + "9" * 5000 + "}", "letters without quotes"),
-        ("train: {seed: 2001-99-99}", "not valid YAML"),
-        ("train: {max_steps: " + "9" * 30 + "}", "train.max_steps: got a number beyond"),
+        ("train: {seed: 2001-99-99}", "train.seed: got '2001-99-99', expected a whole number"),
+        ("train: {max_steps: " + "9" * 30 + "}", "train.max_steps: got 9+, expected at most 9007199254740992"),
         ('run_dir: "\\ud800"', "run_dir: got|invalid Unicode"),
         ('run_dir: "a\\0b"', "run_dir: got"),
         ("train: !!python/object/apply:os.system [true]", "not valid YAML"),

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import EMBEDDER, make_features, tiny_recipe, with_train
 from torch import nn
 
-from rvc_dist.config import DataConfig, load_recipe
+from rvc_dist.command_line import load_recipe
+from rvc_dist.config import DataConfig
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
 from rvc_dist.models import spectral

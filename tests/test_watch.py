@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from rvc_dist.config import ConfigError, TrainConfig
 from rvc_dist.runtime import hang_killer, watchdog
 from rvc_dist.runtime.heartbeat import Pulse
 from rvc_dist.runtime.watchdog import Watch
+from rvc_dist.schema import faults
 from rvc_dist.workspace import StageError, Workspace
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
@@ -247,8 +249,10 @@ def test_a_timeout_names_the_rank_that_hangs_and_its_guard_ends_it(tmp_path):
 
 
 def test_the_timeout_is_checked():
-    assert list(TrainConfig(timeout_s=1.0).problems()) == []
-    assert list(TrainConfig(timeout_s=0.0).problems()) == ["train.timeout_s: got 0.0, expected at least 1.0"]
+    assert list(faults(asdict(TrainConfig(timeout_s=1.0)), TrainConfig)) == []
+    assert [fault.sentence for fault in faults(asdict(TrainConfig(timeout_s=0.0)), TrainConfig)] == [
+        "timeout_s: got 0.0, expected at least 1.0"
+    ]
     assert issubclass(ConfigError, ValueError)
 
 

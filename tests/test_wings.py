@@ -9,7 +9,7 @@ import rvc_dist
 
 PACKAGE = Path(rvc_dist.__file__).parent
 FLOORS = (
-    {"__init__", "choices", "config", "workspace", "files", "schema"},
+    {"__init__", "choices", "command_line", "config", "workspace", "files", "schema"},
     {"models", "runtime"},
     {"data"},
     {"features"},

@@ -9,6 +9,7 @@ from typing import Any
 
 from rvc_dist.config import EmbedderMix
 from rvc_dist.features.content import EMBEDDERS
+from rvc_dist.schema import faults
 
 PUBLISHED = frozenset(EMBEDDERS) | {"mfcc"}
 """Names that mean one encoder each; a folder's name says nothing of what is in it."""
@@ -92,6 +93,6 @@ def _read_mix(data: Any) -> EmbedderMix:
         mix = EmbedderMix(tuple(int(layer) for layer in data["layers"]), float(data["ratio"]))
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"its embedder_mix {reprlib.repr(data)} is not a mapping of layers and ratio") from error
-    if problems := list(mix.problems()):
+    if problems := [fault.sentence for fault in faults(asdict(mix), EmbedderMix)]:
         raise ValueError(f"its embedder_mix {reprlib.repr(data)} is not one ({'; '.join(problems)})")
     return mix

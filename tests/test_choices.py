@@ -1,0 +1,123 @@
+"""The contracts of the tables: an entry made outside is all it takes to train, export and extract with it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import soundfile
+import torch
+from accelerate.state import AcceleratorState
+from helpers import RATE, changed, narrow_recipe, tone
+from tiny import make_features, tiny_recipe, with_train
+
+from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS, F0Spec, OptimizerSpec, Package, VocoderSpec
+from rvc_dist.command_line import parse_recipe
+from rvc_dist.config import ConfigError
+from rvc_dist.data import preprocess
+from rvc_dist.features import extract
+from rvc_dist.features.f0 import F0Method, load_f0
+from rvc_dist.models.vocoders import HiFiGAN
+from rvc_dist.train import checkpoint, trainer
+from rvc_dist.voice import export
+from rvc_dist.voice.infer import Voice
+from rvc_dist.workspace import Share, Workspace
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_optimizer_from_outside_trains_and_goes_on(tmp_path, monkeypatch):
+    class SignDescent(torch.optim.Optimizer):
+        def __init__(self, params, lr, weight_decay):
+            super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    state["count"] = state.get("count", torch.zeros(())) + 1
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * p.grad.sign())
+
+    with pytest.raises(ConfigError, match=r"train\.optimizer: got 'sign', expected one of adamw, "):
+        parse_recipe("train", ["--train.optimizer", "sign"])
+    spec = OptimizerSpec(SignDescent, elementwise=True, more=lambda config: {"betas": None, "eps": None})
+    monkeypatch.setitem(OPTIMIZERS, "sign", spec)
+    assert parse_recipe("train", ["--train.optimizer", "sign"]).train.optimizer == "sign"
+    recipe = tiny_recipe(tmp_path, optimizer="sign", max_steps=2)
+    make_features(recipe)
+    trainer.run(recipe, Share())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.run(with_train(recipe, max_steps=3), Share())
+    saved = checkpoint.latest(Workspace(recipe.run_dir, recipe.name).checkpoints_dir)
+    for state in checkpoint.load(saved).optimizers.values():
+        counts = [value for key, value in state.tensors.items() if key.endswith("/count")]
+        assert counts
+        assert all(count == 3 for count in counts)
+
+
+class Bright(HiFiGAN):
+    """Another vocoder, with a weight of its own."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, z, f0, speaker, noise):
+        return super().forward(z, f0, speaker, noise) * self.gain.clamp(0, 1)
+
+
+def test_a_vocoder_from_outside_trains_and_is_exported_and_read(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"model\.vocoder: got 'bright', expected one of hifi-gan"):
+        parse_recipe("train", ["--model.vocoder", "bright"])
+    monkeypatch.setitem(VOCODERS, "bright", VocoderSpec(Bright, None, "Bright-GAN", aliases=("BrightV1",)))
+    recipe = changed(tiny_recipe(tmp_path, max_steps=1), "model", vocoder="bright")
+    make_features(recipe)
+    trainer.run(recipe, Share())
+    export.run(recipe, Share())
+    path = Workspace(recipe.run_dir, recipe.name).voice_dir / "tiny_last.pth"
+    contents = torch.load(path, weights_only=True)
+    assert contents["vocoder"] == "Bright-GAN"
+    torch.save(contents | {"vocoder": "BrightV1"}, tmp_path / "other.pth")
+    for voice in (path, tmp_path / "other.pth"):
+        assert isinstance(Voice.load(voice, CPU).generator.dec, Bright)
+    with pytest.raises(ConfigError, match=r"model\.pitch_guidance: got False with vocoder bright, .* expected True"):
+        changed(recipe, "model", pitch_guidance=False)
+
+
+class Zero(F0Method):
+    """A tracker that hears 123 Hz in everything."""
+
+    def track(self, wave):
+        return torch.full((wave.shape[0] // 160,), 123.0)
+
+
+class Lacking(Zero):
+    def __init__(self, *_):
+        import a_package_that_is_not_there  # noqa: F401
+
+
+def test_a_pitch_tracker_from_outside_extracts(tmp_path: Path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"extract\.f0_method: got 'flat', expected one of rmvpe, "):
+        parse_recipe("extract", ["--extract.f0_method", "flat"])
+    monkeypatch.setitem(F0_METHODS, "flat", F0Spec(Zero))
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "a.wav", tone(4.0), RATE)
+    recipe = changed(narrow_recipe(tmp_path), "extract", f0_method="flat")
+    preprocess.run(recipe, Share())
+    extract.run(recipe, Share())
+    features = safetensors.numpy.load_file(Workspace(recipe.run_dir, recipe.name).features_file(0))
+    assert set(np.unique(features["00000.f0"])) <= {np.float32(0.0), np.float32(123.0)}
+    assert features["00000.f0"].max() == 123.0
+
+    package = Package("a-package", "a_package_that_is_not_there")
+    monkeypatch.setitem(F0_METHODS, "lacking", F0Spec("test_choices:Lacking", package))
+    with pytest.raises(ImportError, match=r"f0_method lacking needs the package a-package .*pip install a-package"):
+        load_f0(changed(recipe, "extract", f0_method="hybrid[flat+lacking]").extract, CPU)
