@@ -15,6 +15,7 @@ import yaml
 from rvc_dist import demo
 from rvc_dist.command_line import load_recipe
 from rvc_dist.config import Recipe
+from rvc_dist.workspace import DEMO_VOICE_DIR
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -164,7 +165,7 @@ def test_the_two_scripts_of_the_readme_are_there() -> None:
 
 
 def test_the_demo_voice_is_whole_and_licensed() -> None:
-    folder = demo.VOICE_DIR
+    folder = DEMO_VOICE_DIR
     text = (folder / "README.md").read_text(encoding="utf-8")
     # The licences ask for the names of the speakers and of the licences.
     for owed in ("Allison Smith", "June Wallack", "Maxim Topal", "CC-BY-SA-3.0", "CC-BY-3.0", "creativecommons.org"):
