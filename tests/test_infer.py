@@ -497,7 +497,7 @@ def test_a_voice_without_pitch_needs_no_tracker(
         recipe, "infer", model=str(tmp_path / "v.pth"), index=str(tmp_path / "i.index"), index_rate=1.0, protect=0.0
     )
     assert new_voice(recipe, tmp_path / "v.pth")["f0"] == 0
-    monkeypatch.delitem(F0_METHODS, "pyin")
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec("no_such_module:Pitch"))
     assert len(convert_file(recipe)) == RATE
     # What is voiced is not known, so protection does not apply: all frames are retrieved ones.
     converter = infer.Converter.load(recipe)
