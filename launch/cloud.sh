@@ -5,10 +5,11 @@
 #   DATA   a folder of recordings (a mounted disk, for example), or an rclone path such as bucket:voices/alice
 #   SAVE   (environment) an rclone path where the run folder is kept: fetched first, sent every SAVE_EVERY_S seconds
 #          (default 300) and at the end. Not needed when run_dir is on a disk that outlives the instance. Nothing is
-#          deleted there: what the run removes or replaces is moved to REPLACED (default: SAVE with .replaced after it).
+#          deleted there: what the run removes or replaces is moved to REPLACED (default: SAVE with .replaced after it),
+#          where of the checkpoints the KEEP_REPLACED (default 3) with the most steps stay.
 #   RANKS  (environment) ranks to start; default: one a GPU. On a machine without GPU it must be given.
 set -euo pipefail
-usage() { sed -n '4,10p' "$0" >&2; exit 2; }
+usage() { sed -n '4,11p' "$0" >&2; exit 2; }
 recipe=${1:-} data=${2:-}
 [[ -n $recipe && -n $data ]] || usage
 shift 2
@@ -58,7 +59,19 @@ kept=(--exclude '.*.tmp' --exclude '.*.tmp/**' --exclude '/train.lock*')
 save() {
   # A manifest says that a checkpoint is whole, so it is sent when the rest is there.
   rclone copy "$run_dir" "$SAVE" "${kept[@]}" --backup-dir "$replaced" --exclude '/checkpoints/*/manifest.json' \
-    && rclone sync "$run_dir" "$SAVE" "${kept[@]}" --backup-dir "$replaced"
+    && rclone sync "$run_dir" "$SAVE" "${kept[@]}" --backup-dir "$replaced" \
+    && thin
+}
+thin() { # of what was moved to $replaced, checkpoints alone grow in number: each has a name of its own
+  local found=0 folders
+  folders=$(rclone lsf --dirs-only "$replaced/checkpoints" 2> /dev/null) || found=$?
+  (( found != 3 )) || return 0 # nothing was replaced yet
+  (( found == 0 )) || { echo "cloud.sh: $replaced/checkpoints cannot be read: old checkpoints stay there" >&2; return 0; }
+  { grep -xE 'step_[0-9]{8}/' <<< "$folders" || true; } | sort -r | tail -n +"$((${KEEP_REPLACED:-3} + 1))" \
+    | while read -r folder; do
+      rclone purge "$replaced/checkpoints/${folder%/}" < /dev/null \
+        || echo "cloud.sh: $replaced/checkpoints/$folder cannot be removed" >&2
+    done
 }
 if [[ -n ${SAVE:-} ]]; then
   SAVE=${SAVE%/} replaced=${REPLACED:-${SAVE%/}.replaced}

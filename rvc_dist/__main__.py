@@ -262,9 +262,9 @@ def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], 
         if told is None:
             raise
         message = f"rvc-dist {name}: {told}"
+        print(message, file=sys.stderr, flush=True)
         if log is not None:
             log.failed(error, message)
-        print(message, file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"rvc-dist {name}: interrupted; the same command continues", file=sys.stderr)

@@ -1,6 +1,8 @@
 """rvc_dist with a fault: FAULT=RANK:STEP:KIND makes that rank raise, disappear or sleep before that step.
 
-With KIND nan, the losses of the step are not numbers.
+With KIND nan, the losses of the step are not numbers; with stall the rank's loader process gives nothing from it on,
+with loader it is killed; with disk nothing that the rank writes beside its recipe ends any more, and
+its exit has shorter limits.
 
 Usage: like `python -m rvc_dist`.
 """
@@ -11,17 +13,49 @@ import sys
 import time
 from unittest import mock
 
+from tensorboard.summary.writer.record_writer import RecordWriter
+
 from rvc_dist.__main__ import main
-from rvc_dist.train import trainer
+from rvc_dist.runtime import logs, watchdog
+from rvc_dist.train import dataset, metrics, trainer
 
 SLEEP_S = 8
 rank, at, kind = os.environ["FAULT"].split(":")
-healthy = trainer.Trainer.train_step
+healthy, read, sync = trainer.Trainer.train_step, dataset.ClipDataset.__getitem__, os.fsync
+write_record = RecordWriter.write
+num_read, disk_hangs = 0, False
+silence, _held_open = os.pipe()
+
+
+def faulty_read(self, plans):
+    global num_read
+    num_read += 1
+    if os.environ["RANK"] == rank and num_read == int(at):
+        if kind == "loader":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "stall":
+            os.read(silence, 1)
+    return read(self, plans)
+
+
+def faulty_sync(file):
+    if disk_hangs and os.readlink(f"/proc/self/fd/{file}").startswith(os.path.dirname(sys.argv[-1])):
+        os.read(silence, 1)
+    sync(file)
+
+
+def faulty_record(self, record):
+    if disk_hangs:
+        os.read(silence, 1)
+    write_record(self, record)
 
 
 def faulty(self, batches):
     if self.accelerator.process_index == int(rank) and self.progress.step + 1 == int(at):
-        if kind == "kill":
+        if kind == "disk":
+            global disk_hangs
+            disk_hangs = True
+        elif kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "sleep":
             time.sleep(SLEEP_S)
@@ -32,12 +66,17 @@ def faulty(self, batches):
                 mock.patch.object(trainer, "weighted_sum", lambda *a: of_g(*a) * float("nan")),
             ):
                 return healthy(self, batches)
-        else:
+        elif kind == "raise":
             raise RuntimeError("this rank was made to fail")
     return healthy(self, batches)
 
 
 trainer.Trainer.train_step = faulty
+dataset.ClipDataset.__getitem__ = faulty_read
+if kind == "disk":
+    os.fsync, RecordWriter.write = faulty_sync, faulty_record
+    for module in (logs, metrics, watchdog):
+        module.EXIT_S = 2.0
 
 if __name__ == "__main__":
     sys.exit(main())

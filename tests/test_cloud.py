@@ -33,7 +33,7 @@ while rest:
         anchor = "^" if glob.startswith("/") else "(^|/)"
         parts = re.split(r"(\\*\\*|\\*)", glob.lstrip("/"))
         excluded.append(anchor + "".join({{"**": ".*", "*": "[^/]*"}}.get(p, re.escape(p)) for p in parts) + "$")
-    elif word == "--ignore-existing":
+    elif word in ("--ignore-existing", "--dirs-only"):
         options[word] = True
     else:
         path = Path(os.environ["FAKE_REMOTE"], word[7:]) if word.startswith("remote:") else Path(word)
@@ -59,6 +59,10 @@ if not here.is_dir():
     print("error listing: directory not found", file=sys.stderr)
     sys.exit(3)
 if command == "lsf":
+    print("".join(f"{{p.name}}/\\n" for p in here.iterdir() if p.is_dir()), end="")
+    sys.exit()
+if command == "purge":
+    shutil.rmtree(here)
     sys.exit()
 there = paths[1]
 for path in files(here):
@@ -202,6 +206,15 @@ def test_what_is_kept_is_fetched_when_whole_and_never_deleted(machine: dict[str,
     replaced = tmp_path / "remote" / "kept.replaced"
     assert {p.partition("/")[0] for p in kept(replaced / "checkpoints")} == {"step_00000007", "step_00000008"}
     assert (replaced / "clips" / "00000.safetensors").read_text() == "before"
+
+    for step in (1, 2, 3):
+        write_checkpoint(folder, step)
+        (folder / f"step_{step:08d}" / "manifest.json").unlink()
+    (replaced / "checkpoints" / "step_best").mkdir()
+    code, output = trained(machine, tmp_path, KEEP_REPLACED="4")
+    assert code == 0, output
+    left = sorted(p.name for p in (replaced / "checkpoints").iterdir())
+    assert left == [*(f"step_{step:08d}" for step in (2, 3, 7, 8)), "step_best"], "the newest, and what a person made"
 
     shutil.rmtree(saved)
     Path(f"{tmp_path / 'remote'}.log").unlink()

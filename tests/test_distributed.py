@@ -20,7 +20,7 @@ from torch import nn
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime import accelerator
 from rvc_dist.train import checkpoint, ddp
-from rvc_dist.workspace import StageError
+from rvc_dist.workspace import OtherRankError, StageError
 
 
 def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
@@ -42,6 +42,27 @@ def test_bf16_is_refused_below_compute_capability_8(monkeypatch, capability, all
         with pytest.raises(StageError, match=r"Tesla T4 has compute capability 7\.5"):
             accelerator.check_bf16(torch.device("cuda", 0))
     assert accelerator.check_bf16(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("kind", [StageError, ValueError])
+def test_an_error_of_the_first_rank_is_told_to_the_others_whatever_its_kind(kind):
+    """They would wait for it until their timeout."""
+    told = []
+    ranks = [
+        SimpleNamespace(is_main_process=is_main, device="cpu", reduce=lambda flag: told.append(flag.item()) or flag)
+        for is_main in (True, False)
+    ]
+
+    def fail():
+        raise kind("its reason")
+
+    with pytest.raises(kind, match="its reason"):
+        accelerator.on_first_rank(ranks[0], fail)
+    assert told == [1]
+    accelerator.on_first_rank(ranks[1], fail)  # not its work
+    ranks[1].reduce = torch.ones_like
+    with pytest.raises(OtherRankError, match="rank 0 failed"):
+        accelerator.on_first_rank(ranks[1], fail)
 
 
 def test_frozen_passes_gradients_through_and_leaves_other_flags_alone():
@@ -72,8 +93,8 @@ RANK = """
 import os, signal, sys, time
 from rvc_dist.runtime.hang_killer import end_with_launcher
 signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True) or os._exit(0))
-print("started", flush=True)
 parent = os.getppid()
+print("started", flush=True)
 while sys.argv[1] == "late" and os.getppid() == parent:
     time.sleep(0.01)
 end_with_launcher()
@@ -106,7 +127,7 @@ def test_a_rank_whose_launcher_is_gone_is_asked_to_stop(name, when, last):
 
 
 def alone(timeout_s: float) -> accelerator.StopSignal:
-    return accelerator.StopSignal(SimpleNamespace(num_processes=1), timeout_s)
+    return accelerator.StopSignal(SimpleNamespace(num_processes=1, process_index=0), timeout_s)
 
 
 @pytest.mark.parametrize("asked", ["never", "before", "while it waits"])
@@ -118,13 +139,18 @@ def test_a_wait_has_a_limit_and_hears_signals(monkeypatch, asked):
             os.kill(os.getpid(), signal.SIGUSR1)
         elif asked == "while it waits":
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with stop.limit("the clips of step 3"):
+        with stop.limit("the clips of step 2", "do this"):
             pass
-        with pytest.raises(StageError) as caught, stop.limit("the clips of step 3"):
+        with pytest.raises(StageError) as caught, stop.limit("the clips of step 3", "do that"):
             queue.SimpleQueue().get()
         time.sleep(1.1)  # no alarm is left
-    names = {"never": "train.timeout_s = 0.1 s for the clips of step 3", "before": "SIGUSR1 asked"}
-    assert names.get(asked, "SIGTERM asked for the end while this rank waited for the clips of s") in str(caught.value)
+    me = f"rank 0 on {os.uname().nodename} waited"
+    told = {
+        "never": f"{me} in vain for train.timeout_s = 0.1 s for the clips of step 3: do that; the same",
+        "before": f"SIGUSR1 asked for the end while {me} for the clips of step 3",
+        "while it waits": f"SIGTERM asked for the end while {me} for the clips of step 3",
+    }
+    assert str(caught.value).startswith(told[asked])
     assert time.monotonic() - began_at < 5
 
 

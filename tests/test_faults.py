@@ -3,13 +3,15 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
-from launching import ROOT, finish, launcher, rvc_dist, start
+from launching import ROOT, finish, kill, launcher, rvc_dist, start
 from tiny import make_features, tiny_recipe
 
 from rvc_dist.train import checkpoint
@@ -49,6 +51,124 @@ def test_a_rank_that_fails_ends_all_within_seconds_and_the_checkpoint_stays(tmp_
     checkpoint.verify(newest)
     monkeypatch.delenv("FAULT")
     rvc_dist(2, "train", "--config", file, "--train.max_steps", 9)
+
+
+def prepared(folder: Path, **train: object) -> Path:
+    """A recipe file of a run in `folder`/run whose features exist."""
+    recipe = tiny_recipe(folder / "run", **({"max_steps": 1000, "eval_every_steps": 999} | train))
+    make_features(recipe)
+    file = folder / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    return file
+
+
+def all_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """A launcher and all that it started: ranks, loader processes, guards."""
+    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+
+
+def alive_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that run for longer than so many seconds more; one that nobody has waited for does not run."""
+    _, left = psutil.wait_procs(processes, timeout=seconds)
+    return [each for each in left if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def with_fault(monkeypatch, file: Path, fault: str) -> tuple[str, float]:
+    """What two ranks print of which one has a fault, and the seconds from its last step's line to the end of all."""
+    monkeypatch.setenv("FAULT", fault)
+    process = start([*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)])
+    processes, output, last_at = [], [], float("nan")
+    try:
+        for line in process.stdout:
+            output.append(line)
+            if "step 2/" in line:
+                processes = all_of(process)
+            if re.search(r"step \d+/", line):
+                last_at = time.monotonic()
+        output.append(finish(process, 30))
+    finally:
+        kill(process)
+    assert len(processes) == 7, "a launcher, and of each rank itself, a loader process and a guard"
+    assert not alive_after(1.0, processes), "a process outlived the launcher"
+    assert process.returncode == 1
+    return "".join(output), time.monotonic() - last_at
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_loader_that_gives_nothing_is_told_by_its_rank_and_what_the_other_says_is_true(tmp_path, monkeypatch):
+    file = prepared(tmp_path, timeout_s=4.0)
+    text, seconds = with_fault(monkeypatch, file, "1:6:stall")
+    assert 4.0 < seconds < 4.0 + 12
+    reason = (
+        f"rank 1 on {os.uname().nodename} waited in vain for train.timeout_s = 4 s for the clips of step 6, which its "
+        f"1 loader process(es) read from {tmp_path / 'run'}: see whether that disk answers"
+    )
+    assert reason in text.partition("Root Cause (first observed failure)")[2], "the launcher's last lines"
+    first = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
+    assert re.search(rf"rank 1 on .* failed first: see .*rank_00001.log: .*{re.escape(reason)}", first)
+    assert "the others, all of which" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_loader_process_that_is_killed_is_told_and_ends_all(tmp_path, monkeypatch):
+    text, seconds = with_fault(monkeypatch, prepared(tmp_path), "1:8:loader")
+    assert seconds < 12
+    told = (
+        r"rank 1: a loader process died in step [4-8] \(Killed\): the host's memory or /dev/shm may be full\. Ask for "
+    )
+    assert re.search(told, text.partition("Root Cause (first observed failure)")[2])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_disk_that_hangs_ends_all_with_its_reason(tmp_path, monkeypatch):
+    """The first rank's: of its checkpoint, curves, lock, beats and log nothing is written to the end any more."""
+    text, seconds = with_fault(monkeypatch, prepared(tmp_path, save_every_steps=3, timeout_s=6.0), "0:5:disk")
+    assert seconds < 20
+    run = tmp_path / "run"
+    assert f"TensorBoard's writer in {run / 'tensorboard'} has not ended after 2 s: going on without it" in text
+    reason = f"{run / 'checkpoints'}: the last checkpoint is still being written after 3 s: see whether its disk"
+    assert reason in text.partition("Root Cause (first observed failure)")[2]
+    assert text.count("Traceback (most recent call last)") == 1, "the launcher's own"
+    saved = checkpoint.all_in(run / "checkpoints")
+    assert [folder.name for folder in saved] == ["step_00000003"]
+    checkpoint.verify(saved[0])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("until", ["imports", "set-up"])
+def test_a_launcher_that_is_killed_before_the_first_step_takes_its_ranks_along(tmp_path, until):
+    process = start([*launcher(2), "-m", "rvc_dist", "train", "--config", str(prepared(tmp_path))])
+    try:
+        if until == "imports":
+            while len(all_of(process)) < 3:
+                time.sleep(0.01)
+        else:
+            next(line for line in process.stdout if "budget:" in line)
+        processes = all_of(process)
+        process.send_signal(signal.SIGKILL)
+        assert not alive_after(10.0, processes)
+    finally:
+        kill(process)
+        process.communicate()
+
+
+@needs_root
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_shared_memory_that_is_too_small_is_told_before_the_first_step(tmp_path):
+    file = prepared(tmp_path, batch_size=8)
+    small = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "small"]
+    process = start([*small, *launcher(2), "-m", "rvc_dist", "train", "--config", str(file)])
+    output = finish(process, 60)
+    assert process.returncode == 1
+    assert re.search(r"/dev/shm has 1 MB free, the loaders of 2 rank\(s\) on this host need \d+ MB \(steps of ", output)
+    assert "start the container with --shm-size=1g, or set train.num_workers 0" in output
+    assert output.count("Traceback (most recent call last)") == 1, "the launcher's own"
+    assert "step 1/" not in output
 
 
 @contextmanager

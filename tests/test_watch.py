@@ -18,11 +18,11 @@ from launching import ROOT, finish, kill, launcher, start
 from tiny import make_features, tiny_recipe
 
 from rvc_dist.config import ConfigError, TrainConfig
-from rvc_dist.runtime import hang_killer, watchdog
+from rvc_dist.runtime import hang_killer, logs, watchdog
 from rvc_dist.runtime.heartbeat import Pulse
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.schema import faults
-from rvc_dist.workspace import StageError, Workspace
+from rvc_dist.workspace import Share, StageError, Workspace, write_json
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
 
@@ -246,6 +246,69 @@ def test_a_timeout_names_the_rank_that_hangs_and_its_guard_ends_it(tmp_path):
                 process.kill()
         hung.wait()
         alive.wait()
+
+
+@pytest.mark.parametrize("case", ["it fails", "it failed", "it has ended", "nobody is behind"])
+def test_a_timeout_says_of_the_others_what_is_true(tmp_path, monkeypatch, case):
+    """A rank whose own wait was in vain is about to say so: it is not ended, and its reason is the reason."""
+    ranks = Ranks(tmp_path, 2, None)
+    me, other = ranks.all
+    me._thread, me._interval_s = threading.Thread(), 9.0  # nobody is silent for having no new beat yet
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
+    for each in ranks.all:
+        each.pulse.begin_step(8, "other")
+    with contextlib.suppress(StageError, RuntimeError), other.pulse.within("data"):
+        if case == "it fails":
+            raise StageError("waited in vain")
+        raise RuntimeError(TIMED_OUT)
+    with me.pulse.within("data"):
+        pass
+    if case == "nobody is behind":
+        me.pulse.count = other.pulse.count
+    for each in ranks.all:
+        each._beat()
+    if case in ("it failed", "it has ended"):
+        other.work.beat_file(1).unlink()
+    work = Workspace(tmp_path, "x")
+    with logs.rank_log(work, Share(0, 2), ["train"]):
+        logging.getLogger().warning("opens the log")
+        if case == "it failed":
+            write_json(work.failure_file(1), {"rank": 1, "host": "node1", "time": 1.0, "error": "disk full"})
+        with pytest.raises(StageError) as caught, me.explain_timeouts(8.0):
+            raise RuntimeError(TIMED_OUT)
+    log = work.rank_log(1)
+    assert {
+        "it fails": f"rank 1 on node1 (pid 71) failed first: see {log}: waited in vain",
+        "it failed": f"rank 1 on node1 failed first: see {log}: disk full",
+        "it has ended": "in after data of step 8, for rank 1, which has ended. Where",
+        "nobody is behind": "in after data of step 8, for the others, all of which did the same. Where",
+    }[case] in str(caught.value)
+    assert work.hanging_file.exists() == (case in ("it has ended", "nobody is behind"))
+    assert not work.hanging_file.exists() or work.hanging_file.read_text() == ""
+
+
+def test_what_goes_wrong_at_the_end_leaves_nothing_undone(tmp_path, monkeypatch, caplog):
+    """Whatever its kind; and the first error is what ends the run."""
+    work = Workspace(tmp_path, "x")
+    for error in (ValueError("no text"), PermissionError(1, "Operation not permitted")):
+        watched = Watch(work)
+        assert watched.lock.try_acquire()
+        watched._beat()
+
+        def fail(error=error):
+            raise error
+
+        monkeypatch.setattr(watched.lock, "check", fail)
+        with pytest.raises(type(error)), watched:
+            pass
+        assert watched.lock._stream is None
+        assert not work.beat_file(0).exists()
+        assert logs.ends_within(1.0, "nothing", work.train_lock_file.unlink)
+    watched = Watch(work)
+    monkeypatch.setattr(watched.lock, "release", fail)
+    with pytest.raises(StageError, match="the reason"), watched:
+        raise StageError("the reason")
+    assert f"{work.train_lock_file}: cannot be removed" in caplog.text
 
 
 def test_the_timeout_is_checked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime.launcher import asks_for_deepspeed, check_deepspeed, fill_deepspeed_settings
+from rvc_dist.runtime.logs import tell_launcher
 from rvc_dist.workspace import OtherRankError, StageError
 
 logger = logging.getLogger(__name__)
@@ -112,18 +114,20 @@ def check_meeting_point(num_ranks: int) -> None:
 
 
 def on_first_rank(accelerator: Accelerator, function: Callable[[], None]) -> None:
-    """Run `function` on the main rank, while the others wait; its StageError is every rank's.
+    """Run `function` on the main rank, while the others wait; its error is every rank's.
 
     Raises:
-        StageError: that of `function` on the main rank, and one that points to it on the others.
+        Exception: that of `function` on the main rank, and an OtherRankError that points to it on the others.
     """
-    error: StageError | None = None
+    error: Exception | None = None
     if accelerator.is_main_process:
         try:
             function()
-        except StageError as failed:
+        except Exception as failed:  # noqa: BLE001 - raised below, when the others have heard of it
             error = failed
     if accelerator.reduce(torch.tensor([int(error is not None)], device=accelerator.device)).item():
+        if isinstance(error, StageError):
+            tell_launcher(str(error))  # which ends this rank when the others have ended: they need no time for it
         raise error or OtherRankError("rank 0 failed; its message says why")
 
 
@@ -222,8 +226,9 @@ class StopSignal:
         self._received = 0
         self._received_at = 0.0
         self._timeout_s = timeout_s
-        self._what = ""
-        """What is waited for under a limit."""
+        self._me = f"rank {accelerator.process_index} on {socket.gethostname()}"
+        self._what = self._remedy = ""
+        """What is waited for under a limit, and what to do where it does not come."""
         self._pending: tuple[Tensor, Any] | None = None
         self._group: Any = None
         if accelerator.num_processes > 1:
@@ -252,13 +257,13 @@ class StopSignal:
                 self._set_alarm(self.NEXT_S)
 
     @contextmanager
-    def limit(self, what: str) -> Iterator[None]:
+    def limit(self, what: str, remedy: str) -> Iterator[None]:
         """Inside, this rank waits for `what` no longer than for another rank, and only briefly once it is to stop.
 
         Raises:
             StageError: it did not come.
         """
-        self._what = what
+        self._what, self._remedy = what, remedy
         self._set_alarm(self._timeout_s)
         if self._received:
             self._set_alarm(self.NEXT_S)
@@ -277,10 +282,13 @@ class StopSignal:
         if self._received:
             name = signal.Signals(self._received).name
             raise StageError(
-                f"{name} asked for the end while this rank waited for {self._what}, and they did not come within "
+                f"{name} asked for the end while {self._me} waited for {self._what}, and they did not come within "
                 f"{self.NEXT_S:g} s: no checkpoint was written; the same command continues from the last one"
             )
-        raise StageError(f"waited for train.timeout_s = {self._timeout_s:g} s for {self._what}, in vain")
+        raise StageError(
+            f"{self._me} waited in vain for train.timeout_s = {self._timeout_s:g} s for {self._what}: {self._remedy}; "
+            "the same command continues from the last checkpoint"
+        )
 
     def poll(self, failed: bool = False) -> int:
         """The number of a signal that some rank got, or FAILED, the same on every rank at the same step; 0 if none."""

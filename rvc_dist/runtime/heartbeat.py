@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from rvc_dist.runtime.logs import is_collective_error
+
 MIN_STEPS, RECENT_STEPS = 10, 50
 """The first steps, which compile and search for kernels, and the ones that the median is taken of."""
 EXEMPT = ("validation", "checkpoint")
@@ -20,6 +22,8 @@ class Pulse:
 
     def __init__(self) -> None:
         self.step, self.phase, self.num_sent = 0, "start", 0
+        self.failure = ""
+        """Why this rank ends, when it does so for a reason of its own."""
         self.at = self.step_at = time.monotonic()
         """When this phase and this step began; validation and checkpoints are not part of a step."""
         self.count = 0
@@ -42,10 +46,21 @@ class Pulse:
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
         self._enter(phase)
-        yield
+        with self.noted():
+            yield
         if phase in EXEMPT:
             self.step_at += time.monotonic() - self.at
         self._enter(f"after {phase}")
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, an error of this rank's own is noted for the others before the rank begins to end."""
+        try:
+            yield
+        except Exception as error:
+            if not is_collective_error(error):
+                self.failure = str(error) or repr(error)
+            raise
 
     def sent(self) -> None:
         """Gradients were given to all-reduce."""

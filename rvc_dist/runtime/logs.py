@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
@@ -35,6 +36,32 @@ FORMAT, DATE_FORMAT = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%
 PACKAGES = ("torch", "accelerate", "numpy")
 CAUSE_WAIT_S = 3.0
 """How long a rank whose connection broke waits for the one that broke it to say why."""
+EXIT_S = 10.0
+"""How long each part of an exit may take: a disk that answers no more would hold a rank, and that one all others."""
+
+
+def ends_within(limit_s: float, what: str, function: Callable[[], object]) -> bool:
+    """Call `function`, which belongs to an exit, and go on without it when it takes longer.
+
+    Raises:
+        Exception: of `function`.
+    """
+    errors = []
+
+    def call() -> None:
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - raised below, where it is waited for
+            errors.append(error)
+
+    thread = threading.Thread(target=call, name=what, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if thread.is_alive():
+        logger.warning("%s has not ended after %.0f s: going on without it", what, limit_s)
+    return not thread.is_alive()
 
 
 class Failure(TypedDict):
@@ -124,6 +151,12 @@ class RankLog(logging.Handler):
         Where the user is told in a `sentence`, the traceback goes to the log alone. An error that another rank caused
         is only logged.
         """
+        trace = sentence or "".join(traceback.format_exception(error))
+        if not isinstance(error, OtherRankError):
+            tell_launcher(trace)
+        ends_within(EXIT_S, "the log", partial(self._failed, error, sentence))
+
+    def _failed(self, error: BaseException, sentence: str) -> None:
         full = "".join(traceback.format_exception(error))
         trace = sentence or full
         self.write(self.format(logging.makeLogRecord({"msg": f"{sentence}\n{full}", "levelname": "CRITICAL"})))
@@ -133,7 +166,6 @@ class RankLog(logging.Handler):
                     failure = {"rank": self.share.index, "host": socket.gethostname(), "time": time.time()}
                     last_line = (trace.strip() or repr(error)).splitlines()[-1]
                     write_json(self.work.failure_file(self.share.index), failure | {"error": last_line})
-            tell_launcher(trace)
 
     def first_failure(self, wait_s: float = CAUSE_WAIT_S) -> str | None:
         """Which other rank of this run failed first, and why; None when none has said so within `wait_s`."""
@@ -165,14 +197,17 @@ class RankLog(logging.Handler):
     def first_cause(self) -> Iterator[None]:
         """Inside, an error that another rank's end caused becomes a sentence that says which rank, and why.
 
+        That rank has some seconds to say it: when one ends, a launcher ends all.
+
         Raises:
             OtherRankError: in the place of a collective's error.
         """
         try:
             yield
         except RuntimeError as error:
-            cause = self.first_failure() if is_collective_error(error) else None
-            if cause is not None:
+            is_known = isinstance(error, OtherRankError)
+            cause = self.first_failure() if is_known or is_collective_error(error) else None
+            if cause is not None and not is_known:
                 raise OtherRankError(cause) from error
             raise
 
@@ -188,7 +223,8 @@ def rank_log(work: Workspace, share: Share, command: list[str], is_waiting: bool
     def thread_failed(error: Any) -> None:
         trace = "".join(traceback.format_exception(error.exc_type, error.exc_value, error.exc_traceback))
         log.write(f"in thread {error.thread.name if error.thread else '?'}:\n{trace}")
-        show_thread_error(error)
+        if not isinstance(error.exc_value, OSError):  # which TensorBoard's thread gives to the next who writes, too
+            show_thread_error(error)
 
     threading.excepthook = thread_failed
     try:

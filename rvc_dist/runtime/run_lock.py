@@ -158,11 +158,14 @@ class RunLock:
     def release(self) -> None:
         if self._stream is None:
             return
-        with contextlib.suppress(StageError, FileNotFoundError):
-            self.check()
-            self.path.unlink()
-        os.close(self._stream)
-        self._stream = None
+        stream = self._stream
+        try:
+            with contextlib.suppress(StageError, FileNotFoundError):
+                self.check()
+                self.path.unlink()
+        finally:
+            os.close(stream)
+            self._stream = None
 
 
 def may_be_held(path: Path) -> bool:
@@ -258,7 +261,7 @@ def _is_copy(path: Path, other: dict[str, Any]) -> bool:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # over NFS, a file that was removed meanwhile
             return None

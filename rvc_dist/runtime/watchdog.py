@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from accelerate.utils import broadcast_object_list
 
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.heartbeat import EXEMPT, Beat, Pulse
-from rvc_dist.runtime.logs import is_timeout, rank_logs, write_stacks
+from rvc_dist.runtime.logs import EXIT_S, ends_within, is_timeout, rank_logs, write_stacks
 from rvc_dist.runtime.run_lock import RunLock
-from rvc_dist.workspace import StageError, Workspace
+from rvc_dist.workspace import OtherRankError, StageError, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -41,32 +41,6 @@ SILENT_S = 10.0
 REPEAT_S = 60.0
 BEATS_PER_S = 100.0
 """Of all ranks together, so that thousands do not weigh on the file system; a rank beats once a second at most."""
-EXIT_S = 10.0
-"""How long each part of an exit may take: a disk that answers no more would hold a rank, and that one all others."""
-
-
-def ends_within(limit_s: float, what: str, function: Callable[[], object]) -> bool:
-    """Call `function`, which belongs to an exit, and go on without it when it takes longer.
-
-    Raises:
-        OSError: of `function`.
-    """
-    errors = []
-
-    def call() -> None:
-        try:
-            function()
-        except OSError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=call, name=what, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if errors:
-        raise errors[0]
-    if thread.is_alive():
-        logger.warning("%s has not ended after %.0f s: going on without it", what, limit_s)
-    return not thread.is_alive()
 
 
 class Watch:
@@ -142,16 +116,21 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
-        ends_within(EXIT_S, "the watch", partial(self._leave, kind is not None))
-        if self._guard is not None:
-            self._guard.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._guard.wait(EXIT_S)
+        try:
+            ends_within(EXIT_S, "the watch", partial(self._leave, kind is not None))
+        except OSError as error:
+            if kind is None:
+                raise
+            logger.warning("%s: cannot be removed (%s)", self.lock.path, error)  # the first error is what ends the run
+        finally:
+            if self._guard is not None:
+                self._guard.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._guard.wait(EXIT_S)
 
     def _leave(self, failed: bool) -> None:
         if self._thread is not None:
             self._thread.join()
-        self.lock.release()
         if self._guard is not None and not failed:  # else other guards may still have to read it
             with contextlib.suppress(OSError):
                 self.work.hanging_file.unlink()
@@ -159,6 +138,7 @@ class Watch:
             os.close(self._file)
             with contextlib.suppress(OSError):
                 self.work.beat_file(self._rank).unlink()
+        self.lock.release()
 
     @contextlib.contextmanager
     def explain_timeouts(self, timeout_s: float) -> Iterator[None]:
@@ -169,23 +149,38 @@ class Watch:
 
         Raises:
             StageError: in the place of the collective's error.
+            OtherRankError: the same, when another rank has said why it ends.
         """
         try:
             yield
         except RuntimeError as error:
             if self._thread is None or not is_timeout(error):
                 raise
-            late = self._late()
+            late, gone = self._late()
+            if told := self._failure_of_another():
+                raise OtherRankError(told) from error
             self._end(late)
-            names = listed([f"{b.name}, last in {b.where}" for b in late])
+            names = listed(
+                [f"{b.name}, last in {b.where}" for b in late] + [f"rank {rank}, which has ended" for rank in gone]
+            )
             raise StageError(
                 f"rank {self._rank} waited for train.timeout_s = {timeout_s:g} s, in {self.pulse.phase} of step "
                 f"{self.pulse.step}, for {names or 'the others, all of which did the same'}. Where each rank was is in "
                 f"{self.work.logs_dir}; the same command continues from the last checkpoint"
             ) from error
 
-    def _late(self) -> list[Beat]:
-        """The ranks that give no sign of life, else those that have done least; none when that is all of them."""
+    def _failure_of_another(self) -> str | None:
+        """Which rank ends, or has ended, for a reason of its own, and why; None where none has said so."""
+        for rank, beat in self._beats({}).items():
+            if rank != self._rank and beat.data["failure"]:
+                return f"{beat.name} failed first: see {self.work.rank_log(rank)}: {beat.data['failure']}"
+        return next((told for log in rank_logs() if (told := log.first_failure(0.0))), None)
+
+    def _late(self) -> tuple[list[Beat], list[int]]:
+        """The ranks that give no sign of life, else those that have done least, and those that have ended.
+
+        The first is empty when all that are there have done the same.
+        """
         first = self._beats({})
         wait_s = min(1.5 * self._interval_s, 5.0)
         time.sleep(wait_s)
@@ -193,7 +188,8 @@ class Watch:
         still = [b for rank, b in beats.items() if rank != self._rank and b is first.get(rank)]
         silent = still if wait_s > self._interval_s else []  # else they may be between two beats
         behind = least_done(beats)
-        return silent or (behind if len(behind) < len(beats) else [])
+        gone = [rank for rank in range(self._num_ranks) if rank not in beats]
+        return silent or (behind if len(behind) < len(beats) else []), gone
 
     def _end(self, beats: list[Beat]) -> None:
         file = self.work.hanging_file
@@ -227,8 +223,9 @@ class Watch:
             "count": pulse.count,
             "in_phase_s": round(now - pulse.at, 2),
             "beat": now,
+            "failure": pulse.failure[:600],
         }
-        os.pwrite(self._file, f"{json.dumps(data):<1000}\n".encode(), 0)
+        os.pwrite(self._file, f"{json.dumps(data):<2000}\n".encode(), 0)
         os.fsync(self._file)  # over NFS others see it only then
 
     def _judge(self) -> None:

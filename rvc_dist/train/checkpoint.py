@@ -177,12 +177,14 @@ class Writer:
 
     def wait(self, limit_s: float | None = None) -> None:
         """Return when nothing is being written any more, or with an error after `limit_s`, by default self.limit_s."""
-        if self._thread is not None:
-            self._thread.join(self.limit_s if limit_s is None else limit_s)
+        if self._thread is not None and self.error is None:
+            limit_s = self.limit_s if limit_s is None else limit_s
+            self._thread.join(limit_s)
             if self._thread.is_alive():
                 self.error = StageError(
-                    f"{self.folder}: the last checkpoint is still being written: its disk does not answer, or not in "
-                    "train.timeout_s; earlier checkpoints are untouched"
+                    f"{self.folder}: the last checkpoint is still being written after {limit_s:g} s: see whether its "
+                    "disk answers, and raise train.timeout_s where it is only slow; earlier checkpoints are untouched "
+                    "and the same command goes on from them"
                 )
             else:
                 self._thread = None

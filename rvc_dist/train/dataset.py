@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
 from rvc_dist.runtime.hang_killer import end_with_parent
-from rvc_dist.runtime.watchdog import ends_within
+from rvc_dist.runtime.logs import ends_within
 from rvc_dist.train import memory
 from rvc_dist.train.holdout import SpeakerShare, hold_out
 from rvc_dist.workspace import FeaturesHeader, MuteHeader, StageError, Workspace, read_header, unit_files, unit_header
@@ -561,6 +561,7 @@ def end_loader(loaded: Any) -> list[int]:
     workers = getattr(loaded, "_workers", ())
     if not workers:
         return []
+    signal.setitimer(signal.ITIMER_REAL, 0.0)  # of a wait for it that was in vain, and would end this too
     died = [worker.exitcode for worker in workers if worker.exitcode]
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would take their end for a fault
     if not ends_within(WORKERS_S, "the loader", loaded._shutdown_workers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from rvc_dist.runtime.heartbeat import Pulse
+from rvc_dist.runtime.logs import EXIT_S, ends_within
 from rvc_dist.workspace import disk_errors
 
 
@@ -101,7 +103,8 @@ class Tracker:
         if enabled:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+            # No call waits for its thread, which waits for the disk.
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step, max_queue=0)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -120,10 +123,15 @@ class Tracker:
             self._call("add_audio", name, wave.float().cpu().clamp(-1, 1).unsqueeze(0), step, sample_rate=rate)
 
     def flush(self) -> None:
-        self._call("flush")
+        self._finish("flush")
 
     def close(self) -> None:
-        self._call("close")
+        self._finish("close")
+
+    def _finish(self, method: str) -> None:
+        """Wait until all is written, within seconds; a disk that does not answer costs the curves, not the run."""
+        if not ends_within(EXIT_S, f"TensorBoard's writer in {self._folder}", partial(self._call, method)):
+            self._writer = None  # every call would wait for that one
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._writer:

@@ -30,7 +30,7 @@ from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.runtime.accelerator import StopSignal, check_same_settings, make_accelerator, on_first_rank
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.runtime.watchdog import EXIT_S, Watch, ends_within
+from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.train import checkpoint, compilation, deepspeed, fingerprint, holdout, losses, memory, networks
 from rvc_dist.train.dataset import (
     SHM,
@@ -151,7 +151,10 @@ class Trainer:
         if saved is not None:
             self._resume(saved)
         self.writer = checkpoint.Writer(
-            self.work.checkpoints_dir, self.config.keep_checkpoints, self.lock.check, self.config.timeout_s
+            self.work.checkpoints_dir,
+            self.config.keep_checkpoints,
+            self.lock.check,
+            self.config.timeout_s / 2,  # it gives up before the ranks that wait for this one
         )
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
@@ -324,8 +327,7 @@ class Trainer:
             while self.progress.step < self.total_steps and not self.overtrained:
                 is_logged = self._due(self.config.log_every_steps, self.progress.step + 1)
                 self.pulse.begin_step(self.progress.step + 1, "logged" if is_logged else "other")
-                clips = f"the clips of step {self.progress.step + 1}, which are read from {self.work.root}"
-                with self.timer.phase("data"), stop.limit(clips):
+                with self.timer.phase("data"), stop.limit(*self._next_clips()):
                     batches = next(steps)
                 full = all(len(batch.clips) == self.config.batch_size for batch in batches)
                 with self._memory_advice(batches[0]), compilation.eager_unless(full):
@@ -474,10 +476,20 @@ class Trainer:
         self.sampler.start_at(self.progress.epoch, self.progress.seen)
         loaded = iter(make_loader(self.dataset, self.sampler, self.loader_settings))
         try:
-            for batches in loaded:
-                yield [batch.to(self.device) for batch in batches]
+            with self.pulse.noted():
+                for batches in loaded:
+                    yield [batch.to(self.device) for batch in batches]
         finally:
             self.died = end_loader(loaded)
+
+    def _next_clips(self) -> tuple[str, str]:
+        """What a step waits for first, in words, and what to do where it does not come."""
+        workers = self.loader_settings["num_workers"]
+        readers = f"its {workers} loader process(es) read" if workers else "it reads"
+        return (
+            f"the clips of step {self.progress.step + 1}, which {readers} from {self.work.root}",
+            "see whether that disk answers; where it is only slow, raise train.num_workers or train.timeout_s",
+        )
 
     @contextmanager
     def _loading(self) -> Iterator[Iterator[list[Batch]]]:
@@ -701,7 +713,7 @@ class Trainer:
 
     def close(self) -> None:
         self.writer.wait(min(WRITE_S, self.config.timeout_s))
-        ends_within(EXIT_S, "TensorBoard's writer", self.tracker.close)
+        self.tracker.close()
 
 
 @dataclass

@@ -422,10 +422,15 @@ def write(path: Path, blocks: Iterator[audio.Wave], rate: int, num_samples: int 
         gain = np.float32(min(1.0, MAX_PEAK / peak) if peak > 0 else 1.0)
         kind = path.suffix[1:].upper()
         form: dict[str, Any] = {"samplerate": rate, "channels": 1, "format": kind, "subtype": "PCM_16"}
-        try:
-            with half.open("xb+") as stream, soundfile.SoundFile(stream.fileno(), "w", closefd=False, **form) as file:
-                while samples := raw.read(1 << 22):
-                    file.write(np.frombuffer(samples, dtype=np.float32) * gain)
-        except soundfile.LibsndfileError as error:  # it does not say which error of the disk
-            raise StageError(f"infer.output: {path} cannot be written ({error}); {space(path, num_bytes)}") from error
+        with half.open("xb+") as stream:
+            try:
+                with soundfile.SoundFile(stream.fileno(), "w", closefd=False, **form) as file:
+                    while samples := raw.read(1 << 22):
+                        file.write(np.frombuffer(samples, dtype=np.float32) * gain)
+            except soundfile.LibsndfileError as error:
+                # It says "System error" of whatever the disk refuses: a write of our own meets the same and names it.
+                stream.seek(0, os.SEEK_END)
+                stream.write(bytes(1 << 22))
+                stream.flush()
+                raise StageError(f"infer.output: {path} cannot be written ({error}); {space(path)}") from error
         half.replace(path)
