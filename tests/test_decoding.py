@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -489,6 +491,20 @@ def test_the_track_that_sounds_is_taken_and_told(tmp_path: Path) -> None:
     wave, _, told = read_by_parts(path, 10.0)
     assert level(wave) == pytest.approx(8000 / 32768 / 2**0.5, rel=0.02)
     assert told == ["sound track 2 of 2 was taken"]
+
+
+def test_threads_that_read_slices_look_at_a_recording_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, looks, find_parts = write_kind(tmp_path / "a.wav", hiss(1.0)), [], decode.find_parts
+
+    def slow(path: Path) -> object:
+        looks.append(path)
+        time.sleep(0.05)
+        return find_parts(path)
+
+    monkeypatch.setattr(decode, "find_parts", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(decode.duration, [path] * 8)) == [1.0] * 8
+    assert looks == [path]
 
 
 def test_gsm_is_read_in_any_part(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -37,7 +38,7 @@ UPSAMPLED_FROM = (8000, 11025, 12000, 16000, 22050, 24000)
 UPSAMPLED_DB = 35.0
 """Power that is missing above half of such a rate, of that right below it. Of true recordings less than 10 are missing
 up to 16000 Hz, and 27 up to 24000; of upsampled ones 40 and more, but of very quiet ones."""
-SPECTRUM_SAMPLES, NUM_SPECTRA = 1024, 16
+SPECTRUM_SAMPLES, NUM_SPECTRA, BAND = 1024, 16, 8
 
 
 class Resampler:
@@ -121,15 +122,25 @@ def effective_rate(wave: Wave, rate: int, own_rate: int) -> int:
     if len(wave) < SPECTRUM_SAMPLES:
         return own_rate
     starts = np.linspace(0, len(wave) - SPECTRUM_SAMPLES, NUM_SPECTRA).astype(np.int64)
-    frames = wave[starts[:, None] + np.arange(SPECTRUM_SAMPLES)] * np.hanning(SPECTRUM_SAMPLES).astype(np.float32)
-    power = np.square(np.abs(np.fft.rfft(frames, axis=1))).mean(axis=0)
+    spectra = np.fft.rfft(wave[starts[:, None] + np.arange(SPECTRUM_SAMPLES)] * _hann(), axis=1)[:, :-1]
+    power = np.einsum("ij,ij->j", spectra.real, spectra.real) + np.einsum("ij,ij->j", spectra.imag, spectra.imag)
+    bands = power.reshape(-1, BAND).mean(axis=1)
+    loudest_above = np.maximum.accumulate(bands[::-1])[::-1]
     for low in UPSAMPLED_FROM:
+        if low >= 0.75 * min(rate, own_rate):
+            break
         edge = low / 2 * SPECTRUM_SAMPLES / rate
-        below, above = power[int(0.8 * edge) : int(0.94 * edge)], power[int(1.15 * edge) :]  # resamplers are not steep
-        bands = above[: len(above) // 8 * 8].reshape(-1, 8).mean(axis=1)
-        if low < 0.75 * min(rate, own_rate) and bands.max() < below.mean() * 10.0 ** (-UPSAMPLED_DB / 10.0):
+        below = power[int(0.8 * edge) : int(0.94 * edge)].mean()
+        if loudest_above[math.ceil(1.15 * edge / BAND)] < below * 10.0 ** (
+            -UPSAMPLED_DB / 10.0
+        ):  # no resampler is steep
             return low
     return own_rate
+
+
+@cache
+def _hann() -> Wave:
+    return np.hanning(SPECTRUM_SAMPLES).astype(np.float32)
 
 
 def _window_samples(rate: int, chunk_s: float, overlap_s: float) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import copy
 import io
 import os
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from functools import lru_cache
@@ -67,6 +68,7 @@ MAX_RMS = 0.4
 FRAME_DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "flt": "f4", "dbl": "f8"}
 """Of ffmpeg's samples; those whose channels lie apart have a p behind their name."""
 MAX_PLANES = 8
+_LOCKS = [threading.Lock() for _ in range(64)]
 
 
 class AudioError(ValueError):
@@ -462,7 +464,8 @@ def opened(path: Path) -> Iterator[Recording]:
             status = path.stat()
         except OSError as error:
             raise AudioError(f"cannot be read ({error.strerror})") from error
-        recording = copy.copy(_known(path, status.st_size, status.st_mtime_ns, status.st_ino))
+        with _LOCKS[status.st_ino % len(_LOCKS)]:  # threads that ask for slices of one recording look at it once
+            recording = copy.copy(_known(path, status.st_size, status.st_mtime_ns, status.st_ino))
         if not MIN_RATE <= recording.rate <= MAX_RATE:
             raise AudioError(f"sample rate of {recording.rate} Hz, expected {MIN_RATE} to {MAX_RATE}")
         if recording.duration_s <= 0:
