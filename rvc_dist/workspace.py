@@ -1,8 +1,8 @@
 """Every path of a run folder, the work units, their stamps, and the one way to write a file.
 
-A work unit is a fixed slice of the input, chosen by the plan alone. A unit is done when its file exists and carries
-the stamp of the settings and sources that it should have been made from. Files are written under another name and
-renamed, so any rank, any array task and any later run can do any unit, in any order, and be killed at any moment.
+A work unit is a fixed slice of the input, chosen by the work list alone. A unit is done when its file exists and
+carries the stamp of the settings and sources that it should have been made from. Files are written under another name
+and renamed, so any rank, any array task and any later run can do any unit, in any order, and be killed at any moment.
 This module imports no torch: the preprocess stage needs none.
 """
 
@@ -83,7 +83,7 @@ class Workspace:
         self.name = name
         self.config_file = self.root / "config.yaml"
         self.clips_dir = self.root / "clips"
-        self.plan_file = self.clips_dir / "plan.json"
+        self.work_list_file = self.clips_dir / "plan.json"
         self.clips_report_file = self.clips_dir / "report.json"
         self.features_dir = self.root / "features"
         self.features_report_file = self.features_dir / "report.json"
@@ -304,7 +304,7 @@ class Unit:
         return stamp(settings, [f.identity for f in self.files])
 
 
-class PlanFile(TypedDict):
+class WorkListFile(TypedDict):
     """RUN/clips/plan.json."""
 
     version: int
@@ -315,7 +315,7 @@ class PlanFile(TypedDict):
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkList:
     """The work list of a run: the same for every rank, since it depends on the dataset folder alone."""
 
     listing: str
@@ -337,17 +337,17 @@ class Plan:
         return to_json(data)
 
     @classmethod
-    def load(cls, path: Path) -> Plan | None:
-        """The plan in `path`, or None when there is none of this version."""
+    def load(cls, path: Path) -> WorkList | None:
+        """The work list in `path`, or None when there is none of this version."""
         if not path.is_file():
             return None
         data = read_json(path)
         if data.get("version") != FORMAT_VERSION:
             return None
         try:
-            check(data, PlanFile)
+            check(data, WorkListFile)
         except SchemaError as error:
-            raise StageError(f"{path}: not a plan of ours ({error}); delete it and run the stage again") from error
+            raise StageError(f"{path}: not a work list of ours ({error}); delete it and run the stage again") from error
         return cls(
             listing=data["listing"],
             settings=data["settings"],
@@ -614,7 +614,7 @@ def wait_for(what: str, probe: Callable[[], T | None], poll_s: float = 0.2) -> T
 
 
 def remove_leftovers(folder: Path, num_units: int) -> None:
-    """Remove the unit files of an earlier, longer plan, and what killed processes left half-written."""
+    """Remove the unit files of an earlier, longer work list, and what killed processes left half-written."""
     for path in unit_files(folder):
         if int(path.stem) >= num_units:
             path.unlink(missing_ok=True)  # another process that finished at the same time may have been here first

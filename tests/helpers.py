@@ -23,7 +23,7 @@ from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.voice import export
-from rvc_dist.workspace import Plan, Unit, Workspace, save_arrays, stamp, write_json
+from rvc_dist.workspace import Unit, WorkList, Workspace, save_arrays, stamp, write_json
 
 RATE = 24000
 NARROW = ModelConfig(
@@ -81,7 +81,7 @@ class SteadyPitch(F0Method):
 def write_features(recipe: Recipe, units: Sequence[Sequence[npt.NDArray[np.float32]]]) -> None:
     """A finished features folder: for each unit its clips' content [T50, C]; f0 is 150 Hz throughout.
 
-    Each clip counts as a source file of its own. Beside it lie the plan and the report of the clips, but no clips.
+    Each clip counts as a source file of its own. Beside it lie the work list and the report of the clips, but no clips.
     """
     work = workspace_of(recipe)
     seconds = 0.0
@@ -107,9 +107,9 @@ def write_features(recipe: Recipe, units: Sequence[Sequence[npt.NDArray[np.float
     frames = sum(len(c) for contents in units for c in contents)
     total = sum(float(c.sum()) for contents in units for c in contents)
     write_json(work.features_report_file, {"settings": {}, "clips": stamp(total), "content_frames": frames})
-    plan = Plan(stamp("listing"), {}, tuple(Unit(i, ()) for i in range(len(units))), ())
+    work_list = WorkList(stamp("listing"), {}, tuple(Unit(i, ()) for i in range(len(units))), ())
     work.clips_dir.mkdir(parents=True, exist_ok=True)
-    work.plan_file.write_text(plan.dumps(), encoding="utf-8")
+    work.work_list_file.write_text(work_list.dumps(), encoding="utf-8")
     write_json(work.clips_report_file, {"total_dataset_duration": f"00:00:{round(seconds):02d}"})
 
 

@@ -29,7 +29,7 @@ from rvc_dist.config import DataConfig, ExtractConfig, Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import Plan, Share, SourceFile, cut_units, save_arrays, stamp, write_json
+from rvc_dist.workspace import Share, SourceFile, WorkList, cut_units, save_arrays, stamp, write_json
 
 WIDTH, NUM_CONTENT, FILES_A_SPEAKER = 32, 20, 1000
 NUM_SAMPLES = NUM_CONTENT * RATE // 50
@@ -53,14 +53,14 @@ def make_recordings(folder: Path, count: int) -> None:
 
 
 def make_units(recipe: Recipe, count: int) -> None:
-    """Clips and features of `count` recordings of 3 s, with the plan and the reports of both stages."""
+    """Clips and features of `count` recordings of 3 s, with the work list and the reports of both stages."""
     work = workspace_of(recipe)
     sources = [SourceFile(f"{i:06d}.wav", 0, 1000, 1, 3.0) for i in range(count)]
-    plan = Plan(stamp("listing"), preprocess.clip_settings(recipe), cut_units(sources), ())
+    work_list = WorkList(stamp("listing"), preprocess.clip_settings(recipe), cut_units(sources), ())
     settings = extract.feature_settings(recipe) | {"embedder": EMBEDDER_USED}
     rng = np.random.default_rng(0)
     stamps = []
-    for unit in plan.units:
+    for unit in work_list.units:
         waves, features, clips, sized = {}, {}, [], []
         for i, source in enumerate(unit.files):
             waves[f"{i:05d}"] = np.zeros(8, np.float32)
@@ -69,12 +69,12 @@ def make_units(recipe: Recipe, count: int) -> None:
             clips.append({"speaker": 0, "source": source.path, "start_s": 0.0})
             sizes = {"num_samples": NUM_SAMPLES, "num_content": NUM_CONTENT, "num_f0": 2 * NUM_CONTENT}
             sized.append(clips[-1] | sizes)
-        stamps.append(unit.stamp(plan.settings))
+        stamps.append(unit.stamp(work_list.settings))
         header = {"stamp": stamps[-1], "sample_rate": RATE, "clips": clips, "files": []}
         save_arrays(work.clips_file(unit.id), waves, header)
         header = {"stamp": extract.feature_stamp(settings, stamps[-1]), "sample_rate": RATE, "clips": sized}
         save_arrays(work.features_file(unit.id), features, header | {"embedder": EMBEDDER_USED})
-    work.plan_file.write_text(plan.dumps(), encoding="utf-8")
+    work.work_list_file.write_text(work_list.dumps(), encoding="utf-8")
     write_json(work.clips_report_file, {})
     frames = count * NUM_CONTENT
     write_json(work.features_report_file, {"settings": settings, "clips": stamp(stamps), "content_frames": frames})
@@ -124,8 +124,8 @@ def main(folder: Path, count: int) -> None:
     apart(lambda: make_recordings(folder / "audio", count))
     apart(lambda: make_units(recipe, count))
 
-    def plan() -> Plan:
-        return preprocess.make_plan(planned, workspace_of(planned), preprocess.clip_settings(planned), ALONE)
+    def work_list() -> WorkList:
+        return preprocess.make_work_list(planned, workspace_of(planned), preprocess.clip_settings(planned), ALONE)
 
     def build(algorithm: str) -> bool | None:
         chosen = changed(recipe, "index", algorithm=algorithm)
@@ -133,8 +133,8 @@ def main(folder: Path, count: int) -> None:
         return index.complete(chosen)
 
     steps: dict[str, Callable[[], Any]] = {
-        "plan": plan,
-        "plan, again": plan,
+        "work list": work_list,
+        "work list, again": work_list,
         "preprocess: is it complete": lambda: preprocess.complete(recipe),
         "extract: is it complete": lambda: extract.complete(recipe),
         "index of all frames": lambda: build("faiss"),

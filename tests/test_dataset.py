@@ -18,7 +18,7 @@ from rvc_dist import __main__ as cli
 from rvc_dist.config import Recipe
 from rvc_dist.tools import dataset_stats
 from rvc_dist.tools.dataset_stats import LOWEST_HZ, NUM_CENTS, band_hz, bands, note, percentile, summarise
-from rvc_dist.workspace import Plan, Share, SourceFile, StageError, Unit, Workspace, atomic_write, save_arrays
+from rvc_dist.workspace import Share, SourceFile, StageError, Unit, WorkList, Workspace, atomic_write, save_arrays
 
 RATE = 24000
 SETTINGS = {"data.sample_rate": RATE}
@@ -66,7 +66,7 @@ def make_run(
         save_arrays(work.clips_file(unit.id), {f"{j:05d}": w for j, (_, w) in enumerate(of_unit)}, header)
         if f0 and (of_f0 := f0[unit.id]) is not None:
             save_features(work.features_file(unit.id), of_f0, header)
-    atomic_write(work.plan_file, Plan("", SETTINGS, units, excluded).dumps())
+    atomic_write(work.work_list_file, WorkList("", SETTINGS, units, excluded).dumps())
     return root
 
 

@@ -36,7 +36,7 @@ from rvc_dist.tools.doctor.team import Exam, Team
 from rvc_dist.train import checkpoint, dataset, networks
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.optimizers import OptimizerState
-from rvc_dist.workspace import Plan, Share, SourceFile, StageError, Unit, Workspace, save_arrays
+from rvc_dist.workspace import Share, SourceFile, StageError, Unit, WorkList, Workspace, save_arrays
 
 Usage = namedtuple("Usage", "total used free")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
@@ -509,7 +509,7 @@ def test_what_is_there_before_the_data_stages(tmp_path):
     result = examined(training.check_data, Exam(recipe, Team()))
     assert result.same == {"recordings": "1", "left out": "1"}
     assert result.skipped.endswith("rvc-dist run makes them")
-    write_plan(recipe)
+    write_work_list(recipe)
     problem = the_problem(examined(training.check_data, Exam(recipe, Team())), Severity.WARNING)
     assert "no finished features" in problem.what
 
@@ -525,7 +525,7 @@ def test_recordings_below_the_voices_rate_are_a_warning(tmp_path, planned):
         slices = [SourceFile("48000.wav", 0, 1, 1, 30.0, rate=48000, start_s=at) for at in (0.0, 30.0)]
         unit = Unit(0, (SourceFile("16000.wav", 0, 1, 1, 60.0, rate=16000), *slices))
         exam.work.clips_dir.mkdir(parents=True, exist_ok=True)
-        exam.work.plan_file.write_text(Plan("", {}, (unit,), ()).dumps())
+        exam.work.work_list_file.write_text(WorkList("", {}, (unit,), ()).dumps())
         shutil.rmtree(tmp_path / "audio")
     problem = examined(training.check_data, exam).problems[0]
     assert problem.severity == Severity.WARNING
@@ -533,22 +533,22 @@ def test_recordings_below_the_voices_rate_are_a_warning(tmp_path, planned):
     assert problem.remedy == "set data.sample_rate 24000, or give recordings of 48000 Hz"
 
 
-def write_plan(recipe: Recipe) -> Plan:
+def write_work_list(recipe: Recipe) -> WorkList:
     """For the four units of `recipe`'s twelve clips."""
-    plan = Plan("listing", {}, tuple(Unit(i, ()) for i in range(4)), ())
+    work_list = WorkList("listing", {}, tuple(Unit(i, ()) for i in range(4)), ())
     work = Workspace(recipe.run_dir, recipe.name)
     work.clips_dir.mkdir(parents=True, exist_ok=True)
-    work.plan_file.write_text(plan.dumps())
-    return plan
+    work.work_list_file.write_text(work_list.dumps())
+    return work_list
 
 
 def test_features_of_other_clips_or_settings_are_a_warning(recipe):
     exam, work = Exam(recipe, Team()), Workspace(recipe.run_dir, recipe.name)
-    plan = write_plan(recipe)
+    work_list = write_work_list(recipe)
     problem = the_problem(examined(training.check_data, exam), Severity.WARNING)
     assert "4 of 4 units are missing or stale" in problem.what
     assert "rvc-dist preprocess" in problem.remedy
-    for unit in plan.units:
+    for unit in work_list.units:
         save_arrays(work.clips_file(unit.id), {}, {"stamp": unit.stamp({}), "sample_rate": 24000, "clips": []})
     problem = the_problem(examined(training.check_data, exam), Severity.WARNING)
     assert "were made with other settings, or of other clips" in problem.what

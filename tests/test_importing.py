@@ -32,7 +32,7 @@ from rvc_dist.tools import import_experiment
 from rvc_dist.train import trainer
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.voice import export
-from rvc_dist.workspace import Plan, Share, StageError, read_header, read_json
+from rvc_dist.workspace import Share, StageError, WorkList, read_header, read_json
 
 TOOLS = tuple(FOLDERS)
 
@@ -98,9 +98,9 @@ def test_waves_features_and_speakers_are_taken_over_to_the_last_bit(made: tuple[
         np.testing.assert_array_equal(waves[name], wave)
 
     _, _, _, hz, content = FOLDERS[tool]
-    plan = Plan.load(work.plan_file)
-    assert plan is not None
-    for unit in plan.units:
+    work_list = WorkList.load(work.work_list_file)
+    assert work_list is not None
+    for unit in work_list.units:
         arrays, header = load_file(work.features_file(unit.id)), read_header(work.features_file(unit.id))
         assert header["embedder"] == {"name": "mfcc", "width": 768, "hash": ""}
         assert header["sample_rate"] == RATE

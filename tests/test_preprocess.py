@@ -25,7 +25,7 @@ from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
 from rvc_dist.data import audio, decode, preprocess
 from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import content_of
-from rvc_dist.workspace import Plan, Share, StageError, Workspace
+from rvc_dist.workspace import Share, StageError, WorkList, Workspace
 
 RATE = 24000
 VOICE = Path(preprocess.__file__).parents[1] / "demo_voice" / "voice"
@@ -219,7 +219,7 @@ def test_any_number_of_ranks_in_any_order_gives_the_same_bytes(tmp_path: Path, s
     assert len([name for name in alone if name.endswith(".safetensors")]) == 5
     for count in (2, 3, 7):
         shutil.rmtree(config.run_dir)
-        # Ranks wait for the plan of the first; the parts of an array wait for nobody.
+        # Ranks wait for the work list of the first; the parts of an array wait for nobody.
         indices = list(range(count))
         random.Random(count).shuffle(indices)
         if not array:
@@ -232,15 +232,15 @@ def test_any_number_of_ranks_in_any_order_gives_the_same_bytes(tmp_path: Path, s
         assert contents(config) == alone
 
 
-def test_ranks_at_once_wait_for_the_plan_and_give_the_same_bytes(
+def test_ranks_at_once_wait_for_the_work_list_and_give_the_same_bytes(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = recipe(tmp_path)
     alone = contents_of_fresh_run(config)
     shutil.rmtree(config.run_dir)
-    plans: list[int] = []
+    made: list[int] = []
     cut_units = preprocess.cut_units
-    monkeypatch.setattr(preprocess, "cut_units", lambda files: plans.append(len(files)) or cut_units(files))
+    monkeypatch.setattr(preprocess, "cut_units", lambda files: made.append(len(files)) or cut_units(files))
     with ThreadPoolExecutor(3) as ranks:
         others = [ranks.submit(preprocess.run, config, Share(index, 3)) for index in (2, 1)]
         assert not wait(others, timeout=0.3).done
@@ -248,7 +248,7 @@ def test_ranks_at_once_wait_for_the_plan_and_give_the_same_bytes(
         for other in others:
             other.result(timeout=30)
     assert contents(config) == alone
-    assert plans == [5]  # the good files, listed once: only the first made a plan
+    assert made == [5]  # the good files, listed once: only the first made a work list
 
 
 def test_threads_change_no_byte(tmp_path: Path, small: Path) -> None:
@@ -434,12 +434,12 @@ def test_recordings_that_were_upsampled_are_told_once_for_all(
     assert [f["effective_rate"] for f in report(config)["files"]] == [48000, 16000, 22050, 44100]
 
 
-def test_the_report_of_an_old_plan_does_not_count(tmp_path: Path, small: Path) -> None:
+def test_the_report_of_an_old_work_list_does_not_count(tmp_path: Path, small: Path) -> None:
     config = recipe(tmp_path)
     preprocess.run(config, Share())
     (small / "bad.wav").unlink()  # the units stay as they are
     settings = preprocess.clip_settings(config)
-    preprocess.make_plan(config, Workspace(config.run_dir, config.name), settings, Share())
+    preprocess.make_work_list(config, Workspace(config.run_dir, config.name), settings, Share())
     assert preprocess.complete(config) is None
     preprocess.run(config, Share())
     assert preprocess.complete(config) is True
@@ -690,10 +690,10 @@ def test_links_are_used_once_or_named(tmp_path: Path) -> None:
         "1": "link to a folder; expected the folder itself",
     }
     # The recording counts, not the link.
-    before = Plan.load(clips_dir(config) / "plan.json")
+    before = WorkList.load(clips_dir(config) / "plan.json")
     write(folder / ".store" / "b.wav", noise(3.0))
     preprocess.run(config, Share())
-    after = Plan.load(clips_dir(config) / "plan.json")
+    after = WorkList.load(clips_dir(config) / "plan.json")
     assert before is not None
     assert after is not None
     assert after.units[0].duration_s == before.units[0].duration_s + 1.0

@@ -24,7 +24,7 @@ from rvc_dist.train import checkpoint, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Voice
-from rvc_dist.workspace import Plan, Share, StageError, Stopped, Workspace
+from rvc_dist.workspace import Share, StageError, Stopped, WorkList, Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -295,7 +295,7 @@ def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_p
     work = Workspace(recipe.run_dir, recipe.name)
     report = {"settings": extract.feature_settings(recipe), "clips": "tiny", "content_frames": 0}
     work.features_report_file.write_text(json.dumps(report))
-    work.plan_file.write_text(Plan("", preprocess.clip_settings(recipe), (), ()).dumps())
+    work.work_list_file.write_text(WorkList("", preprocess.clip_settings(recipe), (), ()).dumps())
     train(recipe)
     kept = work.config_file.read_text()
     others = {

@@ -1,4 +1,4 @@
-"""Files, work units, plans and shares."""
+"""Files, work units, work lists and shares."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 
 from rvc_dist import workspace
 from rvc_dist.workspace import (
-    Plan,
     Share,
     SourceFile,
     StageError,
     Unit,
+    WorkList,
     Workspace,
     adopt_slurm_ranks,
     tasks_per_node,
@@ -193,7 +193,7 @@ def test_unit_files_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert work.clips_file(2) == work.clips_dir / "00002.safetensors"
 
 
-def test_remove_leftovers_takes_units_beyond_the_plan_and_old_tmp_files(tmp_path: Path) -> None:
+def test_remove_leftovers_takes_units_beyond_the_work_list_and_old_tmp_files(tmp_path: Path) -> None:
     for name in ("00000.safetensors", "00001.safetensors", "00002.safetensors", "mute.safetensors", "plan.json"):
         (tmp_path / name).touch()
     old, new = tmp_path / ".old.tmp", tmp_path / ".new.tmp"
@@ -204,7 +204,7 @@ def test_remove_leftovers_takes_units_beyond_the_plan_and_old_tmp_files(tmp_path
     assert sorted(os.listdir(tmp_path)) == [".new.tmp", "00000.safetensors", "mute.safetensors", "plan.json"]
 
 
-# Units and plans
+# Units and work lists
 
 
 def test_cut_units_by_hand() -> None:
@@ -222,23 +222,23 @@ def test_cut_units_bounds_the_count_and_the_length_of_units() -> None:
     assert {u.duration_s for u in workspace.cut_units([source(duration_s=100.0)] * 40960)} == {600.0, 400.0}
 
 
-def test_plan_comes_back(tmp_path: Path) -> None:
-    plan = Plan("listing", {"a": 1.5}, tuple(units(1.0, 2.0)), tuple(source(name) for name in ODD_NAMES))
+def test_work_list_comes_back(tmp_path: Path) -> None:
+    work_list = WorkList("listing", {"a": 1.5}, tuple(units(1.0, 2.0)), tuple(source(name) for name in ODD_NAMES))
     path = tmp_path / "plan.json"
-    assert Plan.load(path) is None
-    workspace.atomic_write(path, plan.dumps())
-    assert Plan.load(path) == plan
+    assert WorkList.load(path) is None
+    workspace.atomic_write(path, work_list.dumps())
+    assert WorkList.load(path) == work_list
 
 
-def test_plan_of_another_version_is_none_and_a_foreign_one_is_named(tmp_path: Path) -> None:
+def test_work_list_of_another_version_is_none_and_a_foreign_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     workspace.write_json(path, {"version": workspace.FORMAT_VERSION + 1})
-    assert Plan.load(path) is None
+    assert WorkList.load(path) is None
     version = {"version": workspace.FORMAT_VERSION}
     for foreign in ([], version, {**version, "listing": "", "settings": {}, "units": [[{"x": 1}]], "excluded": []}):
         workspace.write_json(path, foreign)
         with pytest.raises(StageError, match=r"plan\.json: .*; delete it and run the stage again"):
-            Plan.load(path)
+            WorkList.load(path)
 
 
 def test_stamp_depends_on_data_alone(monkeypatch: pytest.MonkeyPatch) -> None:

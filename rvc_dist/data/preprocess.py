@@ -20,11 +20,11 @@ from rvc_dist.data.sources import content_of, list_sources
 from rvc_dist.workspace import (
     MAX_SLICE_S,
     ClipsHeader,
-    Plan,
     Share,
     SourceFile,
     StageError,
     Unit,
+    WorkList,
     Workspace,
     atomic_write,
     changes,
@@ -90,18 +90,18 @@ def run(recipe: Recipe, share: Share) -> None:
         logger.info("preprocess: the clips were imported from %s", recipe.data.audio_dir)
         return
     settings = clip_settings(recipe)
-    plan = make_plan(recipe, work, settings, share)
+    work_list = make_work_list(recipe, work, settings, share)
     if share.is_first:
         save_recipe(recipe, work)
-    todo = [u for u in share.take(plan.units) if not is_done(work.clips_file(u.id), u.stamp(settings))]
+    todo = [u for u in share.take(work_list.units) if not is_done(work.clips_file(u.id), u.stamp(settings))]
     logger.info(
         "preprocess: %d units of %.1f min, %d to do here",
-        len(plan.units),
-        sum(u.duration_s for u in plan.units) / 60,
+        len(work_list.units),
+        sum(u.duration_s for u in work_list.units) / 60,
         len(todo),
     )
     make_units(recipe, work, todo, settings)
-    finish(recipe, work, plan, settings, share)
+    finish(recipe, work, work_list, settings, share)
 
 
 def complete(recipe: Recipe) -> bool | None:
@@ -109,11 +109,11 @@ def complete(recipe: Recipe) -> bool | None:
     work = Workspace(recipe.run_dir, recipe.name)
     if not work.clips_report_file.is_file():  # written last: ranks that poll read nothing else until then
         return None
-    plan = Plan.load(work.plan_file)
+    work_list = WorkList.load(work.work_list_file)
     done = (
-        plan is not None
-        and plan.settings in (clip_settings(recipe), imported_clip_settings(recipe))
-        and all(is_done(work.clips_file(u.id), u.stamp(plan.settings)) for u in plan.units)
+        work_list is not None
+        and work_list.settings in (clip_settings(recipe), imported_clip_settings(recipe))
+        and all(is_done(work.clips_file(u.id), u.stamp(work_list.settings)) for u in work_list.units)
     )
     return done or None
 
@@ -130,14 +130,14 @@ def is_imported(recipe: Recipe, work: Workspace) -> bool:
         StageError: they are of another experiment, or the import has not come to its end: imported clips are never
             replaced, since what they were cut from may be gone.
     """
-    plan = Plan.load(work.plan_file)
-    if plan is None or "imported" not in plan.settings:
+    work_list = WorkList.load(work.work_list_file)
+    if work_list is None or "imported" not in work_list.settings:
         return False
     wanted = imported_clip_settings(recipe)
-    if plan.settings != wanted:
+    if work_list.settings != wanted:
         raise StageError(
             f"{work.clips_dir} holds imported clips, which other recordings do not replace: give this recipe another "
-            f"run_dir, or set back what differs ({changes(plan.settings, wanted)})"
+            f"run_dir, or set back what differs ({changes(work_list.settings, wanted)})"
         )
     if complete(recipe) is None:
         raise StageError(f"{work.clips_dir} is half an import: run `rvc-dist import {recipe.data.audio_dir}` again")
@@ -168,8 +168,8 @@ def save_recipe(recipe: Recipe, work: Workspace) -> None:
 def other_settings(recipe: Recipe) -> str:
     """What is wrong when the run's clips were made with other settings than the recipe's, and what to do."""
     work = Workspace(recipe.run_dir, recipe.name)
-    plan = Plan.load(work.plan_file)
-    differ = plan and changes(plan.settings, clip_settings(recipe), shared=True)
+    work_list = WorkList.load(work.work_list_file)
+    differ = work_list and changes(work_list.settings, clip_settings(recipe), shared=True)
     remedy = "run `rvc-dist preprocess` and `extract` again, or set back what differs"
     return f"{work.clips_dir} holds clips of other settings than the recipe's: {remedy} ({differ})" if differ else ""
 
@@ -180,7 +180,7 @@ def _no_clip(recipe: Recipe, reasons: list[tuple[str, str]]) -> StageError:
     )
 
 
-def make_plan(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: Share) -> Plan:
+def make_work_list(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: Share) -> WorkList:
     """The work list: read when it is current, else made by the first rank (by every array task alike)."""
     audio_dir = Path(recipe.data.audio_dir)
     if work.root.exists() and not work.root.is_dir():
@@ -188,22 +188,22 @@ def make_plan(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: 
     sources = list_sources(audio_dir, work.root)
     listing = stamp([(f.path, f.reason) if f.reason else f.listed for f in sources])
 
-    def current() -> Plan | None:
-        plan = Plan.load(work.plan_file)
-        return plan if plan and (plan.listing, plan.settings) == (listing, settings) else None
+    def current() -> WorkList | None:
+        work_list = WorkList.load(work.work_list_file)
+        return work_list if work_list and (work_list.listing, work_list.settings) == (listing, settings) else None
 
-    if plan := current():
-        return plan
+    if work_list := current():
+        return work_list
     if not (share.is_first or share.array):
-        return wait_for("the plan of rank 0", current)
+        return wait_for("the work list of rank 0", current)
 
-    old = Plan.load(work.plan_file)
+    old = WorkList.load(work.work_list_file)
     known = {f.path: f for unit in (old.units if old else ()) for f in unit.files}
     with ThreadPoolExecutor(recipe.preprocess.num_workers) as pool:
         measured = list(pool.map(lambda f: f if f.reason else _measure(audio_dir, f, known.get(f.path)), sources))
     if all(f.reason for f in measured):  # before anything of an earlier dataset in this run folder is touched
         raise _no_clip(recipe, [(f.path, f.reason) for f in measured])
-    plan = Plan(
+    work_list = WorkList(
         listing=listing,
         settings=settings,
         units=cut_units([part for f in measured if not f.reason for part in f.slices()]),
@@ -213,12 +213,12 @@ def make_plan(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: 
         logger.info("preprocess: making stale clips again: %s", why)
     elif old is not None:
         logger.info("preprocess: the content of the recordings is what it was: what was made of it is kept")
-    work.clips_report_file.unlink(missing_ok=True)  # `complete` must not take the old report for this plan's
-    atomic_write(work.plan_file, plan.dumps())
-    return plan
+    work.clips_report_file.unlink(missing_ok=True)  # `complete` must not take the old report for this work list's
+    atomic_write(work.work_list_file, work_list.dumps())
+    return work_list
 
 
-def _source_changes(old: Plan, sources: list[SourceFile]) -> str:
+def _source_changes(old: WorkList, sources: list[SourceFile]) -> str:
     """What happened to the recordings since `old`, in one line with the first name of each sort; nothing if nothing."""
     before = {f.path: f for f in (*(f for unit in old.units for f in unit.files), *old.excluded)}
     after = {f.path: f for f in sources}
@@ -473,20 +473,23 @@ def _pieces(recipe: Recipe, wave: audio.Wave) -> Iterator[tuple[int, audio.Wave]
                 yield offset + start, piece
 
 
-def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any], share: Share) -> None:
+def finish(recipe: Recipe, work: Workspace, work_list: WorkList, settings: dict[str, Any], share: Share) -> None:
     """Write the report once every unit is done, whoever did it."""
-    left = sum(not is_done(work.clips_file(u.id), u.stamp(settings)) for u in plan.units)
+    left = sum(not is_done(work.clips_file(u.id), u.stamp(settings)) for u in work_list.units)
     if left:
         if share.does_all:
             raise StageError(
-                f"preprocess: {left} of {len(plan.units)} units in {work.clips_dir} were replaced meanwhile: another "
-                "job works in this run folder with other settings or recordings; end one, then run the stage again"
+                f"preprocess: {left} of {len(work_list.units)} units in {work.clips_dir} were replaced meanwhile: "
+                "another job works in this run folder with other settings or recordings; end one, then run the stage "
+                "again"
             )
         logger.info("preprocess: this part is done, %d units are left to others", left)
         return
-    remove_leftovers(work.clips_dir, len(plan.units))
-    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "preprocess") for u in plan.units]
-    files = _by_recording([dict(f) for h in headers for f in h["files"]]) + [left_out_entry(f) for f in plan.excluded]
+    remove_leftovers(work.clips_dir, len(work_list.units))
+    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "preprocess") for u in work_list.units]
+    files = _by_recording([dict(f) for h in headers for f in h["files"]]) + [
+        left_out_entry(f) for f in work_list.excluded
+    ]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
     low, remedy = low_rates(recipe, [(f["sample_rate"], f["seconds_in"]) for f in used])
@@ -496,8 +499,8 @@ def finish(recipe: Recipe, work: Workspace, plan: Plan, settings: dict[str, Any]
         if file["reason"]:
             logger.warning("preprocess: %s: %s", printable(file["path"]), file["reason"])
     if not used:
-        # The report and the plan too: nothing may look like a finished stage.
-        for path in [*unit_files(work.clips_dir), work.clips_report_file, work.plan_file]:
+        # The report and the work list too: nothing may look like a finished stage.
+        for path in [*unit_files(work.clips_dir), work.clips_report_file, work.work_list_file]:
             path.unlink(missing_ok=True)
         raise _no_clip(recipe, [(f["path"], f["reason"]) for f in files])
     write_json(work.clips_report_file, report)

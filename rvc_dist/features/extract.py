@@ -22,10 +22,10 @@ from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
     FeaturesReport,
-    Plan,
     Share,
     StageError,
     Unit,
+    WorkList,
     Workspace,
     changes,
     is_done,
@@ -180,19 +180,19 @@ def feature_stamp(settings: dict[str, Any], clips: str) -> str:
 
 
 def clip_stamps(work: Workspace) -> dict[Unit, str]:
-    """Every unit of the plan and the stamp of its clips file.
+    """Every unit of the work list and the stamp of its clips file.
 
     Raises:
         StageError: the preprocess stage has not run, or not to its end.
     """
-    plan = Plan.load(work.plan_file)
-    if plan is None:
+    work_list = WorkList.load(work.work_list_file)
+    if work_list is None:
         raise StageError(f"{work.clips_dir} has no clips: run `rvc-dist preprocess` first")
-    stamps = {u: (read_header(work.clips_file(u.id)) or {}).get("stamp") for u in plan.units}
-    missing = [work.clips_file(u.id).name for u, s in stamps.items() if s != u.stamp(plan.settings)]
+    stamps = {u: (read_header(work.clips_file(u.id)) or {}).get("stamp") for u in work_list.units}
+    missing = [work.clips_file(u.id).name for u, s in stamps.items() if s != u.stamp(work_list.settings)]
     if missing:
         raise StageError(
-            f"{work.clips_dir}: {len(missing)} of {len(plan.units)} units are missing or stale "
+            f"{work.clips_dir}: {len(missing)} of {len(work_list.units)} units are missing or stale "
             f"({', '.join(missing[:5])}): run `rvc-dist preprocess` to its end first"
         )
     return {u: str(s) for u, s in stamps.items()}

@@ -24,10 +24,10 @@ from rvc_dist.data.preprocess import account, sum_lost
 from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
-    Plan,
     Share,
     StageError,
     Unit,
+    WorkList,
     Workspace,
     is_done,
     printable,
@@ -134,7 +134,7 @@ class Summary:
     sample_rate: int
     units: int
     missing_units: int
-    """Of the plan's units, those that preprocess has yet to make."""
+    """Of the work list's units, those that preprocess has yet to make."""
     units_without_features: int
     speakers: tuple[Figures, ...]
     total: Figures
@@ -185,16 +185,16 @@ def summarise(root: Path) -> Summary:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise StageError(f"{root} {what}; expected a run folder: rvc-dist dataset RUN")
-    plan = Plan.load(work.plan_file)
-    if plan is None:
+    work_list = WorkList.load(work.work_list_file)
+    if work_list is None:
         raise StageError(f"{work.clips_dir} has no clips: run `rvc-dist preprocess` or `import` first")
     by_speaker: dict[int, Tally] = {}
     recordings: dict[int, set[str]] = {}
-    left_out = [(f.path, f.reason) for f in plan.excluded]
+    left_out = [(f.path, f.reason) for f in work_list.excluded]
     rate, missing, bare = 0, 0, 0
     files: list[dict[str, Any]] = []
-    for unit in plan.units:
-        if not is_done(work.clips_file(unit.id), unit.stamp(plan.settings)):
+    for unit in work_list.units:
+        if not is_done(work.clips_file(unit.id), unit.stamp(work_list.settings)):
             missing += 1
             continue
         header = unit_header(work.clips_file(unit.id), ClipsHeader, "preprocess")
@@ -218,7 +218,7 @@ def summarise(root: Path) -> Summary:
     return Summary(
         run=str(root),
         sample_rate=rate,
-        units=len(plan.units),
+        units=len(work_list.units),
         missing_units=missing,
         units_without_features=bare,
         speakers=tuple(figures(s, by_speaker[s]) for s in sorted(by_speaker)),

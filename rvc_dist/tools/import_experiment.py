@@ -32,11 +32,11 @@ from rvc_dist.schema import SchemaError, read_bounded
 from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
-    Plan,
     Share,
     SourceFile,
     StageError,
     Unit,
+    WorkList,
     Workspace,
     atomic_write,
     cut_units,
@@ -169,12 +169,12 @@ def run(recipe: Recipe, share: Share) -> None:
         return
     for report in (work.clips_report_file, work.features_report_file, work.index_report_file):
         report.unlink(missing_ok=True)  # until the end nothing may look finished
-    plan = make_plan(experiment, files, listing, settings)
-    atomic_write(work.plan_file, plan.dumps())
+    work_list = make_work_list(experiment, files, listing, settings)
+    atomic_write(work.work_list_file, work_list.dumps())
     features = imported_feature_settings(recipe, embedder(recipe, experiment))
-    for unit in plan.units:
+    for unit in work_list.units:
         import_unit(experiment, work, unit, settings, features, recipe.data.sample_rate)
-    finish(recipe, experiment, work, plan, features)
+    finish(recipe, experiment, work, work_list, features)
 
 
 def complete(recipe: Recipe) -> bool | None:
@@ -182,33 +182,37 @@ def complete(recipe: Recipe) -> bool | None:
     work = Workspace(recipe.run_dir, recipe.name)
     if not work.clips_report_file.is_file():  # written last
         return None
-    plan = Plan.load(work.plan_file)
+    work_list = WorkList.load(work.work_list_file)
     done = (
-        plan is not None
-        and _imports(plan, recipe)
-        and all(is_done(work.clips_file(u.id), u.stamp(plan.settings)) for u in plan.units)
+        work_list is not None
+        and _imports(work_list, recipe)
+        and all(is_done(work.clips_file(u.id), u.stamp(work_list.settings)) for u in work_list.units)
     )
     return done or None
 
 
-def _imports(plan: Plan, recipe: Recipe) -> bool:
-    return "imported" in plan.settings and plan.settings["data.audio_dir"] == recipe.data.audio_dir
+def _imports(work_list: WorkList, recipe: Recipe) -> bool:
+    return "imported" in work_list.settings and work_list.settings["data.audio_dir"] == recipe.data.audio_dir
 
 
-def check_run_folder(work: Workspace, recipe: Recipe) -> Plan | None:
-    """The plan of an earlier import of the same experiment, or None when the run folder is free.
+def check_run_folder(work: Workspace, recipe: Recipe) -> WorkList | None:
+    """The work list of an earlier import of the same experiment, or None when the run folder is free.
 
     Raises:
         StageError: the run folder holds something else, which is not overwritten.
     """
     if work.root.exists() and not work.root.is_dir():
         raise StageError(f"run_dir: {work.root} is a file; expected a folder, or a name that is free")
-    plan = Plan.load(work.plan_file)
-    if plan is not None and _imports(plan, recipe):
-        return plan
-    taken = [p for p in (work.plan_file, work.config_file, work.features_dir, work.checkpoints_dir) if p.exists()]
+    work_list = WorkList.load(work.work_list_file)
+    if work_list is not None and _imports(work_list, recipe):
+        return work_list
+    taken = [p for p in (work.work_list_file, work.config_file, work.features_dir, work.checkpoints_dir) if p.exists()]
     if taken:
-        what = f"an import of {plan.settings['data.audio_dir']}" if plan and "imported" in plan.settings else "a run"
+        what = (
+            f"an import of {work_list.settings['data.audio_dir']}"
+            if work_list and "imported" in work_list.settings
+            else "a run"
+        )
         raise StageError(f"run_dir: {work.root} already holds {what} ({taken[0].name}); give another --run_dir")
     return None
 
@@ -484,10 +488,10 @@ def feature_listing(experiment: Experiment) -> list[tuple[str, int, int]]:
     return [(f"{p.parent.name}/{p.name}", s.st_size, s.st_mtime_ns) for p, s in status]
 
 
-def make_plan(experiment: Experiment, files: list[SourceFile], listing: str, settings: dict[str, Any]) -> Plan:
+def make_work_list(experiment: Experiment, files: list[SourceFile], listing: str, settings: dict[str, Any]) -> WorkList:
     """The work list: clips with features before those without, so that hardly any unit has both kinds."""
     usable = sorted((f for f in files if not f.reason), key=lambda f: not experiment.has_features(f.path))
-    return Plan(listing, settings, cut_units(usable), tuple(f for f in files if f.reason))
+    return WorkList(listing, settings, cut_units(usable), tuple(f for f in files if f.reason))
 
 
 def import_unit(
@@ -589,10 +593,12 @@ def _check_length(path: Path, array: Array, per_s: int, seconds: float) -> None:
         raise FeatureError(f"{path.parent.name}: {len(array) / per_s:.2f} s long, the clip {seconds:.2f} s")
 
 
-def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, features: dict[str, Any]) -> None:
+def finish(
+    recipe: Recipe, experiment: Experiment, work: Workspace, work_list: WorkList, features: dict[str, Any]
+) -> None:
     """All that comes after the units: silent clips, reports, index, weights and the recipe."""
-    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "import") for u in plan.units]
-    files = [dict(f) for h in headers for f in h["files"]] + [left_out_entry(f) for f in plan.excluded]
+    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "import") for u in work_list.units]
+    files = [dict(f) for h in headers for f in h["files"]] + [left_out_entry(f) for f in work_list.excluded]
     files.sort(key=lambda f: (f["speaker"], f["path"]))
     used = [f for f in files if f["clips"]]
     for file in files:
@@ -600,15 +606,16 @@ def finish(recipe: Recipe, experiment: Experiment, work: Workspace, plan: Plan, 
             logger.warning("import: %s: %s", printable(file["path"]), file["reason"])
     if not used:
         raise _nothing(experiment, [SourceFile(f["path"], f["speaker"], 0, 0, reason=f["reason"]) for f in files])
-    remove_leftovers(work.clips_dir, len(plan.units))
-    remove_leftovers(work.features_dir, len(plan.units))
-    stamps = [u.stamp(plan.settings) for u in plan.units]
+    remove_leftovers(work.clips_dir, len(work_list.units))
+    remove_leftovers(work.features_dir, len(work_list.units))
+    stamps = [u.stamp(work_list.settings) for u in work_list.units]
     whole = bool(experiment.content_dir) and all(
-        is_done(work.features_file(u.id), feature_stamp(features, s)) for u, s in zip(plan.units, stamps, strict=True)
+        is_done(work.features_file(u.id), feature_stamp(features, s))
+        for u, s in zip(work_list.units, stamps, strict=True)
     )
     if whole:
         recipe = import_mutes(recipe, experiment, work, features, {f["speaker"] for f in used})
-        made = [unit_header(work.features_file(u.id), FeaturesHeader, "import") for u in plan.units]
+        made = [unit_header(work.features_file(u.id), FeaturesHeader, "import") for u in work_list.units]
         frames = sum(c["num_content"] for header in made for c in header["clips"])
         write_json(work.features_report_file, {"settings": features, "clips": stamp(stamps), "content_frames": frames})
         import_index(recipe, experiment, work, frames)

@@ -24,21 +24,21 @@ from rvc_dist.tools.doctor.findings import Result
 from rvc_dist.tools.doctor.team import Exam
 from rvc_dist.train import checkpoint
 from rvc_dist.train.deepspeed import check_optimizer
-from rvc_dist.workspace import Plan, SourceFile, StageError, Workspace
+from rvc_dist.workspace import SourceFile, StageError, WorkList, Workspace
 
 CPU = torch.device("cpu")
 MAX_MEASURED = 200
-"""Recordings whose headers are read where no plan tells of them."""
+"""Recordings whose headers are read where no work list tells of them."""
 
 
 def features_done(recipe: Recipe) -> bool:
     """Whether clips and features are those of this recipe and of the recordings that are there now."""
     work = Workspace(recipe.run_dir, recipe.name)
-    plan = Plan.load(work.plan_file)
-    if plan is None or preprocess.complete(recipe) is None:
+    work_list = WorkList.load(work.work_list_file)
+    if work_list is None or preprocess.complete(recipe) is None:
         return False
-    if "imported" not in plan.settings:
-        planned = {(f.path, f.size) for f in (*(f for u in plan.units for f in u.files), *plan.excluded)}
+    if "imported" not in work_list.settings:
+        planned = {(f.path, f.size) for f in (*(f for u in work_list.units for f in u.files), *work_list.excluded)}
         if planned != {(f.path, f.size) for f in list_sources(Path(recipe.data.audio_dir), work.root)}:
             return False
     return extract.complete(recipe) is True
@@ -52,8 +52,8 @@ def check_start(exam: Exam, result: Result) -> None:
     if exam.recipe.train.use_bf16:
         check_bf16(exam.team.device)
     exam.hosts = [socket.gethostname()] * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    plan = Plan.load(exam.work.plan_file)
-    if plan is None or "imported" not in plan.settings:
+    work_list = WorkList.load(exam.work.work_list_file)
+    if work_list is None or "imported" not in work_list.settings:
         list_sources(Path(exam.recipe.data.audio_dir), exam.work.root)
 
 
@@ -120,9 +120,9 @@ def data_bytes(exam: Exam) -> Iterator[float]:
 
 
 def recorded_seconds(exam: Exam) -> float:
-    plan = Plan.load(exam.work.plan_file)
-    if plan is not None and "imported" in plan.settings:
-        return sum(unit.duration_s for unit in plan.units)
+    work_list = WorkList.load(exam.work.work_list_file)
+    if work_list is not None and "imported" in work_list.settings:
+        return sum(unit.duration_s for unit in work_list.units)
     with contextlib.suppress(StageError):  # another check says it
         sources, found = measured(exam.recipe)
         share = sum(source.size for source, *_ in found) / sum(s.size for s in sources)

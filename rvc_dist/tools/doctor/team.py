@@ -105,7 +105,7 @@ class Exam:
     def has_features_to_make(self) -> bool:
         """Whether there are recordings, or clips, without the recipe's features."""
         return not self.data_stages_done and (
-            Path(self.recipe.data.audio_dir).exists() or self.work.plan_file.is_file()
+            Path(self.recipe.data.audio_dir).exists() or self.work.work_list_file.is_file()
         )
 
     @property

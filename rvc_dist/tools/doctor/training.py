@@ -48,20 +48,20 @@ from rvc_dist.train.ddp import Network
 from rvc_dist.train.metrics import Meter, PhaseTimer
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.trainer import Trainer
-from rvc_dist.workspace import Plan, StageError, read_header
+from rvc_dist.workspace import StageError, WorkList, read_header
 
 
 def check_data(exam: Exam, result: Result) -> None:
     """The run's features fit the recipe, or what is there for the data stages to begin with."""
     recipe, work = exam.recipe, exam.work
-    plan = Plan.load(work.plan_file)
+    work_list = WorkList.load(work.work_list_file)
     with contextlib.suppress(StageError):  # of a dataset that is missing; it is told below
-        low, remedy = low_rates(recipe, recording_rates(recipe, plan))
+        low, remedy = low_rates(recipe, recording_rates(recipe, work_list))
         if low:
             result.warn(low, remedy)
     if not work.features_report_file.is_file():
-        if plan is not None:
-            result.same["units"] = str(len(plan.units))
+        if work_list is not None:
+            result.same["units"] = str(len(work_list.units))
             result.warn(f"{work.features_dir} holds no finished features", "rvc-dist run or extract makes them")
         elif recipe.data.audio_dir == DataConfig().audio_dir and not Path(recipe.data.audio_dir).exists():
             result.skipped = "no recipe with data was given (--config)"
@@ -72,7 +72,7 @@ def check_data(exam: Exam, result: Result) -> None:
             result.skipped = f"no features in {work.root} yet: rvc-dist run makes them"
         return
     exam.table = ClipTable.load(recipe)
-    features_of_clips(exam, plan, result)
+    features_of_clips(exam, work_list, result)
     clips, config = exam.table.train, recipe.train
     global_batch = config.batch_size * config.grad_accum_steps * exam.team.count
     hours = sum(c.num_frames for c in clips) * recipe.rate_spec.hop / recipe.data.sample_rate / 3600
@@ -92,10 +92,10 @@ def check_data(exam: Exam, result: Result) -> None:
         )
 
 
-def recording_rates(recipe: Recipe, plan: Plan | None) -> list[tuple[int, float]]:
-    """(Hz, seconds) of each recording in the plan; without one, of some of the dataset."""
-    if plan is not None:
-        parts = [f for unit in plan.units for f in unit.files if f.rate]  # imported clips tell of no recording
+def recording_rates(recipe: Recipe, work_list: WorkList | None) -> list[tuple[int, float]]:
+    """(Hz, seconds) of each recording in the work list; without one, of some of the dataset."""
+    if work_list is not None:
+        parts = [f for unit in work_list.units for f in unit.files if f.rate]  # imported clips tell of no recording
         seconds: dict[str, float] = defaultdict(float)
         for part in parts:
             seconds[part.path] += part.duration_s
@@ -103,7 +103,7 @@ def recording_rates(recipe: Recipe, plan: Plan | None) -> list[tuple[int, float]
     return [(rate, length_s) for _, rate, length_s in measured(recipe)[1]]
 
 
-def features_of_clips(exam: Exam, plan: Plan | None, result: Result) -> None:
+def features_of_clips(exam: Exam, work_list: WorkList | None, result: Result) -> None:
     """Clips and features belong together, and every file is there."""
     recipe, work, table = exam.recipe, exam.work, exam.table
     assert table is not None
@@ -116,7 +116,7 @@ def features_of_clips(exam: Exam, plan: Plan | None, result: Result) -> None:
             "run rvc-dist preprocess again: it makes those that are missing",
         )
         return
-    if plan is None:
+    if work_list is None:
         return
     try:
         extract.clip_stamps(work)
