@@ -2,9 +2,11 @@
 
 import json
 import logging
+import resource
 import subprocess
 import sys
 import threading
+import time
 from types import ModuleType
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from rvc_dist import __main__ as cli
 from rvc_dist import __version__
 from rvc_dist.runtime import logs
+from rvc_dist.train.metrics import Tracker
 from rvc_dist.workspace import OtherRankError, Share, StageError, Workspace
 
 GLOO = "[pair.cc:561 of gloo] Connection closed by peer [127.0.0.1]:34482"
@@ -226,3 +229,29 @@ def test_which_errors_come_from_other_ranks():
     assert logs.is_timeout(dist.DistStoreError("wait timeout after 300000ms"))
     for error in RuntimeError("Timed out"), OtherRankError("gloo"), ValueError("gloo timeout"):
         assert not logs.is_timeout(error)
+
+
+def test_a_full_disk_of_curves_is_told_once_and_the_threads_traceback_is_in_the_log(tmp_path, capsys):
+    """TensorBoard's thread writes them, and gives its error to who writes next."""
+    work = Workspace(tmp_path, "x")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker = Tracker(work.tensorboard_dir, 0, enabled=True)
+
+    def fill():
+        for step in range(200):
+            tracker.scalars({"loss/g_mel": 1.0}, step)
+            tracker.flush()
+
+    try:
+        with logs.rank_log(work, Share(0, 1), ["train"]):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+            with pytest.raises(OSError, match=r"File too large; \d+ MB free") as caught:
+                fill()
+            deadline = time.monotonic() + 5
+            while "File too large" not in work.rank_log(0).read_text() and time.monotonic() < deadline:
+                time.sleep(0.01)  # the thread has raised and is about to end
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(work.tensorboard_dir)
+    assert "Traceback" not in capsys.readouterr().err
+    assert "Traceback" in work.rank_log(0).read_text()
