@@ -87,6 +87,7 @@ def find_parts(path: Path) -> list[Part]:
 
 
 def _joined_parts(data: mmap.mmap, at: int, word: bytes, lead: int, start: re.Pattern[bytes]) -> list[Part]:
+    """Where `word` is seen again in what a recording begins with, another one begins."""
     starts = [0]
     while (at := data.find(word, at + 1)) >= 0:
         if start.match(data[at - lead : at + 64]):
