@@ -134,13 +134,13 @@ _PLAIN: dict[object, Rule] = {
 }
 
 
-def check(value: Any, kind: type[T]) -> T:
-    """`value`, if it is what `kind` says.
+def check(value: Any, kind: type[T], key: str = "") -> T:
+    """`value`, if it is what `kind` says; `key` is its own.
 
     Raises:
         SchemaError: it is not; says the first key at fault, what is there, and what was expected.
     """
-    for fault in faults(value, kind):
+    for fault in faults(value, kind, key):
         raise SchemaError(fault.sentence)
     found: T = value
     return found
@@ -157,8 +157,8 @@ def faults(value: Any, kind: Any, key: str = "") -> Iterator[Fault]:
     elif origin is Union:
         found = [list(faults(value, one, key)) for one in arguments]
         if all(found):
-            bounds = [fault for some in found for fault in some if fault.is_bound]
-            yield from bounds[:1] or [Fault.of(key, value, expected(kind, value))]
+            near = [some for some in found if any(fault.is_bound or fault.key != key for fault in some)]
+            yield from near[0] if near else [Fault.of(key, value, expected(kind, value))]
     elif type(value) not in ((list, tuple) if origin is list else (dict,)):
         yield Fault.of(key, value, expected(kind, value))
     elif origin is list:

@@ -69,13 +69,16 @@ def test_it_says_all_it_knows() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"embedder_model": 3}, "embedder_model 3 and embedder_hash None are not texts"),
-        ({"embedder_hash": b"00ff"}, "embedder_hash b'00ff' are not texts"),
-        ({"embedder_mix": [9]}, r"its embedder_mix \[9\] is not a mapping of layers and ratio"),
-        ({"embedder_mix": {"layers": [9]}}, "is not a mapping of layers and ratio"),
-        ({"embedder_mix": {"layers": ["x"], "ratio": 0.5}}, "is not a mapping of layers and ratio"),
-        ({"embedder_mix": {"layers": [float("inf")], "ratio": 0.5}}, "is not a mapping of layers and ratio"),
-        ({"embedder_mix": {"layers": [9], "ratio": 7.0}}, r"is not one \(.*ratio: got 7\.0, expected 0\.0 to 1\.0\)"),
+        ({"embedder_model": 3}, "embedder_model: got 3, expected a text or null"),
+        ({"embedder_hash": b"00ff"}, "embedder_hash: got b'00ff', expected a text or null"),
+        ({"embedder_mix": [9]}, r"embedder_mix: got \[9\], expected keys such as layers"),
+        ({"embedder_mix": {"layers": [9]}}, r"embedder_mix\.ratio: got nothing, expected .*0\.0 to 1\.0"),
+        ({"embedder_mix": {"layers": ["x"], "ratio": 0.5}}, r"embedder_mix\.layers: got \['x'\], expected rising"),
+        (
+            {"embedder_mix": {"layers": [float("inf")], "ratio": 0.5}},
+            r"embedder_mix\.layers: got \[inf\], expected rising",
+        ),
+        ({"embedder_mix": {"layers": [9], "ratio": 7.0}}, r"embedder_mix\.ratio: got 7\.0, expected 0\.0 to 1\.0"),
     ],
 )
 def test_what_was_written_otherwise_is_refused(fields: dict[str, Any], message: str) -> None:

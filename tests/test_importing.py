@@ -449,7 +449,7 @@ def test_one_sample_rate_is_expected(tmp_path: Path, copied: Path) -> None:
 
 def test_a_config_with_impossible_widths(tmp_path: Path, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     experiments.write_json(copied / "config.json", {"model": {"n_heads": "two"}})
-    with pytest.raises(StageError, match=r"config\.json describes no network of ours: num_heads: 'two'"):
+    with pytest.raises(StageError, match=r"config\.json describes no network of ours: model\.num_heads: got 'two'"):
         import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
     experiments.write_json(copied / "config.json", {"model": {"n_heads": 5}})
     with pytest.raises(StageError, match=r"model\.num_heads: got 5"):

@@ -514,7 +514,7 @@ def test_a_recording_beyond_the_range_of_pitch_is_told(
 ) -> None:
     for hz, told in ((40.0, "lower extract.f0_min"), (220.0, ""), (1500.0, "raise extract.f0_max")):
         caplog.clear()
-        monkeypatch.setitem(F0_METHODS, "pyin", type("Steady", (SteadyPitch,), {"HZ": hz}))
+        monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(type("Steady", (SteadyPitch,), {"HZ": hz})))
         convert_file(recipe)
         warned = [r.getMessage() for r in caplog.records if "frames with a pitch" in r.getMessage()]
         assert len(warned) == bool(told)
@@ -705,7 +705,7 @@ def test_the_mix_of_layers_comes_from_the_voice_alone(
     with pytest.raises(StageError, match=r"the voice's embedder_mix\.layers: got \[2, 4\], .*moved has 3 layers"):
         infer.run(recipe, ALONE)
     write_voice(tmp_path / "v.pth", contents | {"embedder_mix": "all"})
-    with pytest.raises(StageError, match=r"infer\.model: .*its embedder_mix 'all' is not a mapping"):
+    with pytest.raises(StageError, match=r"infer\.model: .*embedder_mix: got 'all', expected keys such as layers"):
         infer.run(recipe, ALONE)
 
 

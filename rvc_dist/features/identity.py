@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
-from rvc_dist.config import EmbedderMix
+from rvc_dist.config import EmbedderMix, Fraction, Layers
 from rvc_dist.features.content import EMBEDDERS
-from rvc_dist.schema import faults
+from rvc_dist.schema import check, faults
 
 PUBLISHED = frozenset(EMBEDDERS) | {"mfcc"}
 """Names that mean one encoder each; a folder's name says nothing of what is in it."""
@@ -45,14 +44,10 @@ class EmbedderId:
         Raises:
             ValueError: the fields are there, but not as they are written.
         """
+        for fault in (f for key in ("embedder_model", "embedder_hash") for f in faults(data.get(key), str | None, key)):
+            raise ValueError(fault.sentence)
         name, digest = data.get("embedder_model"), data.get("embedder_hash")
-        if name is None:
-            return None
-        if not isinstance(name, str) or not isinstance(digest, str | None):
-            raise ValueError(
-                f"embedder_model {reprlib.repr(name)} and embedder_hash {reprlib.repr(digest)} are not texts"
-            )
-        return cls(name, digest or None, _read_mix(data.get("embedder_mix")))
+        return None if name is None else cls(name, digest or None, _read_mix(data.get("embedder_mix")))
 
     def to_voice(self) -> dict[str, Any]:
         mix = {"embedder_mix": self._plain_mix()} if self.mix.is_on else {}
@@ -81,6 +76,13 @@ class EmbedderId:
         return f"{self.name} ({', '.join(details)})" if details else self.name
 
 
+class _Mix(TypedDict):
+    """An EmbedderMix in a file."""
+
+    layers: Layers
+    ratio: Fraction
+
+
 def _read_mix(data: Any) -> EmbedderMix:
     """The mix in a file.
 
@@ -89,10 +91,5 @@ def _read_mix(data: Any) -> EmbedderMix:
     """
     if data is None:
         return EmbedderMix()
-    try:
-        mix = EmbedderMix(tuple(int(layer) for layer in data["layers"]), float(data["ratio"]))
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"its embedder_mix {reprlib.repr(data)} is not a mapping of layers and ratio") from error
-    if problems := [fault.sentence for fault in faults(asdict(mix), EmbedderMix)]:
-        raise ValueError(f"its embedder_mix {reprlib.repr(data)} is not one ({'; '.join(problems)})")
-    return mix
+    mix = check(data, _Mix, "embedder_mix")
+    return EmbedderMix(tuple(mix["layers"]), float(mix["ratio"]))

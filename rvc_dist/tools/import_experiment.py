@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, ModelConfig, Recipe
+from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, Recipe
 from rvc_dist.data import decode
 from rvc_dist.data.preprocess import clips_report, imported_clip_settings, left_out_entry
 from rvc_dist.data.sources import content_of
@@ -452,10 +452,7 @@ def adapt(recipe: Recipe, experiment: Experiment, rate: int) -> Recipe:
                 printable(encoder[:80]),
             )
             encoder = "custom"
-    wrong = [f"{k}: {v!r}" for k, v in model.items() if type(v) is not type(getattr(ModelConfig(), k))]
     try:
-        if wrong:
-            raise ConfigError(", ".join(wrong))
         adapted = replace(
             recipe,
             data=replace(recipe.data, sample_rate=rate),
