@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import errno
 import importlib
 import logging
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rvc_dist import __version__
-from rvc_dist.command_line import Options, join_words, nearest_key, recipe_of, split_words
+from rvc_dist.command_line import Given, check_words, meant_by, recipe_of, recipe_parser
 from rvc_dist.config import Recipe
 from rvc_dist.runtime.hang_killer import end_with_launcher
 from rvc_dist.runtime.logs import RankLog, rank_log
 from rvc_dist.runtime.run_lock import may_be_held
+from rvc_dist.schema import nearest
 from rvc_dist.workspace import (
     NO_SPACE,
     Share,
@@ -110,37 +111,6 @@ def set_up_logging(share: Share) -> None:
     logging.getLogger("rvc_dist").setLevel(logging.INFO)
 
 
-def meant_by(name: str, word: str) -> list[str]:
-    """The options that a word which belongs to none was probably meant as."""
-    text, equals, value = word.partition("=")
-    _, suffix = os.path.splitext(word)
-    if word == "-c":  # the file's name follows
-        return ["--config"]
-    if not equals and suffix in (".yaml", ".yml"):
-        return ["--config", word]
-    if not equals and name == "infer" and suffix:
-        return [{".pth": "--infer.model", ".index": "--infer.index"}.get(suffix, "--infer.input"), word]
-    key = nearest_key(text.lstrip("-"))
-    return [f"--{key}{equals}{value}"] if key else [word]
-
-
-def check_words(name: str, options: Options) -> None:
-    """Raises ValueError, with the command that was probably meant, when a word is neither an option nor its value."""
-    stray = ""
-    meant: list[str] = []
-    for option, value in options:
-        if option.startswith("--") or option == "-h":
-            meant += join_words([(option, value)])
-        else:
-            word = option or str(value)
-            stray = stray or word
-            meant += meant_by(name, word) + ([value] if option and value else [])
-    if stray and meant != join_words(options):
-        raise ValueError(f"{stray!r} is no option; did you mean: rvc-dist {name} {shlex.join(meant)}")
-    if stray:
-        raise ValueError(f"{stray!r} is no option; expected --section.key VALUE (--help lists every key)")
-
-
 def share_of(name: str, shards: list[str]) -> Share:
     """Which part of a stage's work this process does, given the values of --shard."""
     if not shards:  # tasks of srun that were given theirs are not ranks
@@ -157,38 +127,40 @@ def share_of(name: str, shards: list[str]) -> Share:
     return share
 
 
-def options_of(name: str, options: Options) -> tuple[Options, dict[str, Any]]:
-    """A stage's options as a recipe has them, and what its `run` is given besides the recipe."""
-    folders = [str(value) for option, value in options if not option]
-    if STAGES[name].folders:
-        options = [(option, value) for option, value in options if option]
+def parse(name: str, words: list[str]) -> tuple[Recipe, Share, dict[str, Any]]:
+    """The recipe, which part of the work this process does, and what the stage's `run` is given besides."""
+    stage = STAGES[name]
+    about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
+    parser = recipe_parser(f"{name} {stage.folders}".strip(), about)
+    parser.add_argument("--shard", action="append", default=[], help=argparse.SUPPRESS)
     if name == "dataset":
-        as_json = ("--json", None) in options
-        return [option for option in options if option[0] != "--json"], {"runs": folders, "as_json": as_json}
-    if name == "import" and not {"-h", "--help"} & {option for option, _ in options}:
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
+    if name == "bench":
+        parser.add_argument(
+            "--parity", action=Given, dest="bench.parity", nargs=0, const="true", help=argparse.SUPPRESS
+        )
+    found, others = parser.parse_known_args(words)
+    folders = [word for word in others if stage.folders and not word.startswith("-")]
+    check_words(name, words, [word for word in others if word not in folders])
+    share, given, more = share_of(name, found.shard), found.given, {}
+    if name == "demo":
+        from rvc_dist.demo import demo_options
+
+        given = demo_options() + given
+    if name == "dataset":
+        more = {"runs": folders, "as_json": found.json}
+    if name == "import":
         if len(folders) != 1:
             got = " and ".join(folders) or "no folder"
             raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
         folder = os.path.abspath(folders[0])
         voice = os.path.basename(folder)
-        return [("--name", voice), ("--run_dir", f"runs/{voice}"), *options, ("--data.audio_dir", folder)], {}
-    if name == "bench":
-        return [("--bench.parity", "true") if option == ("--parity", None) else option for option in options], {}
-    return options, {}
-
-
-def parse(name: str, words: list[str]) -> tuple[Recipe, Share, dict[str, Any]]:
-    """The recipe, which part of the work this process does, and what the stage's `run` is given besides."""
-    stage, options = STAGES[name], split_words(words)
-    share = share_of(name, [value or "" for option, value in options if option == "--shard"])
-    options, more = options_of(name, [option for option in options if option[0] != "--shard"])
-    check_words(name, options)
-    if name == "demo":
-        from rvc_dist.demo import demo_arguments
-
-        options = split_words(demo_arguments()) + options
-    about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
-    return recipe_of(f"{name} {stage.folders}".strip(), options, about), share, more
+        given = [("name", voice), ("run_dir", f"runs/{voice}"), *given, ("data.audio_dir", folder)]
+    recipe = recipe_of(given)
+    if found.print_config:
+        print(recipe.to_yaml(), end="")
+        raise SystemExit(0)
+    return recipe, share, more
 
 
 def stopped_code() -> int:
@@ -207,8 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name = arguments[0]
     if name not in STAGES:
-        near = difflib.get_close_matches(name, STAGES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(STAGES)}"
+        near = nearest(name, STAGES)
+        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(STAGES)}"
         if "." in name or name.startswith("-"):  # a file or an option
             stage = "run" if name.startswith("-") or name.endswith((".yaml", ".yml")) else "infer"
             words = arguments if name.startswith("-") else meant_by(stage, name) + arguments[1:]
@@ -217,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_USAGE
     try:
         recipe, share, options = parse(name, arguments[1:])
-    except (ValueError, OSError) as error:
+    except (argparse.ArgumentError, ValueError, OSError) as error:
         print(f"rvc-dist {name}: {error}", file=sys.stderr)
         return EXIT_USAGE
     set_up_logging(share)

@@ -2,98 +2,139 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import dataclasses
 import inspect
-import textwrap
+import shlex
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, get_type_hints
 
 from rvc_dist import config
 from rvc_dist.config import ConfigError, Recipe
 from rvc_dist.schema import MAX_YAML_BYTES, SchemaError, expected, faults, nearest, parse_yaml, read_bounded, types_of
 
-FLAGS = {"-h", "--help", "--print_config", "--json", "--parity"}
-"""Options that no value follows."""
-Options: TypeAlias = list[tuple[str, str | None]]
-"""(option, its value), ("", word) of a word that is neither; None: a flag has no value, or it is lacking."""
+
+class Given(argparse.Action):
+    """Appends (key, text) to `given`: later options override earlier ones, those of files too."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
+        namespace.given.append((self.dest, values or self.const or ""))
 
 
-def split_words(words: Iterable[str]) -> Options:
-    options: Options = []
-    rest = iter(words)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if not word.startswith("-"):
-            options.append(("", word))
-        elif equals:
-            options.append((option, value))
-        else:
-            options.append((option, None if option in FLAGS else next(rest, None)))
-    return options
+def recipe_parser(stage: str, about: str = "") -> argparse.ArgumentParser:
+    """A parser of every key of the recipe, whose help has its meaning, what it may be, and its default."""
+    parser = argparse.ArgumentParser(
+        prog=f"rvc-dist {stage}",
+        usage="%(prog)s [--config FILE] [--section.key VALUE ...]",
+        description=about,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=8, width=100),
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.set_defaults(given=[])
+    parser.add_argument("--config", action=Given, metavar="FILE", help="Recipe (YAML); later options override it.")
+    parser.add_argument("--print_config", action="store_true", help="Print the whole recipe, and do nothing.")
+    docs = _docstrings()
+    for prefix, kind in _sections(Recipe):
+        group = parser.add_argument_group(description=str(kind.__doc__).partition("\n\n")[0])
+        hints = get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            default = "null" if field.default is None else field.default
+            text = f"{docs.get((kind.__name__, field.name), '')} ({expected(hints[field.name])}; default: {default})"
+            is_section = field.default is dataclasses.MISSING
+            about = argparse.SUPPRESS if is_section else text.strip().replace("%", "%%")
+            group.add_argument(f"--{prefix}{field.name}", action=Given, metavar="VALUE", help=about)
+    return parser
 
 
-def join_words(options: Options) -> list[str]:
-    return [word for option in options for word in option if word]
+def _docstrings() -> dict[tuple[str, str], str]:
+    """The text below each field of the recipe, by class and field."""
+    classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
+    return {
+        (node.name, ast.unparse(field.target)): ast.literal_eval(text.value)
+        for node in classes
+        for field, text in pairwise(node.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
 
-def parse_recipe(stage: str, words: Iterable[str], about: str = "") -> Recipe:
-    """The recipe that the words of a command line give: `recipe_of` them."""
-    return recipe_of(stage, split_words(words), about)
-
-
-def recipe_of(stage: str, options: Options, about: str = "") -> Recipe:
-    """The recipe that options give; later ones override earlier ones.
-
-    `--help` prints every key, `--print_config` the whole recipe; then it exits.
+def parse_recipe(stage: str, words: list[str]) -> Recipe:
+    """The recipe that options give.
 
     Raises:
-        ConfigError: unknown keys, wrong types, values out of range, or a file that cannot be read.
+        ConfigError: as `recipe_of` does, and for words that are no option.
     """
-    flags = {option for option, value in options if value is None}
-    if {"-h", "--help"} & flags:
-        print(help_text(stage, about))  # noqa: T201
-        raise SystemExit(0)
+    found, others = recipe_parser(stage).parse_known_args(words)
+    check_words(stage, words, others)
+    return recipe_of(found.given)
+
+
+def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:
+    """The recipe of (key, text) in their order; the key `config` stands for a file's keys.
+
+    Raises:
+        ConfigError: unknown keys in a file, wrong types, values out of range, or a file that cannot be read.
+    """
     tree: dict[str, Any] = {}
     problems: list[str] = []
-    for option, value in options:
-        key = option.removeprefix("--")
-        if option == "--print_config":
-            continue
-        if key not in KEYS and key != "config":
-            near = nearest_key(key)
-            problems.append(f"unknown key {key}; " + (f"did you mean {near}?" if near else "--help lists every key"))
-            continue
-        if value is None:
-            problems.append(f"{option}: got no value")
-            continue
+    for key, text in given:
         is_file = key == "config"
-        found = as_types(_read_file(Path(value)) if is_file else _nested(key, value), Recipe)
-        where = f"{value}: " if is_file else ""
+        found = as_types(_read_file(Path(text)) if is_file else _nested(key, text), Recipe)
+        where = f"{text}: " if is_file else ""
         problems += [where + fault.sentence for fault in faults(found, Recipe) if not fault.is_bound]
         _merge(tree, found)
     if problems:
         problems += [fault.sentence for fault in faults(tree, Recipe) if fault.is_bound]
         raise ConfigError("\n".join(problems))
     recipe: Recipe = _build(Recipe, tree)
-    if "--print_config" in flags:
-        print(recipe.to_yaml(), end="")  # noqa: T201
-        raise SystemExit(0)
     return recipe
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file."""
-    return recipe_of("", [("--config", str(path))])
+    return recipe_of([("config", str(path))])
+
+
+def check_words(stage: str, words: list[str], others: list[str]) -> None:
+    """Raises ConfigError where a command has words that are no option of it, with the options that were meant."""
+    unknown = [word.partition("=")[0].removeprefix("--") for word in others if word.startswith("--")]
+    if unknown:
+        hints = [f"did you mean {near}?" if (near := nearest_key(key)) else "--help lists every key" for key in unknown]
+        raise ConfigError("\n".join(f"unknown key {key}; {hint}" for key, hint in zip(unknown, hints, strict=True)))
+    if not others:
+        return
+    rest, meant = list(others), []
+    for word in words:
+        is_other = bool(rest) and word == rest[0]
+        meant += meant_by(stage, rest.pop(0)) if is_other else [word]
+    if meant != words:
+        raise ConfigError(f"{others[0]!r} is no option; did you mean: rvc-dist {stage} {shlex.join(meant)}")
+    raise ConfigError(f"{others[0]!r} is no option; expected --section.key VALUE (--help lists every key)")
+
+
+def meant_by(stage: str, word: str) -> list[str]:
+    """The options that a word which belongs to none was probably meant as."""
+    text, equals, value = word.partition("=")
+    suffix = Path(word).suffix
+    if word == "-c":  # the file's name follows
+        return []
+    if not equals and suffix in (".yaml", ".yml"):
+        return ["--config", word]
+    if not equals and stage == "infer" and suffix:
+        return [{".pth": "--infer.model", ".index": "--infer.index"}.get(suffix, "--infer.input"), word]
+    key = nearest_key(text.lstrip("-"))
+    return [f"--{key}{equals}{value}"] if key else [word]
 
 
 def nearest_key(text: str) -> str:
     """The key of the recipe that `text` resembles most, or an empty text."""
-    return nearest(text.replace("-", "_"), ["config", *KEYS])
+    keys = [f"{prefix}{field.name}" for prefix, kind in _sections(Recipe) for field in dataclasses.fields(kind)]
+    return nearest(text.replace("-", "_"), ["config", *keys])
 
 
 def as_types(value: Any, kind: Any) -> Any:
@@ -151,38 +192,3 @@ def _sections(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any
     for name, hint in get_type_hints(kind).items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _sections(hint, f"{prefix}{name}.")
-
-
-KEYS = [f"{prefix}{field.name}" for prefix, kind in _sections(Recipe) for field in dataclasses.fields(kind)]
-
-
-def help_text(stage: str, about: str) -> str:
-    """What the stage does, and every key with its meaning, what it may be, and its default."""
-    wrap = partial(textwrap.wrap, width=100, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    lines = [f"usage: rvc-dist {stage} [--config FILE] [--section.key VALUE ...]", "", *textwrap.wrap(about, 100), ""]
-    lines += ["  --config FILE", *wrap("Recipe file (YAML); later options override it.")]
-    lines += ["  --print_config", *wrap("Print the whole recipe, and do nothing.")]
-    docs = _docstrings()
-    for prefix, kind in _sections(Recipe):
-        lines += ["", *textwrap.wrap(str(kind.__doc__).partition("\n\n")[0], 100)]
-        hints = get_type_hints(kind, include_extras=True)
-        for field in dataclasses.fields(kind):
-            if field.default is not dataclasses.MISSING:
-                default = "null" if field.default is None else field.default
-                text = docs.get(f"{kind.__name__}.{field.name}", "")
-                lines += [
-                    f"  --{prefix}{field.name}",
-                    *wrap(f"{text} ({expected(hints[field.name])}; default: {default})"),
-                ]
-    return "\n".join(lines)
-
-
-def _docstrings() -> dict[str, str]:
-    """The text below each field of the recipe, by CLASS.FIELD."""
-    classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
-    return {
-        f"{node.name}.{ast.unparse(field.target)}": ast.literal_eval(text.value)
-        for node in classes
-        for field, text in pairwise(node.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }

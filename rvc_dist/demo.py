@@ -23,13 +23,10 @@ def recipe_file() -> Path:
     return installed if installed.is_file() else Path(__file__).parents[1] / "configs" / "demo_cpu.yaml"
 
 
-def demo_arguments() -> list[str]:
-    """The demo's recipe as command-line arguments; the user's own come after them."""
-    return [
-        *("--config", str(recipe_file())),
-        *("--data.audio_dir", str(DEMO_VOICE_DIR / "voice")),
-        *("--infer.input", str(DEMO_VOICE_DIR / "source" / "fr.flac")),
-    ]
+def demo_options() -> list[tuple[str, str]]:
+    """The demo's recipe as options; the user's own come after them."""
+    audio_dir, source = DEMO_VOICE_DIR / "voice", DEMO_VOICE_DIR / "source" / "fr.flac"
+    return [("config", str(recipe_file())), ("data.audio_dir", str(audio_dir)), ("infer.input", str(source))]
 
 
 def run(recipe: Recipe, share: Share) -> None:

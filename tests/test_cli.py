@@ -123,7 +123,7 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
         (["extract", "--shard", "2/2"], "--shard: got '2/2', expected I/N with 0 <= I < N"),
         (["extract", "--shard=-1/2"], "--shard: got '-1/2'"),
         (["extract", "--shard", "half"], "--shard: got 'half'"),
-        (["extract", "--shard"], "--shard: got ''"),
+        (["extract", "--shard"], "--shard: expected one argument"),
         (["extract", "--shard", "0/2", "--shard", "1/2"], "--shard: got 0/2, 1/2, expected one"),
         (["train", "--shard", "0/2"], "--shard: train is not a stage that can be split so, only preprocess, extract"),
     ],

@@ -29,7 +29,7 @@ FILE = {"path": "a.wav", "speaker": 0, "seconds_in": 1.0, "clips": 1, "seconds_o
 SOURCE = asdict(SourceFile("a.wav", 0, 1, 10**18))
 STATE = {"format": 2, "identity": {}, "meter": {"names": ["a"], "ranks": [[1.0, 2]]}, "num_ranks": 1}
 DOCUMENTS: dict[Any, dict[str, Any]] = {
-    workspace.PlanFile: {"version": 2, "listing": "", "settings": {}, "units": [[SOURCE]], "excluded": [SOURCE]},
+    workspace.WorkListFile: {"version": 2, "listing": "", "settings": {}, "units": [[SOURCE]], "excluded": [SOURCE]},
     workspace.FeaturesReport: {"settings": {}, "clips": "", "content_frames": 1},
     workspace.IndexReport: {"stamp": "", "file": "a.index"},
     workspace.ClipsReport: {"total_dataset_duration": "00:00:01"},
