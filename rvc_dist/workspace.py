@@ -124,6 +124,15 @@ class Workspace:
         """Why a rank failed, of the last stage that it ran."""
         return self.logs_dir / f"failed_rank_{rank:05d}.json"
 
+    def check_root(self) -> None:
+        """Nothing, unless the run folder is a file.
+
+        Raises:
+            StageError: it is.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise StageError(f"run_dir: {self.root} is a file; expected a folder, or a name that is free")
+
     def save_recipe(self, text: str) -> None:
         """Keep the resolved recipe with the run; the stages that make what the run consists of do so."""
         self.check_name()
@@ -325,6 +334,15 @@ class WorkList:
     units: tuple[Unit, ...]
     excluded: tuple[SourceFile, ...]
     """Files that no unit holds, each with its reason."""
+
+    @property
+    def imported_from(self) -> str | None:
+        """The experiment of another tool that the clips come from; None when preprocess cuts them."""
+        return self.settings["data.audio_dir"] if "imported" in self.settings else None
+
+    def undone(self, work: Workspace) -> list[Unit]:
+        """The units whose clips are still to be made."""
+        return [u for u in self.units if not is_done(work.clips_file(u.id), u.stamp(self.settings))]
 
     def dumps(self) -> str:
         data = {

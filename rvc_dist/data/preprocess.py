@@ -101,7 +101,7 @@ def run(recipe: Recipe, share: Share) -> None:
         len(todo),
     )
     make_units(recipe, work, todo, settings)
-    finish(recipe, work, work_list, settings, share)
+    finish(recipe, work, work_list, share)
 
 
 def complete(recipe: Recipe) -> bool | None:
@@ -110,12 +110,8 @@ def complete(recipe: Recipe) -> bool | None:
     if not work.clips_report_file.is_file():  # written last: ranks that poll read nothing else until then
         return None
     work_list = WorkList.load(work.work_list_file)
-    done = (
-        work_list is not None
-        and work_list.settings in (clip_settings(recipe), imported_clip_settings(recipe))
-        and all(is_done(work.clips_file(u.id), u.stamp(work_list.settings)) for u in work_list.units)
-    )
-    return done or None
+    known = work_list and work_list.settings in (clip_settings(recipe), imported_clip_settings(recipe))
+    return (work_list is not None and known and not work_list.undone(work)) or None
 
 
 def imported_clip_settings(recipe: Recipe) -> dict[str, Any]:
@@ -131,7 +127,7 @@ def is_imported(recipe: Recipe, work: Workspace) -> bool:
             replaced, since what they were cut from may be gone.
     """
     work_list = WorkList.load(work.work_list_file)
-    if work_list is None or "imported" not in work_list.settings:
+    if work_list is None or work_list.imported_from is None:
         return False
     wanted = imported_clip_settings(recipe)
     if work_list.settings != wanted:
@@ -183,8 +179,7 @@ def _no_clip(recipe: Recipe, reasons: list[tuple[str, str]]) -> StageError:
 def make_work_list(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: Share) -> WorkList:
     """The work list: read when it is current, else made by the first rank (by every array task alike)."""
     audio_dir = Path(recipe.data.audio_dir)
-    if work.root.exists() and not work.root.is_dir():
-        raise StageError(f"run_dir: {work.root} is a file; expected a folder, or a name that is free")
+    work.check_root()
     sources = list_sources(audio_dir, work.root)
     listing = stamp([(f.path, f.reason) if f.reason else f.listed for f in sources])
 
@@ -473,10 +468,9 @@ def _pieces(recipe: Recipe, wave: audio.Wave) -> Iterator[tuple[int, audio.Wave]
                 yield offset + start, piece
 
 
-def finish(recipe: Recipe, work: Workspace, work_list: WorkList, settings: dict[str, Any], share: Share) -> None:
+def finish(recipe: Recipe, work: Workspace, work_list: WorkList, share: Share) -> None:
     """Write the report once every unit is done, whoever did it."""
-    left = sum(not is_done(work.clips_file(u.id), u.stamp(settings)) for u in work_list.units)
-    if left:
+    if left := len(work_list.undone(work)):
         if share.does_all:
             raise StageError(
                 f"preprocess: {left} of {len(work_list.units)} units in {work.clips_dir} were replaced meanwhile: "
@@ -485,19 +479,11 @@ def finish(recipe: Recipe, work: Workspace, work_list: WorkList, settings: dict[
             )
         logger.info("preprocess: this part is done, %d units are left to others", left)
         return
-    remove_leftovers(work.clips_dir, len(work_list.units))
-    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "preprocess") for u in work_list.units]
-    files = _by_recording([dict(f) for h in headers for f in h["files"]]) + [
-        left_out_entry(f) for f in work_list.excluded
-    ]
-    files.sort(key=lambda f: (f["speaker"], f["path"]))
+    files = recording_entries(work, work_list, "preprocess")
     used = [f for f in files if f["clips"]]
     low, remedy = low_rates(recipe, [(f["sample_rate"], f["seconds_in"]) for f in used])
     upsampled = upsampled_recordings(recipe, used)
     report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low, "upsampled": upsampled}
-    for file in files:
-        if file["reason"]:
-            logger.warning("preprocess: %s: %s", printable(file["path"]), file["reason"])
     if not used:
         # The report and the work list too: nothing may look like a finished stage.
         for path in [*unit_files(work.clips_dir), work.clips_report_file, work.work_list_file]:
@@ -517,6 +503,19 @@ def finish(recipe: Recipe, work: Workspace, work_list: WorkList, settings: dict[
     if upsampled:
         logger.warning("preprocess: %s", upsampled)
     logger.info("preprocess: %s", account(report["seconds_in"], report["lost"]))
+
+
+def recording_entries(work: Workspace, work_list: WorkList, stage: str) -> list[dict[str, Any]]:
+    """What became of each recording, once all units are done; reasons are logged, and files of no unit removed."""
+    remove_leftovers(work.clips_dir, len(work_list.units))
+    headers = [unit_header(work.clips_file(u.id), ClipsHeader, stage) for u in work_list.units]
+    files = _by_recording([dict(f) for h in headers for f in h["files"]])
+    files += [left_out_entry(f) for f in work_list.excluded]
+    files.sort(key=lambda f: (f["speaker"], f["path"]))
+    for file in files:
+        if file["reason"]:
+            logger.warning("%s: %s: %s", stage, printable(file["path"]), file["reason"])
+    return files
 
 
 def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str, str]:

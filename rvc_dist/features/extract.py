@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +83,10 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
         for i, unit in enumerate(todo):
             header, waves = pending.popleft().result()
             pending.extend(reader.submit(read_unit, work.clips_file(u.id)) for u in todo[i + 1 : i + 2])
-            features = compute_unit(header, waves, extractor, feature_stamp(settings, clips[unit]))
+            computed = extractor([wave for _, wave in waves])
+            lengths = [num_samples for num_samples, _ in waves]
+            wanted = feature_stamp(settings, clips[unit])
+            features = pack_unit(header, lengths, computed, extractor.describe(), wanted)
             if written is not None:
                 written.result()
                 logger.info("extract: unit %d of %d", i, len(todo))
@@ -208,24 +212,27 @@ def read_unit(path: Path) -> tuple[ClipsHeader, list[tuple[int, audio.Wave]]]:
     return header, [(len(w), audio.resample(w, header["sample_rate"], FEATURE_RATE)) for w in waves]
 
 
-def compute_unit(
-    clips_header: ClipsHeader, waves: list[tuple[int, audio.Wave]], extractor: Extractor, wanted: str
+def pack_unit(
+    clips_header: Mapping[str, Any],
+    lengths: Sequence[int],
+    features: Iterable[tuple[int, Any, Any]],
+    embedder: dict[str, Any],
+    wanted: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The features of one unit and their header, as `save_arrays` takes them.
 
-    A batch never crosses a unit, so the bytes do not depend on the ranks.
+    Args:
+        lengths: of the unit's clips in samples.
+        features: (clip, content [T50, C], f0 [T100]), as an extractor yields them. Its batches never cross a unit, so
+            the bytes do not depend on the ranks.
+        wanted: the stamp.
     """
     arrays: dict[str, Any] = {}
     clips: list[dict[str, Any]] = [dict(c) for c in clips_header["clips"]]
-    for i, content, f0 in extractor([w for _, w in waves]):
+    for i, content, f0 in features:
         arrays[f"{i:05d}.content"], arrays[f"{i:05d}.f0"] = content, f0
-        clips[i] |= {"num_samples": waves[i][0], "num_content": len(content), "num_f0": len(f0)}
-    header = {
-        "stamp": wanted,
-        "sample_rate": clips_header["sample_rate"],
-        "embedder": extractor.describe(),
-        "clips": clips,
-    }
+        clips[i] |= {"num_samples": lengths[i], "num_content": len(content), "num_f0": len(f0)}
+    header = {"stamp": wanted, "sample_rate": clips_header["sample_rate"], "embedder": embedder, "clips": clips}
     return arrays, header
 
 
@@ -236,13 +243,20 @@ def save_mute(recipe: Recipe, work: Workspace, extractor: Extractor, settings: d
     chunk_len = recipe.preprocess.chunk_len
     silence = np.zeros(int(chunk_len * FEATURE_RATE), dtype=np.float32)
     ((_, content, f0),) = extractor([silence])
+    write_mute(recipe, work, settings, content, len(f0), int(chunk_len * recipe.data.sample_rate))
+
+
+def write_mute(
+    recipe: Recipe, work: Workspace, settings: dict[str, Any], content: Any, num_f0: int, num_samples: int
+) -> None:
+    """Write the silent clip: its content features [T50, C], and no pitch."""
     header = {
         "stamp": mute_stamp(recipe, settings),
-        "num_samples": int(chunk_len * recipe.data.sample_rate),
+        "num_samples": num_samples,
         "num_content": len(content),
-        "num_f0": len(f0),
+        "num_f0": num_f0,
     }
-    save_arrays(work.mute_file, {"00000.content": content, "00000.f0": np.zeros_like(f0)}, header)
+    save_arrays(work.mute_file, {"00000.content": content, "00000.f0": np.zeros(num_f0, np.float32)}, header)
 
 
 def mute_stamp(recipe: Recipe, settings: dict[str, Any]) -> str:
@@ -268,8 +282,14 @@ def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dic
         logger.info("extract: this part is done, the silent clip is left to another")
         return
     remove_leftovers(work.features_dir, len(clips))
-    headers = [unit_header(work.features_file(u.id), FeaturesHeader, "extract") for u in clips]
+    frames = write_report(work, settings, clips, "extract")
+    logger.info("extract: %d content frames; %s", frames, work.features_report_file)
+
+
+def write_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], stage: str) -> int:
+    """Write the report of features that are all there, and return how many content frames they have."""
+    headers = [unit_header(work.features_file(u.id), FeaturesHeader, stage) for u in clips]
     frames = sum(c["num_content"] for h in headers for c in h["clips"])
     report = {"settings": settings, "clips": stamp(list(clips.values())), "content_frames": frames}
     write_json(work.features_report_file, report)
-    logger.info("extract: %d content frames; %s", frames, work.features_report_file)
+    return frames

@@ -21,17 +21,15 @@ import numpy.typing as npt
 
 from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, Recipe
 from rvc_dist.data import decode
-from rvc_dist.data.preprocess import clips_report, imported_clip_settings, left_out_entry
+from rvc_dist.data.preprocess import clips_report, imported_clip_settings, left_out_entry, recording_entries
 from rvc_dist.data.sources import content_of
-from rvc_dist.features.extract import feature_stamp, imported_feature_settings, mute_stamp
+from rvc_dist.features.extract import feature_stamp, imported_feature_settings, pack_unit, write_mute, write_report
 from rvc_dist.features.identity import PUBLISHED
 from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
 from rvc_dist.features.index_file import check_index
 from rvc_dist.files import ForeignFileError, not_regular, read_npy
 from rvc_dist.schema import SchemaError, read_bounded
 from rvc_dist.workspace import (
-    ClipsHeader,
-    FeaturesHeader,
     Share,
     SourceFile,
     StageError,
@@ -41,12 +39,12 @@ from rvc_dist.workspace import (
     atomic_write,
     cut_units,
     is_done,
+    listed,
     printable,
     read_json,
     remove_leftovers,
     save_arrays,
     stamp,
-    unit_header,
     wait_for,
     write_json,
 )
@@ -169,7 +167,9 @@ def run(recipe: Recipe, share: Share) -> None:
         return
     for report in (work.clips_report_file, work.features_report_file, work.index_report_file):
         report.unlink(missing_ok=True)  # until the end nothing may look finished
-    work_list = make_work_list(experiment, files, listing, settings)
+    # Clips with features before those without, so that hardly any unit has both kinds.
+    usable = sorted((f for f in files if not f.reason), key=lambda f: not experiment.has_features(f.path))
+    work_list = WorkList(listing, settings, cut_units(usable), tuple(f for f in files if f.reason))
     atomic_write(work.work_list_file, work_list.dumps())
     features = imported_feature_settings(recipe, embedder(recipe, experiment))
     for unit in work_list.units:
@@ -183,16 +183,8 @@ def complete(recipe: Recipe) -> bool | None:
     if not work.clips_report_file.is_file():  # written last
         return None
     work_list = WorkList.load(work.work_list_file)
-    done = (
-        work_list is not None
-        and _imports(work_list, recipe)
-        and all(is_done(work.clips_file(u.id), u.stamp(work_list.settings)) for u in work_list.units)
-    )
-    return done or None
-
-
-def _imports(work_list: WorkList, recipe: Recipe) -> bool:
-    return "imported" in work_list.settings and work_list.settings["data.audio_dir"] == recipe.data.audio_dir
+    imported = work_list is not None and work_list.imported_from == recipe.data.audio_dir
+    return (work_list is not None and imported and not work_list.undone(work)) or None
 
 
 def check_run_folder(work: Workspace, recipe: Recipe) -> WorkList | None:
@@ -201,18 +193,14 @@ def check_run_folder(work: Workspace, recipe: Recipe) -> WorkList | None:
     Raises:
         StageError: the run folder holds something else, which is not overwritten.
     """
-    if work.root.exists() and not work.root.is_dir():
-        raise StageError(f"run_dir: {work.root} is a file; expected a folder, or a name that is free")
+    work.check_root()
     work_list = WorkList.load(work.work_list_file)
-    if work_list is not None and _imports(work_list, recipe):
+    other = work_list and work_list.imported_from
+    if other == recipe.data.audio_dir:
         return work_list
     taken = [p for p in (work.work_list_file, work.config_file, work.features_dir, work.checkpoints_dir) if p.exists()]
     if taken:
-        what = (
-            f"an import of {work_list.settings['data.audio_dir']}"
-            if work_list and "imported" in work_list.settings
-            else "a run"
-        )
+        what = f"an import of {other}" if other else "a run"
         raise StageError(f"run_dir: {work.root} already holds {what} ({taken[0].name}); give another --run_dir")
     return None
 
@@ -279,16 +267,11 @@ def _width(content_dir: Path) -> int:
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON file of another tool: {} when there is none or it holds something else, which is said."""
-    if not path.is_file():
-        return {}
     try:
-        data = read_json(path)
+        return read_json(path) if path.is_file() else {}
     except (StageError, OSError):
-        data = None
-    if not isinstance(data, dict):
         logger.warning("import: %s is not what its name says and is left out", path)
         return {}
-    return data
 
 
 def read_filelist(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -335,35 +318,35 @@ def list_waves(experiment: Experiment) -> list[SourceFile]:
         logger.warning("import: %d waves of filelist.txt are missing, %d of them are named", len(missing), MAX_MISSING)
     for name in sorted({*found, *missing[:MAX_MISSING]}):
         speaker = experiment.speakers.get(name, _speaker_of(name))
-        if name not in found:
-            files.append(SourceFile(name, speaker, 0, 0, reason="in filelist.txt, but the wave is missing"))
-            continue
-        try:
-            status = found[name].stat()
-        except OSError as error:  # a link that leads nowhere
-            files.append(SourceFile(name, speaker, 0, 0, reason=f"cannot be read ({error.strerror})"))
-            continue
-        file = SourceFile(name, speaker, status.st_size, status.st_mtime_ns)
-        if reason := not_regular(status.st_mode):
-            file = replace(file, reason=reason)
-        elif speaker >= MAX_SPEAKERS:
-            file = replace(file, reason=f"speaker id {speaker} is above {MAX_SPEAKERS - 1}")
+        if name in found:
+            files.append(_wave(found[name], speaker))
         else:
-            try:
-                file = replace(file, duration_s=round(decode.duration(found[name]), 6))
-            except decode.AudioError as error:
-                file = replace(file, reason=str(error))
-        files.append(file)
+            files.append(SourceFile(name, speaker, 0, 0, reason="in filelist.txt, but the wave is missing"))
     if all(f.reason for f in files):
-        raise _nothing(experiment, files)
+        raise _nothing(experiment, [(f.path, f.reason) for f in files])
     unlisted = [name for name in sorted(found) if experiment.speakers and name not in experiment.speakers]
     if unlisted:
+        some = _some(unlisted)
         logger.warning(
-            "import: %d clips are not in filelist.txt and are imported all the same (%s)",
-            len(unlisted),
-            _some(unlisted),
+            "import: %d clips are not in filelist.txt and are imported all the same (%s)", len(unlisted), some
         )
     return in_their_recordings(files)
+
+
+def _wave(path: Path, speaker: int) -> SourceFile:
+    """A wave for the work list; with a reason where it cannot be used."""
+    file = SourceFile(path.name, speaker, 0, 0)
+    try:
+        status = path.stat()
+        file = replace(file, size=status.st_size, mtime_ns=status.st_mtime_ns)
+        reason = not_regular(status.st_mode)
+        if speaker >= MAX_SPEAKERS:
+            reason = reason or f"speaker id {speaker} is above {MAX_SPEAKERS - 1}"
+        return replace(file, reason=reason) if reason else replace(file, duration_s=round(decode.duration(path), 6))
+    except decode.AudioError as error:
+        return replace(file, reason=str(error))
+    except OSError as error:  # a link that leads nowhere
+        return replace(file, reason=f"cannot be read ({error.strerror})")
 
 
 def _speaker_of(name: str) -> int:
@@ -396,10 +379,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(printable, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
 
 
-def _nothing(experiment: Experiment, files: list[SourceFile]) -> StageError:
-    lines = "".join(f"\n  {printable(f.path)}: {f.reason}" for f in files[:20])
-    more = f"\n  and {len(files) - 20} more" if len(files) > 20 else ""
-    return StageError(f"{experiment.waves_dir}: none of {len(files)} clips can be used{lines}{more}")
+def _nothing(experiment: Experiment, reasons: list[tuple[str, str]]) -> StageError:
+    return StageError(f"{experiment.waves_dir}: none of {len(reasons)} clips can be used{listed(reasons)}")
 
 
 def common_rate(experiment: Experiment, files: list[SourceFile]) -> int:
@@ -415,8 +396,8 @@ def common_rate(experiment: Experiment, files: list[SourceFile]) -> int:
         if not file.reason:
             by_rate.setdefault(int(soundfile.info(experiment.waves_dir / file.path).samplerate), []).append(file.path)
     if len(by_rate) > 1:
-        listed = "; ".join(f"{rate} Hz: {len(n)} clips ({_some(n)})" for rate, n in sorted(by_rate.items()))
-        raise StageError(f"{experiment.waves_dir} has waves of several sample rates, expected one ({listed})")
+        rates = "; ".join(f"{rate} Hz: {len(n)} clips ({_some(n)})" for rate, n in sorted(by_rate.items()))
+        raise StageError(f"{experiment.waves_dir} has waves of several sample rates, expected one ({rates})")
     (rate,) = by_rate
     data = experiment.config.get("data")
     said = data.get("sample_rate", data.get("sampling_rate", rate)) if isinstance(data, dict) else rate
@@ -447,10 +428,8 @@ def adapt(recipe: Recipe, experiment: Experiment, rate: int) -> Recipe:
     if encoder == Recipe().extract.embedder_model and (named := experiment.info.get("embedder_model")):
         encoder = SAME_ENCODER.get(str(named), str(named))
         if encoder not in PUBLISHED:  # a file of others makes no later stage fetch what it names
-            logger.warning(
-                "import: the encoder is one of the user's own (%s): name it with --extract.embedder_model",
-                printable(encoder[:80]),
-            )
+            own, remedy = printable(encoder[:80]), "name it with --extract.embedder_model"
+            logger.warning("import: the encoder is one of the user's own (%s): %s", own, remedy)
             encoder = "custom"
     try:
         adapted = replace(
@@ -461,15 +440,9 @@ def adapt(recipe: Recipe, experiment: Experiment, rate: int) -> Recipe:
         )
     except ConfigError as error:
         raise StageError(f"{experiment.folder / 'config.json'} describes no network of ours: {error}") from error
-    logger.info(
-        "import: %s (%s), %d Hz, %s, %s, encoder %s",
-        experiment.folder,
-        experiment.layout.tools,
-        rate,
-        adapted.model.version,
-        "with pitch" if adapted.model.pitch_guidance else "without pitch",
-        encoder,
-    )
+    pitch = "with pitch" if adapted.model.pitch_guidance else "without pitch"
+    kind = f"{rate} Hz, {adapted.model.version}, {pitch}, encoder {encoder}"
+    logger.info("import: %s (%s), %s", experiment.folder, experiment.layout.tools, kind)
     return adapted
 
 
@@ -483,12 +456,6 @@ def feature_listing(experiment: Experiment) -> list[tuple[str, int, int]]:
     folders = [d for d in (experiment.content_dir, experiment.f0_dir) if d]
     status = [(p, p.stat()) for folder in folders for p in sorted(folder.glob("*.npy"))]
     return [(f"{p.parent.name}/{p.name}", s.st_size, s.st_mtime_ns) for p, s in status]
-
-
-def make_work_list(experiment: Experiment, files: list[SourceFile], listing: str, settings: dict[str, Any]) -> WorkList:
-    """The work list: clips with features before those without, so that hardly any unit has both kinds."""
-    usable = sorted((f for f in files if not f.reason), key=lambda f: not experiment.has_features(f.path))
-    return WorkList(listing, settings, cut_units(usable), tuple(f for f in files if f.reason))
 
 
 def import_unit(
@@ -506,41 +473,35 @@ def import_unit(
     if clips_done and (not experiment.content_dir or is_done(work.features_file(unit.id), wanted)):
         return
     waves: dict[str, Array] = {}
-    arrays: dict[str, Array] = {}
+    found: list[tuple[int, Array, Array]] = []
     clips: list[dict[str, Any]] = []
-    sizes: list[dict[str, Any]] = []
-    told: list[dict[str, Any]] = []
+    files: list[dict[str, Any]] = []
     for file in unit.files:
-        entry = {"path": file.path, "speaker": file.speaker, "seconds_in": file.duration_s, "clips": 0}
-        told.append(entry | {"seconds_out": 0.0, "lost": {decode.UNREADABLE: file.duration_s}, "reason": ""})
+        path = experiment.waves_dir / file.path
         try:
-            wave, _ = decode.decode(experiment.waves_dir / file.path)
+            wave, _ = decode.decode(path)
         except decode.AudioError as error:
-            told[-1]["reason"] = str(error)
+            lost = {"seconds_in": file.duration_s, "lost": {decode.UNREADABLE: file.duration_s}}
+            files.append(left_out_entry(replace(file, reason=str(error))) | lost)
             continue
-        key = f"{len(clips):05d}"
-        clip = {"speaker": file.speaker, "source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
-        clip["content"] = content_of(experiment.waves_dir / file.path)
-        waves[key] = wave
-        clips.append(clip)
+        reason = ""
+        if experiment.content_dir:
+            try:
+                found.append((len(waves), *read_features(experiment, file.path, len(wave) / rate)))
+            except FeatureError as error:
+                reason = f"features not imported: {error}"
+        where = {"source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
+        clips.append({"speaker": file.speaker, "content": content_of(path)} | where)
+        waves[f"{len(waves):05d}"] = wave
         seconds = round(len(wave) / rate, 6)
-        told[-1] |= {"clips": 1, "seconds_in": seconds, "seconds_out": round(seconds, 3), "lost": {}}
-        if not experiment.content_dir:
-            continue
-        try:
-            content, f0 = read_features(experiment, file.path, len(wave) / rate)
-        except FeatureError as error:
-            told[-1]["reason"] = f"features not imported: {error}"
-            continue
-        arrays[f"{key}.content"], arrays[f"{key}.f0"] = content, f0
-        sizes.append(clip | {"num_samples": len(wave), "num_content": len(content), "num_f0": len(f0)})
-    if experiment.content_dir and len(sizes) == len(clips):
-        header = {"stamp": wanted, "sample_rate": rate, "embedder": features["embedder"], "clips": sizes}
-        save_arrays(work.features_file(unit.id), arrays, header)
+        entry = {"seconds_in": seconds, "clips": 1, "seconds_out": round(seconds, 3), "lost": {}, "reason": reason}
+        files.append({"path": file.path, "speaker": file.speaker} | entry)
+    header = {"stamp": clips_stamp, "sample_rate": rate, "clips": clips, "files": files}
+    if experiment.content_dir and len(found) == len(waves):
+        lengths = [len(wave) for wave in waves.values()]
+        save_arrays(work.features_file(unit.id), *pack_unit(header, lengths, found, features["embedder"], wanted))
     # After the features: a unit whose clips are there has what it could have.
-    save_arrays(
-        work.clips_file(unit.id), waves, {"stamp": clips_stamp, "sample_rate": rate, "clips": clips, "files": told}
-    )
+    save_arrays(work.clips_file(unit.id), waves, header)
 
 
 def read_features(experiment: Experiment, wave: str, seconds: float) -> tuple[Array, Array]:
@@ -554,13 +515,12 @@ def read_features(experiment: Experiment, wave: str, seconds: float) -> tuple[Ar
     content = read_array(content_file, 2)
     if content.shape[1] != experiment.width:
         raise FeatureError(f"{content_file.parent.name}: {content.shape[1]} wide, the others {experiment.width}")
-    _check_length(content_file, content, CONTENT_PER_S, seconds)
-    if f0_file is None:
-        return content, np.zeros(2 * len(content), np.float32)
-    f0 = read_array(f0_file, 1)
-    if f0.min(initial=0.0) < 0.0:
+    f0 = read_array(f0_file, 1) if f0_file else np.zeros(2 * len(content), np.float32)
+    if f0_file and f0.min(initial=0.0) < 0.0:
         raise FeatureError(f"{f0_file.parent.name}: a pitch below 0 Hz")
-    _check_length(f0_file, f0, F0_PER_S, seconds)
+    for file, array, per_s in (content_file, content, CONTENT_PER_S), (f0_file, f0, F0_PER_S):
+        if file and abs(len(array) / per_s - seconds) > LENGTH_TOLERANCE_S:
+            raise FeatureError(f"{file.parent.name}: {len(array) / per_s:.2f} s long, the clip {seconds:.2f} s")
     return content, f0
 
 
@@ -585,37 +545,22 @@ def read_array(path: Path, num_dims: int) -> Array:
     return array
 
 
-def _check_length(path: Path, array: Array, per_s: int, seconds: float) -> None:
-    if abs(len(array) / per_s - seconds) > LENGTH_TOLERANCE_S:
-        raise FeatureError(f"{path.parent.name}: {len(array) / per_s:.2f} s long, the clip {seconds:.2f} s")
-
-
 def finish(
     recipe: Recipe, experiment: Experiment, work: Workspace, work_list: WorkList, features: dict[str, Any]
 ) -> None:
     """All that comes after the units: silent clips, reports, index, weights and the recipe."""
-    headers = [unit_header(work.clips_file(u.id), ClipsHeader, "import") for u in work_list.units]
-    files = [dict(f) for h in headers for f in h["files"]] + [left_out_entry(f) for f in work_list.excluded]
-    files.sort(key=lambda f: (f["speaker"], f["path"]))
+    files = recording_entries(work, work_list, "import")
     used = [f for f in files if f["clips"]]
-    for file in files:
-        if file["reason"]:
-            logger.warning("import: %s: %s", printable(file["path"]), file["reason"])
     if not used:
-        raise _nothing(experiment, [SourceFile(f["path"], f["speaker"], 0, 0, reason=f["reason"]) for f in files])
-    remove_leftovers(work.clips_dir, len(work_list.units))
+        raise _nothing(experiment, [(f["path"], f["reason"]) for f in files])
     remove_leftovers(work.features_dir, len(work_list.units))
-    stamps = [u.stamp(work_list.settings) for u in work_list.units]
+    clips = {u: u.stamp(work_list.settings) for u in work_list.units}
     whole = bool(experiment.content_dir) and all(
-        is_done(work.features_file(u.id), feature_stamp(features, s))
-        for u, s in zip(work_list.units, stamps, strict=True)
+        is_done(work.features_file(u.id), feature_stamp(features, s)) for u, s in clips.items()
     )
     if whole:
         recipe = import_mutes(recipe, experiment, work, features, {f["speaker"] for f in used})
-        made = [unit_header(work.features_file(u.id), FeaturesHeader, "import") for u in work_list.units]
-        frames = sum(c["num_content"] for header in made for c in header["clips"])
-        write_json(work.features_report_file, {"settings": features, "clips": stamp(stamps), "content_frames": frames})
-        import_index(recipe, experiment, work, frames)
+        import_index(recipe, experiment, work, write_report(work, features, clips, "import"))
     recipe = import_weights(recipe, experiment, work, 1 + max(f["speaker"] for f in used))
     work.save_recipe(recipe.to_yaml())
     total_s = _total_seconds(experiment) or sum(f["seconds_in"] for f in used)
@@ -643,31 +588,32 @@ def import_mutes(
     recipe: Recipe, experiment: Experiment, work: Workspace, features: dict[str, Any], speakers: set[int]
 ) -> Recipe:
     """Take over the features of silence; without any there are no silent clips, since they would need the encoder."""
-    different = [*dict.fromkeys(experiment.mutes)][:MAX_MUTES]  # every speaker has the same
-    path = next(filter(None, (_find_mute(experiment, mute) for mute in different)), None)
-    count, content = min(MAX_MUTES, round(len(experiment.mutes) / len(speakers))), None
-    if path is not None:
-        try:
-            content = read_array(path, 2)
-            if content.shape[1] != experiment.width:
-                raise FeatureError(f"{content.shape[1]} wide, the clips' features {experiment.width}")
-        except FeatureError as error:
-            logger.warning("import: silent clips are left out: %s: %s", path, error)
-            content = None
-    elif experiment.mutes:
-        logger.warning("import: silent clips are left out: %s is not to be found", experiment.mutes[0])
+    count = min(MAX_MUTES, round(len(experiment.mutes) / len(speakers)))
+    content = read_mute(experiment)
     if content is None or not count:
         return replace(recipe, extract=replace(recipe.extract, include_mutes=0))
-    recipe = replace(recipe, extract=replace(recipe.extract, include_mutes=count))
-    header = {
-        "stamp": mute_stamp(recipe, features),
-        "num_samples": len(content) * recipe.data.sample_rate // CONTENT_PER_S,
-        "num_content": len(content),
-        "num_f0": 2 * len(content),
-    }
-    arrays = {"00000.content": content, "00000.f0": np.zeros(2 * len(content), np.float32)}
-    save_arrays(work.mute_file, arrays, header)
-    return recipe
+    num_samples = len(content) * recipe.data.sample_rate // CONTENT_PER_S
+    write_mute(recipe, work, features, content, 2 * len(content), num_samples)
+    return replace(recipe, extract=replace(recipe.extract, include_mutes=count))
+
+
+def read_mute(experiment: Experiment) -> Array | None:
+    """Content [T50, C] of the silent clip; None, which is said, where the list names one that is of no use."""
+    different = [*dict.fromkeys(experiment.mutes)][:MAX_MUTES]  # every speaker has the same
+    path = next(filter(None, (_find_mute(experiment, mute) for mute in different)), None)
+    if path is None:
+        if experiment.mutes:
+            logger.warning("import: silent clips are left out: %s is not to be found", experiment.mutes[0])
+        return None
+    try:
+        content = read_array(path, 2)
+        if content.shape[1] == experiment.width:
+            return content
+        wrong = f"{content.shape[1]} wide, the clips' features {experiment.width}"
+    except FeatureError as error:
+        wrong = str(error)
+    logger.warning("import: silent clips are left out: %s: %s", path, wrong)
+    return None
 
 
 def _find_mute(experiment: Experiment, written: str) -> Path | None:
@@ -738,11 +684,8 @@ def import_weights(recipe: Recipe, experiment: Experiment, work: Workspace, num_
         except StageError as error:
             logger.warning("import: the weights of step %d are left out: %s", step, error)
             continue
-        logger.info(
-            "import: training starts from %s and %s: weights alone, without the optimizers' moments",
-            generator.name,
-            discriminator.name,
-        )
+        names = f"{generator.name} and {discriminator.name}"
+        logger.info("import: training starts from %s: weights alone, without the optimizers' moments", names)
         return replace(recipe, train=replace(recipe.train, pretrained_g=kept_g, pretrained_d=kept_d))
     logger.warning("import: no weights to start from; set train.pretrained_g and train.pretrained_d")
     return recipe
@@ -764,9 +707,8 @@ def keep_weights(
 
     width = experiment.width or (V1_WIDTH if recipe.model.version == "v1" else 768)
     table = ClipTable((), (), width, embedder(recipe, experiment), num_speakers)
-    train = replace(
-        recipe.train, pretrained_g=str(files[0]), pretrained_d=str(files[1]), activation_checkpointing=False
-    )
+    generator, discriminator = map(str, files)
+    train = replace(recipe.train, pretrained_g=generator, pretrained_d=discriminator, activation_checkpointing=False)
     _, modules = networks.build(replace(recipe, train=train), table)
     kept = [work.pretrained_dir / file.name for file in files]
     for target, name in zip(kept, checkpoint.MODELS, strict=True):
