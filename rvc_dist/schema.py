@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -149,12 +148,13 @@ def check(value: Any, kind: type[T], key: str = "") -> T:
 def faults(value: Any, kind: Any, key: str = "") -> Iterator[Fault]:
     """All that is not as `kind` says in `value`, whose own key is `key`."""
     origin, arguments, rules = _parts(kind)
-    if kind is Any:
+    for rule in rules:
+        if not rule.fits(value):
+            yield Fault.of(key, value, rule.expects(value), type(value) in rule.types)
+            return
+    if rules or kind is Any:
         return
-    if rules:
-        broken = (rule for rule in rules if not rule.fits(value))
-        yield from (Fault.of(key, value, r.expects(value), type(value) in r.types) for r in islice(broken, 1))
-    elif origin is Union:
+    if origin is Union:
         found = [list(faults(value, one, key)) for one in arguments]
         if all(found):
             near = [some for some in found if any(fault.is_bound or fault.key != key for fault in some)]
@@ -175,7 +175,7 @@ def _faults_inside(value: dict[str, Any], kind: Any, prefix: str) -> Iterator[Fa
         if name in value or name not in optional:
             yield from faults(value.get(name, dataclasses.MISSING), hint, f"{prefix}{name}")
     if dataclasses.is_dataclass(kind):
-        for name in value.keys() - hints.keys():
+        for name in (name for name in value if name not in hints):
             near = nearest(str(name), hints)
             hint = f"did you mean {prefix}{near}?" if near else f"expected one of {', '.join(hints)}"
             yield Fault(f"{prefix}{name}", f"unknown key {prefix}{name}; {hint}")
