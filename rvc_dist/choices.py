@@ -120,7 +120,7 @@ def _packaged(name: str, elementwise: bool, more: Options = lambda config: {}) -
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": OptimizerSpec("rvc_dist.train.optimizers:adamw", True),
-    "radam": OptimizerSpec("rvc_dist.train.optimizers:radam", True),
+    "radam": OptimizerSpec("torch.optim:RAdam", True, more=lambda c: {"decoupled_weight_decay": True, "foreach": True}),
     "anyprecision_adamw": OptimizerSpec(
         "rvc_dist.train.optimizers:anyprecision_adamw",
         True,

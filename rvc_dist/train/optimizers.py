@@ -186,10 +186,6 @@ def adamw(params: list[nn.Parameter], **options: Any) -> Optimizer:
     return torch.optim.AdamW(params, **options, fused=fused, foreach=not fused)
 
 
-def radam(params: list[nn.Parameter], **options: Any) -> Optimizer:
-    return torch.optim.RAdam(params, **options, decoupled_weight_decay=True, foreach=True)
-
-
 def anyprecision_adamw(params: list[nn.Parameter], variance_dtype: str, **options: Any) -> Optimizer:
     return AnyPrecisionAdamW(params, **options, variance_dtype=getattr(torch, variance_dtype))
 
