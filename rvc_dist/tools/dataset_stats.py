@@ -10,10 +10,11 @@ import json
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,6 @@ from rvc_dist.workspace import (
     Unit,
     WorkList,
     Workspace,
-    is_done,
     printable,
     read_header,
     unit_header,
@@ -61,13 +61,16 @@ BAR = 24
 PIPED_WIDTH = 160
 
 Counts = npt.NDArray[np.int64]
+Figures = dict[str, float | None]
+"""The numbers of one speaker, or of all, by QUANTITIES' keys; None where there is nothing to measure."""
 
 
 @dataclass
 class Tally:
     """What is summed up of one speaker, or of all; bounded but for one number a clip."""
 
-    files: int = 0
+    recordings: Counter[str] = field(default_factory=Counter)
+    """Those with clips; a long one is there in slices."""
     seconds_in: float = 0.0
     seconds: float = 0.0
     samples: int = 0
@@ -82,39 +85,24 @@ class Tally:
     """Voiced frames by their pitch in cents above C0."""
 
     def add(self, other: Tally) -> None:
-        self.files += other.files
-        self.seconds_in += other.seconds_in
-        self.seconds += other.seconds
-        self.samples += other.samples
-        self.energy += other.energy
-        self.peak = max(self.peak, other.peak)
-        self.frames += other.frames
-        self.silent_frames += other.silent_frames
-        self.levels_db += other.levels_db
-        self.f0_frames += other.f0_frames
-        self.cents += other.cents
+        peak = max(self.peak, other.peak)
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        self.peak = peak
 
 
-@dataclass(frozen=True)
-class Figures:
-    """The numbers of one speaker, or of all; None where there is nothing to measure."""
+class Quantity(NamedTuple):
+    """What is said of one speaker, or of all."""
 
-    speaker: int | None
-    """None for all of them."""
-    files: int
-    minutes_in: float
-    clips: int
-    minutes: float
-    rms_db: float | None
-    """Of all samples."""
-    clip_rms_db_p5: float | None
-    clip_rms_db_p95: float | None
-    peak_db: float | None
-    silence_share: float | None
-    voiced_share: float | None
-    f0_hz_p5: float | None
-    f0_hz_median: float | None
-    f0_hz_p95: float | None
+    column: str
+    text: Callable[..., str]
+    """Of its numbers, for a cell."""
+    numbers: dict[str, Callable[[Tally], float | None]]
+    """One or two, by their keys in the JSON."""
+
+    def cell(self, figures: Figures) -> str:
+        numbers = [figures[key] for key in self.numbers]
+        return "-" if None in numbers else self.text(*numbers)
 
 
 @dataclass(frozen=True)
@@ -136,7 +124,7 @@ class Summary:
     missing_units: int
     """Of the work list's units, those that preprocess has yet to make."""
     units_without_features: int
-    speakers: tuple[Figures, ...]
+    speakers: dict[int, Figures]
     total: Figures
     pitch: tuple[Band, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -171,6 +159,8 @@ def run(recipe: Recipe, share: Share, runs: list[str] | None = None, as_json: bo
 
 def to_plain(summary: Summary) -> dict[str, Any]:
     plain = asdict(summary)
+    plain["speakers"] = [{"speaker": speaker, **of_speaker} for speaker, of_speaker in summary.speakers.items()]
+    plain["total"] = {"speaker": None, **summary.total}
     plain["left_out"] = [{"path": printable(path), "reason": reason} for path, reason in summary.left_out]
     return plain
 
@@ -189,13 +179,12 @@ def summarise(root: Path) -> Summary:
     if work_list is None:
         raise StageError(f"{work.clips_dir} has no clips: run `rvc-dist preprocess` or `import` first")
     by_speaker: dict[int, Tally] = {}
-    recordings: dict[int, set[str]] = {}
     left_out = [(f.path, f.reason) for f in work_list.excluded]
-    rate, missing, bare = 0, 0, 0
+    rate, bare = 0, 0
+    undone = work_list.undone(work)
     files: list[dict[str, Any]] = []
     for unit in work_list.units:
-        if not is_done(work.clips_file(unit.id), unit.stamp(work_list.settings)):
-            missing += 1
+        if unit in undone:
             continue
         header = unit_header(work.clips_file(unit.id), ClipsHeader, "preprocess")
         rate = header["sample_rate"]
@@ -205,24 +194,23 @@ def summarise(root: Path) -> Summary:
                 left_out.append((file["path"], file["reason"]))
             if file["clips"]:
                 tally = by_speaker.setdefault(file["speaker"], Tally())
-                recordings.setdefault(file["speaker"], set()).add(file["path"])  # a long one is there in slices
+                tally.recordings[file["path"]] += 1
                 tally.seconds_in += file["seconds_in"]
         add_waves(by_speaker, work, unit, header)
         bare += not add_pitch(by_speaker, work, unit, header)
     if not by_speaker:
         raise StageError(f"{work.clips_dir} has no clips yet: run `rvc-dist preprocess` or `import` to its end first")
     total = Tally()
-    for speaker, tally in by_speaker.items():
-        tally.files = len(recordings[speaker])
+    for tally in by_speaker.values():
         total.add(tally)
     return Summary(
         run=str(root),
         sample_rate=rate,
         units=len(work_list.units),
-        missing_units=missing,
+        missing_units=len(undone),
         units_without_features=bare,
-        speakers=tuple(figures(s, by_speaker[s]) for s in sorted(by_speaker)),
-        total=figures(None, total),
+        speakers={speaker: figures(by_speaker[speaker]) for speaker in sorted(by_speaker)},
+        total=figures(total),
         pitch=bands(total.cents),
         left_out=tuple(left_out),
         seconds_in=sum(f["seconds_in"] for f in files),
@@ -287,25 +275,17 @@ def add_pitch(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, clips_h
     return True
 
 
-def figures(speaker: int | None, tally: Tally) -> Figures:
-    low, high = np.percentile(tally.levels_db, [5, 95]) if tally.levels_db else (None, None)
-    p5, median, p95 = (percentile(tally.cents, share) for share in (0.05, 0.5, 0.95))
-    return Figures(
-        speaker=speaker,
-        files=tally.files,
-        minutes_in=tally.seconds_in / 60,
-        clips=len(tally.levels_db),
-        minutes=tally.seconds / 60,
-        rms_db=decibels(tally.energy, tally.samples) if tally.samples else None,
-        clip_rms_db_p5=None if low is None else float(low),
-        clip_rms_db_p95=None if high is None else float(high),
-        peak_db=decibels(tally.peak**2, 1) if tally.samples else None,
-        silence_share=tally.silent_frames / tally.frames if tally.frames else None,
-        voiced_share=int(tally.cents.sum()) / tally.f0_frames if tally.f0_frames else None,
-        f0_hz_p5=p5,
-        f0_hz_median=median,
-        f0_hz_p95=p95,
-    )
+def figures(tally: Tally) -> Figures:
+    return {key: number(tally) for quantity in QUANTITIES for key, number in quantity.numbers.items()}
+
+
+def level(tally: Tally, percent: float) -> float | None:
+    """A percentile of the clips' levels in dB."""
+    return float(np.percentile(tally.levels_db, percent)) if tally.levels_db else None
+
+
+def ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def percentile(cents: Counts, share: float) -> float | None:
@@ -338,64 +318,58 @@ def note(hz: float) -> str:
     return f"{NOTES[semitone % 12]}{semitone // 12}"
 
 
+def pitch_text(hz: float) -> str:
+    """440 Hz A4."""
+    return f"{hz:.0f} Hz {note(hz)}"
+
+
 # Tables
 
-Columns = dict[str, Callable[[Figures], str]]
-
-SOUND: Columns = {
-    "files": lambda f: str(f.files),
-    "min in": lambda f: f"{f.minutes_in:.2f}",
-    "clips": lambda f: str(f.clips),
-    "min": lambda f: f"{f.minutes:.2f}",
-    "RMS dB": lambda f: _number(f.rms_db),
-    "clips p5..p95": lambda f: _span(f.clip_rms_db_p5, f.clip_rms_db_p95),
-    "peak dB": lambda f: _number(f.peak_db),
-    "silence": lambda f: _percent(f.silence_share),
-}
-PITCH: Columns = {
-    "voiced": lambda f: _percent(f.voiced_share),
-    "f0 median": lambda f: _pitch(f.f0_hz_median),
-    "f0 p5": lambda f: _pitch(f.f0_hz_p5),
-    "f0 p95": lambda f: _pitch(f.f0_hz_p95),
-}
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _span(low: float | None, high: float | None) -> str:
-    return "-" if low is None else f"{_number(low)} .. {_number(high)}"
+SOUND = (
+    Quantity("files", str, {"files": lambda t: len(t.recordings)}),
+    Quantity("min in", "{:.2f}".format, {"minutes_in": lambda t: t.seconds_in / 60}),
+    Quantity("clips", str, {"clips": lambda t: len(t.levels_db)}),
+    Quantity("min", "{:.2f}".format, {"minutes": lambda t: t.seconds / 60}),
+    Quantity("RMS dB", "{:.1f}".format, {"rms_db": lambda t: decibels(t.energy, t.samples) if t.samples else None}),
+    Quantity(
+        "clips p5..p95",
+        "{:.1f} .. {:.1f}".format,
+        {"clip_rms_db_p5": lambda t: level(t, 5), "clip_rms_db_p95": lambda t: level(t, 95)},
+    ),
+    Quantity("peak dB", "{:.1f}".format, {"peak_db": lambda t: decibels(t.peak**2, 1) if t.samples else None}),
+    Quantity("silence", "{:.1%}".format, {"silence_share": lambda t: ratio(t.silent_frames, t.frames)}),
+)
+PITCH = (
+    Quantity("voiced", "{:.1%}".format, {"voiced_share": lambda t: ratio(int(t.cents.sum()), t.f0_frames)}),
+    Quantity("f0 median", pitch_text, {"f0_hz_median": lambda t: percentile(t.cents, 0.5)}),
+    Quantity("f0 p5", pitch_text, {"f0_hz_p5": lambda t: percentile(t.cents, 0.05)}),
+    Quantity("f0 p95", pitch_text, {"f0_hz_p95": lambda t: percentile(t.cents, 0.95)}),
+)
+QUANTITIES = (*SOUND, *PITCH)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def _pitch(hz: float | None) -> str:
-    return "-" if hz is None else f"{hz:.0f} Hz {note(hz)}"
-
-
-def _table(title: str, first: str, columns: list[str]) -> Table:
+def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
+    """The first column is the rows' names."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify=justify if i else "left")
     return table
 
 
 def show(console: Console, summary: Summary, with_pitch: bool) -> None:
     """The tables of one run, a row a speaker, its pitch histogram, and what was left out."""
-    rows = [*summary.speakers, *([summary.total] if len(summary.speakers) > 1 else [])]
-    for title, columns in (f"{printable(summary.run)}: {summary.sample_rate} Hz", SOUND), ("Pitch", PITCH):
-        if columns is PITCH and summary.total.voiced_share is None:
+    rows = {str(speaker): of_speaker for speaker, of_speaker in summary.speakers.items()}
+    if len(rows) > 1:
+        rows["all"] = summary.total
+    for title, quantities in (f"{printable(summary.run)}: {summary.sample_rate} Hz", SOUND), ("Pitch", PITCH):
+        if quantities is PITCH and summary.total["voiced_share"] is None:
             continue
-        table = _table(title, "speaker", list(columns))
-        for row in rows:
-            table.add_row("all" if row.speaker is None else str(row.speaker), *(cell(row) for cell in columns.values()))
+        table = _table(title, "speaker", *(q.column for q in quantities))
+        for speaker, of_speaker in rows.items():
+            table.add_row(speaker, *(q.cell(of_speaker) for q in quantities))
         console.print(table)
     if summary.missing_units:
         console.print(
@@ -415,11 +389,11 @@ def show(console: Console, summary: Summary, with_pitch: bool) -> None:
 def show_comparison(console: Console, summaries: list[Summary]) -> None:
     """Totals of several runs side by side: a row a quantity, a column a run."""
     names = [printable(s.run) for s in summaries]
-    table = _table("Compared, all speakers", "", names)
+    table = _table("Compared, all speakers", "", *names)
     table.add_row("sample rate", *(f"{s.sample_rate} Hz" for s in summaries))
     table.add_row("speakers", *(str(len(s.speakers)) for s in summaries))
-    for title, cell in (SOUND | PITCH).items():
-        table.add_row(title, *(cell(s.total) for s in summaries))
+    for quantity in QUANTITIES:
+        table.add_row(quantity.column, *(quantity.cell(s.total) for s in summaries))
     table.add_row("left out, incomplete", *(str(len(s.left_out)) for s in summaries))
     table.add_row("min in no clip", *(f"{sum(s.lost.values()) / 60:.2f}" for s in summaries))
     console.print(table)
@@ -428,20 +402,13 @@ def show_comparison(console: Console, summaries: list[Summary]) -> None:
 
 def show_pitch(console: Console, summaries: list[Summary]) -> None:
     """The pitch histogram, a row a third of an octave, with a bar a run."""
-    from rich import box
-    from rich.table import Table
-
     by_band = [{b.from_hz: b for b in s.pitch} for s in summaries]
     found = {hz: b for of_run in by_band for hz, b in of_run.items()}
     if not found:
         return
-    table = Table(
-        title="Pitch of voiced frames", title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0)
-    )
-    table.add_column("notes")
-    table.add_column("Hz", justify="right")
-    for summary in summaries:
-        table.add_column(printable(summary.run) if len(summaries) > 1 else "share")
+    names = [printable(s.run) for s in summaries] if len(summaries) > 1 else ["share"]
+    table = _table("Pitch of voiced frames", "notes", "Hz", *names, justify="left")
+    table.columns[1].justify = "right"
     highest = max(b.voiced_share for of_run in by_band for b in of_run.values())
     for hz in sorted(found):
         shares = [of_run[hz].voiced_share if hz in of_run else 0.0 for of_run in by_band]
