@@ -66,7 +66,7 @@ class VocoderSpec(NamedTuple):
     """A decoder."""
 
     guided: Maker | None
-    """Of a GeneratorShape a `rvc_dist.models.vocoders.HiFiGAN` (the base class) that follows f0; None: it cannot."""
+    """Of a GeneratorShape a `rvc_dist.models.vocoders.Vocoder` that follows f0; None: it cannot."""
     plain: Maker | None
     """The same without pitch guidance."""
     voice_name: str

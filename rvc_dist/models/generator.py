@@ -15,7 +15,7 @@ from rvc_dist.models.encoders import PosteriorEncoder, TextEncoder
 from rvc_dist.models.flow import Flow
 from rvc_dist.models.modules import frame_mask, slice_frames
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.models.vocoders import build_vocoder
+from rvc_dist.models.vocoders import vocoder_class
 
 
 class Noise(NamedTuple):
@@ -73,7 +73,7 @@ class Generator(nn.Module):
         super().__init__()
         self.shape = shape
         self.enc_p = TextEncoder(shape)
-        self.dec = build_vocoder(shape)
+        self.dec = vocoder_class(shape)(shape)
         self.enc_q = PosteriorEncoder(shape)
         self.flow = Flow(shape)
         self.emb_g = nn.Embedding(shape.num_speakers, shape.gin_channels)

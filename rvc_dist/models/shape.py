@@ -56,14 +56,12 @@ class GeneratorShape:
     @property
     def least_weights(self) -> int:
         """Numbers that a voice file of this shape holds at the least: those of its largest layers."""
-        hidden, width = self.hidden_channels, self.upsample_initial_channel
+        from rvc_dist.models.vocoders import vocoder_class  # whose constructors take this class
+
+        hidden = self.hidden_channels
         count = self.num_layers * hidden * (4 * hidden + 2 * self.filter_channels * self.kernel_size)
-        count += 12 * hidden * (10 * hidden + 2 * self.gin_channels) + 7 * self.inter_channels * width
-        blocks = sum(k * len(d) for k, d in zip(self.resblock_kernels, self.resblock_dilations, strict=True))
-        for kernel in self.upsample_kernels:
-            count += width * (width // 2) * kernel + 2 * (width // 2) ** 2 * blocks
-            width //= 2
-        return count
+        count += 12 * hidden * (10 * hidden + 2 * self.gin_channels)
+        return count + vocoder_class(self).least_weights(self)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, content_channels: int, num_speakers: int) -> GeneratorShape:

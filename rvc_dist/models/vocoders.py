@@ -61,14 +61,35 @@ class SineSource(nn.Module):
             return torch.tanh(self.sine(f0, noise) * self.l_linear.weight + self.l_linear.bias)
 
 
-class HiFiGAN(nn.Module):
-    """HiFi-GAN decoder (arXiv 2010.05646): z [B, inter, T], speaker [B, gin, 1] to a wave [B, 1, S] in -1..1.
+class Vocoder(nn.Module):
+    """A decoder, made of a GeneratorShape: z [B, inter, T], speaker [B, gin, 1] to a wave [B, 1, S] in -1..1, float32.
 
-    The base class of vocoders: they take f0 [B, T] in Hz and the noise of its excitation [B, T, hop], both None without
-    pitch guidance, and return float32. Weights
-    start from PyTorch's defaults, as in effect upstream: its normal(0, 0.01) is written to a tensor that weight norm
-    recomputes. Made effective, 120 steps reached less than 24 did without it (mel loss of a narrow decoder, one run).
+    Between the two it is given f0 [B, T] in Hz, and after them the noise of its excitation [B, T, hop], both None
+    without pitch guidance.
     """
+
+    @classmethod
+    def least_weights(cls, shape: GeneratorShape) -> int:
+        """Numbers that it has at the least: a voice file that holds fewer is not built."""
+        return 0
+
+
+class HiFiGAN(Vocoder):
+    """HiFi-GAN decoder (arXiv 2010.05646).
+
+    Weights start from PyTorch's defaults, as in effect upstream: its normal(0, 0.01) is written to a tensor that weight
+    norm recomputes.
+    """
+
+    @classmethod
+    def least_weights(cls, shape: GeneratorShape) -> int:
+        width = shape.upsample_initial_channel
+        count = 7 * shape.inter_channels * width
+        blocks = sum(k * len(d) for k, d in zip(shape.resblock_kernels, shape.resblock_dilations, strict=True))
+        for kernel in shape.upsample_kernels:
+            count += width * (width // 2) * kernel + 2 * (width // 2) ** 2 * blocks
+            width //= 2
+        return count
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__()
@@ -132,7 +153,7 @@ class NSFHiFiGAN(HiFiGAN):
         return excited
 
 
-def build_vocoder(shape: GeneratorShape) -> HiFiGAN:
+def vocoder_class(shape: GeneratorShape) -> type[Vocoder]:
     """The decoder that `shape` names; ValueError when there is none."""
     spec = VOCODERS.get(shape.vocoder)
     maker = spec and (spec.guided if shape.pitch_guidance else spec.plain)
@@ -141,5 +162,5 @@ def build_vocoder(shape: GeneratorShape) -> HiFiGAN:
         ways += [(name, "without", spec.plain) for name, spec in VOCODERS.items()]
         allowed = ", ".join(f"{name} {how} pitch" for name, how, maker in ways if maker)
         raise ValueError(f"vocoder: got {shape.vocoder!r}, pitch_guidance {shape.pitch_guidance}; expected {allowed}")
-    vocoder: HiFiGAN = resolve(maker)(shape)
-    return vocoder
+    kind: type[Vocoder] = resolve(maker)
+    return kind
