@@ -1,6 +1,7 @@
 """The plan stage: its formulas by hand, its counts against the trainer's and bench's, and its forecast of real runs."""
 
 import json
+import re
 import shutil
 import statistics
 from dataclasses import replace
@@ -385,6 +386,7 @@ def test_before_preprocess_there_is_a_forecast_already(tmp_path, monkeypatch, ca
     assert "More ranks pay up to 8; what ends it is the dataset" in out
     assert "past that" not in out
     assert "an estimate from the durations of the recordings" in out
+    assert re.search(r"\(about \d+ held out\): an estimate", out)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"plan.json"}
 
 

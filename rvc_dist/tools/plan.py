@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of RUN/plan.json."""
+ESTIMATE = "an estimate"
+"""Of the clips: where nothing is cut yet, other clips may be held out than will be."""
 WARMUP_STEPS, STEPS = 2, 3
 """Of the measurement when there is none."""
 LOCAL_BANDWIDTH_GB_S, BANDWIDTH_GB_S = 10.0, 3.0
@@ -206,7 +208,7 @@ def training_clips(recipe: Recipe) -> tuple[ClipTable, str]:
         source = "the run's clips, without features yet"
     else:
         clips = list(_expected_clips(recipe, work))
-        source = f"an estimate from the durations of the recordings in {recipe.data.audio_dir}"
+        source = f"{ESTIMATE} from the durations of the recordings in {recipe.data.audio_dir}"
         if recipe.preprocess.cut_method == "automatic":
             source += ", silences taken for speech"
     spec = recipe.rate_spec
@@ -392,7 +394,7 @@ def show(plan: RunPlan) -> None:
         out,
         f"\n{model.version} {recipe.data.sample_rate} Hz, batch {train.batch_size}{micro}, "
         f"{'bf16' if train.use_bf16 else 'fp32'}, {train.optimizer_name}; {len(table.train)} clips, {audio_h:.2f} h "
-        f"({len(table.holdout)} held out): {plan.clips_from}\n",
+        f"({'about ' * plan.clips_from.startswith(ESTIMATE)}{len(table.holdout)} held out): {plan.clips_from}\n",
     )
     out.print(forecast_table(plan, out))
     for line in sentences(plan):

@@ -33,8 +33,10 @@ from rvc_dist.schema import (
     MAX_JSON_BYTES,
     Count,
     FileName,
+    OsName,
     Positive,
     SchemaError,
+    Seconds,
     SpeakerId,
     check,
     parse_json,
@@ -96,9 +98,20 @@ class OldState(TypedDict):
     num_ranks: Positive
 
 
+class TrainedOn(TypedDict, total=False):
+    """`fingerprint.of_data`; empty where an older version wrote it."""
+
+    recordings: dict[str, OsName]
+    train: str
+    validation: str
+    dataset_length: str
+    holdout: list[float]
+    held_from_s: dict[str, Seconds]
+
+
 class StateFile(OldState, total=False):
     trained_speakers: list[SpeakerId]
-    data: dict[str, Any]
+    data: TrainedOn
 
 
 @dataclass(frozen=True)
@@ -338,6 +351,14 @@ def latest(folder: Path) -> Path | None:
             return path
         logger.warning("%s has no %s and is passed over: it was never whole, or is half removed", path, MANIFEST)
     return None
+
+
+def trained_on(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint in `folder` and the data that it knows; nothing where there is none that can be read."""
+    whole = [p for p in all_in(folder) if (p / MANIFEST).is_file()]
+    with contextlib.suppress(StageError, OSError):  # whoever goes on from it says it
+        return (whole[-1], dict(_state(whole[-1]).get("data", {}))) if whole else (folder, {})
+    return folder, {}
 
 
 def prune(folder: Path, keep: int, best_step: int) -> None:

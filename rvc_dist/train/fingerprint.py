@@ -10,7 +10,7 @@ from typing import Any
 from rvc_dist.config import Recipe
 from rvc_dist.train.checkpoint import Progress
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
-from rvc_dist.train.holdout import validated
+from rvc_dist.train.holdout import choice, validated
 from rvc_dist.workspace import StageError, Workspace, printable, read_json, stamp
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
         "train": stamp([(c.source, c.unit, c.key, c.num_frames) for c in table.train]),
         "validation": stamp(recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]),
         "dataset_length": read_json(report)["total_dataset_duration"] if report.is_file() else "",
+        **choice(recipe.data.holdout, recipe.train.seed, table.holdout),
     }
 
 

@@ -1,7 +1,8 @@
 """Which clips validation has and training never sees: a share of each speaker's seconds, at the ends of recordings.
 
 A recording's part hangs on a draw from its own name, its content and the seed, so that others may come and go. Only
-where the draws of a speaker's recordings give too little or too much do they depend on one another.
+where the draws of a speaker's recordings give too little or too much do they depend on one another; what a run has
+trained on stays on its side then, since its checkpoints know what was held out.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product, zip_longest
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rvc_dist.config import Recipe
@@ -23,8 +24,8 @@ STRETCH_S = 6.0
 """Of a recording: two clips, for about one that is lost at the edge."""
 MOST_SHARE = 0.1
 """Of a speaker's seconds, unless the recipe asks for more."""
-ENOUGH = 0.75
-"""Of what a speaker should at least have held out; for less than a clip more, no further boundary is worth its loss."""
+ENOUGH, TOO_MUCH = 0.75, 1.35
+"""Of what a speaker should have held out: draws that give less or more are put right."""
 SAME_S = 1e-3
 """Starts of clips are rounded: those that share less than this do not overlap."""
 MAX_VALIDATED = 32
@@ -53,14 +54,19 @@ class HeldOut(NamedTuple):
     shares: tuple[SpeakerShare, ...]
 
 
-def hold_out(clips: Iterable[ClipRef], share: float, seed: int) -> HeldOut:
-    """The clips that are held out, those that overlap them, and what that comes to by speaker."""
+def hold_out(
+    clips: Iterable[ClipRef], share: float, seed: int, settled: Mapping[str, float] | None = None
+) -> HeldOut:
+    """The clips that are held out, those that overlap them, and what that comes to by speaker.
+
+    `settled` are the recordings that were split before: see `settled_by`.
+    """
     by_recording: dict[tuple[int, str], list[ClipRef]] = {}
     for clip in clips:
         by_recording.setdefault((clip.speaker, clip.source), []).append(clip)
     by_speaker: dict[int, list[_Recording]] = {}
     for (speaker, _), its_clips in sorted(by_recording.items()):
-        by_speaker.setdefault(speaker, []).append(_Recording(its_clips, seed))
+        by_speaker.setdefault(speaker, []).append(_Recording(its_clips, seed, settled or {}))
     shares = []
     for speaker, recordings in by_speaker.items():
         if share:
@@ -78,11 +84,16 @@ def hold_out(clips: Iterable[ClipRef], share: float, seed: int) -> HeldOut:
 class _Recording:
     """The clips of a recording, of which the last `count` are held out."""
 
-    def __init__(self, clips: list[ClipRef], seed: int) -> None:
+    def __init__(self, clips: list[ClipRef], seed: int, settled: Mapping[str, float]) -> None:
         self.clips = sorted(clips, key=lambda c: c.start_s)
         self.seconds, self.count, self.held_s = _seconds(clips), 0, 0.0
         self.draw = _draw(seed, clips[0].source, *sorted({c.content for c in clips}))
         self._longest_s = max(c.duration_s for c in clips)
+        starts_s = [settled[c.content] for c in clips if c.content in settled]
+        self.is_settled = bool(starts_s)
+        if starts_s:
+            self.count = sum(c.start_s + SAME_S >= min(starts_s) for c in clips)
+            self.held_s = _seconds(self.held)
 
     @property
     def held(self) -> list[ClipRef]:
@@ -127,19 +138,19 @@ def _hold_out_of_speaker(recordings: list[_Recording], share: float) -> None:
     total_s = sum(r.seconds for r in recordings)
     most_share = max(share, MOST_SHARE)
     most_s = most_share * total_s
-    ordered = sorted(recordings, key=lambda r: r.draw)
+    goal_s = max(share * total_s, min(LEAST_S, most_s))
+    ordered = sorted((r for r in recordings if not r.is_settled), key=lambda r: r.draw)
     _hold_by_draw(ordered, share, most_s)
     held_s = sum(r.held_s for r in recordings)
     for recording in reversed(ordered):
-        if held_s > most_s + SAME_S and share * recording.seconds < STRETCH_S:
+        if held_s > min(TOO_MUCH * goal_s, most_s) + SAME_S and share * recording.seconds < STRETCH_S:
             held_s -= recording.held_s
             recording.release()
-    least_s = min(max(LEAST_S, share * total_s / 2), most_s)
     # Of each recording no more than were it the speaker's only one, then whatever there is.
     for bound, recording in product((most_share, 1.0), ordered):
-        if held_s < ENOUGH * least_s:
+        if held_s < ENOUGH * goal_s:
             others_s = held_s - recording.held_s
-            recording.hold(least_s - others_s, min(most_s - others_s, bound * recording.seconds))
+            recording.hold(goal_s - others_s, min(most_s - others_s, bound * recording.seconds))
             held_s = others_s + recording.held_s
     if total_s - held_s - sum(_seconds(r.lost) for r in recordings) <= SAME_S:  # a speaker's only speech
         for recording in recordings:
@@ -156,6 +167,25 @@ def _hold_by_draw(recordings: Iterable[_Recording], share: float, most_s: float)
         stretch_s = STRETCH_S if recording.seconds >= 3 * STRETCH_S else recording.seconds
         if recording.draw * stretch_s < goal_s:
             recording.hold(stretch_s, most_s)
+
+
+def choice(share: float, seed: int, held: Iterable[ClipRef]) -> dict[str, Any]:
+    """What of a split a checkpoint keeps for `settled_by`: where in each recording the `held` clips begin."""
+    starts_s: dict[str, float] = {}
+    for clip in held:
+        starts_s[clip.content] = min(clip.start_s, starts_s.get(clip.content, math.inf))
+    return {"holdout": [share, seed], "held_from_s": starts_s}
+
+
+def settled_by(trained_on: Mapping[str, Any], share: float, seed: int) -> dict[str, float]:
+    """By content of the recordings of a checkpoint, the second from which they are held out; infinity: not at all.
+
+    Nothing where another share or seed was asked for: then all is chosen anew.
+    """
+    if trained_on.get("holdout") != [share, seed]:
+        return {}
+    starts_s = trained_on.get("held_from_s", {})
+    return {content: starts_s.get(content, math.inf) for content in trained_on.get("recordings", {})}
 
 
 def _draw(*parts: object) -> float:
