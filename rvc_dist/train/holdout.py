@@ -54,9 +54,7 @@ class HeldOut(NamedTuple):
     shares: tuple[SpeakerShare, ...]
 
 
-def hold_out(
-    clips: Iterable[ClipRef], share: float, seed: int, settled: Mapping[str, float] | None = None
-) -> HeldOut:
+def hold_out(clips: Iterable[ClipRef], share: float, seed: int, settled: Mapping[str, float] | None = None) -> HeldOut:
     """The clips that are held out, those that overlap them, and what that comes to by speaker.
 
     `settled` are the recordings that were split before: see `settled_by`.
