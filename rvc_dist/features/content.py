@@ -121,9 +121,8 @@ class Embedder(ABC):
 class Mfcc(Embedder):
     """Cepstra with their movement and their neighbours: an encoder without weights, for demos and tests.
 
-    Each coefficient has its mean and deviation over the clip removed, which takes most of the speaker's vocal tract
-    and the channel with it. A long recording is converted in windows and then has the statistics of each window, those
-    of training being of a clip: an approximation that is good enough for what this is.
+    The mean and deviation of each coefficient over the clip are removed, and most of the speaker's vocal tract and of
+    the channel with them. In training they are a clip's, in the conversion of a long recording a window's.
 
     Frame t is centred in the samples 320 t .. 320 (t + 1) that it stands for.
     """
@@ -234,11 +233,9 @@ class SelfSupervised(Embedder):
 class Whisper(Embedder):
     """The encoder of Whisper (Radford et al. 2022, arXiv:2212.04356), v2 only.
 
-    It was trained on 30 s, what a recording lacks filled with zeros. The positions of a recording are the same without
-    the filling, so the positional embedding is cut to the clip's length instead: a 3 s clip costs a tenth. One second
-    of the silence is kept, and its frames dropped: attention uses it as a resting place, and takes a frame of speech
-    for it when there is none. Measured on whisper-base and 3 s clips, cosine to the features of the padded 30 s:
-    without silence 0.935 on average and -0.04 for the worst frame, with one second 0.975 and 0.90.
+    It was trained on 30 s, shorter recordings padded with zeros. Here the positional embedding is cut to the clip's
+    length instead, so that a 3 s clip costs a tenth. One second of silence stays behind the clip, and its frames are
+    dropped: attention rests on silence, and would rest on a frame of speech if there were none.
     """
 
     TAIL_SAMPLES = FEATURE_RATE

