@@ -60,6 +60,9 @@ BESIDE_GLOB = "." + "[0-9a-f]" * 16 + ".tmp"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """A full disk, a quota, a limit on the size of files."""
 
+CHECKPOINT_MANIFEST, CHECKPOINT_STATE = "manifest.json", "state.json"
+"""In a checkpoint's folder; the manifest is written last."""
+
 T = TypeVar("T")
 
 
@@ -133,10 +136,31 @@ class Workspace:
         if self.root.exists() and not self.root.is_dir():
             raise StageError(f"run_dir: {self.root} is a file; expected a folder, or a name that is free")
 
-    def save_recipe(self, text: str) -> None:
-        """Keep the resolved recipe with the run; the stages that make what the run consists of do so."""
+    def trained_on(self) -> tuple[Path, TrainedOn]:
+        """The newest whole checkpoint and the data that it knows; nothing where there is none that says it."""
+        named = self.checkpoints_dir.glob("step_" + 8 * "[0-9]")
+        whole = sorted(p for p in named if (p / CHECKPOINT_MANIFEST).is_file())
+        with contextlib.suppress(StageError, OSError):  # whoever goes on from it says it
+            if whole:
+                return whole[-1], read_json(whole[-1] / CHECKPOINT_STATE, KnowingState).get("data", {})
+        return self.checkpoints_dir, {}
+
+    def save_recipe(self, recipe: Recipe, reads_recordings: bool = False) -> None:
+        """Keep the resolved recipe with the run; the stages that make what the run consists of do so.
+
+        What the clips were cut from stays in it until a stage that reads recordings has cut others.
+        """
         self.check_name()
-        atomic_write(self.config_file, text)
+        kept = self.kept_recipe()
+        if kept is not None and not reads_recordings and kept.data.audio_dir != recipe.data.audio_dir:
+            logger.warning(
+                "data.audio_dir: the clips were cut from %s, which %s keeps; for those of %s run `rvc-dist preprocess`",
+                kept.data.audio_dir,
+                self.config_file,
+                recipe.data.audio_dir,
+            )
+            recipe = replace(recipe, data=replace(recipe.data, audio_dir=kept.data.audio_dir))
+        atomic_write(self.config_file, recipe.to_yaml())
 
     def check_name(self) -> None:
         """Nothing, unless the run folder is that of another voice.
@@ -163,6 +187,23 @@ class Workspace:
             return None
         path = self.index_dir / read_json(self.index_report_file, IndexReport)["file"]
         return path if path.is_file() else None
+
+
+class TrainedOn(TypedDict, total=False):
+    """`fingerprint.of_data`; empty where an older version wrote it."""
+
+    recordings: dict[str, OsName]
+    train: str
+    validation: str
+    dataset_length: str
+    holdout: list[float]
+    held_from_s: dict[str, Seconds]
+
+
+class KnowingState(TypedDict, total=False):
+    """Of a checkpoint's STATE, what is read without its networks."""
+
+    data: TrainedOn
 
 
 class IndexReport(TypedDict):
@@ -574,6 +615,11 @@ def save_arrays(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]
 
 def read_header(path: Path) -> dict[str, Any] | None:
     """The JSON header of a safetensors file of ours; None when it is missing, foreign or damaged."""
+    found = _header_and_shapes(path)
+    return found and found[0]
+
+
+def _header_and_shapes(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]] | None:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -581,10 +627,10 @@ def read_header(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-        header: dict[str, Any] = parse_json(metadata[HEADER_KEY].encode(), dict)
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        return parse_json(metadata[HEADER_KEY].encode(), dict), shapes
     except (FileNotFoundError, SafetensorError, KeyError, SchemaError):
         return None
-    return header
 
 
 def unit_header(path: Path, kind: type[T], stage: str) -> T:
@@ -593,14 +639,11 @@ def unit_header(path: Path, kind: type[T], stage: str) -> T:
     Raises:
         StageError: it is no whole file of `stage`.
     """
-    from safetensors import safe_open
-
     try:
-        if (found := read_header(path)) is None:
+        if (read := _header_and_shapes(path)) is None:
             raise SchemaError("no header of rvc_dist")
+        found, shapes = read
         header = check(found, kind)
-        with safe_open(path, framework="numpy") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         for i, clip in enumerate(found.get("clips", [found])):
             wave, *features = (shapes.get(f"{i:05d}{part}", []) for part in ("", ".content", ".f0"))
             sizes = [] if kind is ClipsHeader else [clip["num_content"], clip["num_f0"]]
@@ -611,9 +654,10 @@ def unit_header(path: Path, kind: type[T], stage: str) -> T:
     return header
 
 
-def is_done(path: Path, wanted: str) -> bool:
+def is_done(path: Path, *wanted: str) -> bool:
+    """Whether the file has one of the stamps that are `wanted`."""
     header = read_header(path)
-    return header is not None and header.get("stamp") == wanted
+    return header is not None and header.get("stamp") in wanted
 
 
 def wait_for(what: str, probe: Callable[[], T | None], poll_s: float = 0.2) -> T:

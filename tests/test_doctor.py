@@ -18,7 +18,7 @@ import soundfile
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import RATE, SteadyPitch, make_ssl_folder, narrow_recipe, tone
+from helpers import RATE, SteadyPitch, make_checkpoint, make_generator, make_ssl_folder, narrow_recipe, tone
 from huggingface_hub import constants
 from launching import ROOT, finish, launcher, start
 from tiny import make_features, tiny_recipe, with_train
@@ -26,14 +26,16 @@ from tiny import make_features, tiny_recipe, with_train
 from rvc_dist import __main__ as cli
 from rvc_dist import pipeline
 from rvc_dist.choices import F0_METHODS, F0Spec
+from rvc_dist.command_line import load_recipe
 from rvc_dist.config import DataConfig, ExtractConfig, PreprocessConfig, Recipe
+from rvc_dist.data import preprocess
 from rvc_dist.features import extract
 from rvc_dist.pipeline import DATA_STAGES
 from rvc_dist.tools import doctor
 from rvc_dist.tools.doctor import ahead, disk, findings, machine, team, training, wire
 from rvc_dist.tools.doctor.findings import Problem, Result, Severity
 from rvc_dist.tools.doctor.team import Exam, Team
-from rvc_dist.train import checkpoint, dataset, networks
+from rvc_dist.train import checkpoint, dataset, fingerprint, networks
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.workspace import Share, SourceFile, StageError, Unit, WorkList, Workspace, save_arrays
@@ -333,12 +335,12 @@ def test_the_packages_of_a_recipe(tmp_path):
         extract=ExtractConfig(f0_method="hybrid[fcpe+dio+yin]"),
         preprocess=PreprocessConfig(clean_dataset=True),
     )
-    wanted = machine.wanted_packages(recipe, Workspace(recipe.run_dir, recipe.name))
+    wanted = machine.wanted_packages(Exam(recipe, Team()))
     assert set(wanted) == {"faiss", "torchfcpe", "pyworld", "noisereduce", "pytorch_optimizer", "av"}
     assert wanted["pyworld"][0] == "pyworld-prebuilt"
     assert wanted["av"] == ("av", "a.m4a in data.audio_dir")
     eight_bit = with_train(recipe, optimizer="adamw_8bit")
-    assert "bitsandbytes" in machine.wanted_packages(eight_bit, Workspace(recipe.run_dir, recipe.name))
+    assert "bitsandbytes" in machine.wanted_packages(Exam(eight_bit, Team()))
 
 
 @pytest.mark.parametrize("done", [False, True])
@@ -698,10 +700,9 @@ def test_the_bytes_of_a_steps_gradients(recipe):
     table = ClipTable.load(recipe)
     shape, modules = networks.build(recipe, table)
     real = sum(p.nbytes for module in modules.values() for p in module.parameters() if p.requires_grad)
-    assert wire.gradient_bytes(recipe, shape) == real
-    assert wire.gradient_bytes(with_train(recipe, grad_compression="bf16"), shape) == real // 2
-    full_width = Recipe()
-    assert wire.gradient_bytes(full_width, None) == pytest.approx(436e6, rel=0.005)
+    assert wire.gradient_bytes(Exam(recipe, Team(), shape=shape)) == real
+    assert wire.gradient_bytes(Exam(with_train(recipe, grad_compression="bf16"), Team(), shape=shape)) == real // 2
+    assert wire.gradient_bytes(Exam(Recipe(), Team())) == pytest.approx(436e6, rel=0.005)
 
 
 def test_a_network_slower_than_the_device_is_a_warning(recipe):
@@ -810,6 +811,59 @@ def test_all_that_a_run_lacks_is_told_at_once_before_anything_is_made(new_run, t
     assert not Path(recipe.run_dir).exists()
 
 
+def test_other_recordings_in_a_trained_run_are_refused_before_anything_is_replaced(new_run):
+    """Of the same names and sizes, as another speaker's take of the same text may be."""
+    soundfile.write(Path(new_run.data.audio_dir, "1", "a.wav"), tone(4.0, f0_hz=180.0), RATE)
+    for stage in DATA_STAGES:
+        importlib.import_module(f"rvc_dist.{stage}").run(new_run, Share())
+    folder, work = Path(new_run.data.audio_dir), Workspace(new_run.run_dir, new_run.name)
+    saved = make_checkpoint(new_run, make_generator(new_run, content_channels=16, num_speakers=2))
+    saved = replace(saved, data=fingerprint.of_data(new_run, ClipTable.load(new_run)))
+    checkpoint.save(work.checkpoints_dir, saved)
+    before = files_in(work.root)
+    for speaker in (0, 1):
+        soundfile.write(folder / str(speaker) / "a.wav", tone(4.0, f0_hz=200.0 + speaker), RATE)
+    exam = Exam(new_run, Team())
+    assert not ahead.features_done(exam)
+    problem = the_problem(examined(ahead.check_recordings, exam), Severity.ERROR)
+    assert problem.what.endswith(
+        "was trained on other recordings (2 (0/a.wav, 1/a.wav)) than those that are there now "
+        "(2 (0/a.wav, 1/a.wav)): none is the same"
+    )
+    assert problem.remedy.startswith("Give the new voice another run_dir")
+    for refused in (doctor.look_ahead, lambda r: preprocess.run(r, Share()), lambda r: pipeline.run(r, Share())):
+        with pytest.raises(StageError, match=r"other recordings.*\n?.*none is the same"):
+            refused(new_run)
+    assert files_in(work.root) == before
+    soundfile.write(folder / "0" / "b.wav", tone(4.0), RATE)  # one that it knows, by another name
+    assert not examined(ahead.check_recordings, Exam(new_run, Team())).problems
+    preprocess.run(new_run, Share())
+    assert files_in(work.clips_dir) != before
+
+
+def test_training_alone_does_not_change_where_the_clips_are_from(new_run, tmp_path, caplog):
+    work = Workspace(new_run.run_dir, new_run.name)
+    preprocess.run(new_run, Share())
+    elsewhere = replace(new_run, data=replace(new_run.data, audio_dir=str(tmp_path / "elsewhere")))
+    extract.run(elsewhere, Share())
+    assert load_recipe(work.config_file) == new_run
+    work.save_recipe(with_train(elsewhere, max_steps=7))
+    assert load_recipe(work.config_file) == with_train(new_run, max_steps=7)
+    assert caplog.text.count("data.audio_dir: the clips were cut from") == 2
+    (tmp_path / "audio").rename(tmp_path / "elsewhere")
+    preprocess.run(elsewhere, Share())
+    assert load_recipe(work.config_file) == elsewhere, "the recordings moved"
+
+
+def test_the_dataset_is_walked_once(new_run, monkeypatch):
+    walked = []
+    monkeypatch.setattr(team, "list_sources", lambda *a, walk=team.list_sources: walked.append(a) or walk(*a))
+    doctor.look_ahead(new_run)
+    assert len(walked) == 1
+    assert not examined(training.check_data, Exam(new_run, Team())).problems
+    assert len(walked) == 2
+
+
 def test_only_the_first_rank_looks(new_run, monkeypatch):
     monkeypatch.setattr(doctor, "look_ahead", lambda _recipe: pytest.fail("looked"))
     monkeypatch.setattr(pipeline, "DATA_STAGES", ())
@@ -818,7 +872,7 @@ def test_only_the_first_rank_looks(new_run, monkeypatch):
 
 
 def test_pretrained_weights_are_compared_with_the_encoder_before_there_are_features(new_run, tmp_path):
-    table = training.stand_in_table(new_run, {"name": "x", "width": 768})
+    table = training.stand_in_table(Exam(new_run, Team(), embedder={"name": "x", "width": 768}))
     assert (table.num_speakers, table.content_channels) == (2, 768)
     _, modules = networks.build(new_run, table)
     torch.save({"model": modules["generator"].state_dict()}, tmp_path / "G48k.pth")

@@ -112,6 +112,16 @@ def test_every_field_that_readers_know(recipe: Recipe, generator: Generator) -> 
     assert {k: type(v) for k, v in voice.items()} == {k: type(v) for k, v in expected.items()}
 
 
+def test_the_datasets_length_is_that_of_the_checkpoint(recipe: Recipe, generator: Generator) -> None:
+    """The recordings in the run folder may be others, or more, by now."""
+    saved = make_checkpoint(recipe, generator, Progress(step=10, epoch=2))
+    for step, data, length in ((10, {"dataset_length": "01:02:03"}, "01:02:03"), (20, {}, "00:00:04")):
+        of_step = dataclasses.replace(saved, progress=Progress(step=step, epoch=2), data=data)
+        checkpoint.save(workspace_of(recipe).checkpoints_dir, of_step)
+        export.run(recipe, ALONE)
+        assert load(workspace_of(recipe).voice_dir / f"tiny_2e_{step}s.pth")["dataset_length"] == length
+
+
 def test_the_weights_are_those_of_the_checkpoint(recipe: Recipe, generator: Generator) -> None:
     save(recipe, generator, step=10, epoch=2)
     export.run(recipe, ALONE)

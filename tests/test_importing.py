@@ -19,7 +19,7 @@ import pytest
 import soundfile
 import torch
 from experiments import FOLDERS
-from helpers import RATE, SteadyPitch, changed, narrow_recipe, workspace_of
+from helpers import RATE, SteadyPitch, changed, make_checkpoint, make_generator, narrow_recipe, workspace_of
 from safetensors.numpy import load_file
 
 from rvc_dist import __main__ as cli
@@ -29,10 +29,10 @@ from rvc_dist.config import Recipe, TrainConfig
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
 from rvc_dist.tools import import_experiment
-from rvc_dist.train import trainer
+from rvc_dist.train import checkpoint, trainer
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.voice import export
-from rvc_dist.workspace import Share, StageError, WorkList, read_header, read_json
+from rvc_dist.workspace import Share, StageError, WorkList, read_header, read_json, unit_files
 
 TOOLS = tuple(FOLDERS)
 
@@ -502,6 +502,35 @@ def test_a_second_import_has_nothing_to_do(tmp_path: Path, applio: Path, caplog:
     imported(recipe)
     assert f"{applio} was imported before, nothing to do" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_copied_experiment_is_known_by_its_content_and_changed_arrays_of_the_same_time_are_not(
+    tmp_path: Path, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    recipe = recipe_for(copied, tmp_path / "run")
+    work = workspace_of(recipe)
+    imported(recipe)
+    before = {p: p.stat().st_mtime_ns for p in work.root.rglob("*.safetensors")}
+    for path in copied.rglob("*.*"):
+        os.utime(path, ns=(1, 1))
+    imported(recipe)
+    assert "was imported before, nothing to do" in caplog.text
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    changed_file = copied / "extracted" / "0_0_0.npy"
+    array = np.load(changed_file)
+    np.save(changed_file, array + 1)
+    os.utime(changed_file, ns=(1, 1))
+    imported(recipe)
+    arrays = {k: v for p in unit_files(work.features_dir) for k, v in load_file(p).items()}
+    assert any(a.shape == array.shape and np.array_equal(a, array + 1) for a in arrays.values())
+    saved = make_checkpoint(recipe, make_generator(recipe))
+    checkpoint.save(work.checkpoints_dir, replace(saved, data={"recordings": {"another": "a.wav"}}))
+    np.save(changed_file, array)
+    before = {p: p.stat().st_mtime_ns for p in work.root.rglob("*") if p.is_file()}
+    with pytest.raises(StageError, match="was trained on other recordings"):
+        import_experiment.run(recipe, Share())
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 def test_a_killed_import_goes_on_to_the_same_bytes(

@@ -293,6 +293,15 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, small: Path, monkeypatch: 
     assert mtimes(config) == before
 
 
+def test_reading_many_recordings_is_told(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(preprocess, "LOG_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        preprocess.run(recipe(tmp_path), Share())
+    assert "preprocess: read 3 of 6 recordings, to know their content" in caplog.text
+
+
 def test_an_unfinished_rank_writes_no_report(tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = recipe(tmp_path)
     with caplog.at_level(logging.INFO):

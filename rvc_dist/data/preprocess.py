@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from rvc_dist.config import MAX_CLIP_FRAMES, RATES, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.data.parts import CUT
-from rvc_dist.data.sources import content_of, list_sources
+from rvc_dist.data.sources import check_recordings, content_of, list_sources
 from rvc_dist.workspace import (
     MAX_SLICE_S,
     ClipsHeader,
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from rvc_dist.data.denoise import NoiseGate
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 LOG_EVERY_S = 10.0
 CLIPPED_LEVEL, CLIPPED_SHARE = 0.999, 1e-3
@@ -158,7 +161,7 @@ def save_recipe(recipe: Recipe, work: Workspace) -> None:
     """Keep the recipe with the run; of features that are there already, what they were made with."""
     if work.features_report_file.is_file() and (kept := work.kept_recipe()) is not None:
         recipe = replace(recipe, extract=kept.extract, model=kept.model)
-    work.save_recipe(recipe.to_yaml())
+    work.save_recipe(recipe, reads_recordings=True)
 
 
 def other_settings(recipe: Recipe) -> str:
@@ -193,11 +196,16 @@ def make_work_list(recipe: Recipe, work: Workspace, settings: dict[str, Any], sh
         return wait_for("the work list of rank 0", current)
 
     old = WorkList.load(work.work_list_file)
-    known = {f.path: f for unit in (old.units if old else ()) for f in unit.files}
-    with ThreadPoolExecutor(recipe.preprocess.num_workers) as pool:
-        measured = list(pool.map(lambda f: f if f.reason else _measure(audio_dir, f, known.get(f.path)), sources))
+    content = content_by(old, audio_dir)
+    measured = in_threads(
+        recipe.preprocess.num_workers,
+        lambda f: f if f.reason else _measure(audio_dir, f, content),
+        sources,
+        "preprocess: read %d of %d recordings, to know their content",
+    )
     if all(f.reason for f in measured):  # before anything of an earlier dataset in this run folder is touched
         raise _no_clip(recipe, [(f.path, f.reason) for f in measured])
+    check_recordings(work, measured, lambda f: f.content)
     work_list = WorkList(
         listing=listing,
         settings=settings,
@@ -226,14 +234,19 @@ def _source_changes(old: WorkList, sources: list[SourceFile]) -> str:
     return f"recordings in data.audio_dir: {', '.join(told)}" if told else ""
 
 
-def _measure(audio_dir: Path, file: SourceFile, known: SourceFile | None) -> SourceFile:
-    """`file` with its length, rate and content; the content is that of `known` where neither size nor time differs."""
+def content_by(work_list: WorkList | None, audio_dir: Path) -> Callable[[SourceFile], str]:
+    """The content of a recording: as `work_list` has it where neither size nor time differs, else it is read."""
+    known = {f.listed: f.content for unit in (work_list.units if work_list else ()) for f in unit.files}
+    return lambda file: known.get(file.listed) or content_of(audio_dir / file.path)
+
+
+def _measure(audio_dir: Path, file: SourceFile, content: Callable[[SourceFile], str]) -> SourceFile:
+    """`file` with its length, rate and content."""
     path = audio_dir / file.path
     try:
         with decode.opened(path) as recording:
             file = replace(file, duration_s=round(recording.duration_s, 6), rate=recording.rate)
-        is_same = known is not None and known.listed == file.listed
-        return replace(file, content=known.content if known and is_same else content_of(path))
+        return replace(file, content=content(file))
     except decode.MissingDecoderError as error:
         raise _missing_decoder(file, error) from error
     except (decode.AudioError, OSError) as error:
@@ -253,16 +266,28 @@ def make_units(recipe: Recipe, work: Workspace, units: list[Unit], settings: dic
 
         gate = NoiseGate(recipe.data.sample_rate, recipe.preprocess.clean_strength)
     # Decoders, the resampler and the filter release the interpreter lock, so threads are enough.
-    with ThreadPoolExecutor(recipe.preprocess.num_workers) as pool:
-        logged_at = time.monotonic()
+    in_threads(
+        recipe.preprocess.num_workers,
+        lambda unit: make_unit(recipe, work, unit, settings, gate),
+        units,
+        "preprocess: %d of %d units",
+    )
+
+
+def in_threads(count: int, function: Callable[[T], R], items: Sequence[T], progress: str) -> list[R]:
+    """What `function` gives of each of `items`, in `count` threads, with a line on the progress now and then."""
+    results, logged_at = [], time.monotonic()
+    with ThreadPoolExecutor(count) as pool:
         try:
-            for i, _ in enumerate(pool.map(lambda unit: make_unit(recipe, work, unit, settings, gate), units), 1):
+            for result in pool.map(function, items):
+                results.append(result)
                 if time.monotonic() - logged_at > LOG_EVERY_S:
                     logged_at = time.monotonic()
-                    logger.info("preprocess: %d of %d units", i, len(units))
+                    logger.info(progress, len(results), len(items))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return results
 
 
 def make_unit(

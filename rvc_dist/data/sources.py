@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from rvc_dist.config import MAX_SPEAKERS
 from rvc_dist.data.decode import AUDIO_SUFFIXES
 from rvc_dist.files import not_regular
-from rvc_dist.workspace import SourceFile, StageError, listed, printable
+from rvc_dist.workspace import SourceFile, StageError, Workspace, listed, printable
+
+NAMED = 3
+"""Recordings of either side that a refusal names."""
 
 
 def list_sources(audio_dir: Path, run_dir: Path | None = None) -> list[SourceFile]:
@@ -90,6 +94,44 @@ def content_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:16]  # BLAKE2 is fast on processors of every kind
+
+
+def check_recordings(work: Workspace, sources: Iterable[SourceFile], content: Callable[[SourceFile], str]) -> None:
+    """Nothing, if the run may go on with `sources`. `content` is asked until one of them is known, names first.
+
+    Raises:
+        StageError: the newest checkpoint was trained on none of them, as training says once they are cut.
+    """
+    path, trained_on = work.trained_on()
+    old, new = trained_on.get("recordings", {}), {}
+    names = {*old.values()}
+    usable = [s for s in sources if old and not s.reason]
+    for source in sorted(usable, key=lambda s: s.path not in names):
+        found = content(source)
+        if found in old or source.path in hashless(old):
+            return
+        new[found] = source.path
+    if new:
+        raise other_recordings(path, old, new)
+
+
+def hashless(recordings: Mapping[str, str]) -> set[str]:
+    """The names of those in a checkpoint whose content it does not know: what an older version of rvc_dist cut."""
+    return {name for key, name in recordings.items() if key.startswith(f"{name} to ")}
+
+
+def other_recordings(path: Path, old: Mapping[str, str], new: Mapping[str, str]) -> StageError:
+    """For a checkpoint in `path` of recordings of which none is there; names by content."""
+    return StageError(
+        f"{path} was trained on other recordings ({named(old)}) than those that are there now ({named(new)}): none "
+        "is the same. Give the new voice another run_dir, or remove the checkpoints to begin anew"
+    )
+
+
+def named(recordings: Mapping[str, str]) -> str:
+    names = sorted(set(recordings.values()))
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names)} ({', '.join(map(printable, names[:NAMED]))}{more})"
 
 
 def _without_doubles(files: list[SourceFile], audio_dir: Path) -> list[SourceFile]:

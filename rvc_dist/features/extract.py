@@ -71,7 +71,7 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
     settings = feature_settings(recipe) | {"embedder": extractor.describe()}
     withdraw_report(work, settings, clips, share)
     if share.is_first:
-        work.save_recipe(recipe.to_yaml())
+        work.save_recipe(recipe)
     if recipe.extract.include_mutes and (share.is_first or share.array):
         save_mute(recipe, work, extractor, settings)
     todo = [u for u in share.take(list(clips)) if done_header(recipe, work, u, settings, clips[u]) is None]

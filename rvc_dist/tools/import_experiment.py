@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -21,8 +21,15 @@ import numpy.typing as npt
 
 from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, Recipe
 from rvc_dist.data import decode
-from rvc_dist.data.preprocess import clips_report, imported_clip_settings, left_out_entry, recording_entries
-from rvc_dist.data.sources import content_of
+from rvc_dist.data.preprocess import (
+    clips_report,
+    content_by,
+    imported_clip_settings,
+    in_threads,
+    left_out_entry,
+    recording_entries,
+)
+from rvc_dist.data.sources import check_recordings, content_of
 from rvc_dist.features.extract import feature_stamp, imported_feature_settings, pack_unit, write_mute, write_report
 from rvc_dist.features.identity import PUBLISHED
 from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
@@ -45,6 +52,7 @@ from rvc_dist.workspace import (
     remove_leftovers,
     save_arrays,
     stamp,
+    unit_files,
     wait_for,
     write_json,
 )
@@ -158,10 +166,13 @@ def run(recipe: Recipe, share: Share) -> None:
     experiment = read_experiment(Path(recipe.data.audio_dir))
     work = Workspace(recipe.run_dir, recipe.name)
     old = check_run_folder(work, recipe)
-    files = list_waves(experiment)
+    num_threads = recipe.preprocess.num_workers
+    files = list_waves(experiment, num_threads, content_by(old, experiment.waves_dir))
     recipe = adapt(recipe, experiment, common_rate(experiment, files))
     settings = imported_clip_settings(recipe)
-    listing = stamp([f.identity for f in files], feature_listing(experiment))
+    known = [(f.path, f.reason) if f.reason else f.identity for f in files]
+    listing = stamp(known, feature_listing(experiment, num_threads))
+    check_recordings(work, files, lambda f: f.content)
     if old is not None and (old.listing, old.settings) == (listing, settings) and complete(recipe):
         logger.info("import: %s was imported before, nothing to do", experiment.folder)
         return
@@ -170,6 +181,9 @@ def run(recipe: Recipe, share: Share) -> None:
     # Clips with features before those without, so that hardly any unit has both kinds.
     usable = sorted((f for f in files if not f.reason), key=lambda f: not experiment.has_features(f.path))
     work_list = WorkList(listing, settings, cut_units(usable), tuple(f for f in files if f.reason))
+    if experiment.content_dir and (old is None or old.listing != listing):
+        for path in unit_files(work.features_dir):  # their stamps do not tell one array from another
+            path.unlink()
     atomic_write(work.work_list_file, work_list.dumps())
     features = imported_feature_settings(recipe, embedder(recipe, experiment))
     for unit in work_list.units:
@@ -309,19 +323,21 @@ def _name(path: str) -> str:
     return PurePosixPath(path.replace("\\", "/")).name
 
 
-def list_waves(experiment: Experiment) -> list[SourceFile]:
+def list_waves(experiment: Experiment, num_threads: int, content: Callable[[SourceFile], str]) -> list[SourceFile]:
     """Every wave of the experiment in a fixed order, and those that filelist.txt has beyond; unusable with a reason."""
     found = {p.name: p for p in experiment.waves_dir.glob("*.wav")}
-    files = []
     missing = sorted(experiment.speakers.keys() - found.keys())
     if len(missing) > MAX_MISSING:
         logger.warning("import: %d waves of filelist.txt are missing, %d of them are named", len(missing), MAX_MISSING)
-    for name in sorted({*found, *missing[:MAX_MISSING]}):
+
+    def judged(name: str) -> SourceFile:
         speaker = experiment.speakers.get(name, _speaker_of(name))
         if name in found:
-            files.append(_wave(found[name], speaker))
-        else:
-            files.append(SourceFile(name, speaker, 0, 0, reason="in filelist.txt, but the wave is missing"))
+            return _wave(found[name], speaker, content)
+        return SourceFile(name, speaker, 0, 0, reason="in filelist.txt, but the wave is missing")
+
+    names = sorted({*found, *missing[:MAX_MISSING]})
+    files = in_threads(num_threads, judged, names, "import: read %d of %d waves, to know their content")
     if all(f.reason for f in files):
         raise _nothing(experiment, [(f.path, f.reason) for f in files])
     unlisted = [name for name in sorted(found) if experiment.speakers and name not in experiment.speakers]
@@ -333,7 +349,7 @@ def list_waves(experiment: Experiment) -> list[SourceFile]:
     return in_their_recordings(files)
 
 
-def _wave(path: Path, speaker: int) -> SourceFile:
+def _wave(path: Path, speaker: int, content: Callable[[SourceFile], str]) -> SourceFile:
     """A wave for the work list; with a reason where it cannot be used."""
     file = SourceFile(path.name, speaker, 0, 0)
     try:
@@ -342,7 +358,9 @@ def _wave(path: Path, speaker: int) -> SourceFile:
         reason = not_regular(status.st_mode)
         if speaker >= MAX_SPEAKERS:
             reason = reason or f"speaker id {speaker} is above {MAX_SPEAKERS - 1}"
-        return replace(file, reason=reason) if reason else replace(file, duration_s=round(decode.duration(path), 6))
+        if reason:
+            return replace(file, reason=reason)
+        return replace(file, duration_s=round(decode.duration(path), 6), content=content(file))
     except decode.AudioError as error:
         return replace(file, reason=str(error))
     except OSError as error:  # a link that leads nowhere
@@ -451,11 +469,17 @@ def embedder(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
     return {"name": recipe.extract.embedder_model, "width": experiment.width, "hash": ""}
 
 
-def feature_listing(experiment: Experiment) -> list[tuple[str, int, int]]:
-    """What changed arrays change."""
+def feature_listing(experiment: Experiment, num_threads: int) -> list[tuple[str, str]]:
+    """What changed arrays change: the content of each, whatever its time."""
     folders = [d for d in (experiment.content_dir, experiment.f0_dir) if d]
-    status = [(p, p.stat()) for folder in folders for p in sorted(folder.glob("*.npy"))]
-    return [(f"{p.parent.name}/{p.name}", s.st_size, s.st_mtime_ns) for p, s in status]
+    paths = [p for folder in folders for p in sorted(folder.glob("*.npy"))]
+    found = in_threads(
+        num_threads,
+        lambda p: content_of(p) if p.is_file() else "",
+        paths,
+        "import: read %d of %d arrays, to know their content",
+    )
+    return [(f"{p.parent.name}/{p.name}", content) for p, content in zip(paths, found, strict=True)]
 
 
 def import_unit(
@@ -491,7 +515,7 @@ def import_unit(
             except FeatureError as error:
                 reason = f"features not imported: {error}"
         where = {"source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
-        clips.append({"speaker": file.speaker, "content": content_of(path)} | where)
+        clips.append({"speaker": file.speaker, "content": file.content} | where)
         waves[f"{len(waves):05d}"] = wave
         seconds = round(len(wave) / rate, 6)
         entry = {"seconds_in": seconds, "clips": 1, "seconds_out": round(seconds, 3), "lost": {}, "reason": reason}
@@ -562,7 +586,7 @@ def finish(
         recipe = import_mutes(recipe, experiment, work, features, {f["speaker"] for f in used})
         import_index(recipe, experiment, work, write_report(work, features, clips, "import"))
     recipe = import_weights(recipe, experiment, work, 1 + max(f["speaker"] for f in used))
-    work.save_recipe(recipe.to_yaml())
+    work.save_recipe(recipe, reads_recordings=True)
     total_s = _total_seconds(experiment) or sum(f["seconds_in"] for f in used)
     report = clips_report(files, total_s) | {
         "imported": str(experiment.folder),

@@ -33,23 +33,22 @@ from rvc_dist.schema import (
     MAX_JSON_BYTES,
     Count,
     FileName,
-    OsName,
     Positive,
     SchemaError,
-    Seconds,
     SpeakerId,
     check,
     parse_json,
     read_bounded,
 )
 from rvc_dist.train.optimizers import OptimizerState
-from rvc_dist.workspace import StageError, atomic_write, read_json, space
+from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
+from rvc_dist.workspace import CHECKPOINT_STATE as STATE
+from rvc_dist.workspace import StageError, TrainedOn, atomic_write, read_json, space
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Raised when a checkpoint of before can no longer be continued."""
-MANIFEST, STATE = "manifest.json", "state.json"
 MODELS = ("generator", "discriminator")
 FILES = (*(f"{name}.safetensors" for n in MODELS for name in (n, f"optimizer_{n}")), STATE)
 SPARE_BYTES = 16 << 20
@@ -96,17 +95,6 @@ class OldState(TypedDict):
     optimizer_groups: dict[str, list[dict[str, Any]]]
     meter: MeterState
     num_ranks: Positive
-
-
-class TrainedOn(TypedDict, total=False):
-    """`fingerprint.of_data`; empty where an older version wrote it."""
-
-    recordings: dict[str, OsName]
-    train: str
-    validation: str
-    dataset_length: str
-    holdout: list[float]
-    held_from_s: dict[str, Seconds]
 
 
 class StateFile(OldState, total=False):
@@ -351,14 +339,6 @@ def latest(folder: Path) -> Path | None:
             return path
         logger.warning("%s has no %s and is passed over: it was never whole, or is half removed", path, MANIFEST)
     return None
-
-
-def trained_on(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint in `folder` and the data that it knows; nothing where there is none that can be read."""
-    whole = [p for p in all_in(folder) if (p / MANIFEST).is_file()]
-    with contextlib.suppress(StageError, OSError):  # whoever goes on from it says it
-        return (whole[-1], dict(_state(whole[-1]).get("data", {}))) if whole else (folder, {})
-    return folder, {}
 
 
 def prune(folder: Path, keep: int, best_step: int) -> None:

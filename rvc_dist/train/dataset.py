@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
 from rvc_dist.runtime.hang_killer import end_with_parent
 from rvc_dist.runtime.logs import ends_within
-from rvc_dist.train import checkpoint, memory
+from rvc_dist.train import memory
 from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by
 from rvc_dist.workspace import FeaturesHeader, MuteHeader, StageError, Workspace, read_header, unit_files, unit_header
 
@@ -225,7 +225,7 @@ class ClipTable:
 
         What the run was trained on stays on its side.
         """
-        _, trained_on = checkpoint.trained_on(Workspace(recipe.run_dir, recipe.name).checkpoints_dir)
+        _, trained_on = Workspace(recipe.run_dir, recipe.name).trained_on()
         settled = settled_by(trained_on, recipe.data.holdout, recipe.train.seed)
         held, lost, shares = hold_out(clips, recipe.data.holdout, recipe.train.seed, settled)
         speakers = sorted({c.speaker for c in clips})

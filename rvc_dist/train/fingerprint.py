@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rvc_dist.config import Recipe
+from rvc_dist.data.sources import hashless, named, other_recordings
 from rvc_dist.train.checkpoint import Progress
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.holdout import choice, validated
-from rvc_dist.workspace import StageError, Workspace, printable, read_json, stamp
+from rvc_dist.workspace import Workspace, read_json, stamp
 
 logger = logging.getLogger(__name__)
-
-NAMED = 3
 
 
 def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
@@ -47,16 +46,13 @@ def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         logger.info("%s is from before checkpoints knew their data; it goes on with the present recordings", path)
         return
     old, new = before["recordings"], now["recordings"]
-    if not old.keys() & new.keys():
-        raise StageError(
-            f"{path} was trained on other recordings ({_named(old)}) than those of the run folder now ({_named(new)}): "
-            "none is the same. Give the new voice another run_dir, or remove the checkpoints to begin anew"
-        )
+    if not (old.keys() & new.keys() or hashless(old) & {*new.values()}):
+        raise other_recordings(path, old, new)
     changes = {
         "new": {k: v for k, v in new.items() if k not in old},
         "gone": {k: v for k, v in old.items() if k not in new},
     }
-    told = [f"{_named(recordings)} {what}" for what, recordings in changes.items() if recordings]
+    told = [f"{named(recordings)} {what}" for what, recordings in changes.items() if recordings]
     if told or before["train"] != now["train"]:
         logger.warning(
             "the data changed since %s: %s; the epoch begins anew", path.name, ", ".join(told) or "other clips of it"
@@ -74,9 +70,3 @@ def adjusted(progress: Progress, before: dict[str, Any], now: dict[str, Any]) ->
     if before["validation"] != now["validation"]:
         progress = replace(progress, best_metric=None, best_step=0, best_epoch=0)
     return progress
-
-
-def _named(recordings: dict[str, str]) -> str:
-    names = sorted(set(recordings.values()))
-    more = ", ..." if len(names) > NAMED else ""
-    return f"{len(names)} ({', '.join(map(printable, names[:NAMED]))}{more})"

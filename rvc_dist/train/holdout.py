@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from rvc_dist.config import Recipe
     from rvc_dist.train.dataset import ClipRef, ClipTable
+    from rvc_dist.workspace import TrainedOn
 
 LEAST_S = 10.0
 """Of a speaker who has enough for it."""
@@ -175,7 +176,7 @@ def choice(share: float, seed: int, held: Iterable[ClipRef]) -> dict[str, Any]:
     return {"holdout": [share, seed], "held_from_s": starts_s}
 
 
-def settled_by(trained_on: Mapping[str, Any], share: float, seed: int) -> dict[str, float]:
+def settled_by(trained_on: TrainedOn, share: float, seed: int) -> dict[str, float]:
     """By content of the recordings of a checkpoint, the second from which they are held out; infinity: not at all.
 
     Nothing where another share or seed was asked for: then all is chosen anew.

@@ -166,7 +166,7 @@ class Trainer:
         weights = sum(p.nbytes for n in self.networks.values() for p in n.raw.parameters())
         checkpoint.prepare_folder(self.work.checkpoints_dir, 3 * weights)  # and two moments of each
         self.work.requeue_file.unlink(missing_ok=True)
-        self.work.save_recipe(self.recipe.to_yaml())
+        self.work.save_recipe(self.recipe)
 
     def _choose_compiled(self, modules: Mapping[str, nn.Module]) -> dict[str, bool]:
         """Which networks to compile: as the run did before, else by a trial with the next batch."""

@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 from rvc_dist.config import Recipe
 from rvc_dist.features import index
-from rvc_dist.tools.doctor.ahead import check_disk, check_encoder, check_pitch_tracker, check_start, features_done
+from rvc_dist.tools.doctor.ahead import (
+    check_disk,
+    check_encoder,
+    check_pitch_tracker,
+    check_recordings,
+    check_start,
+    features_done,
+)
 from rvc_dist.tools.doctor.disk import check_run_folder
 from rvc_dist.tools.doctor.findings import EXIT_CODES, Result, Severity, show, verdict, with_remedy
 from rvc_dist.tools.doctor.machine import check_devices, check_packages, check_precision, check_versions
@@ -42,6 +49,7 @@ CHECKS = (
     Check("devices", check_devices, "training takes one kind of device: leave the others out"),
     Check("precision", check_precision, "training takes one kind of device: leave the others out"),
     Check("data", check_data, SAME_FOLDER),
+    Check("recordings", check_recordings),
     Check("packages", check_packages, SAME_FOLDER),
     Check("content encoder", check_encoder, SAME_FOLDER),
     Check("pitch tracker", check_pitch_tracker, SAME_FOLDER),
@@ -57,7 +65,7 @@ CHECKS = (
 
 AHEAD = (
     Check("start", check_start),
-    *(c for c in CHECKS if c.run in (check_packages, check_encoder, check_pitch_tracker)),
+    *(c for c in CHECKS if c.run in (check_recordings, check_packages, check_encoder, check_pitch_tracker)),
     *(c for c in CHECKS if c.run in (check_weights, check_shared_memory, check_disk)),
 )
 """What the first rank of a run looks at before the first stage, if one of the data stages is still to be done."""
@@ -69,10 +77,11 @@ def look_ahead(recipe: Recipe) -> None:
     Raises:
         StageError: it is not there; everything is listed, each with its remedy.
     """
-    done = features_done(recipe)
-    if done and index.complete(recipe):
+    exam = Exam(recipe, Team())
+    exam.data_stages_done = features_done(exam)
+    if exam.data_stages_done and index.complete(recipe):
         return
-    exam = Exam(recipe, Team(), table=ClipTable.load(recipe) if done else None, data_stages_done=done)
+    exam.table = ClipTable.load(recipe) if exam.data_stages_done else None
     logger.info("run: looking for what its stages need; a content encoder that is missing is fetched now")
     logging.disable(logging.INFO)  # training says it again
     try:

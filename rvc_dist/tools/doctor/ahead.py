@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from rvc_dist.choices import F0_METHODS
-from rvc_dist.config import F0_PER_S, Recipe, f0_method_names
-from rvc_dist.data import decode, preprocess
-from rvc_dist.data.sources import list_sources
+from rvc_dist.config import F0_PER_S, f0_method_names
+from rvc_dist.data import decode, preprocess, sources
 from rvc_dist.features import extract, index
 from rvc_dist.features.content import load_embedder
 from rvc_dist.features.f0 import load_f0
@@ -24,22 +23,25 @@ from rvc_dist.tools.doctor.findings import Result
 from rvc_dist.tools.doctor.team import Exam
 from rvc_dist.train import checkpoint
 from rvc_dist.train.deepspeed import check_optimizer
-from rvc_dist.workspace import SourceFile, StageError, WorkList, Workspace
+from rvc_dist.workspace import SourceFile, StageError, WorkList
 
 CPU = torch.device("cpu")
 MAX_MEASURED = 200
 """Recordings whose headers are read where no work list tells of them."""
 
 
-def features_done(recipe: Recipe) -> bool:
+def features_done(exam: Exam) -> bool:
     """Whether clips and features are those of this recipe and of the recordings that are there now."""
-    work = Workspace(recipe.run_dir, recipe.name)
-    work_list = WorkList.load(work.work_list_file)
+    recipe, work_list = exam.recipe, WorkList.load(exam.work.work_list_file)
     if work_list is None or preprocess.complete(recipe) is None:
         return False
     if "imported" not in work_list.settings:
-        planned = {(f.path, f.size) for f in (*(f for u in work_list.units for f in u.files), *work_list.excluded)}
-        if planned != {(f.path, f.size) for f in list_sources(Path(recipe.data.audio_dir), work.root)}:
+        planned = {f.path: f for f in (*(f for u in work_list.units for f in u.files), *work_list.excluded)}
+        if {(f.path, f.size) for f in planned.values()} != {(f.path, f.size) for f in exam.sources}:
+            return False
+        content = preprocess.content_by(work_list, Path(recipe.data.audio_dir))
+        used = (f for f in exam.sources if not (f.reason or planned[f.path].reason))
+        if any(content(f) != planned[f.path].content for f in used):
             return False
     return extract.complete(recipe) is True
 
@@ -52,9 +54,18 @@ def check_start(exam: Exam, result: Result) -> None:
     if exam.recipe.train.use_bf16:
         check_bf16(exam.team.device)
     exam.hosts = [socket.gethostname()] * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    work_list = WorkList.load(exam.work.work_list_file)
-    if work_list is None or "imported" not in work_list.settings:
-        list_sources(Path(exam.recipe.data.audio_dir), exam.work.root)
+    if not exam.is_imported:
+        _ = exam.sources  # some
+
+
+def check_recordings(exam: Exam, result: Result) -> None:
+    """A run that was trained goes on with one at least of the recordings that it knows."""
+    audio_dir = Path(exam.recipe.data.audio_dir)
+    if exam.is_imported or not audio_dir.exists():
+        result.skipped = "imported clips" if exam.is_imported else f"{audio_dir} does not exist"
+    elif exam.team.is_first:
+        content = preprocess.content_by(WorkList.load(exam.work.work_list_file), audio_dir)
+        sources.check_recordings(exam.work, exam.sources, content)
 
 
 def check_encoder(exam: Exam, result: Result) -> None:
@@ -121,23 +132,23 @@ def data_bytes(exam: Exam) -> Iterator[float]:
 
 def recorded_seconds(exam: Exam) -> float:
     work_list = WorkList.load(exam.work.work_list_file)
-    if work_list is not None and "imported" in work_list.settings:
+    if work_list is not None and exam.is_imported:
         return sum(unit.duration_s for unit in work_list.units)
     with contextlib.suppress(StageError):  # another check says it
-        sources, found = measured(exam.recipe)
+        sources, found = measured(exam)
         share = sum(source.size for source, *_ in found) / sum(s.size for s in sources)
         return sum(seconds for *_, seconds in found) / share if share else 0.0
     return 0.0
 
 
-def measured(recipe: Recipe) -> tuple[list[SourceFile], list[tuple[SourceFile, int, float]]]:
+def measured(exam: Exam) -> tuple[list[SourceFile], list[tuple[SourceFile, int, float]]]:
     """The usable recordings of the dataset, and of at most MAX_MEASURED of them the rate in Hz and the seconds.
 
     Raises:
         StageError: there is none.
     """
-    folder, found = Path(recipe.data.audio_dir), []
-    sources = [s for s in list_sources(folder, Path(recipe.run_dir)) if not s.reason]
+    folder, found = Path(exam.recipe.data.audio_dir), []
+    sources = [s for s in exam.sources if not s.reason]
     for source in sources[:: -(-len(sources) // MAX_MEASURED)]:
         with contextlib.suppress(decode.AudioError), decode.opened(folder / source.path) as recording:
             found.append((source, recording.rate, recording.duration_s))  # preprocess leaves the others out

@@ -17,15 +17,14 @@ from packaging.requirements import Requirement
 
 from rvc_dist import __version__
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS
-from rvc_dist.config import Recipe, f0_method_names
+from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
-from rvc_dist.data.sources import list_sources
 from rvc_dist.features import index
 from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, device_name
 from rvc_dist.runtime.launcher import asks_for_deepspeed
 from rvc_dist.tools.doctor.findings import Result, first_line, ranks_text
 from rvc_dist.tools.doctor.team import Exam
-from rvc_dist.workspace import StageError, Workspace
+from rvc_dist.workspace import StageError
 
 CROWDED = 0.1
 """Share of a GPU's memory that others may hold before it is told."""
@@ -93,7 +92,7 @@ def outdated(requirements: Sequence[str], version_of: Callable[[str], str], resu
 
 def check_packages(exam: Exam, result: Result) -> None:
     """The optional packages that this recipe needs can be imported."""
-    wanted = wanted_packages(exam.recipe, exam.work)
+    wanted = wanted_packages(exam)
     for module, (package, reason) in wanted.items():
         try:
             importlib.import_module(module)
@@ -108,8 +107,9 @@ def check_packages(exam: Exam, result: Result) -> None:
     result.same["needed"] = ", ".join(package for package, _ in wanted.values())
 
 
-def wanted_packages(recipe: Recipe, work: Workspace) -> dict[str, tuple[str, str]]:
+def wanted_packages(exam: Exam) -> dict[str, tuple[str, str]]:
     """Module -> (package, what of the recipe needs it)."""
+    recipe = exam.recipe
     wanted = {"faiss": ("faiss-gpu-cu12" if torch.cuda.is_available() else "faiss-cpu", "the index stage")}
     chosen = {f"train.optimizer {recipe.train.optimizer_name}": OPTIMIZERS[recipe.train.optimizer_name].package}
     for name in f0_method_names(recipe.extract.f0_method):
@@ -117,10 +117,9 @@ def wanted_packages(recipe: Recipe, work: Workspace) -> dict[str, tuple[str, str
     wanted |= {package.module: (package.name, reason) for reason, package in chosen.items() if package}
     if recipe.preprocess.clean_dataset:
         wanted["noisereduce"] = "noisereduce", "preprocess.clean_dataset"
-    audio_dir = Path(recipe.data.audio_dir)
-    if audio_dir.is_dir():
+    if Path(recipe.data.audio_dir).is_dir():
         with contextlib.suppress(StageError):  # the data check tells it
-            names = (Path(f.path) for f in list_sources(audio_dir, work.root) if not f.reason)
+            names = (Path(f.path) for f in exam.sources if not f.reason)
             if av_file := next((n for n in names if n.suffix.lower() in AV_SUFFIXES), None):
                 wanted["av"] = "av", f"{av_file.name} in data.audio_dir"
     return wanted

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +18,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from rvc_dist.config import Recipe
+from rvc_dist.data.sources import list_sources
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import make_accelerator
 from rvc_dist.runtime.device import local_device
 from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.tools.doctor.findings import Result, Severity, first_line, with_remedy
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import Share, StageError, Workspace
+from rvc_dist.workspace import Share, SourceFile, StageError, WorkList, Workspace
 
 SAME_FOLDER = "every rank must see the same run folder and be given the same recipe: put run_dir on a shared filesystem"
 ANSWER_TIMEOUT_S = 60
@@ -100,6 +102,21 @@ class Exam:
     @property
     def work(self) -> Workspace:
         return Workspace(self.recipe.run_dir, self.recipe.name)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the clips are another tool's, and no recordings are looked for."""
+        work_list = WorkList.load(self.work.work_list_file)
+        return work_list is not None and "imported" in work_list.settings
+
+    @cached_property
+    def sources(self) -> list[SourceFile]:
+        """Of the dataset, which is walked once.
+
+        Raises:
+            StageError: it is not there, or none of its files can be used.
+        """
+        return list_sources(Path(self.recipe.data.audio_dir), self.work.root)
 
     @property
     def has_features_to_make(self) -> bool:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, DataConfig, Recipe
 from rvc_dist.data.preprocess import low_rates
-from rvc_dist.data.sources import list_sources
 from rvc_dist.features import extract
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import device_name
@@ -56,7 +54,7 @@ def check_data(exam: Exam, result: Result) -> None:
     recipe, work = exam.recipe, exam.work
     work_list = WorkList.load(work.work_list_file)
     with contextlib.suppress(StageError):  # of a dataset that is missing; it is told below
-        low, remedy = low_rates(recipe, recording_rates(recipe, work_list))
+        low, remedy = low_rates(recipe, recording_rates(exam, work_list))
         if low:
             result.warn(low, remedy)
     if not work.features_report_file.is_file():
@@ -66,9 +64,8 @@ def check_data(exam: Exam, result: Result) -> None:
         elif recipe.data.audio_dir == DataConfig().audio_dir and not Path(recipe.data.audio_dir).exists():
             result.skipped = "no recipe with data was given (--config)"
         else:
-            sources = list_sources(Path(recipe.data.audio_dir), work.root)
-            left_out = sum(bool(f.reason) for f in sources)
-            result.same |= {"recordings": str(len(sources) - left_out), "left out": str(left_out)}
+            left_out = sum(bool(f.reason) for f in exam.sources)
+            result.same |= {"recordings": str(len(exam.sources) - left_out), "left out": str(left_out)}
             result.skipped = f"no features in {work.root} yet: rvc-dist run makes them"
         return
     exam.table = ClipTable.load(recipe)
@@ -92,7 +89,7 @@ def check_data(exam: Exam, result: Result) -> None:
         )
 
 
-def recording_rates(recipe: Recipe, work_list: WorkList | None) -> list[tuple[int, float]]:
+def recording_rates(exam: Exam, work_list: WorkList | None) -> list[tuple[int, float]]:
     """(Hz, seconds) of each recording in the work list; without one, of some of the dataset."""
     if work_list is not None:
         parts = [f for unit in work_list.units for f in unit.files if f.rate]  # imported clips tell of no recording
@@ -100,7 +97,7 @@ def recording_rates(recipe: Recipe, work_list: WorkList | None) -> list[tuple[in
         for part in parts:
             seconds[part.path] += part.duration_s
         return [(rate, seconds[path]) for path, rate in {f.path: f.rate for f in parts}.items()]
-    return [(rate, length_s) for _, rate, length_s in measured(recipe)[1]]
+    return [(rate, length_s) for _, rate, length_s in measured(exam)[1]]
 
 
 def features_of_clips(exam: Exam, work_list: WorkList | None, result: Result) -> None:
@@ -131,14 +128,14 @@ def features_of_clips(exam: Exam, work_list: WorkList | None, result: Result) ->
         )
 
 
-def stand_in_table(recipe: Recipe, embedder: dict[str, Any] | None = None) -> ClipTable:
-    """Where there are no features: what they will be like, of `embedder` where that is known."""
+def stand_in_table(exam: Exam) -> ClipTable:
+    """Where there are no features: what they will be like, of the exam's embedder where that is known."""
+    recipe = exam.recipe
     width = CONTENT_WIDTH[recipe.model.version]
-    embedder = embedder or {"name": recipe.extract.embedder_model, "width": width}
+    embedder = exam.embedder or {"name": recipe.extract.embedder_model, "width": width}
     num_speakers = 1
     with contextlib.suppress(StageError):  # another check says it
-        sources = list_sources(Path(recipe.data.audio_dir), Path(recipe.run_dir))
-        num_speakers += max(s.speaker for s in sources if not s.reason)
+        num_speakers += max(s.speaker for s in exam.sources if not s.reason)
     return ClipTable((), (), embedder["width"], embedder, num_speakers)
 
 
@@ -146,7 +143,7 @@ def check_weights(exam: Exam, result: Result) -> None:
     """The networks can be built, pretrained files fit, and the checkpoint that training goes on from is whole."""
     recipe = exam.recipe
     newest = checkpoint.latest(exam.work.checkpoints_dir)
-    table = exam.table or stand_in_table(recipe, exam.embedder)
+    table = exam.table or stand_in_table(exam)
     if newest is not None and exam.team.is_first:  # reading gigabytes once is enough
         checkpoint.verify(newest)
     saved = None if newest is None else checkpoint.identity_of(newest)
@@ -193,7 +190,7 @@ def check_shared_memory(exam: Exam, result: Result) -> None:
     if not workers or not SHM.is_dir():
         result.skipped = f"there is no {SHM}" if workers else "no loader processes"
         return
-    table = exam.table or stand_in_table(exam.recipe, exam.embedder)
+    table = exam.table or stand_in_table(exam)
     ahead = ReadAhead.measure(exam.recipe, table, settings, exam.local_ranks)
     result.measured |= {"needed": (ahead.needed / 1e6, "MB"), "free": (ahead.free / 1e6, "MB")}
     if ahead.fits < 1:

@@ -47,7 +47,7 @@ def check_all_reduce(exam: Exam, result: Result) -> None:
         result.fail(f"all-reduce over {dist.get_backend()} fails: {first_line(error)}", NETWORK)
         return
     step_s = exam.step_s if team.is_first else None  # one rank is enough to tell it
-    num_bytes = gradient_bytes(exam.recipe, exam.shape)
+    num_bytes = gradient_bytes(exam)
     judge_communication(num_bytes / speed[MESSAGE_BYTES[-1]], step_s, num_bytes, exam.recipe, result)
 
 
@@ -99,10 +99,10 @@ def judge_sum(total: Tensor, pattern: Tensor, count: int, result: Result) -> Non
         )
 
 
-def gradient_bytes(recipe: Recipe, shape: GeneratorShape | None) -> int:
+def gradient_bytes(exam: Exam) -> int:
     """What a rank sends of gradients in one step: those of G and of D, once each."""
-    table = stand_in_table(recipe)
-    shape = shape or GeneratorShape.from_recipe(recipe, table.content_channels, table.num_speakers)
+    recipe, table = exam.recipe, stand_in_table(exam)
+    shape = exam.shape or GeneratorShape.from_recipe(recipe, table.content_channels, table.num_speakers)
     with torch.device("meta"):
         modules = [
             Generator(shape),
