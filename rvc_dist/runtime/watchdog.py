@@ -187,7 +187,7 @@ class Watch:
         beats = self._beats(first)
         still = [b for rank, b in beats.items() if rank != self._rank and b is first.get(rank)]
         silent = still if wait_s > self._interval_s else []  # else they may be between two beats
-        behind = least_done(beats)
+        behind = stragglers(beats)
         gone = [rank for rank in range(self._num_ranks) if rank not in beats]
         return silent or (behind if len(behind) < len(beats) else []), gone
 
@@ -254,7 +254,7 @@ class Watch:
 
     def _tell(self, step: int, age_s: float, median_s: float | None, silent: list[Beat]) -> None:
         usual = f", {age_s / median_s:.0f} times the median of {median_s:.2g} s" if median_s else ""
-        late = silent or least_done(self._others)
+        late = silent or stragglers(self._others)
         if len(late) < self._num_ranks or silent:
             others = [b for r, b in self._others.items() if r not in {b.data["rank"] for b in late}]
             waiting = f"; the others wait for it (rank {others[0].data['rank']} in {others[0].where})" if others else ""
@@ -291,7 +291,7 @@ class Watch:
         return beats
 
 
-def least_done(beats: dict[int, Beat]) -> list[Beat]:
+def stragglers(beats: dict[int, Beat]) -> list[Beat]:
     """The ranks that the others wait for; all of them when all have done the same."""
     least = min((b.data["count"] for b in beats.values()), default=0)
     return [b for b in beats.values() if b.data["count"] == least]

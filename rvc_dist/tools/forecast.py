@@ -133,6 +133,11 @@ class Load(NamedTuple):
     """Of its clips in a full batch."""
 
 
+def sampler_on(ranks: int, config: TrainConfig, lengths: Sequence[int]) -> BucketBatchSampler:
+    """The trainer's, of the first of so many ranks."""
+    return BucketBatchSampler(list(lengths), config.batch_size, ranks, 0, config.seed, config.grad_accum_steps)
+
+
 def loads(sampler: BucketBatchSampler) -> list[Load]:
     """The steps of an epoch, as the trainer's own sampler deals them."""
     full = sampler.batch_size * sampler.accum_steps
@@ -204,7 +209,7 @@ def forecasts(
     """
 
     def on(ranks: int) -> Forecast:
-        sampler = BucketBatchSampler(list(lengths), config.batch_size, ranks, 0, config.seed, config.grad_accum_steps)
+        sampler = sampler_on(ranks, config, lengths)
         steps = loads(sampler)
         factor = cluster.crowding(ranks, pace.measured)
         compute = sum(pace.compute_s(s.padded_frames, s.share) for s in steps) * factor / len(steps)

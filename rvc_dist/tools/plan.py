@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
 from rvc_dist.data import audio, decode
@@ -34,11 +33,12 @@ from rvc_dist.tools.forecast import (
     data_limit,
     forecasts,
     loads,
+    sampler_on,
     speed_limit,
 )
 from rvc_dist.tools.measuring import recipe_key
 from rvc_dist.tools.tracing import TracedStep, trace
-from rvc_dist.train.dataset import BUCKET_FRAMES, BucketBatchSampler, ClipRef, ClipTable, cached_bytes
+from rvc_dist.train.dataset import ClipRef, ClipTable, cached_bytes
 from rvc_dist.workspace import ClipsHeader, Share, StageError, Workspace, unit_files, unit_header, write_json
 
 logger = logging.getLogger(__name__)
@@ -142,11 +142,7 @@ class RunPlan:
         verdict = self.verdict()
         return {
             "format": FORMAT,
-            "clips": {
-                "from": self.clips_from,
-                "train": len(self.clips.train),
-                "held_out": len(self.clips.holdout),
-            },
+            "clips": {"from": self.clips_from, "train": len(self.clips.train), "held_out": len(self.clips.holdout)},
             "step": {"from": self.pace_from, **asdict(self.pace)},
             "cluster": {k: v for k, v in asdict(self.cluster).items() if v != math.inf},
             "assumed": list(self.assumed),
@@ -164,14 +160,10 @@ def make_plan(recipe: Recipe) -> RunPlan:
     """Raises: StageError: as `run`."""
     table, clips_from = training_clips(recipe)
     lengths = [c.num_frames for c in table.train]
-    sampler = BucketBatchSampler(
-        lengths, recipe.train.batch_size, 1, 0, recipe.train.seed, recipe.train.grad_accum_steps
-    )
-    longest = int(-(-sampler.lengths.max() // BUCKET_FRAMES) * BUCKET_FRAMES)
+    frames = [step.padded_frames for step in loads(sampler_on(1, recipe.train, lengths))]
     num_speakers = max(table.num_speakers, MAX_SPEAKERS) if recipe.train.pretrained_g else table.num_speakers
-    traced = trace(recipe, table.content_channels, num_speakers, longest)
-    mean_frames = float(np.mean([step.padded_frames for step in loads(sampler)]))
-    pace, pace_from, machine = find_pace(recipe, traced, mean_frames)
+    traced = trace(recipe, table.content_channels, num_speakers, max(frames))
+    pace, pace_from, machine = find_pace(recipe, traced, statistics.fmean(frames))
     cluster, pace, assumed = find_cluster(recipe, pace, machine)
     compressed = 2 if recipe.train.grad_compression == "bf16" else 1
     rows = forecasts(
@@ -183,11 +175,11 @@ def make_plan(recipe: Recipe) -> RunPlan:
         [n // compressed for n in traced.gradient_bytes.values()],
         recipe.rate_spec.hop / recipe.data.sample_rate,
     )
-    memory = machine.get("memory", {})
     assumed += [
         f"{HIDDEN_SHARE:.0%} of a step's compute hides communication, where no benchmark measured it",
         f"{WORKSPACE_SHARE:.0%} of the traced memory for workspaces, {RUNTIME_BYTES / 1e9:g} GB for libraries",
     ]
+    memory = machine.get("memory", {})
     return RunPlan(recipe, table, clips_from, traced, pace, pace_from, cluster, tuple(assumed), rows, memory)
 
 
@@ -278,13 +270,10 @@ def find_pace(recipe: Recipe, traced: TracedStep, mean_frames: float) -> tuple[P
     if config.step_s is not None:
         growing *= mean_frames / (traced.frames * (1 - growing) + growing * mean_frames)
         return Pace(config.step_s, mean_frames, growing), f"given: plan.step_s {config.step_s:g} s", {}
-    if config.device_tflop_s is not None:
-        seconds = traced.flops / (config.device_tflop_s * 1e12)
-        source = (
-            f"an ESTIMATE, nothing was measured: {traced.flops / 1e12:.2f} TFLOP a step at plan.device_tflop_s "
-            f"{config.device_tflop_s:g}"
-        )
-        return Pace(seconds, traced.frames, growing), source, {}
+    if (speed := config.device_tflop_s) is not None:
+        work = f"{traced.flops / 1e12:.2f} TFLOP a step at plan.device_tflop_s {speed:g}"
+        pace = Pace(traced.flops / (speed * 1e12), traced.frames, growing)
+        return pace, f"an ESTIMATE, nothing was measured: {work}", {}
     results = kept_results(recipe)
     if not results:
         measure_now(recipe)
@@ -396,37 +385,23 @@ def show(plan: RunPlan) -> None:
         f"{'bf16' if train.use_bf16 else 'fp32'}, {train.optimizer_name}; {len(table.train)} clips, {audio_h:.2f} h "
         f"({'about ' * plan.clips_from.startswith(ESTIMATE)}{len(table.holdout)} held out): {plan.clips_from}\n",
     )
-    out.print(forecast_table(plan, out))
+    columns: dict[str, Callable[[Forecast], str]] = {
+        "ranks": lambda f: f"{f.ranks}{' <' if f.ranks == recipe.plan.ranks else ''}",
+        "steps/epoch": lambda f: str(f.steps_per_epoch),
+        "steps": lambda f: str(f.total_steps),
+        "s/step": lambda f: f"{f.step_s:.3g}",
+        "wall h:mm:ss": lambda f: clock(f.wall_s),
+        "audio h/h": lambda f: f"{f.audio_s_per_s:.2f}",
+        "efficiency": lambda f: f"{f.efficiency:.0%}",
+        "MB sent/step": lambda f: f"{f.sent_bytes / 1e6:.1f}",
+        "GB/rank": lambda f: f"{sum(plan.memory_bytes(f.ranks).values()) / 1e9:.2f}",
+    }
+    table_of_ranks = empty_table(out, *columns)
+    for forecast in plan.sensible:
+        table_of_ranks.add_row(*(cell(forecast) for cell in columns.values()))
+    out.print(table_of_ranks)
     for line in sentences(plan):
         say(out, line)
-
-
-def forecast_table(plan: RunPlan, out: Console) -> Table:
-    columns = (
-        "ranks",
-        "steps/epoch",
-        "steps",
-        "s/step",
-        "wall h:mm:ss",
-        "audio h/h",
-        "efficiency",
-        "MB sent/step",
-        "GB/rank",
-    )
-    table = empty_table(out, *columns)
-    for f in plan.sensible:
-        table.add_row(
-            f"{f.ranks}{' <' if f.ranks == plan.recipe.plan.ranks else ''}",
-            str(f.steps_per_epoch),
-            str(f.total_steps),
-            f"{f.step_s:.3g}",
-            clock(f.wall_s),
-            f"{f.audio_s_per_s:.2f}",
-            f"{f.efficiency:.0%}",
-            f"{f.sent_bytes / 1e6:.1f}",
-            f"{sum(plan.memory_bytes(f.ranks).values()) / 1e9:.2f}",
-        )
-    return table
 
 
 def clock(seconds: float) -> str:
@@ -453,7 +428,9 @@ def sentences(plan: RunPlan) -> Iterator[str]:
             f"train.max_epochs {train.max_epochs} ends the run: {ranks_of(mine.ranks)} make {mine.total_steps} updates "
             f"of the weights, 1 rank {alone.total_steps}. If that is too few, raise train.max_epochs."
         )
-    yield pays(plan)
+    limit = plan.verdict()
+    past = " The recipe's ranks are past that." if mine.ranks > limit.ranks else ""
+    yield f"More ranks pay up to {limit.ranks}; what ends it is {limit.reason}.{past}"
     yield f"Clips: {plan.clips_from}."
     yield f"Step time: {plan.pace_from}."
     yield f"Assumed: {'; '.join(plan.assumed)}."
@@ -466,12 +443,6 @@ def sentences(plan: RunPlan) -> Iterator[str]:
         measured = ", ".join(f"{num_bytes / 1e9:.2f} GB {name}" for name, num_bytes in plan.bench_memory.items())
         line += f" bench measured {measured}."
     yield line
-
-
-def pays(plan: RunPlan) -> str:
-    limit = plan.verdict()
-    past = " The recipe's ranks are past that." if plan.chosen.ranks > limit.ranks else ""
-    return f"More ranks pay up to {limit.ranks}; what ends it is {limit.reason}.{past}"
 
 
 def ranks_of(count: int) -> str:
