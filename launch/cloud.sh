@@ -45,7 +45,7 @@ fi
 ranks=${RANKS:-$gpus}
 run_dir=$(python - "$recipe" "$@" << 'PYTHON'
 import sys
-from rvc_dist.config import parse_recipe
+from rvc_dist.command_line import parse_recipe
 print(parse_recipe("run", ["--config", sys.argv[1], *sys.argv[2:]]).run_dir)
 PYTHON
 )
@@ -95,7 +95,7 @@ if [[ -n ${SAVE:-} ]]; then
     python - "$run_dir/checkpoints" << 'PYTHON'
 import sys
 from pathlib import Path
-from rvc_dist import checkpoint
+from rvc_dist.train import checkpoint
 for path in checkpoint.all_in(Path(sys.argv[1])):
     if problems := checkpoint.damage(path):
         print(f"cloud.sh: {path} is not whole and is passed over: {'; '.join(problems)}", file=sys.stderr)

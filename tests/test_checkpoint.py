@@ -352,7 +352,7 @@ def test_pretrained_weights_of_another_encoder_are_refused_or_warned_of(tmp_path
         check(spin, embedder_model="spin", embedder_hash="bb")
     with pytest.raises(StageError, match=r"with spin \(weights aa, 1 of layers 9 mixed in\), the features are of spin"):
         check(spin, embedder_model="spin", embedder_hash="aa", embedder_mix={"layers": [9], "ratio": 1.0})
-    with pytest.raises(StageError, match=r"train\.pretrained_g: .*does not say .*embedder_mix 9 is not a mapping"):
+    with pytest.raises(StageError, match=r"train\.pretrained_g: .*does not say .*embedder_mix: got 9, expected keys"):
         check(spin, embedder_model="spin", embedder_mix=9)
 
 

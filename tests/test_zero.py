@@ -22,7 +22,7 @@ from rvc_dist.runtime.launcher import ZERO_STAGES, check_deepspeed, fill_deepspe
 from rvc_dist.tools.doctor.findings import Result
 from rvc_dist.tools.doctor.machine import check_versions
 from rvc_dist.tools.doctor.team import Exam, Team
-from rvc_dist.train import checkpoint, deepspeed
+from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.workspace import StageError
 
@@ -147,14 +147,13 @@ def test_only_optimizers_that_see_single_numbers_are_taken(monkeypatch: pytest.M
     alike = {name for name in OPTIMIZERS if torch.allclose(steps(name, False), steps(name, True), rtol=1e-5, atol=1e-7)}
     assert alike == {name for name, spec in OPTIMIZERS.items() if spec.elementwise}
 
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for name in OPTIMIZERS.keys() - alike:
         rate = 1.0 if name == "prodigy" else 1e-4
         with pytest.raises(StageError, match=rf"train.optimizer: {name} .* ZeRO .* adamw, .* launch/multi_gpu.yaml"):
-            deepspeed.check_optimizer(TrainConfig(optimizer=name, learning_rate=rate))
+            check_deepspeed(TrainConfig(optimizer=name, learning_rate=rate))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(StageError, match=r"not installed: pip install 'rvc-dist\[deepspeed\]'"):
-        check_deepspeed()
+        check_deepspeed(TrainConfig())
 
 
 def filled(settings: dict[str, Any], **train: Any) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def check_launcher(config: TrainConfig) -> None:
             "launch/multi_gpu.yaml, or share the optimizer's state among the ranks with launch/zero1.yaml"
         )
     if asks_for_deepspeed():
-        check_deepspeed()
+        check_deepspeed(config)
 
 
 def check_meeting_point(num_ranks: int) -> None:

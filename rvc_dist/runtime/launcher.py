@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from rvc_dist.choices import OPTIMIZERS
 from rvc_dist.config import TrainConfig
 from rvc_dist.workspace import StageError
 
@@ -32,11 +33,11 @@ def zero_stage(accelerator: Accelerator) -> int:
     return int(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
-def check_deepspeed() -> None:
+def check_deepspeed(config: TrainConfig) -> None:
     """Prepare for DeepSpeed, whose launcher files this one accepts.
 
     Raises:
-        StageError: it is not installed.
+        StageError: it is not installed, or the optimizer looks at more than one number at a time.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise StageError("the launcher asks for DeepSpeed, which is not installed: pip install 'rvc-dist[deepspeed]'")
@@ -46,6 +47,12 @@ def check_deepspeed() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Its own collectives for CPUs are compiled when first used; gloo needs no compiler.
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    if not OPTIMIZERS[config.optimizer_name].elementwise:
+        usable = ", ".join(sorted(name for name, spec in OPTIMIZERS.items() if spec.elementwise))
+        raise StageError(
+            f"train.optimizer: {config.optimizer_name} looks at whole parameters, of which ZeRO cuts some in two; with "
+            f"DeepSpeed choose one of {usable}, or launch with launch/multi_gpu.yaml"
+        )
 
 
 def fill_deepspeed_settings(accelerator: Accelerator, config: TrainConfig) -> None:

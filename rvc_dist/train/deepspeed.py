@@ -21,29 +21,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rvc_dist.choices import OPTIMIZERS
-from rvc_dist.config import TrainConfig
-from rvc_dist.runtime.launcher import asks_for_deepspeed, zero_stage
+from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.train.ddp import Network, Wire
 from rvc_dist.train.optimizers import PARAMETERS, OptimizerState, load_optimizer_state, optimizer_state
 from rvc_dist.workspace import StageError
 
 PART = "part"
 """What this rank's part is called where others name a parameter."""
-
-
-def check_optimizer(config: TrainConfig) -> None:
-    """Refuse an optimizer that ZeRO cannot divide among the ranks.
-
-    Raises:
-        StageError: it looks at more than one number at a time.
-    """
-    if asks_for_deepspeed() and not OPTIMIZERS[config.optimizer_name].elementwise:
-        usable = ", ".join(sorted(name for name, spec in OPTIMIZERS.items() if spec.elementwise))
-        raise StageError(
-            f"train.optimizer: {config.optimizer_name} looks at whole parameters, of which ZeRO cuts some in two; with "
-            f"DeepSpeed choose one of {usable}, or launch with launch/multi_gpu.yaml"
-        )
 
 
 class _Autocast(nn.Module):

@@ -95,7 +95,6 @@ class Trainer:
         self.work.check_name()
         if wrong := preprocess.other_settings(recipe) or extract.other_settings(recipe):
             raise StageError(wrong)
-        deepspeed.check_optimizer(self.config)
         self.accelerator = make_accelerator(self.config)
         self.device = self.accelerator.device
         if watch is None:

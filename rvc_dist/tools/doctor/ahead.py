@@ -22,7 +22,6 @@ from rvc_dist.tools.doctor.disk import existing_parent, judge_disk
 from rvc_dist.tools.doctor.findings import Result
 from rvc_dist.tools.doctor.team import Exam
 from rvc_dist.train import checkpoint
-from rvc_dist.train.deepspeed import check_optimizer
 from rvc_dist.workspace import SourceFile, StageError, WorkList
 
 CPU = torch.device("cpu")
@@ -50,7 +49,6 @@ def check_start(exam: Exam, result: Result) -> None:
     """Of a run alone: what training refuses at its start, and the recordings."""
     del result
     check_launcher(exam.recipe.train)
-    check_optimizer(exam.recipe.train)
     if exam.recipe.train.use_bf16:
         check_bf16(exam.team.device)
     exam.hosts = [socket.gethostname()] * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
