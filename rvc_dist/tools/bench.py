@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 
 from rvc_dist.config import F0_PER_S, Recipe
 from rvc_dist.data import audio, decode
+from rvc_dist.features.extract import pack_unit
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.measuring import PARTS, MeasuredTrainer, Sample, Span
 from rvc_dist.workspace import (
@@ -69,7 +70,7 @@ def run(recipe: Recipe, share: Share) -> None:
         bench.prepare()
         load_results(results_file)  # a damaged file is an error before anything is measured
     recipe = bench.recipe()
-    result = parity_result(recipe, share) if config.parity else measured_result(recipe)
+    result = parity.measure(recipe, share.count) if config.parity else measured_result(recipe)
     if not share.is_first:
         return
     result["key"]["data"] = bench.data
@@ -149,22 +150,23 @@ class Bench:
         """
         rate, width = self._recipe.data.sample_rate, CONTENT_WIDTH[self._recipe.model.version]
         report, rng = self._report(), np.random.default_rng(0)
-        waves, features, clips = {}, {}, []
-        for i, (source, start_s) in enumerate(_windows()):
+        num_f0 = round(CLIP_S * F0_PER_S)
+        waves: list[audio.Wave] = []
+        clips: list[dict[str, Any]] = []
+        features = []
+        for number, (source, start_s) in enumerate(_windows()):
             wave, source_rate = decode.decode(source)
             first = round(start_s * source_rate)
-            part = wave[first : first + round(CLIP_S * source_rate)]
-            waves[f"{i:05d}"] = audio.resample(part, source_rate, rate)
-            num_f0 = round(CLIP_S * F0_PER_S)
-            features[f"{i:05d}.content"] = rng.standard_normal((num_f0 // 2, width), dtype=np.float32)
-            features[f"{i:05d}.f0"] = made_up_pitch(num_f0)
-            sizes = {"num_samples": len(waves[f"{i:05d}"]), "num_content": num_f0 // 2, "num_f0": num_f0}
-            clips.append({"speaker": 0, "source": source.name, "start_s": start_s} | sizes)
+            waves.append(audio.resample(wave[first : first + round(CLIP_S * source_rate)], source_rate, rate))
+            clips.append({"speaker": 0, "source": source.name, "start_s": start_s})
+            content = rng.standard_normal((num_f0 // 2, width), dtype=np.float32)
+            features.append((number, content, made_up_pitch(num_f0)))
         header = {"stamp": report["stamp"], "sample_rate": rate, "clips": clips}
         embedder = {"name": "random", "width": width, "hash": report["stamp"]}
+        packed = pack_unit(header, [len(wave) for wave in waves], features, embedder, report["stamp"])
         self.work.features_report_file.unlink(missing_ok=True)
-        save_arrays(self.work.clips_file(0), waves, header)
-        save_arrays(self.work.features_file(0), features, header | {"embedder": embedder})
+        save_arrays(self.work.clips_file(0), {f"{i:05d}": wave for i, wave in enumerate(waves)}, header)
+        save_arrays(self.work.features_file(0), *packed)
         for unit in range(1, report["units"]):
             for path in (self.work.clips_file, self.work.features_file):
                 _link(path(unit), path(0))
@@ -211,11 +213,7 @@ def measured_result(recipe: Recipe) -> dict[str, Any]:
         machine, on_cuda = trainer.machine(), trainer.device.type == "cuda"
     summary = summarise(ranks, on_cuda, key["precision"])
     summary |= {"parameters": parameters, "gradient_bytes": gradient_bytes}
-    return {"key": key, "measured_at": _now(), "machine": machine, "summary": summary, "ranks": ranks}
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"key": key, "machine": machine, "summary": summary, "ranks": ranks}
 
 
 def _measure(trainer: MeasuredTrainer, recipe: Recipe) -> dict[str, Any]:
@@ -244,9 +242,7 @@ def _measure(trainer: MeasuredTrainer, recipe: Recipe) -> dict[str, Any]:
     }
     if config.plain:
         logger.info("bench: %d + %d steps in turn with the plain step", warmup, count)
-        plain = trainer.plain(config.plain_precision)
-        pairs, losses = trainer.against_plain(plain, longest, warmup + count)
-        del plain
+        pairs, losses = trainer.against_plain(trainer.plain(config.plain_precision), longest, warmup + count)
         mine["plain"] = {"pairs": _pairs(pairs[warmup:]), "losses": losses, "precision": config.plain_precision}
     if trainer.num_ranks > 1:
         logger.info("bench: %d steps with and without communication", count)
@@ -287,21 +283,22 @@ def summarise(ranks: Sequence[dict[str, Any]], on_cuda: bool, precision: str) ->
     return summary
 
 
+def medians(spans: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the seconds and of the CPU-seconds of several spans."""
+    return {clock: statistics.median(span[clock] for span in spans) for clock in ("wall_s", "cpu_s")}
+
+
 def _series(ranks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Of each rank's samples, which are as many."""
     steps = list(zip(*ranks, strict=True))
     walls = [max(s["wall_s"] for s in step) for step in steps]
     every = [s for step in steps for s in step]
-    parts = {
-        name: {clock: statistics.median(s["parts"][name][clock] for s in every) for clock in ("wall_s", "cpu_s")}
-        for name in PARTS
-        if name in every[0]["parts"]
-    }
+    speeds = [step[0]["audio_s"] / wall for step, wall in zip(steps, walls, strict=True)]
     return {
         "wall_s": statistics.median(walls),
-        "cpu_s": statistics.median(s["cpu_s"] for s in every),
-        "audio_s_per_s": statistics.median(step[0]["audio_s"] / wall for step, wall in zip(steps, walls, strict=True)),
-        "parts": parts,
+        "cpu_s": medians(every)["cpu_s"],
+        "audio_s_per_s": statistics.median(speeds),
+        "parts": {name: medians([s["parts"][name] for s in every]) for name in PARTS if name in every[0]["parts"]},
     }
 
 
@@ -323,25 +320,16 @@ def _communication(ranks: Sequence[Sequence[Sequence[dict[str, float]]]]) -> dic
 
 def _against_plain(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     pairs = [pair for rank in ranks for pair in rank["pairs"]]
-    clocks = ("wall_s", "cpu_s")
-    real = {clock: statistics.median(mine[clock] for mine, _ in pairs) for clock in clocks}
-    plain = {clock: statistics.median(its[clock] for _, its in pairs) for clock in clocks}
+    real, plain = (medians(side) for side in zip(*pairs, strict=True))
     losses = ranks[0]["losses"]
     return {
         "precision": ranks[0]["precision"],
         "real": real,
         "plain": plain,
-        "ratio": {clock: plain[clock] / max(real[clock], 1e-9) for clock in clocks},
+        "ratio": {clock: plain[clock] / max(real[clock], 1e-9) for clock in real},
         "losses": losses,
         "difference": max(abs(a - b) / max(abs(a), 1e-9) for a, b in losses.values()),
     }
-
-
-def parity_result(recipe: Recipe, share: Share) -> dict[str, Any]:
-    result = parity.measure(recipe, share.count)
-    sides = result["sides"]
-    key = sides["recipe"]["key"] | {"steps": recipe.bench.steps, "seed": recipe.train.seed}
-    return {"key": key, "measured_at": _now(), **result}
 
 
 def load_results(path: Path) -> list[dict[str, Any]]:
@@ -360,8 +348,9 @@ def load_results(path: Path) -> list[dict[str, Any]]:
 
 
 def store(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Keep `result` in the place of one with the same key, and all others; returns all of them."""
-    plain = json.loads(json.dumps(result))
+    """Keep `result`, measured now, in the place of one with the same key, and all others; returns all of them."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    plain = json.loads(json.dumps({"measured_at": now} | result))
     results = [r for r in load_results(path) if r["key"] != plain["key"]] + [plain]
     write_json(path, {"format": FORMAT, "results": results})
     return results

@@ -83,13 +83,12 @@ def show_result(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> No
 def part_table(summary: dict[str, Any], out: Console) -> Table:
     dealt, longest = summary["series"]["dealt"], summary["series"]["longest"]
     clock = "CPU-s" if summary["peak_clock"] == "cpu_s" else "s"
-    columns = ("", "s as dealt", "s longest", "CPU-s longest", "GFLOP", f"GFLOP/{clock}", "utilisation")
-    table = empty_table(out, *columns)
+    columns = ("s as dealt", "s longest", "CPU-s longest", "GFLOP", f"GFLOP/{clock}", "utilisation")
+    table = empty_table(out, "", *columns)
     for name in (*PARTS, "step"):
-        mine = dealt if name == "step" else dealt["parts"].get(name)
-        its = longest if name == "step" else longest["parts"].get(name)
+        mine, its = (s if name == "step" else s["parts"].get(name) for s in (dealt, longest))
         row = [f"{mine['wall_s']:.4f}" if mine else ""]
-        row += [f"{its['wall_s']:.4f}", f"{its['cpu_s']:.4f}"] if its else ["", ""]
+        row += [f"{its['wall_s']:.4f}", f"{its['cpu_s']:.4f}"] if its else []
         if name in summary["utilisation"] and its:
             flops = summary["flops"][name]
             speed = flops / max(its[summary["peak_clock"]], 1e-9)
@@ -131,13 +130,14 @@ def plain_table(plain: dict[str, Any], out: Console) -> Table:
     return table
 
 
-def _without_ranks(result: dict[str, Any]) -> dict[str, Any]:
+def without_ranks(result: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a result, by which it can be compared."""
     return {name: value for name, value in result["key"].items() if name != "ranks"}
 
 
 def scaling_table(result: dict[str, Any], results: Sequence[dict[str, Any]], out: Console) -> Table:
     """Speed over ranks of all results that differ in their number alone, the batch a rank being the same."""
-    alike = [r for r in results if _without_ranks(r) == _without_ranks(result)]
+    alike = [r for r in results if without_ranks(r) == without_ranks(result)]
     alike.sort(key=lambda r: int(r["key"]["ranks"]))
     table = empty_table(out, "ranks", "audio s/s", "speed-up", "efficiency", "communication")
     first_ranks = alike[0]["key"]["ranks"]
@@ -157,11 +157,11 @@ def scaling_table(result: dict[str, Any], results: Sequence[dict[str, Any]], out
 
 def not_comparable(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[str]:
     """For results of other numbers of ranks that the scaling table leaves out, in which settings they differ."""
-    key = _without_ranks(result)
+    key = without_ranks(result)
     lines = [
-        f"{r['key']['ranks']} ranks: not in this table, since measured with {changes(key, _without_ranks(r))}"
+        f"{r['key']['ranks']} ranks: not in this table, since measured with {changes(key, without_ranks(r))}"
         for r in results
-        if r["key"]["ranks"] != result["key"]["ranks"] and _without_ranks(r) != key
+        if r["key"]["ranks"] != result["key"]["ranks"] and without_ranks(r) != key
     ]
     return list(dict.fromkeys(lines))
 

@@ -9,7 +9,7 @@ import gc
 import os
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -37,15 +37,11 @@ def asked_for(config: TrainConfig, num_ranks: int) -> list[str]:
     Raises:
         StageError: there is none.
     """
-    effective = {
-        "fast_train": config.fast_train,
-        "bf16_adamw": config.bf16_adamw,
-        "precision": config.precision,
-        "optimizer": config.optimizer,
-        # "auto" compiles only with fast_train, which is named already.
-        "compile": "never" if config.compile == "auto" else config.compile,
-        "grad_compression": config.grad_compression if num_ranks > 1 else "none",
-    }
+    effective = {name: getattr(config, name) for name in PLAIN}
+    if config.compile == "auto":  # it compiles only with fast_train, which is named already
+        effective["compile"] = "never"
+    if num_ranks == 1:
+        effective["grad_compression"] = "none"
     settings = [f"{name} {str(value).lower()}" for name, value in effective.items() if value != PLAIN[name]]
     if not settings:
         raise StageError(
@@ -88,6 +84,7 @@ def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
     curves = {name: side.pop("losses") for name, side in sides.items()}
     names = list(dict.fromkeys(key for step in curves["float32"] for key in step))
     return {
+        "key": sides["recipe"]["key"] | {"steps": recipe.bench.steps, "seed": recipe.train.seed},
         "settings": settings,
         "sides": sides,
         "curves": {key: {name: [step.get(key) for step in curve] for name, curve in curves.items()} for key in names},
@@ -96,13 +93,9 @@ def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
 
 
 def _follow(recipe: Recipe) -> dict[str, Any]:
-    with kept_kernel_settings():
-        trainer = MeasuredTrainer(recipe)
-        try:
-            losses, spans = trainer.follow(recipe.bench.steps)
-            key, machine = trainer.key(), trainer.machine()
-        finally:
-            trainer.close()
+    with kept_kernel_settings(), closing(MeasuredTrainer(recipe)) as trainer:
+        losses, spans = trainer.follow(recipe.bench.steps)
+        key, machine = trainer.key(), trainer.machine()
     del trainer
     gc.collect()  # of networks and optimizers that refer to one another: the other side needs their memory
     seconds = statistics.median(span.wall_s for span in spans[1:] or spans)
