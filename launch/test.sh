@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Lint, types and all tests on a fresh machine. Arguments go to pytest: bash launch/test.sh -m "not slow"
+# Lint, types and all tests on a fresh machine, on all its cores. Arguments go to pytest: bash launch/test.sh -m "not slow"
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+exec python -m pytest -n logical --dist loadgroup "$@" # how tests share the cores: tests/conftest.py

@@ -1,5 +1,43 @@
-"""One CPU thread: the test networks are so small that waiting for a second thread costs more than it gives."""
+"""One CPU thread, and how tests share the cores when pytest-xdist runs them on several (`pytest -n 2`).
 
+Tests that start ranks fill all cores by themselves, so one worker runs them one after the other while the other
+workers run the rest. While a test marked `alone` runs, every other worker waits.
+"""
+
+import fcntl
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # the networks are so small that waiting for a second thread costs more than it gives
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
+
+STARTS_RANKS = ("distributed", "slurm", "root", "gpu")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups next
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if any(item.get_closest_marker(name) for name in STARTS_RANKS):
+                item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Hold the lock of all workers while a test runs: alone, or with others.
+
+    Whoever wants it first takes the queue's lock. So a test that waits to be alone is not overtaken for ever.
+    """
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    folder = Path(item.config.getoption("basetemp")).parent  # of all workers
+    with (folder / "queue.lock").open("w") as queue, (folder / "running.lock").open("w") as running:
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        return (yield)

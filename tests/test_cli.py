@@ -66,6 +66,7 @@ def test_the_help_of_a_stage_lists_every_key(name: str, capsys: pytest.CaptureFi
     assert ("--shard I/N" in text) is cli.STAGES[name].takes_shard
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom rvc_dist.__main__ import main\n"
@@ -139,6 +140,7 @@ def test_a_mistake_is_told_and_exits_with_2(
     assert message in err
 
 
+@pytest.mark.alone
 def test_a_recipe_with_a_typo_is_told_at_once_with_all_its_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("name: a\ntrian:\n  batch_size: 2\ntrain:\n  batchsize: 2\n")

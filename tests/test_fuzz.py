@@ -46,6 +46,7 @@ print(json.dumps(spent))
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_damaged_recordings_are_named_and_the_good_ones_are_done(tmp_path: Path) -> None:
     voice, rate = soundfile.read(sorted(VOICE.iterdir())[0], dtype="float32")
     wave = audio.resample(voice[: 2 * rate], rate, 48000)

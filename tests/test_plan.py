@@ -428,6 +428,7 @@ def seconds_of_steps(folder: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.alone
 def test_runs_on_one_and_two_ranks_take_as_long_as_foretold(tmp_path):
     """From bench on 1 and on 2 ranks; another attempt is for machines on which something else ran meanwhile."""
     model = replace(NARROW, discriminator_channels=128)

@@ -172,6 +172,7 @@ def test_few_beats_a_second_of_thousands_of_ranks(tmp_path, monkeypatch):
     assert watched._silent_after_s == 96.0
 
 
+@pytest.mark.alone
 def test_a_phase_costs_microseconds():
     pulse, num = Pulse(), 20_000
     began_at = time.perf_counter()
