@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from tiny import thin_networks
+from helpers import thin_networks
 
 from rvc_dist.command_line import load_recipe
 from rvc_dist.train import trainer

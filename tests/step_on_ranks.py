@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from helpers import thin_networks
 from safetensors.torch import save_file
-from tiny import thin_networks
 
 from rvc_dist.command_line import load_recipe
 from rvc_dist.config import Recipe

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers import make_features, tiny_recipe, with_train
 from launching import rvc_dist
 from safetensors.numpy import load_file
-from tiny import make_features, tiny_recipe, with_train
 
 from rvc_dist import __main__ as cli
 from rvc_dist.config import BenchConfig, ConfigError, Recipe

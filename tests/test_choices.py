@@ -8,8 +8,7 @@ import safetensors.numpy
 import soundfile
 import torch
 from accelerate.state import AcceleratorState
-from helpers import RATE, changed, narrow_recipe, tone
-from tiny import make_features, tiny_recipe, with_train
+from helpers import RATE, changed, make_features, narrow_recipe, tiny_recipe, tone, with_train
 
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS, F0Spec, OptimizerSpec, Package, VocoderSpec
 from rvc_dist.command_line import parse_recipe

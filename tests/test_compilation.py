@@ -8,9 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers import make_features, thin_networks, tiny_recipe, with_train
 from launching import torchrun
 from safetensors.torch import load_file
-from tiny import make_features, thin_networks, tiny_recipe, with_train
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.train import compilation, trainer

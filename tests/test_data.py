@@ -11,8 +11,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import workspace_of
-from tiny import EMBEDDER, make_features, tiny_recipe
+from helpers import EMBEDDER, WIDTH, make_features, tiny_recipe, workspace_of
 
 from rvc_dist.config import RATES, RateSpec
 from rvc_dist.models.spectral import spectrogram_with_reach
@@ -236,7 +235,7 @@ def test_a_clips_spectrogram_is_the_whole_files_cut_to_its_frames(tmp_path, rate
         arrays[f"{i:05d}.f0"] = np.zeros(2 * num_content, np.float32)
         sizes = {"num_samples": num_samples, "num_content": num_content, "num_f0": 2 * num_content}
         clips.append({"speaker": 0, "source": f"{i}.wav", "start_s": 0.0} | sizes)
-    header = {"stamp": "", "sample_rate": rate, "clips": clips, "embedder": EMBEDDER}
+    header = {"stamp": "", "sample_rate": rate, "clips": clips, "embedder": EMBEDDER | {"width": WIDTH}}
     save_arrays(work.clips_file(0), waves, header)
     save_arrays(work.features_file(0), arrays, header)
     table = ClipTable.load(recipe)

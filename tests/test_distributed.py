@@ -13,8 +13,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers import make_features, tiny_recipe
 from launching import finish, kill, launcher, rvc_dist, start
-from tiny import make_features, tiny_recipe
 from torch import nn
 
 from rvc_dist.config import TrainConfig

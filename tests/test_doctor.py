@@ -18,10 +18,20 @@ import soundfile
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import RATE, SteadyPitch, make_checkpoint, make_generator, make_ssl_folder, narrow_recipe, tone
+from helpers import (
+    RATE,
+    SteadyPitch,
+    make_checkpoint,
+    make_features,
+    make_generator,
+    make_ssl_folder,
+    narrow_recipe,
+    tiny_recipe,
+    tone,
+    with_train,
+)
 from huggingface_hub import constants
 from launching import ROOT, finish, launcher, start
-from tiny import make_features, tiny_recipe, with_train
 
 from rvc_dist import __main__ as cli
 from rvc_dist import pipeline

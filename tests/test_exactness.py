@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_features, tiny_recipe, with_train
 from launching import torchrun
 from safetensors.torch import load_file
-from tiny import make_features, tiny_recipe, with_train
 from torch import nn
 
 from rvc_dist.choices import OPTIMIZERS

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers import make_features, tiny_recipe
 from launching import ROOT, environment, rvc_dist
-from tiny import make_features, tiny_recipe
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime import accelerator

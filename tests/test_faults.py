@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import make_features, tiny_recipe
 from launching import ROOT, finish, kill, launcher, rvc_dist, start
-from tiny import make_features, tiny_recipe
 
 from rvc_dist.train import checkpoint
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from frozen_on_ranks import train_all
+from helpers import make_features, thin_networks, tiny_recipe
 from launching import torchrun
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import make_features, thin_networks, tiny_recipe
 
 from rvc_dist.train import checkpoint
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import make_features, tiny_recipe
+from helpers import make_features, tiny_recipe
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime import accelerator

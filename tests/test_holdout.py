@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import tiny_recipe
+from helpers import tiny_recipe
 
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipRef, ClipTable
 from rvc_dist.train.holdout import SpeakerShare, choice, evenly, hold_out, report, settled_by

@@ -9,8 +9,8 @@ import threading
 import time
 
 import pytest
+from helpers import make_features, tiny_recipe
 from launching import finish, kill, start
-from tiny import make_features, tiny_recipe
 
 from rvc_dist.runtime import run_lock
 from rvc_dist.runtime.run_lock import RunLock

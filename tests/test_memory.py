@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import make_features, tiny_recipe
+from helpers import make_features, tiny_recipe
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

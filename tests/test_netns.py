@@ -14,8 +14,8 @@ from pathlib import Path
 import netns
 import psutil
 import pytest
+from helpers import make_features, tiny_recipe
 from launching import ROOT, environment, rvc_dist
-from tiny import make_features, tiny_recipe
 
 from rvc_dist.train import checkpoint
 

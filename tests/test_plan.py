@@ -13,9 +13,9 @@ import pytest
 import soundfile
 import torch
 from accelerate.state import AcceleratorState
+from helpers import NARROWEST, make_features, thin_networks, tiny_recipe, with_train
 from launching import rvc_dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import NARROW, make_features, thin_networks, tiny_recipe, with_train
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rvc_dist import __main__ as cli
@@ -431,7 +431,7 @@ def seconds_of_steps(folder: Path) -> float:
 @pytest.mark.alone
 def test_runs_on_one_and_two_ranks_take_as_long_as_foretold(tmp_path):
     """From bench on 1 and on 2 ranks; another attempt is for machines on which something else ran meanwhile."""
-    model = replace(NARROW, discriminator_channels=128)
+    model = replace(NARROWEST, discriminator_channels=128)
     recipe = tiny_recipe(tmp_path / "run", max_steps=NUM_STEPS, eval_every_steps=10**6, save_every_steps=10**6)
     recipe = replace(recipe, model=model, bench=BenchConfig(warmup_steps=2, steps=6), plan=PlanConfig(ranks=2))
     make_features(recipe, num_clips=48, seconds=1.2)

@@ -4,10 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
+from helpers import make_features, tiny_recipe, with_train
 from launching import finish, kill, launcher, rvc_dist, start
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import make_features, tiny_recipe, with_train
 
 from rvc_dist.config import Recipe
 from rvc_dist.train import checkpoint

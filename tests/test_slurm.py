@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import make_features, tiny_recipe
 from launching import environment, rvc_dist
-from tiny import make_features, tiny_recipe
 
 from rvc_dist import __main__ as cli
 from rvc_dist import demo

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers import EMBEDDER, make_features, tiny_recipe, with_train
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import EMBEDDER, make_features, tiny_recipe, with_train
 from torch import nn
 
 from rvc_dist.command_line import load_recipe

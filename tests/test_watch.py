@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import make_features, tiny_recipe
 from launching import ROOT, finish, kill, launcher, start
-from tiny import make_features, tiny_recipe
 
 from rvc_dist.config import ConfigError, TrainConfig
 from rvc_dist.runtime import hang_killer, logs, watchdog

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import make_features, tiny_recipe, with_train
 from launching import rvc_dist, torchrun
 from safetensors.torch import load_file
 from test_resume import curves, kill_at, prepared
-from tiny import make_features, tiny_recipe, with_train
 from torch import nn
 
 from rvc_dist.choices import OPTIMIZERS
