@@ -293,6 +293,7 @@ def result(recipe: Recipe, ranks: int, seconds: float, **key) -> dict:
     on = {"device": "cpu", "cpu": "Abacus", "threads": 1}
     machine = {"cores": 4, "threads": 1}
     return {
+        "measured_at": "2026-01-01T00:00:00+00:00",
         "key": {"ranks": ranks, **measuring.recipe_key(recipe), **on, **key},
         "machine": machine,
         "summary": summary,

@@ -420,7 +420,7 @@ def cut_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None = None) ->
     kinds: Counter[str] = Counter()
     longest = MAX_CLIP_FRAMES * recipe.rate_spec.hop
     spans: list[tuple[int, int, str]] = []
-    for start, piece in _pieces(recipe, wave):
+    for start, piece in pieces(recipe, wave):
         fate = _fate(piece, rate)
         spans.append((start, start + len(piece), fate))
         if fate:
@@ -481,14 +481,15 @@ def _clean(recipe: Recipe, wave: audio.Wave, gate: NoiseGate | None) -> audio.Wa
     return audio.normalise(wave) if recipe.preprocess.normalization == "pre" else wave
 
 
-def _pieces(recipe: Recipe, wave: audio.Wave) -> Iterator[tuple[int, audio.Wave]]:
+def pieces(recipe: Recipe, wave: audio.Wave, has_silences: bool = True) -> Iterator[tuple[int, audio.Wave]]:
+    """What a recording is cut into, by the first sample of each; without a search for silences where it has none."""
     config, rate = recipe.preprocess, recipe.data.sample_rate
     if config.cut_method == "skip":
         yield 0, wave
     elif config.cut_method == "simple":
         yield from audio.cut_fixed(wave, rate, config.chunk_len, config.overlap_len)
     else:
-        for offset, part in audio.cut_silences(wave, rate):
+        for offset, part in audio.cut_silences(wave, rate) if has_silences else [(0, wave)]:
             for start, piece in audio.cut_windows(part, rate, config.chunk_len, config.overlap_len):
                 yield offset + start, piece
 

@@ -342,10 +342,8 @@ def list_waves(experiment: Experiment, num_threads: int, content: Callable[[Sour
         raise _nothing(experiment, [(f.path, f.reason) for f in files])
     unlisted = [name for name in sorted(found) if experiment.speakers and name not in experiment.speakers]
     if unlisted:
-        some = _some(unlisted)
-        logger.warning(
-            "import: %d clips are not in filelist.txt and are imported all the same (%s)", len(unlisted), some
-        )
+        which = f"{len(unlisted)} clips are not in filelist.txt and are imported all the same ({_some(unlisted)})"
+        logger.warning("import: %s", which)
     return in_their_recordings(files)
 
 
@@ -473,12 +471,8 @@ def feature_listing(experiment: Experiment, num_threads: int) -> list[tuple[str,
     """What changed arrays change: the content of each, whatever its time."""
     folders = [d for d in (experiment.content_dir, experiment.f0_dir) if d]
     paths = [p for folder in folders for p in sorted(folder.glob("*.npy"))]
-    found = in_threads(
-        num_threads,
-        lambda p: content_of(p) if p.is_file() else "",
-        paths,
-        "import: read %d of %d arrays, to know their content",
-    )
+    progress = "import: read %d of %d arrays, to know their content"
+    found = in_threads(num_threads, lambda p: content_of(p) if p.is_file() else "", paths, progress)
     return [(f"{p.parent.name}/{p.name}", content) for p, content in zip(paths, found, strict=True)]
 
 
@@ -501,9 +495,8 @@ def import_unit(
     clips: list[dict[str, Any]] = []
     files: list[dict[str, Any]] = []
     for file in unit.files:
-        path = experiment.waves_dir / file.path
         try:
-            wave, _ = decode.decode(path)
+            wave, _ = decode.decode(experiment.waves_dir / file.path)
         except decode.AudioError as error:
             lost = {"seconds_in": file.duration_s, "lost": {decode.UNREADABLE: file.duration_s}}
             files.append(left_out_entry(replace(file, reason=str(error))) | lost)
@@ -593,13 +586,9 @@ def finish(
         "files_without_features": sum(1 for f in used if f["reason"]) if experiment.content_dir else len(used),
     }
     write_json(work.clips_report_file, report)
-    logger.info(
-        "import: %d clips, %d left out, %s; go on with `rvc-dist run --config %s`",
-        len(used),
-        len(files) - len(used),
-        "with all features" if whole else f"{report['files_without_features']} without features, for extract to make",
-        work.config_file,
-    )
+    lacking = f"{report['files_without_features']} without features, for extract to make"
+    counts = f"{len(used)} clips, {len(files) - len(used)} left out, {'with all features' if whole else lacking}"
+    logger.info("import: %s; go on with `rvc-dist run --config %s`", counts, work.config_file)
 
 
 def _total_seconds(experiment: Experiment) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
-from rvc_dist.data import audio, decode
+from rvc_dist.data import decode, preprocess
 from rvc_dist.data.sources import list_sources
 from rvc_dist.tools import bench
 from rvc_dist.tools.bench_report import console, empty_table, say
@@ -235,7 +235,7 @@ def _cut_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
 
 def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
     """As preprocess cuts, of recordings that are never silent."""
-    config, rate, hop = recipe.preprocess, recipe.data.sample_rate, recipe.rate_spec.hop
+    rate, hop = recipe.data.sample_rate, recipe.rate_spec.hop
     audio_dir = Path(recipe.data.audio_dir)
     for number, source in enumerate(list_sources(audio_dir, work.root)):
         if source.reason:
@@ -247,11 +247,7 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
             continue
         for part in measured.slices():
             wave = np.broadcast_to(np.float32(0), round(part.duration_s * rate))  # takes no memory
-            pieces: Iterable[tuple[int, audio.Wave]] = [(0, wave)]
-            if config.cut_method != "skip":
-                cut = audio.cut_fixed if config.cut_method == "simple" else audio.cut_windows
-                pieces = cut(wave, rate, config.chunk_len, config.overlap_len)
-            for start, piece in pieces:
+            for start, piece in preprocess.pieces(recipe, wave, has_silences=False):
                 where = (part.start_s + start / rate, len(piece) / rate)
                 key = f"{start:09d}@{part.start_s:.0f}"
                 yield ClipRef(number, key, part.speaker, part.path, len(piece) // hop, *where)
