@@ -62,25 +62,15 @@ def stopwatch(device: torch.device) -> Iterator[Span]:
 
 
 def _conv_backward_flops(
-    grad_shape: list[int],
-    x_shape: list[int],
-    weight_shape: list[int],
-    _bias: Any,
-    _stride: Any,
-    _padding: Any,
-    _dilation: Any,
-    transposed: bool,
-    _output_padding: Any,
-    _groups: int,
-    wanted: list[bool],
-    **_: Any,
+    grad_shape: list[int], x_shape: list[int], weight_shape: list[int], *others: Any, **_: Any
 ) -> int:
     """Each of the two gradients of a convolution takes as many operations as the convolution.
 
     torch's own formula (2.14) counts those of a grouped convolution's weights as if it had no groups, which makes the
     scale discriminator, with 256 groups, three times as much work as it is.
     """
-    return conv_flop_count(x_shape, weight_shape, grad_shape, transposed) * sum(wanted[:2])
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = others
+    return conv_flop_count(x_shape, weight_shape, grad_shape, transposed) * int(sum(wanted[:2]))
 
 
 def flop_counter() -> FlopCounterMode:
