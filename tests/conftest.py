@@ -1,7 +1,8 @@
 """One CPU thread, and how tests share the cores when pytest-xdist runs them on several (`pytest -n 2`).
 
-Tests that start ranks fill all cores by themselves, so one worker runs them one after the other while the other
-workers run the rest. While a test marked `alone` runs, every other worker waits.
+The tests of one file that start ranks run in one worker, one after the other: they share what their module's fixtures
+made. Those of the files in `WATCHES` wait for limits of seconds, and never run beside each other. While a test marked
+`alone` runs, every other worker waits.
 """
 
 import fcntl
@@ -15,15 +16,17 @@ import torch
 torch.set_num_threads(1)  # the networks are so small that waiting for a second thread costs more than it gives
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
 
-STARTS_RANKS = ("distributed", "slurm", "root", "gpu")
+GROUPED = ("distributed", "slurm", "root", "gpu", "slow")
+WATCHES = {"test_doctor", "test_faults", "test_lock", "test_netns", "test_slurm", "test_watch"}
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups next
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            if any(item.get_closest_marker(name) for name in STARTS_RANKS):
-                item.add_marker(pytest.mark.xdist_group("ranks"))
+            if any(item.get_closest_marker(name) for name in GROUPED):
+                name = item.path.stem
+                item.add_marker(pytest.mark.xdist_group("watches" if name in WATCHES else name))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -40,4 +43,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         fcntl.flock(queue, fcntl.LOCK_EX)
         fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(queue, fcntl.LOCK_UN)
-        return (yield)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(running, fcntl.LOCK_UN)  # closing is not enough: a forked process may still hold it open
