@@ -67,7 +67,7 @@ Figures = dict[str, float | None]
 
 @dataclass
 class Tally:
-    """What is summed up of one speaker, or of all; bounded but for one number a clip."""
+    """What is summed up of one speaker, or of all; bounded but for a number a clip and a name a recording."""
 
     recordings: Counter[str] = field(default_factory=Counter)
     """Those with clips; a long one is there in slices."""
