@@ -108,8 +108,10 @@ def test_the_mel_loss_falls(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",  # with the defaults, and with bf16_adamw and a cosine: test_resume.py
+    "options",
     [
+        {},
+        {"bf16_adamw": True, "lr_schedule": "cosine"},
         {"num_workers": 0, "grad_accum_steps": 2, "batch_size": 1, "log_every_steps": 5},
         {"cache_on_device": True, "kl_warmup_steps": 6, "warmup_steps": 3},
     ],
