@@ -67,8 +67,8 @@ class AnyPrecisionAdamW(Optimizer):
         for key, dtype in self.dtypes.items():
             if key not in state:
                 state[key] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-            # Optimizer.load_state_dict gives state the parameter's type.
-            state[key] = state[key].to(dtype, memory_format=torch.contiguous_format)
+            elif state[key].dtype != dtype:  # Optimizer.load_state_dict gives state the parameter's type
+                state[key] = state[key].to(dtype)
         return list(state.values())
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class AnyPrecisionAdamW(Optimizer):
         rows = ((w, p.grad.contiguous(), *self._state_of(p)) for p, w in zip(params, weights, strict=True))
         # Memory fresh from the operating system costs more than the arithmetic on it: every run uses the same.
         longest = min(limit, sum(p.numel() for p in params))
-        work = torch.empty(4, longest, dtype=torch.promote_types(params[0].dtype, torch.float32), device=device)
+        work = torch.empty(3, longest, dtype=torch.promote_types(params[0].dtype, torch.float32), device=device)
         for run in _runs(rows, limit):
             self._step_run(group, run, skip, work)
         for parameter, weight in zip(params, weights, strict=True):
@@ -126,7 +126,9 @@ def _runs(rows: Iterable[tuple[Tensor, ...]], limit: int) -> Iterator[list[tuple
     run: list[tuple[Tensor, ...]] = []
     size = 0
     for row in rows:
-        for piece in zip(*(torch.split(tensor.view(-1), limit) for tensor in row), strict=True):
+        flat = tuple(tensor.view(-1) for tensor in row)
+        pieces = [flat] if flat[0].numel() <= limit else list(zip(*(torch.split(t, limit) for t in flat), strict=True))
+        for piece in pieces:
             if run and size + piece[0].numel() > limit:
                 yield run
                 run, size = [], 0
@@ -144,11 +146,11 @@ def _adamw_(
     *compensations: list[Tensor],
     work: list[list[Tensor]],
 ) -> None:
-    """Change parameters, momenta, variances and any Kahan compensations; `work` is four lists to compute in."""
+    """Change parameters, momenta, variances and any Kahan compensations; `work` is three lists to compute in."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     # Numbers, or float64 tensors [] on the device: 1 - 0.99 ** 1 has no more than five digits in float32.
     bias1, bias2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
-    change, denominator, exact, old = work
+    change, exact, old = work
     gradients = [gradient.to(change[0].dtype) for gradient in gradients]
     torch._foreach_copy_(change, momenta)
     torch._foreach_mul_(change, beta1)
@@ -162,8 +164,7 @@ def _adamw_(
     torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
     if not is_exact:
         torch._foreach_copy_(variances, squares)
-    torch._foreach_copy_(denominator, squares)
-    torch._foreach_sqrt_(denominator)
+    denominator = torch._foreach_sqrt(squares)
     torch._foreach_mul_(denominator, bias2**-0.5)
     torch._foreach_add_(denominator, group["eps"])
     torch._foreach_div_(change, denominator)
