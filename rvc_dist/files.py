@@ -5,6 +5,7 @@ Every gate raises `ForeignFileError` with a reason that does not name the file: 
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import stat
@@ -38,9 +39,9 @@ def regular_size(path: Path) -> int:
     """
     try:
         status = path.stat()
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # the latter over NFS: it was removed meanwhile
+            raise
         raise ForeignFileError(f"it cannot be read ({error.strerror})") from error
     if reason := not_regular(status.st_mode):
         raise ForeignFileError(reason)

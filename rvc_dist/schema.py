@@ -11,13 +11,14 @@ import json
 import math
 import re
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -25,7 +26,7 @@ from rvc_dist.files import ForeignFileError, regular_size
 
 T = TypeVar("T")
 
-MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_JSON_DEPTH = 1 << 26, 2_000_000, 32
+MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_JSON_DEPTH = 1 << 26, 2_300_000, 32
 """The plan of 200,000 recordings is within them, and whatever is within them takes well below 1 GB."""
 MAX_YAML_BYTES, MAX_YAML_VALUES, MAX_YAML_DEPTH = 1 << 17, 10_000, 20
 """A value counts as often as aliases repeat it."""
@@ -117,11 +118,15 @@ Positive = Annotated[int, at_least(1), _MOST]
 SpeakerId = Annotated[int, within(0, 108)]
 """A row of the speaker table of pretrained generators."""
 Seconds = Annotated[float, Rule("seconds", (int, float), lambda value: bool(0 <= value < 1e12))]
-OsName = Annotated[str, Rule("a name", (str,), lambda text: "\0" not in text)]
-"""May have bytes that are no UTF-8, lone surrogates in Python."""
+_NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+OsName = Annotated[str, Rule("a name", (str,), lambda text: not _NO_NAME.search(text))]
+"""May have bytes that are no UTF-8, some lone surrogates in Python."""
 FileName = Annotated[
-    str, Rule("a file's name alone", (str,), lambda text: text > ".." and not set(text) & set("/\\\0"))
+    OsName, Rule("a file's name alone", (str,), lambda text: text > ".." and not set(text) & set("/\\"))
 ]
+Word = Annotated[str, Rule("a short text", (str,), lambda text: text.isprintable() and len(text) < 1000)]
+"""For a sentence on the screen."""
+Token = Annotated[str, Rule("letters and digits", (str,), lambda text: text.isascii() and text.isalnum())]
 
 _PLAIN: dict[object, Rule] = {
     bool: Rule("true or false", (bool,)),
@@ -131,6 +136,12 @@ _PLAIN: dict[object, Rule] = {
     dict: Rule("keys with values", (dict,)),
     type(None): Rule("null", (type(None),)),
 }
+
+
+def record(total: bool = True, /, **keys: Any) -> Any:
+    """The type of what has these keys, or some of them, where no code needs a class for it."""
+    make: Any = TypedDict
+    return make("record", keys, total=total)
 
 
 def check(value: Any, kind: type[T], key: str = "") -> T:
@@ -245,7 +256,11 @@ def parse_json(data: bytes, kind: type[T]) -> T:
     if len(data) > MAX_JSON_BYTES or data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_VALUES:
         raise SchemaError(f"more than {MAX_JSON_BYTES} bytes or {MAX_JSON_VALUES} values")
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique)
+        text = data.decode()
+        del data  # the caller's, mostly, is gone too
+        if sys.getsizeof(text) > 2 * MAX_JSON_BYTES:  # one letter beyond U+FFFF makes four bytes of each
+            raise SchemaError(f"more than {2 * MAX_JSON_BYTES} bytes in memory")
+        value = json.loads(text, object_pairs_hook=_unique)
     except SchemaError:
         raise
     except (ValueError, RecursionError) as error:

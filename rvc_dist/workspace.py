@@ -40,6 +40,7 @@ from rvc_dist.schema import (
     check,
     parse_json,
     read_bounded,
+    record,
 )
 
 logger = logging.getLogger(__name__)
@@ -206,25 +207,10 @@ class KnowingState(TypedDict, total=False):
     data: TrainedOn
 
 
-class IndexReport(TypedDict):
-    """RUN/index/report.json, as far as it is read."""
-
-    stamp: str
-    file: FileName
-
-
-class ClipsReport(TypedDict):
-    """RUN/clips/report.json, as far as it is read."""
-
-    total_dataset_duration: str
-
-
-class FeaturesReport(TypedDict):
-    """RUN/features/report.json."""
-
-    settings: dict[str, Any]
-    clips: str
-    content_frames: Count
+IndexReport = record(stamp=str, file=FileName)
+"""RUN/index/report.json, as far as it is read."""
+ClipsReport = record(total_dataset_duration=str)
+"""RUN/clips/report.json, as far as it is read."""
 
 
 class ClipEntry(TypedDict):
@@ -281,13 +267,10 @@ class FeaturesHeader(TypedDict):
     clips: list[FeaturesClip]
 
 
-class MuteHeader(TypedDict):
-    """Of the silent clip's features."""
-
-    stamp: str
-    num_samples: Count
-    num_content: Count
-    num_f0: Count
+MuteHeader = record(stamp=str, num_samples=Count, num_content=Count, num_f0=Count)
+"""Of the silent clip's features."""
+FeaturesReport = record(settings=record(False, embedder=EmbedderUsed), clips=str, content_frames=Count)
+"""RUN/features/report.json."""
 
 
 @dataclass(frozen=True)

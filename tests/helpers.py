@@ -181,6 +181,31 @@ def make_ssl_folder(folder: Path, kind: str, num_layers: int = 10, projection: b
     return network
 
 
+def make_whisper_folder(folder: Path, whole: bool) -> Any:
+    make_torchaudio_importable()
+    import transformers
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        vocab_size=20,
+        pad_token_id=0,
+    )
+    network = (transformers.WhisperModel if whole else WhisperEncoder)(config).eval()
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tensors = {key: value.clone() for key, value in network.state_dict().items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return network.encoder if whole else network
+
+
 def tiny_recipe(run_dir: Path, **train: Any) -> Recipe:
     """A recipe for a run that trains in a second, on features that `make_features` makes up."""
     defaults: dict[str, Any] = {"batch_size": 2, "max_epochs": 100, "max_steps": 4, "log_every_steps": 1}

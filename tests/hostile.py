@@ -1,7 +1,8 @@
 """Files that nobody should have to trust: made by kind and seed, and given to what reads them.
 
-`python hostile.py FIRST COUNT FOLDER KIND...` makes and reads COUNT inputs of each kind in one process, and prints a
-line of JSON for each input: how it ended, after how long, the most memory meanwhile, and how much more than before.
+`python hostile.py COUNT FOLDER KIND...` makes and reads COUNT inputs of each kind (for 0, as many as it has) in one
+process, and prints a line of JSON for each input: how it ended, after how long, the most memory meanwhile, and how
+much more than before.
 
 A kind is an entry of KINDS: what must lie beside the hostile file, how to make one of a seed, and what reads it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
@@ -35,11 +37,15 @@ import numpy as np
 import safetensors.numpy
 import soundfile
 import torch
+import yaml
 from helpers import (
     NARROW,
     SteadyPitch,
     changed,
+    make_checkpoint,
     make_generator,
+    make_ssl_folder,
+    make_whisper_folder,
     narrow_recipe,
     tone,
     voice_contents,
@@ -48,14 +54,20 @@ from helpers import (
 )
 from torch import Tensor
 
+from rvc_dist import workspace
 from rvc_dist.__main__ import run_stage, set_up_logging
 from rvc_dist.choices import F0_METHODS, F0Spec
-from rvc_dist.config import InferConfig, Recipe
-from rvc_dist.features.content import read_tensors
+from rvc_dist.command_line import load_recipe
+from rvc_dist.config import ExtractConfig, InferConfig, Recipe
+from rvc_dist.features.content import load_embedder, read_tensors
 from rvc_dist.features.index_file import Retriever
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.state_dict import to_upstream
-from rvc_dist.train import networks
+from rvc_dist.runtime import run_lock, watchdog
+from rvc_dist.runtime.logs import RankLog
+from rvc_dist.tools import bench, bench_report, dataset_stats, measuring, plan
+from rvc_dist.tools.tracing import TracedStep
+from rvc_dist.train import checkpoint, networks, trainer
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Share, StageError
 
@@ -487,13 +499,402 @@ def read_npy(folder: Path) -> int:
     return stage("import", recipe)
 
 
+# Texts
+
+
+PLAIN_ABSURD: tuple[Any, ...] = (
+    *(0, -1, 1, 7, 10**9, 2**31, 2**53, 2**62, 2**70, 1.5, -0.5, 1e308, float("nan"), float("inf"), True, None),
+    *("", "1", "x" * 100_000, "\ud800", "\udc80", "a\0b", "../../x", "/etc/passwd", "a/" * 3000, "\x1b[2J\n", "ä"),
+    *([], {}, [0], [10**9] * 3, [1] * 1000, [[]], [{}], {"a": 1}, {"": {}}, [[["a"] * 3] * 3] * 3),
+)
+"""`ABSURD` as far as texts can hold it."""
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of every value within `value`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in items for place in ((value, key), *places(item))]
+
+
+def edited(document: Any, rng: Random) -> Any:
+    """A copy of `document` with one to three values replaced, removed, renamed or added."""
+    found = copy.deepcopy(document)
+    for _ in range(rng.integers(1, 4)):
+        if not (inside := places(found)):
+            return one_of(PLAIN_ABSURD, rng)
+        where, key = one_of(inside, rng)
+        choice = rng.integers(8)
+        if choice == 0:
+            del where[key]
+        elif choice == 1 and isinstance(where, dict):
+            where[str(one_of(("x" * 1000, "", "path", "\ud800"), rng))] = where.pop(key)
+        elif choice == 2 and isinstance(where, list):
+            where.extend(where * int(rng.choice([1, 100])))
+        elif choice == 3 and isinstance(where[key], (int, float)):
+            where[key] = where[key] * one_of((-1, 2, 1000, 1.000001), rng) + 1
+        else:
+            where[key] = copy.deepcopy(one_of(PLAIN_ABSURD, rng))
+    return found
+
+
+def big_json(rng: Random) -> bytes:
+    """A text that costs much: little of it is within the bounds."""
+    choices: tuple[Callable[[], bytes], ...] = (
+        lambda: b"[" * int(rng.choice([33, 5000, 1_000_000])),
+        lambda: b'{"a":' * 500 + b"1" + b"}" * 500,
+        lambda: b"[" + b"0," * 1_900_000 + b"0]",
+        lambda: b'{"a": [' + b"{}," * 900_000 + b"{}]}",
+        lambda: b"{" + b",".join(b'"%d":{}' % i for i in range(500_000)) + b"}",
+        lambda: b'{"a": "' + b"x" * (60 << 20) + b'"}',
+        lambda: b'{"a": "' + "\U0001f600".encode() + b"x" * (60 << 20) + b'"}',
+        lambda: b'{"a": "' + b"\\u0041" * (10 << 20) + b'"}',
+        lambda: b'{"a": ' + b"9" * int(rng.choice([4000, 5000, 1_000_000])) + b"}",
+        lambda: b'{"a": 1e' + b"9" * 4000 + b"}",
+        lambda: b" " * (70 << 20),
+        lambda: b'{"a": 1, "a": 2}',
+    )
+    return one_of(choices, rng)()
+
+
+def write_json(path: Path, rng: Random, document: Any = None) -> None:
+    """A JSON file with something wrong, on any level: file, text, values."""
+    whole = path.read_bytes() if document is None else json.dumps(document).encode()
+    if spoil(path, whole, rng):
+        return
+    choice = rng.integers(30)
+    if choice == 0:
+        data = big_json(rng)
+    elif choice == 1:
+        data = one_of((b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"null", b"[]", b"0", b'"x"', b"{", b"", b"\0" * 99), rng)
+    elif choice < 4:
+        data = mangle(whole, rng)
+    else:
+        data = json.dumps(edited(json.loads(whole), rng)).encode()
+    path.write_bytes(data)
+
+
+# Texts of the run folder
+
+
+def run_recipe(folder: Path) -> Recipe:
+    return changed(narrow_recipe(folder), "extract", include_mutes=1)
+
+
+def prepare_run(folder: Path) -> None:
+    """A run folder of all stages, as far as the narrow voice is made by them."""
+    F0_METHODS["pyin"] = F0Spec(SteadyPitch)
+    recipe = run_recipe(folder)
+    (folder / "audio" / "1").mkdir(parents=True)
+    for name, seconds in (("a.wav", 1.5), ("b.wav", 2.0), ("1/c.wav", 1.5)):
+        soundfile.write(folder / "audio" / name, tone(seconds), 24000)
+    for name in ("preprocess", "extract", "index"):
+        assert not stage(name, recipe), name
+    work = workspace_of(recipe)
+    generator = make_generator(recipe, num_speakers=2)
+    checkpoint.save(work.checkpoints_dir, make_checkpoint(recipe, generator))
+    assert not stage("export", recipe)
+    workspace.write_json(work.compile_file, {"key": {}, "compiled": {"generator": True, "discriminator": False}})
+    failure = {"rank": 1, "host": "a", "time": 1.0, "error": "disk full"}
+    workspace.write_json(work.failure_file(1), failure)
+    (folder / "chosen").write_text("clips/plan.json")
+
+
+RUN_FILES: dict[str, tuple[str, ...]] = {
+    "clips/plan.json": ("preprocess", "plan", "dataset"),
+    "clips/report.json": ("preprocess", "export", "dataset"),
+    "clips/00000.safetensors": ("preprocess", "extract", "plan"),
+    "features/report.json": ("extract", "index", "export"),
+    "features/00000.safetensors": ("index", "export"),
+    "features/mute.safetensors": ("extract", "export"),
+    "index/report.json": ("index", "infer"),
+    "checkpoints/step_00000010/state.json": ("export",),
+    "checkpoints/step_00000010/manifest.json": ("export",),
+    "config.yaml": ("preprocess", "extract"),
+    "compile.json": (),
+    "logs/failed_rank_00001.json": (),
+}
+"""A file of the run folder -> the stages that read it."""
+
+
+def make_run(folder: Path, rng: Random) -> None:
+    name = one_of(list(RUN_FILES), rng)
+    (folder / "chosen").write_text(name)
+    path = folder / "run" / name
+    if path.suffix == ".yaml":
+        write_yaml(path, rng)
+    elif path.suffix == ".json":
+        write_json(path, rng)
+        if path.name == "state.json" and path.is_file():  # else its hash alone is told
+            manifest = json.loads((path.parent / "manifest.json").read_text())
+            data = path.read_bytes()
+            manifest["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        write_json(folder / "header", rng, json.loads(metadata[workspace.HEADER_KEY]))
+        text = (folder / "header").read_bytes() if (folder / "header").is_file() else b"{}"
+        path.write_bytes(safetensors.numpy.save(arrays, {workspace.HEADER_KEY: text.decode(errors="replace")}))
+
+
+def read_run(folder: Path) -> int:
+    recipe, name = run_recipe(folder), (folder / "chosen").read_text()
+    work = workspace_of(recipe)
+    if name == "compile.json":
+        return told("train", lambda: workspace.read_json(work.compile_file, trainer.Compiled))
+    if name.startswith("logs"):
+        return told("train", lambda: sys.stderr.write(f"rvc-dist: {RankLog(work, Share()).first_failure(0)}\n"))
+    code = told("export", lambda: (work.index_file(), work.kept_recipe()))
+    for each in RUN_FILES[name]:
+        if each == "plan":
+            code = max(code, told("plan", lambda: plan.training_clips(recipe)))
+        elif each == "dataset":
+            code = max(code, told("dataset", lambda: dataset_stats.run(recipe, Share(), [work.root], True)))
+        elif each == "infer":
+            code = max(code, told("infer", lambda: work.index_file()))
+        else:
+            code = max(code, stage(each, recipe))
+    return code
+
+
+# Recipes
+
+
+def write_yaml(path: Path, rng: Random) -> None:
+    whole = path.read_bytes()
+    if spoil(path, whole, rng):
+        return
+    levels = int(rng.integers(3, 40))
+    laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, levels)
+    )
+    merges = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, levels))
+    texts = (
+        *(laughs, merges, "name: &a [*a]", "? *a\n: &a b", "[" * 100_000, "{" * 100_000, "- " * 100_000, "a: " * 5000),
+        *("? " * 5000, "x" * 200_000, "train: {seed: " + "9" * 5000 + "}", "train: {seed: 2001-99-99}", "&a " * 5000),
+        *('run_dir: "\\ud800"', 'run_dir: "a\\0b"', "train: !!python/object/apply:os.system [true]", "!!binary x"),
+        *("%YAML 9.9\n---\na: 1", "--- a\n--- b\n", "train: {seed: 0x" + "f" * 2000 + "}", "name: !!set {a, b}"),
+        *("train: {seed: 1:" + ":".join(["59"] * 900) + "}", "train:\n" + "  seed: 1\n" * 9000, "\t\t: x", "\0"),
+        *("train: {learning_rate: .inf}", "train: {batch_size: 1e400}", "{? [a]: b}", "{? {a: b}: c}", "null: 1"),
+    )
+    choice = rng.integers(4)
+    if choice == 0:
+        data = mangle(whole, rng)
+    elif choice == 1:
+        data = one_of(texts, rng).encode("utf-8", "surrogatepass")
+    else:
+        text = yaml.safe_dump(edited(yaml.safe_load(whole), rng), allow_unicode=bool(rng.integers(2)))
+        data = text.encode("utf-8", "replace")
+    path.write_bytes(data)
+
+
+def prepare_recipe(folder: Path) -> None:
+    (folder / "r.yaml").write_text(narrow_recipe(folder).to_yaml())
+
+
+# An encoder's folder
+
+
+def prepare_encoder(folder: Path) -> None:
+    make_ssl_folder(folder / "Hubert", "Hubert", 2)
+    make_ssl_folder(folder / "WavLM", "WavLM", 2)
+    make_whisper_folder(folder / "Whisper", whole=False)
+    make_ssl_folder(folder / "encoder", "Wav2Vec2", 2)
+    for path in folder.iterdir():
+        (path / "preprocessor_config.json").write_text('{"do_normalize": true, "n_fft": 400, "hop_length": 160}')
+
+
+def make_encoder(folder: Path, rng: Random) -> None:
+    name = one_of(("Hubert", "WavLM", "Whisper"), rng)
+    shutil.rmtree(folder / "encoder")
+    (folder / name).rename(folder / "encoder")
+    path = folder / "encoder" / ("config.json" if rng.integers(5) else "preprocessor_config.json")
+    if rng.integers(2):
+        write_json(path, rng)
+        return
+    config = json.loads(path.read_bytes())
+    numbers = [key for key, value in config.items() if type(value) in (int, list)]
+    config[one_of(numbers, rng)] = one_of((0, 3, 255, 10**5, 10**7, 10**9, [10**9], [512] * 100_000), rng)
+    path.write_text(json.dumps(config))
+
+
+def read_encoder(folder: Path) -> int:
+    config = ExtractConfig(embedder_model=str(folder / "encoder"))
+    wave = torch.zeros(1, 8000)
+    return told("extract", lambda: load_embedder(config, "v2", torch.device("cpu"))(wave))
+
+
+# What `import` reads besides arrays
+
+
+def make_import(folder: Path, rng: Random) -> None:
+    experiment = folder / "logs" / "voice"
+    waves = experiment / "sliced_audios"
+    filelist = experiment / "filelist.txt"
+    choice = rng.integers(8)
+    if choice < 3:
+        write_json(experiment / ("config.json" if rng.integers(2) else "model_info.json"), rng)
+    elif choice == 3:
+        spoil(filelist, filelist.read_bytes(), rng)
+    elif choice < 6:
+        lines = filelist.read_text().splitlines()
+        at = int(rng.integers(len(lines)))
+        odd = (
+            *(
+                "",
+                "|" * 1000,
+                "||",
+                "a|b|999999999",
+                "a|b|-1",
+                "a|b|1e9",
+                "a|b|\u0661",
+                "mute|/etc/passwd|0",
+                "\0|\0|0",
+            ),
+            *("x" * 100_000 + "|y|0", "../../etc/passwd|y|0", "mute/../../mute/x/mute.npy|mute/x/mute.npy|0"),
+            *("\u2028".join(lines), "a|" + "/dev/zero" + "|0", "mute.wav|/dev/mute/mute.npy|0", lines[at][:-1] + "7"),
+            *("\n".join(f"{i}_0_0.wav|b|{i}" for i in range(3000)), "mute.wav|a/mute/x/mute.npy|0\n" * 5000),
+            *("a|b|0\n" * 400_000, "\n" * 299_000, "x" * (40 << 20)),
+        )
+        lines[at] = one_of(odd[: None if rng.integers(4) else -3], rng)
+        filelist.write_text("\n".join(lines), "utf-8", "surrogatepass")
+    else:
+        names = (
+            b"0_0_9.wav",
+            b"\xff\xfe.wav",
+            b"a\nb.wav",
+            b"\x1b[2J.wav",
+            b"9" * 240 + b".wav",
+            b"0_0_0.flac",
+            b".wav",
+        )
+        path = Path(os.fsdecode(os.fsencode(waves) + b"/" + one_of(names, rng)))
+        spoil(path, (waves / "0_0_0.wav").read_bytes(), rng)
+        for folder_name in ("extracted", "f0_voiced"):
+            if not rng.integers(3):
+                shutil.rmtree(experiment / folder_name)
+                spoil(experiment / folder_name, b"x", rng)
+
+
+# Locks, beats and results of the bench
+
+
+def prepare_lock(folder: Path) -> None:
+    run_lock.STALE_S = 0.0  # a holder elsewhere is soon taken for dead
+    held = run_lock.job() | {
+        "pid_space": "another kernel",
+        "token": "a1",
+        "beat": 5,
+        "path": str(folder / "train.lock"),
+    }
+    (folder / "train.lock").write_text(json.dumps(held))
+
+
+def make_lock(folder: Path, rng: Random) -> None:
+    path = folder / "train.lock"
+    held = json.loads(path.read_text())
+    here = {"pid_space": run_lock.pid_space(), "path": str(one_of((path, Path("/dev/zero"), folder), rng))}
+    write_json(path, rng, held | here if rng.integers(2) else held)
+
+
+def read_lock(folder: Path) -> int:
+    def train() -> None:
+        set_up_logging(Share())
+        mine = run_lock.RunLock(folder / "train.lock")
+        run_lock.may_be_held(mine.path)
+        if not any(mine.try_acquire() for _ in range(3)):
+            raise AssertionError("neither taken nor refused")
+        mine.check()
+        mine.release()
+
+    return told("train", train)
+
+
+def prepare_beats(folder: Path) -> None:
+    work = workspace.Workspace(folder, "tiny")
+    for rank in range(3):
+        beat = {
+            "rank": rank,
+            "host": "a",
+            "pid": 7,
+            "token": "a1",
+            "step": 3,
+            "phase": "forward",
+            "num_sent": 0,
+            "failure": "",
+        }
+        work.logs_dir.mkdir(exist_ok=True)
+        work.beat_file(rank).write_text(json.dumps(beat | {"num_sent": 0, "count": 9 + rank, "in_phase_s": 0.5}))
+
+
+def make_beats(folder: Path, rng: Random) -> None:
+    write_json(workspace.Workspace(folder, "tiny").beat_file(int(rng.integers(3))), rng)
+
+
+def read_beats(folder: Path) -> int:
+    """What the first rank says of a slow step."""
+    watching = watchdog.Watch(workspace.Workspace(folder, "tiny"))
+    watching._num_ranks = 3
+    watching._others = watching._beats(watching._beats({}))
+    watching._tell(3, 100.0, 1.0, list(watching._others.values())[:1])
+    watching._tell(3, 100.0, 1.0, [])
+    watching._end(list(watching._others.values()))
+    return 0
+
+
+def prepare_results(folder: Path) -> None:
+    recipe = narrow_recipe(folder)
+    longest, dealt = {"wall_s": 1.0}, {"audio_s_per_s": 9.0, "parts": {"data": {"wall_s": 0.01}}}
+    summary = {"series": {"longest": longest, "dealt": dealt}, "longest_frames": 100, "memory": {"resident": 10**9}}
+    wire = {"communication": {"with_s": 1.1, "without_s": 1.0, "share": 0.1}}
+    for ranks in (1, 2, 4):
+        key = {"ranks": ranks, **measuring.recipe_key(recipe), "device": "cpu", "cpu": "Abacus", "threads": 1}
+        more = wire if ranks > 1 else {}
+        result = {"key": key, "machine": {"cores": 4, "threads": 1}, "summary": summary | more}
+        bench.store(folder / "run" / "bench" / "results.json", result)
+
+
+def read_results(folder: Path) -> int:
+    recipe = narrow_recipe(folder)
+    path = folder / "run" / "bench" / "results.json"
+    traced = TracedStep(100, 400, {"generator": 300, "discriminator": 100}, 800, 4000, 2e9, 1e7)
+
+    def forecast() -> None:
+        if results := plan.kept_results(recipe):
+            pace, _, machine = plan.pace_of_results(results, traced)
+            plan.find_cluster(recipe, pace, machine)
+            out = bench_report.console()
+            out.print(bench_report.scaling_table(results[0], bench.load_results(path), out))
+            bench_report.not_comparable(results[0], bench.load_results(path))
+            bench.store(path, results[0])
+
+    return told("plan", forecast)
+
+
 KINDS: dict[str, Kind] = {
-    "voice": Kind(250, prepare_infer, lambda f, rng: write_torch(f / "voice.pth", voice(), "weight", rng), infer),
-    "pretrained": Kind(150, lambda folder: None, make_pretrained, read_pretrained),
-    "weights": Kind(100, lambda folder: None, make_weights, read_weights),
-    "features": Kind(100, prepare_features, make_features, read_features),
-    "index": Kind(250, lambda folder: None, make_index, read_index),
-    "npy": Kind(150, prepare_experiment, make_npy, read_npy),
+    "voice": Kind(120, prepare_infer, lambda f, rng: write_torch(f / "voice.pth", voice(), "weight", rng), infer),
+    "pretrained": Kind(80, lambda folder: None, make_pretrained, read_pretrained),
+    "weights": Kind(60, lambda folder: None, make_weights, read_weights),
+    "features": Kind(80, prepare_features, make_features, read_features),
+    "index": Kind(200, lambda folder: None, make_index, read_index),
+    "npy": Kind(100, prepare_experiment, make_npy, read_npy),
+    "run": Kind(110, prepare_run, make_run, read_run),
+    "recipe": Kind(
+        80,
+        prepare_recipe,
+        lambda folder, rng: write_yaml(folder / "r.yaml", rng),
+        lambda folder: told("run", lambda: load_recipe(folder / "r.yaml")),
+    ),
+    "import": Kind(80, prepare_experiment, make_import, read_npy),
+    "lock": Kind(40, prepare_lock, make_lock, read_lock),
+    "beat": Kind(30, prepare_beats, make_beats, read_beats),
+    "results": Kind(
+        30,
+        prepare_results,
+        lambda folder, rng: write_json(folder / "run" / "bench" / "results.json", rng),
+        read_results,
+    ),
+    "encoder": Kind(60, prepare_encoder, make_encoder, read_encoder),
 }
 
 
@@ -520,8 +921,9 @@ def run_one(kind: Kind, base: Path, folder: Path, rng: Random) -> dict[str, Any]
         code, ended = -1, traceback.format_exc()
     signal.alarm(0)
     seconds = time.monotonic() - started_at
-    # The last is what an import says, which goes on without a file.
-    said = [s for s in screen.getvalue().splitlines() if s.startswith("rvc-dist ") or "features not imported" in s]
+    # What an import, the watch and the lock say, which go on without a file.
+    ways = ("features not imported", "nothing can be read of", "locked by")
+    said = [s for s in screen.getvalue().splitlines() if s.startswith("rvc-dist ") or any(way in s for way in ways)]
     most, _ = memory()
     return {"code": code, "s": seconds, "bytes": most, "more": most - before, "said": said, "traceback": ended}
 
@@ -531,7 +933,7 @@ def write_line(data: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def run(name: str, first: int, count: int, folder: Path) -> None:
+def run(name: str, count: int, folder: Path) -> None:
     kind = KINDS[name]
     base = folder / "base"
     (folder / "input").mkdir(parents=True)
@@ -539,9 +941,9 @@ def run(name: str, first: int, count: int, folder: Path) -> None:
     (folder / "input").rename(base)
     # The first of all pays for what is imported late: a healthy one, of which nothing is said.
     shutil.copytree(base, folder / "input")
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         kind.read(folder / "input")
-    for number in range(first, first + count):
+    for number in range(count):
         # An input that ends this process leaves only its number.
         write_line({"kind": name, "number": number})
         rng = np.random.default_rng([zlib.crc32(name.encode()), number])
@@ -551,5 +953,5 @@ def run(name: str, first: int, count: int, folder: Path) -> None:
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     torch.set_num_threads(1)
-    for kind_name in sys.argv[4:]:
-        run(kind_name, int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) / kind_name)
+    for kind_name in sys.argv[3:]:
+        run(kind_name, int(sys.argv[1]) or KINDS[kind_name].count, Path(sys.argv[2]) / kind_name)

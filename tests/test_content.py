@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-from helpers import make_ssl_folder
+from helpers import make_ssl_folder, make_whisper_folder
 from huggingface_hub import constants
 from torch import Tensor
 
 import rvc_dist
 from rvc_dist.config import EmbedderMix, ExtractConfig
 from rvc_dist.features.content import EMBEDDERS, Embedder, Version, load_embedder
-from rvc_dist.features.hub import hub_silence, make_torchaudio_importable
+from rvc_dist.features.hub import hub_silence
 
 CPU = torch.device("cpu")
 SPEECH = Path(rvc_dist.__file__).parent / "demo_voice" / "voice" / "000.flac"
@@ -54,31 +55,6 @@ def states_of(network: Any) -> tuple[list[Tensor], Tensor]:
     for hook in hooks:
         hook.remove()
     return states, last
-
-
-def make_whisper_folder(folder: Path, whole: bool) -> Any:
-    make_torchaudio_importable()
-    import transformers
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-    torch.manual_seed(0)
-    config = transformers.WhisperConfig(
-        d_model=16,
-        encoder_layers=2,
-        encoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=32,
-        vocab_size=20,
-        pad_token_id=0,
-    )
-    network = (transformers.WhisperModel if whole else WhisperEncoder)(config).eval()
-    folder.mkdir()
-    config.save_pretrained(folder)
-    tensors = {key: value.clone() for key, value in network.state_dict().items()}
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    return network.encoder if whole else network
 
 
 def check_contract(embedder: Embedder, width: int, num_frames: int) -> None:
@@ -306,6 +282,34 @@ def test_unfit_folders_say_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a file of weights: Error while deserializing"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, 10**5, 10**9, [10**9], [512] * 100_000, "x", None])
+@pytest.mark.parametrize("kind", ["Hubert", "Whisper"])
+def test_absurd_numbers_of_a_configuration_are_refused_at_once(tmp_path: Path, kind: str, value: Any) -> None:
+    if kind == "Whisper":
+        make_whisper_folder(tmp_path / "enc", whole=False)
+        keys = ["d_model", "encoder_layers", "encoder_attention_heads", "num_mel_bins", "max_source_positions"]
+    else:
+        make_ssl_folder(tmp_path / "enc", kind, num_layers=2)
+        keys = ["hidden_size", "num_hidden_layers", "intermediate_size", "conv_dim", "conv_stride", "conv_kernel"]
+    config = json.loads((tmp_path / "enc" / "config.json").read_text())
+    began = time.monotonic()
+    for key in keys:
+        (tmp_path / "enc" / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=r"extract\.embedder_model: .*enc") as caught:
+            load(tmp_path / "enc")
+        assert len(str(caught.value)) < 1000
+    assert time.monotonic() - began < 10
+
+
+def test_numbers_of_the_size_of_the_weights_alone_take_memory(tmp_path: Path) -> None:
+    make_ssl_folder(tmp_path / "enc", "Hubert", num_layers=2)
+    config = json.loads((tmp_path / "enc" / "config.json").read_text())
+    many = config | {"hidden_size": 65536, "intermediate_size": 65536, "num_hidden_layers": 256}
+    (tmp_path / "enc" / "config.json").write_text(json.dumps(many))  # 9 TB
+    with pytest.raises(ValueError, match=r"the weights in .* are not those of its config\.json"):
+        load(tmp_path / "enc")
 
 
 def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:

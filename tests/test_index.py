@@ -584,6 +584,40 @@ def test_from_the_disk_comes_what_comes_from_memory(tmp_path: Path, monkeypatch:
     assert np.array_equal(from_disk(queries, 0.7), in_memory(queries, 0.7))
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+@pytest.mark.parametrize("of", ["vectors", "centres"])
+def test_numbers_of_a_large_index_that_are_not_finite_reach_no_voice(
+    odd: float, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vectors of a file of more than a GB are looked at when a search finds them; the centres always."""
+    vectors = frames(1000)
+    retriever(tmp_path, vectors, cells=4)
+    path = tmp_path / "i.index"
+    whole = bytearray(path.read_bytes())
+    at = whole.find(vectors[:1].tobytes()) if of == "vectors" else whole.find(b"IxF2") + 45
+    whole[at : at + 4] = np.float32(odd).tobytes()
+    path.write_bytes(whole)
+    monkeypatch.setattr(index, "MAX_IN_MEMORY", 0)
+    with pytest.raises(StageError, match="it holds numbers that are not finite"):
+        Retriever(path, WIDTH)
+    monkeypatch.setattr("rvc_dist.features.index_file.MAX_IN_MEMORY", 0)
+    if of == "centres":
+        with pytest.raises(StageError, match="it holds numbers that are not finite"):
+            Retriever(path, WIDTH)
+        return
+    find = Retriever(path, WIDTH)
+    find._index.nprobe = 4
+    found = find(vectors, 1.0)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[1:], vectors[1:], atol=1e-4)
+    monkeypatch.setattr("rvc_dist.features.index_file.NUM_NEIGHBOURS", 1000)  # of all vectors too
+    assert np.isfinite(find(vectors[:3], 1.0)).all()
+    fills = find._index.search_and_reconstruct
+    monkeypatch.setattr(find._index, "search_and_reconstruct", lambda *a: (*fills(*a)[:2], np.full((1, 1000, 9), odd)))
+    with pytest.raises(StageError, match=r"i\.index holds numbers that are not finite"):
+        find(vectors[:1], 1.0)
+
+
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("cut", [1, 10000, 40000])
 def test_an_index_cut_short_is_refused(cut: int, tmp_path: Path) -> None:

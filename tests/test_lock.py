@@ -44,6 +44,22 @@ def held_by(path, /, **changed):
     path.write_text(json.dumps(other) + "\n")
 
 
+def test_what_is_no_file_of_ours_is_told(tmp_path):
+    path = tmp_path / "train.lock"
+    for make, what in (
+        (os.mkfifo, "it is a FIFO"),
+        (os.mkdir, "it is a folder"),
+        (lambda p: p.symlink_to("/dev/zero"), "it is a link"),
+        (lambda p: p.symlink_to("nowhere"), "it is a link"),
+        (lambda p: p.write_bytes(bytes(1 << 20)), "expected at most"),
+    ):
+        make(path)
+        assert not run_lock.may_be_held(path)
+        with pytest.raises(StageError, match=f"train.lock: .*{what}.*; remove it"):
+            RunLock(path).try_acquire()
+        path.rmdir() if what.endswith("folder") else path.unlink()
+
+
 def test_one_of_two_and_free_again_after_release(tmp_path):
     path = tmp_path / "train.lock"
     first = RunLock(path)

@@ -283,13 +283,14 @@ def test_the_runs_own_clips_are_the_trainers(tmp_path):
 
 
 def result(recipe: Recipe, ranks: int, seconds: float, **key) -> dict:
+    dealt = {"audio_s_per_s": 1.0, "parts": {"data": {"wall_s": 0.01}}}
     summary = {
-        "series": {"longest": {"wall_s": seconds}, "dealt": {"parts": {"data": {"wall_s": 0.01}}}},
+        "series": {"longest": {"wall_s": seconds}, "dealt": dealt},
         "longest_frames": 100,
         "memory": {"resident": 10**9},
     }
     if ranks > 1:
-        summary["communication"] = {"with_s": seconds, "without_s": 0.8 * seconds}
+        summary["communication"] = {"with_s": seconds, "without_s": 0.8 * seconds, "share": 0.2}
     on = {"device": "cpu", "cpu": "Abacus", "threads": 1}
     machine = {"cores": 4, "threads": 1}
     return {

@@ -455,6 +455,24 @@ def test_the_report_of_an_old_work_list_does_not_count(tmp_path: Path, small: Pa
     assert "bad.wav" not in reasons(config)
 
 
+@pytest.mark.parametrize("field", ["path", "speaker", "size", "gone"])
+def test_a_plan_that_names_other_recordings_under_the_listing_of_these_is_made_again(
+    tmp_path: Path, small: Path, field: str
+) -> None:
+    config = recipe(tmp_path)
+    preprocess.run(config, Share())
+    before, plan_file = contents(config), Workspace(config.run_dir, config.name).work_list_file
+    write(tmp_path / "other.wav", noise(2.0))
+    plan = json.loads(plan_file.read_text())
+    if field == "gone":
+        del plan["units"][0]
+    else:
+        plan["units"][0][0][field] = {"path": "../other.wav", "speaker": 7, "size": 1}[field]
+    plan_file.write_text(json.dumps(plan))
+    preprocess.run(config, Share())
+    assert contents(config) == before
+
+
 # The report
 
 

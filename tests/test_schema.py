@@ -17,8 +17,12 @@ from helpers import EMBEDDER
 from rvc_dist import workspace
 from rvc_dist.command_line import load_recipe
 from rvc_dist.config import ConfigError
+from rvc_dist.runtime import run_lock
+from rvc_dist.runtime.heartbeat import BEAT
 from rvc_dist.runtime.logs import Failure
-from rvc_dist.schema import MAX_JSON_VALUES, MAX_YAML_BYTES, SchemaError, check, parse_json, parse_yaml
+from rvc_dist.runtime.run_lock import HOLDER
+from rvc_dist.schema import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_YAML_BYTES, SchemaError, check, parse_json, parse_yaml
+from rvc_dist.tools import bench
 from rvc_dist.train import checkpoint
 from rvc_dist.train.trainer import Compiled
 from rvc_dist.workspace import SourceFile, StageError
@@ -28,6 +32,9 @@ SIZES = {"num_samples": 9, "num_content": 2, "num_f0": 4}
 FILE = {"path": "a.wav", "speaker": 0, "seconds_in": 1.0, "clips": 1, "seconds_out": 1.0, "reason": "", "lost": {}}
 SOURCE = asdict(SourceFile("a.wav", 0, 1, 10**18))
 STATE = {"format": 2, "identity": {}, "meter": {"names": ["a"], "ranks": [[1.0, 2]]}, "num_ranks": 1}
+MINE = {"rank": 0, "host": "a", "pid": 1, "token": "a1", "step": 3, "phase": "forward"}
+DEALT = {"audio_s_per_s": 9.0, "parts": {"data": {"wall_s": 0.0}}}
+SUMMARY = {"series": {"longest": {"wall_s": 1.0}, "dealt": DEALT}, "longest_frames": 100, "memory": {"resident": 1}}
 DOCUMENTS: dict[Any, dict[str, Any]] = {
     workspace.WorkListFile: {"version": 2, "listing": "", "settings": {}, "units": [[SOURCE]], "excluded": [SOURCE]},
     workspace.FeaturesReport: {"settings": {}, "clips": "", "content_frames": 1},
@@ -39,6 +46,10 @@ DOCUMENTS: dict[Any, dict[str, Any]] = {
     checkpoint.StateFile: STATE | {"progress": asdict(checkpoint.Progress(seen=((1, 2),))), "optimizer_groups": {}},
     Compiled: {"key": {}, "compiled": {"generator": True, "discriminator": False}},
     Failure: {"rank": 0, "host": "a", "time": 1.0, "error": "b"},
+    HOLDER: run_lock.job() | {"token": "a1", "beat": 0, "path": "/a", "slurm_job": "1", "elastic_run": "2"},
+    BEAT: MINE | {"num_sent": 0, "count": 7, "in_phase_s": 0.5, "failure": ""},
+    bench.MEASURED: {"machine": {"cores": 1, "threads": 1}, "summary": SUMMARY},
+    bench.ON_RANKS: {"communication": {"with_s": 2.0, "without_s": 1.0, "share": 0.5}},
 }
 ABSURD = [
     None,
@@ -103,6 +114,7 @@ def paths(value: Any) -> list[tuple[Any, ...]]:
         (b"[" + b"0," * MAX_JSON_VALUES + b"0]", "more than"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        ('"\U0001f600'.encode() + b"x" * (MAX_JSON_BYTES // 2) + b'"', "bytes in memory"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[]", "the whole: got \\[\\], expected keys"),
     ],

@@ -185,10 +185,15 @@ def make_work_list(recipe: Recipe, work: Workspace, settings: dict[str, Any], sh
     work.check_root()
     sources = list_sources(audio_dir, work.root)
     listing = stamp([(f.path, f.reason) if f.reason else f.listed for f in sources])
+    usable = {f.listed for f in sources if not f.reason}
 
     def current() -> WorkList | None:
         work_list = WorkList.load(work.work_list_file)
-        return work_list if work_list and (work_list.listing, work_list.settings) == (listing, settings) else None
+        if work_list is None or (work_list.listing, work_list.settings) != (listing, settings):
+            return None
+        # The folder's recordings and no others, whatever somebody wrote into the list.
+        cut = {f.listed for unit in work_list.units for f in unit.files}
+        return work_list if cut <= usable <= cut | {f.listed for f in work_list.excluded} else None
 
     if work_list := current():
         return work_list

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import struct
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.files import ForeignFileError, regular_size
-from rvc_dist.models.torch_file import load_pth, weights
-from rvc_dist.schema import SchemaError, parse_json, read_bounded
+from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
+from rvc_dist.schema import Rule, SchemaError, check, parse_json, read_bounded, record, within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,6 +75,30 @@ EMBEDDERS = {
     "korean-hubert-base": _of_applio("korean_hubert_base"),
 }
 
+Few = Annotated[int, within(1, 256)]
+"""Layers, of which the largest published encoder has 48, and bands."""
+Size = Annotated[int, within(1, 1 << 16)]
+Sizes = Annotated[
+    list[int],
+    Rule(
+        "at most 16 whole numbers of 1 to 65536",
+        (list,),
+        lambda sizes: len(sizes) <= 16 and all(type(n) is int and 0 < n <= 1 << 16 for n in sizes),
+    ),
+]
+_KEYS = {
+    Few: "num_hidden_layers encoder_layers num_mel_bins",
+    Sizes: "conv_dim conv_kernel conv_stride",
+    Size: "hidden_size intermediate_size num_attention_heads num_conv_pos_embeddings num_conv_pos_embedding_groups "
+    "num_buckets max_bucket_distance d_model encoder_attention_heads encoder_ffn_dim max_source_positions "
+    "n_fft hop_length",
+    Size | None: "adapter_attn_dim",
+    bool: "conv_bias conv_pos_batch_norm do_stable_layer_norm feat_proj_layer_norm scale_embedding",
+    float: "layer_norm_eps",
+    str: "hidden_act feat_extract_activation feat_extract_norm activation_function",
+}
+SETTINGS = record(False, **{key: kind for kind, keys in _KEYS.items() for key in keys.split()})
+"""The keys of config.json and Whisper's preprocessor_config.json that count here; others are for training."""
 MODEL_CLASSES = {
     "hubert": ("HubertConfig", "HubertModel"),
     "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2Model"),
@@ -207,14 +232,14 @@ class SelfSupervised(Embedder):
         self.name = source.name
         self.weights_hash = _hash(source.tensors)
         self.normalize = bool(source.preprocessor.get("do_normalize", False))
-        self.network = _fill(_build(source.config), source)
-        self.network.eval().requires_grad_(False).to(device)
+        self.network = _build(source).to(device)
         settings: Any = self.network.config
+        _check_frames(math.prod(settings.conv_stride), source)
         self.mix = _checked_mix(mix, source, settings.num_hidden_layers)
         self.projection: nn.Linear | None = None
-        self.width = int(source.config["hidden_size"])
+        self.width: int = settings.hidden_size
         if version == "v1":
-            self.projection = _final_projection(source, self.width).to(device)
+            self.projection = _final_projection(source, self.width, settings.num_hidden_layers).to(device)
             self.width = self.projection.out_features
 
     def encode(self, wave: Tensor) -> Tensor:
@@ -247,17 +272,18 @@ class Whisper(Embedder):
 
         self.name = source.name
         self.weights_hash = _hash(source.tensors)
-        self.width = int(source.config["d_model"])
-        settings = {"feature_size": source.config["num_mel_bins"]} | source.preprocessor
-        extractor: Any = WhisperFeatureExtractor(**settings)  # type: ignore[no-untyped-call]
+        self.network = _build(source).to(device)
+        settings: Any = self.network.config
+        self.width: int = settings.d_model
+        window = _settings(source.preprocessor, source.where)
+        extractor: Any = WhisperFeatureExtractor(settings.num_mel_bins, **window)  # type: ignore[no-untyped-call]
         self.n_fft: int = extractor.n_fft
         self.hop: int = extractor.hop_length
+        _check_frames(2 * self.hop, source)
         self.window = torch.hann_window(self.n_fft, device=device)
         self.mel_filters = torch.from_numpy(extractor.mel_filters).float().T.contiguous().to(device)
-        self.network = _fill(_build(source.config), source)
-        self.network.eval().requires_grad_(False).to(device)
-        self.mix = _checked_mix(mix, source, int(source.config["encoder_layers"]))
-        self.max_samples = int(source.config["max_source_positions"]) * 2 * self.hop
+        self.mix = _checked_mix(mix, source, settings.encoder_layers)
+        self.max_samples = settings.max_source_positions * 2 * self.hop
 
     def encode(self, wave: Tensor) -> Tensor:
         # Beyond the positions it knows: equal pieces, so that none of them is a scrap without context.
@@ -400,20 +426,48 @@ def _check_model_type(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    """The network of a config.json, with whatever weights it is born with."""
+def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The SETTINGS that are in a configuration."""
+    try:
+        check(config, SETTINGS)
+    except SchemaError as error:
+        raise ValueError(f"extract.embedder_model: the configuration in {where}: {error}") from error
+    return {key: config[key] for key in SETTINGS.__annotations__ if key in config}
+
+
+def _build(source: _Source) -> nn.Module:
+    """The network of a config.json with its weights. Nothing is allocated before both are known to be of one size."""
     make_torchaudio_importable()
+    import huggingface_hub.errors
     import transformers
 
-    config_name, model_name = MODEL_CLASSES[config["model_type"]]
-    settings = getattr(transformers, config_name).from_dict(dict(config))
-    if config["model_type"] == "whisper":
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+    shape = _settings(source.config, source.where)
+    config_name, model_name = MODEL_CLASSES[source.model_type]
+    strict: type[Exception] = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)
+    wrong: Errors = (strict, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+    try:
+        settings = getattr(transformers, config_name).from_dict(shape)
+        with torch.device("meta"):
+            if source.model_type == "whisper":
+                from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        encoder: nn.Module = WhisperEncoder(settings)
-        return encoder
-    network: nn.Module = getattr(transformers, model_name)(settings)
-    return network
+                network: nn.Module = WhisperEncoder(settings)
+            else:
+                network = getattr(transformers, model_name)(settings)
+    except wrong as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"extract.embedder_model: {source.where}/config.json describes no network: {reason:.300}"
+        ) from error
+    return _fill(network, source).eval().requires_grad_(False)
+
+
+def _check_frames(num_samples: int, source: _Source) -> None:
+    if num_samples != FRAME_SAMPLES:
+        raise ValueError(
+            f"extract.embedder_model: {source.where} describes frames of {num_samples} samples (conv_stride, "
+            f"hop_length), expected {FRAME_SAMPLES}"
+        )
 
 
 def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -433,6 +487,7 @@ def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fill(network: nn.Module, source: _Source) -> nn.Module:
+    """`network`, which has no memory yet, with the tensors for its weights."""
     tensors = source.tensors
     if source.model_type == "whisper" and "encoder.conv1.weight" in tensors:  # a bare WhisperModel
         tensors = {key.removeprefix("encoder."): value for key, value in tensors.items()}
@@ -451,7 +506,7 @@ def _fill(network: nn.Module, source: _Source) -> nn.Module:
             f"extract.embedder_model: the weights in {source.where} are not those of its config.json: "
             f"{'; '.join(problems[:5])}{more}"
         )
-    network.load_state_dict({key: tensors[key] for key in wanted if key in tensors}, strict=False)
+    network.load_state_dict({key: tensors[key] for key in wanted if key in tensors}, strict=False, assign=True)
     return network
 
 
@@ -463,7 +518,7 @@ def _no_projection(source: _Source) -> str:
     )
 
 
-def _final_projection(source: _Source, width: int) -> nn.Linear:
+def _final_projection(source: _Source, width: int, num_layers: int) -> nn.Linear:
     weight, bias = source.tensors.get("final_proj.weight"), source.tensors.get("final_proj.bias")
     if weight is None or bias is None:
         raise ValueError(_no_projection(source))
@@ -472,7 +527,6 @@ def _final_projection(source: _Source, width: int) -> nn.Linear:
             f"extract.embedder_model: final_proj of {source.where} has weight {list(weight.shape)} and bias "
             f"{list(bias.shape)}, expected [features, {width}] and [features]"
         )
-    num_layers = int(source.config["num_hidden_layers"])
     if num_layers < V1_LAYER:
         raise ValueError(
             f"extract.embedder_model: {source.name} has {num_layers} layers, model.version v1 takes layer {V1_LAYER}"
@@ -501,7 +555,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         if path.suffix == ".safetensors":
-            regular_size(path)
+            size = regular_size(path)
+            with path.open("rb") as stream:
+                (header,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
+            if MAX_PICKLE < header < size:
+                raise ForeignFileError(f"its header takes {header} bytes, expected at most {MAX_PICKLE}")
             content: Any = load_file(path)
         else:
             content = load_pth(path)

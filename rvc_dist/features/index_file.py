@@ -67,7 +67,7 @@ def _check_cells(file: _File, num: int, width: int) -> int:
     if file.unpack("<BQ") != (0, 0):
         raise ForeignFileError("it holds a direct map, which RVC's do not")
     lists, num_lists, code_size, form, count = file.unpack("<4sQQ4sQ")
-    if (lists, num_lists, code_size) != (b"ilar", cells, 4 * width):
+    if (lists, num_lists, code_size) != (b"ilar", cells, 4 * width) or count > 2 * cells:
         raise ForeignFileError("it keeps its lists elsewhere or not at all")
     sizes = file.numbers("<u8", count)
     if form == b"sprs" and not count % 2:  # pairs of list and size
@@ -79,7 +79,11 @@ def _check_cells(file: _File, num: int, width: int) -> int:
         raise ForeignFileError("the sizes of its lists do not fit its cells, its vectors or the file")
     is_there = np.zeros(num, bool)
     for length in sizes[sizes > 0].tolist():
-        file.finite(length * width)
+        if file.is_large:  # a search looks at what it takes of it
+            file.take(4 * length * width)
+            file.stream.seek(4 * length * width, 1)
+        else:
+            file.finite(length * width)
         numbers = file.numbers("<u8", length)
         if numbers.max() >= num:
             raise ForeignFileError(f"it numbers a vector {numbers.max()} of {num}")
@@ -126,11 +130,7 @@ class _File:
         self.finite(count)
 
     def finite(self, count: int) -> None:
-        """Pass over `count` numbers; in a large file, of which a search sees little, they are not looked at."""
-        if self.is_large:
-            self.take(4 * count)
-            self.stream.seek(4 * count, 1)
-            return
+        """Pass over `count` numbers, all of which are looked at."""
         for first in range(0, count, CHUNK):
             if not np.isfinite(self.numbers("<f4", min(CHUNK, count - first))).all():
                 raise ForeignFileError("it holds numbers that are not finite")
@@ -170,7 +170,7 @@ class Retriever:
                 f"infer.index: {path} is no index for this voice: {error}; give the added_*.index that was made with "
                 "it, or --infer.index_rate 0"
             ) from error
-        is_large = path.stat().st_size > MAX_IN_MEMORY
+        self._path, is_large = path, path.stat().st_size > MAX_IN_MEMORY
         self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if is_large else 0)
         self._vectors: Vectors | None = None if is_large else self._index.reconstruct_n(0, self._index.ntotal)
 
@@ -184,6 +184,8 @@ class Retriever:
         if self._vectors is None:
             distances, neighbours, nearest = self._index.search_and_reconstruct(queries, NUM_NEIGHBOURS)
             nearest[neighbours < 0] = 0.0  # FAISS fills them with NaN
+            if not np.isfinite(nearest).all():  # of a small index, its file was looked at
+                raise StageError(f"infer.index: {self._path} holds numbers that are not finite; make it again")
         else:  # faster
             distances, neighbours = self._index.search(queries, NUM_NEIGHBOURS)
             nearest = self._vectors[np.maximum(neighbours, 0)]

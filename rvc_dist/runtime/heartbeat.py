@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rvc_dist.runtime.logs import is_collective_error
+from rvc_dist.schema import Count, Seconds, Token, Word, record
 
 MIN_STEPS, RECENT_STEPS = 10, 50
 """The first steps, which compile and search for kernels, and the ones that the median is taken of."""
@@ -74,10 +75,21 @@ class Pulse:
         return statistics.median(recent) if len(recent) >= MIN_STEPS else None
 
 
+BEAT = record(
+    **dict.fromkeys(("rank", "pid", "step", "num_sent", "count"), Count),
+    **dict.fromkeys(("host", "phase"), Word),
+    token=Token,
+    in_phase_s=Seconds,
+    failure=str,
+)
+"""What a rank writes into its file."""
+MAX_BEAT_BYTES = 1 << 16
+
+
 class Beat(NamedTuple):
     """The last sign of life of a rank."""
 
-    text: str
+    text: bytes
     seen_at: float
     """When it was new, by this process's clock."""
     data: dict[str, Any]

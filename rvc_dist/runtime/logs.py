@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from rvc_dist import __version__
-from rvc_dist.schema import Count, SchemaError, parse_json
+from rvc_dist.schema import Count, SchemaError, Word, parse_json, read_bounded, record
 from rvc_dist.workspace import OtherRankError, Share, Workspace, atomic_write, write_json
 
 logger = logging.getLogger(__name__)
@@ -64,13 +64,9 @@ def ends_within(limit_s: float, what: str, function: Callable[[], object]) -> bo
     return not thread.is_alive()
 
 
-class Failure(TypedDict):
-    """What a rank that failed leaves behind."""
-
-    rank: Count
-    host: str
-    time: float
-    error: str
+MAX_FAILURE_BYTES = 1 << 20
+Failure = record(rank=Count, host=Word, time=float, error=str)
+"""What a rank that failed leaves behind."""
 
 
 class RankLog(logging.Handler):
@@ -91,7 +87,7 @@ class RankLog(logging.Handler):
         self._stream: io.TextIOWrapper | None = None
         self._given_up = False
         self._set_faulthandler = False
-        self._old_failures: list[str] = []
+        self._old_failures: list[bytes] = []
         """Of earlier runs, found at the start: no clocks need be compared."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -174,7 +170,7 @@ class RankLog(logging.Handler):
             found = []
             for text in self._failures():
                 with contextlib.suppress(SchemaError):  # edited, or of another program: it says nothing
-                    found += [] if text in self._old_failures else [parse_json(text.encode(), Failure)]
+                    found += [] if text in self._old_failures else [parse_json(text, Failure)]
             if found:
                 # Clocks of different hosts may differ; mostly only one rank is here.
                 first = min(found, key=lambda failure: failure["time"])
@@ -185,12 +181,12 @@ class RankLog(logging.Handler):
                 return None
             time.sleep(0.25)
 
-    def _failures(self) -> list[str]:
+    def _failures(self) -> list[bytes]:
         """What ranks wrote that failed. One look into the folder: a look for each rank would be a million of them."""
         texts = []
         for path in self.work.logs_dir.glob("failed_rank_*.json"):
-            with contextlib.suppress(OSError):  # its rank begins anew
-                texts.append(path.read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError, SchemaError):  # its rank begins anew; no file of ours
+                texts.append(read_bounded(path, MAX_FAILURE_BYTES))
         return texts
 
     @contextlib.contextmanager

@@ -15,8 +15,9 @@ import secrets
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from rvc_dist.schema import Count, OsName, SchemaError, Seconds, Token, Word, parse_json, read_bounded, record, within
 from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
@@ -24,19 +25,16 @@ logger = logging.getLogger(__name__)
 STALE_S = 30.0
 """A holder elsewhere that gives no sign of life for this long is taken for dead."""
 REFRESH_S = 2.0
-KEYS = {
-    "host",
-    "pid",
-    "ticks",
-    "pid_space",
-    "slurm_job",
-    "slurm_restarts",
-    "elastic_run",
-    "since",
-    "token",
-    "beat",
-    "path",
-}
+MAX_BYTES = 1 << 16
+HOLDER = record(
+    **dict.fromkeys(("host", "pid_space", "since"), Word),
+    **dict.fromkeys(("slurm_job", "elastic_run"), Word | None),
+    **dict.fromkeys(("slurm_restarts", "beat"), Count),
+    pid=Annotated[int, within(1, 2**31)],
+    ticks=Seconds,
+    token=Token,
+    path=OsName,
+)
 
 
 class LockedError(StageError):
@@ -172,7 +170,7 @@ def may_be_held(path: Path) -> bool:
     """Whether another job may train in the run folder of the lock file `path`; only `RunLock` can tell for sure."""
     try:
         text = _read(path)
-    except OSError:  # of which the stage tells
+    except (OSError, StageError):  # of which the stage tells
         return False
     other = _parsed(text or "")
     if other is None:
@@ -252,7 +250,7 @@ def is_alive(other: dict[str, Any]) -> bool:
 def _is_copy(path: Path, other: dict[str, Any]) -> bool:
     """Whether `path` came with a copy of the folder in which `other` trains."""
     original = Path(other["path"])
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StageError):
         if not original.samefile(path):
             there = _parsed(_read(original) or "{}")
             return there is not None and there["token"] == other["token"]
@@ -260,8 +258,17 @@ def _is_copy(path: Path, other: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> str | None:
+    """The file's text; None where there is none.
+
+    Raises:
+        StageError: it is no file of ours.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        if path.is_symlink():  # nobody makes one; where it leads nowhere, it would look taken and free at once
+            raise SchemaError("it is a link, expected a file")
+        return read_bounded(path, MAX_BYTES).decode(errors="replace")
+    except SchemaError as error:
+        raise StageError(f"{path}: {error}; remove it, if no job trains there") from error
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # over NFS, a file that was removed meanwhile
             return None
@@ -271,7 +278,7 @@ def _read(path: Path) -> str | None:
 def _parsed(text: str) -> dict[str, Any] | None:
     """What a holder wrote; None while it is still writing its first line."""
     try:
-        other = json.loads(text)
-    except ValueError:
+        other: dict[str, Any] = parse_json(text.encode(), HOLDER)
+    except SchemaError:
         return None
-    return other if isinstance(other, dict) and other.keys() >= KEYS else None
+    return other

@@ -27,9 +27,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from rvc_dist.runtime.accelerator import on_first_rank
-from rvc_dist.runtime.heartbeat import EXEMPT, Beat, Pulse
+from rvc_dist.runtime.heartbeat import BEAT, EXEMPT, MAX_BEAT_BYTES, Beat, Pulse
 from rvc_dist.runtime.logs import EXIT_S, ends_within, is_timeout, rank_logs, write_stacks
 from rvc_dist.runtime.run_lock import RunLock
+from rvc_dist.schema import parse_json, read_bounded
 from rvc_dist.workspace import OtherRankError, StageError, Workspace
 
 logger = logging.getLogger(__name__)
@@ -280,9 +281,9 @@ class Watch:
         now, beats = time.monotonic(), {}
         for rank in range(self._num_ranks):
             try:
-                text = self.work.beat_file(rank).read_text(encoding="utf-8")
+                text = read_bounded(self.work.beat_file(rank), MAX_BEAT_BYTES)
                 old = before.get(rank)
-                beats[rank] = old if old is not None and old.text == text else Beat(text, now, json.loads(text))
+                beats[rank] = old if old is not None and old.text == text else Beat(text, now, parse_json(text, BEAT))
             except FileNotFoundError:  # not begun yet, or ended
                 continue
             except (OSError, ValueError):  # half of it: next time

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from rvc_dist.config import F0_PER_S, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.extract import pack_unit
+from rvc_dist.schema import Count, Positive, SchemaError, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.measuring import PARTS, MeasuredTrainer, Sample, Span
 from rvc_dist.workspace import (
@@ -42,6 +43,7 @@ from rvc_dist.workspace import (
 
 logger = logging.getLogger(__name__)
 
+PARITY_FILE = "parity.json"
 FORMAT = 1
 """Of results.json and parity.json."""
 CLIP_S = 3.0
@@ -65,7 +67,7 @@ def run(recipe: Recipe, share: Share) -> None:
     if config.parity:
         parity.asked_for(recipe.train, share.count)  # nothing to compare is an error before anything is written
     bench = Bench(recipe, share)
-    results_file = bench.folder / ("parity.json" if config.parity else "results.json")
+    results_file = bench.folder / (PARITY_FILE if config.parity else "results.json")
     if share.is_first:
         bench.prepare()
         load_results(results_file)  # a damaged file is an error before anything is measured
@@ -332,6 +334,19 @@ def _against_plain(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+MEASURE = Annotated[Seconds, above(0.0)]
+DEALT = record(audio_s_per_s=MEASURE, parts=record(data=record(wall_s=Seconds)))
+WITH_KEY = record(key=record(ranks=Positive, device=Word, cpu=Word))
+MEASURED = record(
+    machine=record(cores=Positive, threads=Positive),
+    summary=record(
+        series=record(longest=record(wall_s=MEASURE), dealt=DEALT), longest_frames=Positive, memory=dict[str, Count]
+    ),
+)
+ON_RANKS = record(communication=record(with_s=Seconds, without_s=MEASURE, share=float))
+"""What is read of kept results."""
+
+
 def load_results(path: Path) -> list[dict[str, Any]]:
     """The results kept in `path`, none when there is no such file.
 
@@ -340,10 +355,19 @@ def load_results(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("results"), list):
-        raise StageError(f"{path}: not results of this version of rvc_dist (format {FORMAT}); move it away")
-    results: list[dict[str, Any]] = data["results"]
+    try:
+        data = read_json(path)
+        if data.get("format") != FORMAT:
+            raise SchemaError(f"not results of this version of rvc_dist (format {FORMAT})")
+        results: list[dict[str, Any]] = check(data.get("results"), list[dict[str, Any]])
+        for result in results:
+            check(result, WITH_KEY)
+            if path.name != PARITY_FILE:
+                summary = check(result, MEASURED)["summary"]
+                if result["key"]["ranks"] > 1 or "communication" in summary:
+                    check(summary, ON_RANKS)
+    except SchemaError as error:
+        raise StageError(f"{path}: {error}; move it away") from error
     return results
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from rvc_dist.features.identity import PUBLISHED
 from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
 from rvc_dist.features.index_file import check_index
 from rvc_dist.files import ForeignFileError, not_regular, read_npy
-from rvc_dist.schema import SchemaError, read_bounded
+from rvc_dist.schema import SchemaError, parse_json, read_bounded
 from rvc_dist.workspace import (
     Share,
     SourceFile,
@@ -48,7 +49,6 @@ from rvc_dist.workspace import (
     is_done,
     listed,
     printable,
-    read_json,
     remove_leftovers,
     save_arrays,
     stamp,
@@ -70,6 +70,7 @@ V1_WIDTH = 256
 MAX_NUMBERS = 1 << 26
 """Of the features of one clip: half an hour."""
 SHOWN = 5
+MAX_CONFIG_BYTES = 1 << 20
 MAX_LIST_BYTES = 1 << 25
 """Of a filelist.txt: 100,000 clips with long paths."""
 MAX_LIST_LINES, MAX_MISSING = 300_000, 1000
@@ -282,8 +283,8 @@ def _width(content_dir: Path) -> int:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON file of another tool: {} when there is none or it holds something else, which is said."""
     try:
-        return read_json(path) if path.is_file() else {}
-    except (StageError, OSError):
+        return parse_json(read_bounded(path, MAX_CONFIG_BYTES), dict) if path.is_file() else {}
+    except (SchemaError, OSError):
         logger.warning("import: %s is not what its name says and is left out", path)
         return {}
 
@@ -298,13 +299,13 @@ def read_filelist(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     if not path.is_file():
         return speakers, ()
     try:
-        text = read_bounded(path, MAX_LIST_BYTES).decode(errors="replace")
-        if text.count("\n") > MAX_LIST_LINES:
+        text = read_bounded(path, MAX_LIST_BYTES)
+        if text.count(b"\n") > MAX_LIST_LINES:
             raise SchemaError(f"more than {MAX_LIST_LINES} lines")
     except SchemaError as error:
         raise StageError(f"{path}: {error}; leave the list out, or shorten it to the experiment's clips") from error
     wrong = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(map(os.fsdecode, text.splitlines()), 1):
         fields = line.strip().split("|")
         if len(fields) < 3 or not re.fullmatch(r"[0-9]{1,9}", fields[-1]):
             wrong += [str(number)] if line.strip() else []

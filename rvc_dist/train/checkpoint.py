@@ -36,9 +36,11 @@ from rvc_dist.schema import (
     Positive,
     SchemaError,
     SpeakerId,
+    Word,
     check,
     parse_json,
     read_bounded,
+    record,
 )
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
@@ -51,6 +53,8 @@ FORMAT = 2
 """Raised when a checkpoint of before can no longer be continued."""
 MODELS = ("generator", "discriminator")
 FILES = (*(f"{name}.safetensors" for n in MODELS for name in (n, f"optimizer_{n}")), STATE)
+IDENTITY = record(False, **{"embedder": record(name=Word), "discriminator.version": Word})
+"""Besides the generator's shape."""
 SPARE_BYTES = 16 << 20
 """Free space beyond the tensors themselves that a checkpoint asks for."""
 
@@ -420,8 +424,9 @@ def _state(path: Path) -> Any:
             "the version that made it, or give the run another run_dir"
         )
     try:
-        return check(state, StateFile)
-    except SchemaError as error:
+        _comparable(check(check(state, StateFile)["identity"], IDENTITY, "identity"))
+        return state
+    except ValueError as error:
         raise StageError(f"{path / STATE}: {error}; remove {path.name} to go on from the one before") from error
 
 

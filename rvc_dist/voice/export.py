@@ -18,6 +18,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.schema import check
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import ClipsReport, Share, StageError, Workspace, atomic_write, read_json
@@ -90,7 +91,11 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
             "train.learning_rate or train.max_grad_norm set"
         )
     trained_with = Workspace(recipe.run_dir, recipe.name).config_file
-    shape = _shape(saved.identity)
+    try:
+        shape, version = _shape(saved.identity), saved.identity["discriminator.version"]
+        embedder, vocoder = EmbedderId.from_features(saved.identity["embedder"]), VOCODERS[shape.vocoder]
+    except (KeyError, ValueError) as error:
+        raise StageError(f"the checkpoint of step {progress.step} is of no network of ours ({error})") from error
     overtrain_info = (
         f"best validation mel distance {progress.best_metric:.4f} at step {progress.best_step}, "
         f"epoch {progress.best_epoch}"
@@ -104,18 +109,18 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
         "step": progress.step,
         "sr": shape.sample_rate,
         "f0": int(shape.pitch_guidance),
-        "version": saved.identity["discriminator.version"],
+        "version": version,
         "info": f"{recipe.name}: {progress.epoch} epochs, {progress.step} steps of rvc_dist",
         "creation_date": datetime.datetime.now().isoformat(),
         "model_hash": model_hash(weight),
         "model_name": recipe.name,
         "author": recipe.export.author,
-        "vocoder": VOCODERS[shape.vocoder].voice_name,
+        "vocoder": vocoder.voice_name,
         "energy": False,
         "speakers_id": num_speakers,
         "trained_speakers": list(saved.trained_speakers),
         "architecture": "RVC",
-        **EmbedderId.from_features(saved.identity["embedder"]).to_voice(),
+        **embedder.to_voice(),
         "dataset_length": dataset_length,
         "overtrain_info": overtrain_info,
         "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
@@ -124,6 +129,7 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
 
 def _shape(identity: dict[str, Any]) -> GeneratorShape:
     fields = {k.removeprefix("generator."): v for k, v in identity.items() if k.startswith("generator.")}
+    check(fields, GeneratorShape)
     return GeneratorShape(**fields)
 
 
