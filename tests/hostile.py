@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -591,7 +592,10 @@ def prepare_run(folder: Path) -> None:
         assert not stage(name, recipe), name
     work = workspace_of(recipe)
     generator = make_generator(recipe, num_speakers=2)
-    checkpoint.save(work.checkpoints_dir, make_checkpoint(recipe, generator))
+    (content,) = {f.content for f in workspace.WorkList.load(work.work_list_file).units[0].files if f.path == "a.wav"}
+    data = {"recordings": {content: "a.wav"}, "train": "1", "validation": "2", "dataset_length": "00:00:05"}
+    data |= {"holdout": [0.05, 0.1], "held_from_s": {"a.wav": 1.0}}
+    checkpoint.save(work.checkpoints_dir, dataclasses.replace(make_checkpoint(recipe, generator), data=data))
     assert not stage("export", recipe)
     workspace.write_json(work.compile_file, {"key": {}, "compiled": {"generator": True, "discriminator": False}})
     failure = {"rank": 1, "host": "a", "time": 1.0, "error": "disk full"}
@@ -607,7 +611,7 @@ RUN_FILES: dict[str, tuple[str, ...]] = {
     "features/00000.safetensors": ("index", "export"),
     "features/mute.safetensors": ("extract", "export"),
     "index/report.json": ("index", "infer"),
-    "checkpoints/step_00000010/state.json": ("export",),
+    "checkpoints/step_00000010/state.json": ("export", "preprocess"),
     "checkpoints/step_00000010/manifest.json": ("export",),
     "config.yaml": ("preprocess", "extract"),
     "compile.json": (),
