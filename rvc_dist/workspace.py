@@ -223,9 +223,17 @@ class ClipEntry(TypedDict):
 
 class SlicedClip(ClipEntry, total=False):
     slice_s: Seconds
+    content: str
 
 
-class FileEntry(TypedDict):
+class Rates(TypedDict, total=False):
+    """Of a recording, in Hz; an import does not tell them."""
+
+    sample_rate: Count
+    effective_rate: Count
+
+
+class FileEntry(Rates):
     """What became of a recording, or a slice of one."""
 
     path: OsName

@@ -262,6 +262,17 @@ def test_speakers_without_a_filelist_come_from_the_names(tmp_path: Path, applio:
     assert import_experiment.recording_of("song.wav") == ("song.wav", 0)
 
 
+def test_a_name_that_is_no_utf8_is_that_of_the_filelist(copied: Path, tmp_path: Path) -> None:
+    waves = copied / "sliced_audios"
+    (waves / "0_0_0.wav").rename(os.fsdecode(os.fsencode(waves) + b"/\xff\xfe.wav"))
+    with (copied / "filelist.txt").open("ab") as stream:
+        stream.write(b"\nx/\xff\xfe.wav|features|5")
+    found = imported(recipe_for(copied, tmp_path / "run"))
+    headers = [read_header(path) for path in unit_files(workspace_of(found).clips_dir)]
+    assert 5 in [clip["speaker"] for header in headers for clip in header["clips"]]
+    assert reasons(found)["0_0_0.wav"] == "in filelist.txt, but the wave is missing"
+
+
 def test_the_filelist_goes_before_the_names(copied: Path, tmp_path: Path) -> None:
     text = (copied / "filelist.txt").read_text()
     (copied / "filelist.txt").write_text("\n".join(f"{line.rpartition('|')[0]}|7" for line in text.splitlines()))

@@ -27,9 +27,10 @@ from rvc_dist.train import checkpoint
 from rvc_dist.train.trainer import Compiled
 from rvc_dist.workspace import SourceFile, StageError
 
-CLIP = {"speaker": 0, "source": "a.wav", "start_s": 0.0}
+CLIP = {"speaker": 0, "source": "a.wav", "start_s": 0.0, "content": "0a"}
 SIZES = {"num_samples": 9, "num_content": 2, "num_f0": 4}
 FILE = {"path": "a.wav", "speaker": 0, "seconds_in": 1.0, "clips": 1, "seconds_out": 1.0, "reason": "", "lost": {}}
+FILE |= {"sample_rate": 48000, "effective_rate": 44100}
 SOURCE = asdict(SourceFile("a.wav", 0, 1, 10**18))
 STATE = {"format": 2, "identity": {}, "meter": {"names": ["a"], "ranks": [[1.0, 2]]}, "num_ranks": 1}
 MINE = {"rank": 0, "host": "a", "pid": 1, "token": "a1", "step": 3, "phase": "forward"}

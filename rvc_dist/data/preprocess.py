@@ -512,7 +512,8 @@ def finish(recipe: Recipe, work: Workspace, work_list: WorkList, share: Share) -
         return
     files = recording_entries(work, work_list, "preprocess")
     used = [f for f in files if f["clips"]]
-    low, remedy = low_rates(recipe, [(f["sample_rate"], f["seconds_in"]) for f in used])
+    rates = [(f.get("sample_rate", recipe.data.sample_rate), f["seconds_in"]) for f in used]
+    low, remedy = low_rates(recipe, rates)
     upsampled = upsampled_recordings(recipe, used)
     report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low, "upsampled": upsampled}
     if not used:
@@ -569,7 +570,7 @@ def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str,
 def upsampled_recordings(recipe: Recipe, files: list[dict[str, Any]]) -> str:
     """What is to be said of those recordings that hold less than their own rate, and the voice's, could."""
     limit = min(recipe.data.sample_rate, HEARD_RATE)
-    found = [f for f in files if 0 < f.get("effective_rate", 0) < min(f["sample_rate"], limit)]
+    found = [f for f in files if 0 < f.get("effective_rate", 0) < min(f.get("sample_rate", 0), limit)]
     if not found:
         return ""
     seconds, all_s = sum(f["seconds_in"] for f in found), sum(f["seconds_in"] for f in files)

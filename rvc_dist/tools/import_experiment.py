@@ -359,7 +359,9 @@ def _wave(path: Path, speaker: int, content: Callable[[SourceFile], str]) -> Sou
             reason = reason or f"speaker id {speaker} is above {MAX_SPEAKERS - 1}"
         if reason:
             return replace(file, reason=reason)
-        return replace(file, duration_s=round(decode.duration(path), 6), content=content(file))
+        with decode.opened(path) as recording:
+            seconds, rate = round(recording.duration_s, 6), recording.rate
+        return replace(file, duration_s=seconds, rate=rate, content=content(file))
     except decode.AudioError as error:
         return replace(file, reason=str(error))
     except OSError as error:  # a link that leads nowhere
@@ -406,12 +408,10 @@ def common_rate(experiment: Experiment, files: list[SourceFile]) -> int:
     Raises:
         StageError: there are several, config.json says another, or no network has it.
     """
-    import soundfile
-
     by_rate: dict[int, list[str]] = {}
     for file in files:
         if not file.reason:
-            by_rate.setdefault(int(soundfile.info(experiment.waves_dir / file.path).samplerate), []).append(file.path)
+            by_rate.setdefault(file.rate, []).append(file.path)
     if len(by_rate) > 1:
         rates = "; ".join(f"{rate} Hz: {len(n)} clips ({_some(n)})" for rate, n in sorted(by_rate.items()))
         raise StageError(f"{experiment.waves_dir} has waves of several sample rates, expected one ({rates})")
