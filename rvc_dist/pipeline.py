@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from functools import partial
 
 from rvc_dist.config import Recipe
@@ -18,8 +19,8 @@ def run(recipe: Recipe, share: Share) -> None:
         StageError: something that a stage needs is missing, before the first of them; and as the stages do.
         Stopped: as training does.
     """
-    if share.is_first:  # the others begin: those that wait for it end with it
-        importlib.import_module("rvc_dist.tools.doctor").look_ahead(recipe)
+    if share.is_first or os.environ.get("LOCAL_RANK") == "0":  # the others begin: those that wait for it end with it
+        importlib.import_module("rvc_dist.tools.doctor").look_ahead(recipe, share.is_first)
     for name in DATA_STAGES:
         stage = importlib.import_module(f"rvc_dist.{name}")
         stage.run(recipe, share)

@@ -6,6 +6,7 @@ import importlib
 import logging
 import resource
 import shutil
+import socket
 import sys
 import time
 from collections import namedtuple
@@ -874,11 +875,27 @@ def test_the_dataset_is_walked_once(new_run, monkeypatch):
     assert len(walked) == 2
 
 
-def test_only_the_first_rank_looks(new_run, monkeypatch):
-    monkeypatch.setattr(doctor, "look_ahead", lambda _recipe: pytest.fail("looked"))
+@pytest.mark.parametrize(("rank", "local_rank", "looks"), [(0, "0", [True]), (2, "0", [False]), (3, "1", [])])
+def test_the_first_rank_of_each_host_looks(new_run, monkeypatch, rank, local_rank, looks):
+    looked = []
+    stage = SimpleNamespace(run=lambda *_: None, look_ahead=lambda _recipe, is_first: looked.append(is_first))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(pipeline, "DATA_STAGES", ())
-    monkeypatch.setattr(pipeline.importlib, "import_module", lambda _name: SimpleNamespace(run=lambda *_: None))
-    pipeline.run(new_run, Share(1, 2))
+    monkeypatch.setattr(pipeline.importlib, "import_module", lambda _name: stage)
+    pipeline.run(new_run, Share(rank, 4))
+    assert looked == looks
+
+
+def test_another_host_that_lacks_the_encoder_is_named_and_its_disk_is_not_looked_at(new_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk.shutil, "disk_usage", full(10**6))
+    shutil.rmtree(tmp_path / "encoder")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(StageError) as caught:
+        pipeline.run(new_run, Share(1, 2))
+    told = str(caught.value)
+    assert told.startswith(f"{socket.gethostname()}: nothing was begun, since the run would fail later for want of ")
+    assert "encoder is no folder" in told
+    assert "the disk has" not in told
 
 
 def test_pretrained_weights_are_compared_with_the_encoder_before_there_are_features(new_run, tmp_path):

@@ -8,6 +8,7 @@ function and an entry in CHECKS.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -69,10 +70,14 @@ AHEAD = (
     *(c for c in CHECKS if c.run in (check_weights, check_shared_memory, check_disk)),
 )
 """What the first rank of a run looks at before the first stage, if one of the data stages is still to be done."""
+OF_A_HOST = (check_start, check_packages, check_encoder, check_pitch_tracker, check_shared_memory)
+"""Of AHEAD, what every host has of its own; the run folder, which the first rank looks at, may change already."""
 
 
-def look_ahead(recipe: Recipe) -> None:
+def look_ahead(recipe: Recipe, is_first: bool = True) -> None:
     """Look for all that a stage of `rvc-dist run` would miss only after hours; without data stages, training looks.
+
+    One rank of each host does it: where it is not the first of all, for what lies on its host.
 
     Raises:
         StageError: it is not there; everything is listed, each with its remedy.
@@ -85,7 +90,8 @@ def look_ahead(recipe: Recipe) -> None:
     logger.info("run: looking for what its stages need; a content encoder that is missing is fetched now")
     logging.disable(logging.INFO)  # training says it again
     try:
-        found = [p for result in examine(exam, AHEAD) for p in result.problems]
+        checks = [check for check in AHEAD if is_first or check.run in OF_A_HOST]
+        found = [p for result in examine(exam, checks) for p in result.problems]
     finally:
         logging.disable(logging.NOTSET)
     lines = [(p.severity, f"{p.what}\n    remedy: {p.remedy}") for p in found]
@@ -94,8 +100,9 @@ def look_ahead(recipe: Recipe) -> None:
             logger.warning("run: %s", line)
     if errors := [line for severity, line in lines if severity == Severity.ERROR]:
         listed = "".join(f"\n  {line}" for line in errors)
+        host = "" if is_first else f"{socket.gethostname()}: "
         raise StageError(
-            f"nothing was begun, since the run would fail later for want of {len(errors)} thing(s):{listed}"
+            f"{host}nothing was begun, since the run would fail later for want of {len(errors)} thing(s):{listed}"
         )
 
 
