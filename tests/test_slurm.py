@@ -21,9 +21,8 @@ from helpers import make_features, tiny_recipe
 from launching import environment, rvc_dist
 
 from rvc_dist import __main__ as cli
-from rvc_dist import demo
 from rvc_dist.train import checkpoint
-from rvc_dist.workspace import Workspace
+from rvc_dist.workspace import DEMO_VOICE_DIR, Workspace
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
@@ -396,7 +395,7 @@ def test_a_chain_whose_training_is_preempted_ends_as_one_that_never_was(cluster:
     """Arrays of preprocess and extract, index, training on two nodes, voice files; a more important job comes."""
     recordings = tmp_path / "audio"
     recordings.mkdir()
-    for path in sorted((demo.VOICE_DIR / "voice").glob("*.flac"))[:3]:
+    for path in sorted((DEMO_VOICE_DIR / "voice").glob("*.flac"))[:3]:
         shutil.copy(path, recordings)
     recipe = tiny_recipe(tmp_path / "run", max_steps=NUM_STEPS, save_every_steps=1000, eval_every_steps=1000)
     recipe = replace(recipe, data=replace(recipe.data, audio_dir=str(recordings)))
