@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from rvc_dist.__main__ import main
 from rvc_dist.runtime import logs, watchdog
-from rvc_dist.train import dataset, metrics, trainer
+from rvc_dist.train import dataset, losses, metrics, trainer
 
 SLEEP_S = 8
 rank, at, kind = os.environ["FAULT"].split(":")
@@ -60,10 +60,10 @@ def faulty(self, batches):
         elif kind == "sleep":
             time.sleep(SLEEP_S)
         elif kind == "nan":
-            of_d, of_g = trainer.losses.discriminator_loss, trainer.weighted_sum
+            of_d, of_g = losses.discriminator_loss, losses.weighted_sum
             with (
-                mock.patch.object(trainer.losses, "discriminator_loss", lambda *a: of_d(*a) * float("nan")),
-                mock.patch.object(trainer, "weighted_sum", lambda *a: of_g(*a) * float("nan")),
+                mock.patch.object(losses, "discriminator_loss", lambda *a: of_d(*a) * float("nan")),
+                mock.patch.object(losses, "weighted_sum", lambda *a: of_g(*a) * float("nan")),
             ):
                 return healthy(self, batches)
         elif kind == "raise":

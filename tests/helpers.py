@@ -23,6 +23,7 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
+from rvc_dist.train.progress import Progress
 from rvc_dist.voice import export
 from rvc_dist.workspace import Unit, WorkList, Workspace, save_arrays, stamp, write_json
 
@@ -132,15 +133,13 @@ def make_generator(recipe: Recipe, *, content_channels: int = 768, num_speakers:
         return Generator(GeneratorShape.from_recipe(recipe, content_channels, num_speakers))
 
 
-def make_checkpoint(
-    recipe: Recipe, generator: Generator, progress: checkpoint.Progress | None = None
-) -> checkpoint.Checkpoint:
+def make_checkpoint(recipe: Recipe, generator: Generator, progress: Progress | None = None) -> checkpoint.Checkpoint:
     """A checkpoint as the trainer makes them, but for the discriminator and the optimizers, which are empty."""
     identity = {f"generator.{k}": v for k, v in dataclasses.asdict(generator.shape).items()}
     identity["discriminator.version"] = recipe.model.version
     identity["embedder"] = EMBEDDER | {"width": generator.shape.content_channels}
     return checkpoint.Checkpoint(
-        progress=progress or checkpoint.Progress(step=10, epoch=2),
+        progress=progress or Progress(step=10, epoch=2),
         identity=json.loads(json.dumps(identity)),
         models={"generator": generator.state_dict(), "discriminator": {}},
         optimizers={name: OptimizerState({}, []) for name in checkpoint.MODELS},

@@ -68,7 +68,7 @@ from rvc_dist.runtime import run_lock, watchdog
 from rvc_dist.runtime.logs import RankLog
 from rvc_dist.tools import bench, bench_report, dataset_stats, measuring, plan
 from rvc_dist.tools.tracing import TracedStep
-from rvc_dist.train import checkpoint, networks, trainer
+from rvc_dist.train import checkpoint, networks, setup
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Share, StageError
 
@@ -645,7 +645,7 @@ def read_run(folder: Path) -> int:
     recipe, name = run_recipe(folder), (folder / "chosen").read_text()
     work = workspace_of(recipe)
     if name == "compile.json":
-        return told("train", lambda: workspace.read_json(work.compile_file, trainer.Compiled))
+        return told("train", lambda: workspace.read_json(work.compile_file, setup.Compiled))
     if name.startswith("logs"):
         return told("train", lambda: sys.stderr.write(f"rvc-dist: {RankLog(work, Share()).first_failure(0)}\n"))
     code = told("export", lambda: (work.index_file(), work.kept_recipe()))

@@ -38,13 +38,13 @@ def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> No
         run._advance()
         if step == 0:
             for name, network in run.networks.items():
-                gradients = {k: p.grad for k, p in network.raw.named_parameters() if p.grad is not None}
+                gradients = {k: p.grad for k, p in network.module.named_parameters() if p.grad is not None}
                 tensors |= {f"grad.{name}.{k}": gradient.clone() for k, gradient in gradients.items()}
             losses = run.meter.read(run.accelerator)
             tensors |= {f"loss.{k}": torch.tensor(v) for k, v in losses.items() if k.startswith("loss/")}
-            tensors["bytes"] = torch.tensor(run.wire.num_bytes)
+            tensors["bytes"] = torch.tensor(run.reducer.num_bytes)
     for name, network in run.networks.items():
-        tensors |= {f"weight.{name}.{k}": p.detach() for k, p in network.raw.named_parameters()}
+        tensors |= {f"weight.{name}.{k}": p.detach() for k, p in network.module.named_parameters()}
     if run.accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in tensors.items()}, output)
     run.close()

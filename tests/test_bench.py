@@ -99,7 +99,7 @@ def test_operations_of_a_step_by_part(tmp_path):
     run.close()
     spec = run.spec
     sliced = (2 * len(batches[0].clips), 1, spec.segment)  # real and generated slices in one pass
-    assert flops["d_step"] == sum(conv_flops(d, sliced) for d in run.d.raw.discriminators)
+    assert flops["d_step"] == sum(conv_flops(d, sliced) for d in run.step.d.module.discriminators)
     assert set(flops) == {"g_forward", "d_step", "g_step"}
     # The G step passes real and generated slices forward, and gradients back to the generated ones and through G.
     assert flops["g_step"] > 0.5 * flops["d_step"] + 2 * flops["g_forward"] * 0.8
@@ -122,7 +122,7 @@ def test_the_longest_batch_is_full_and_as_long_as_the_longest_clip(tmp_path):
     run.close()
     assert len(batch.clips) == 20
     assert set(batch.clips) == set(range(len(run.table.train)))
-    assert batch.share == 1.0
+    assert batch.loss_scale == 1.0
     assert batch.lengths[0] == max(c.num_frames for c in run.table.train)
 
 
@@ -305,7 +305,7 @@ def test_the_plain_step_computes_the_same_losses_and_gradients(tmp_path):
     for name, (ours, theirs) in losses.items():
         assert theirs == pytest.approx(ours, rel=1e-5), name
     assert len(pairs) == 1
-    mine, its = (dict(m.named_parameters()) for m in (run.g.raw, plain.generator))
+    mine, its = (dict(m.named_parameters()) for m in (run.step.g.raw, plain.generator))
     for name, parameter in mine.items():
         if parameter.grad is not None:
             difference = (its[name].grad - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-8)

@@ -17,6 +17,7 @@ from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import AnyPrecisionAdamW, OptimizerState, load_optimizer_state, optimizer_state
+from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import StageError
 
 IDENTITY = {"rate": 48000, "embedder": {"name": "mfcc"}}
@@ -33,7 +34,7 @@ def net_and_optimizer(kind=AnyPrecisionAdamW):
 
 def make(step: int, net, optimizer) -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint(
-        progress=checkpoint.Progress(step=step, epoch=2, seen=((8, 1), (4, 2)), best_metric=1.5, best_step=3),
+        progress=Progress(step=step, epoch=2, seen=((8, 1), (4, 2)), best_metric=1.5, best_step=3),
         identity=IDENTITY,
         models={"generator": net.state_dict(), "discriminator": {}},
         optimizers={"generator": optimizer_state(optimizer, net), "discriminator": OptimizerState({}, [])},

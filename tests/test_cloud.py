@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
+from rvc_dist.train.progress import Progress
 
 SCRIPT = ROOT / "launch" / "cloud.sh"
 VOICE = ROOT / "rvc_dist" / "demo_voice" / "voice"
@@ -163,7 +164,7 @@ def trained(machine: dict[str, str], tmp_path: Path, **more: str) -> tuple[int |
 def write_checkpoint(folder: Path, step: int) -> None:
     states = {name: OptimizerState({}, []) for name in checkpoint.MODELS}
     models: dict[str, dict[str, Tensor]] = {name: {} for name in checkpoint.MODELS}
-    checkpoint.save(folder, checkpoint.Checkpoint(checkpoint.Progress(step=step), {}, models, states))
+    checkpoint.save(folder, checkpoint.Checkpoint(Progress(step=step), {}, models, states))
 
 
 def kept(folder: Path) -> list[str]:

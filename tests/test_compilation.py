@@ -118,7 +118,7 @@ def test_compiled_networks_train_as_eager_ones_without_a_graph_break(tmp_path, m
             losses.append(run.meter.read(run.accelerator))
             run._advance()
         run.validate()
-        weights.append({name: network.raw.state_dict() for name, network in run.networks.items()})
+        weights.append({name: network.module.state_dict() for name, network in run.networks.items()})
         run.save()
         run.close()
     assert len({frames for _, frames in shapes}) == 2

@@ -17,12 +17,12 @@ from rvc_dist.config import RATES, RateSpec
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.train import dataset
 from rvc_dist.train.dataset import (
-    BatchPlan,
     BucketBatchSampler,
     CachedClips,
     ClipData,
     ClipDataset,
     ClipTable,
+    MicroBatchSpec,
     cached_bytes,
     collate,
     covered_frames,
@@ -42,27 +42,29 @@ def parts(lengths: list[int], batch_size: int, num_ranks: int, accum_steps: int 
     """plans[step][rank * micro-batch] of one epoch."""
     samplers = [BucketBatchSampler(lengths, batch_size, num_ranks, r, 7, accum_steps) for r in range(num_ranks)]
     batches = samplers[0].global_batches(0)
-    return [[plan for s in samplers for plan in s.part(clips, 0)] for clips in batches]
+    return [[plan for s in samplers for plan in s.rank_batches(clips, 0)] for clips in batches]
 
 
 @pytest.mark.parametrize(("num_ranks", "accum_steps"), [(1, 1), (3, 1), (8, 1), (2, 3), (64, 1), (64, 2), (1024, 1)])
 @pytest.mark.parametrize("count", [7, 252, 1000])
 def test_every_clip_is_seen_exactly_once_an_epoch_on_any_number_of_ranks(num_ranks, accum_steps, count):
     steps = parts(speech_lengths(count), 8, num_ranks, accum_steps)
-    assert sorted(c for step in steps for p in step if p.share > 0 for c in p.clips) == list(range(count))
+    assert sorted(c for step in steps for p in step if p.loss_scale > 0 for c in p.clips) == list(range(count))
     for step in steps:
-        assert sum(p.share for p in step) == pytest.approx(num_ranks), "the mean over ranks is that of the global batch"
+        assert sum(p.loss_scale for p in step) == pytest.approx(num_ranks), (
+            "the mean over ranks is that of the global batch"
+        )
         assert len(step) % num_ranks == 0, "every rank has as many micro-batches"
         assert max(len(p.clips) for p in step) <= 8
-    borrowed = sum(p.share == 0 for step in steps for p in step)
-    assert borrowed == BucketBatchSampler(speech_lengths(count), 8, num_ranks, 0, 7, accum_steps).num_borrowed
+    borrowed = sum(p.loss_scale == 0 for step in steps for p in step)
+    assert borrowed == BucketBatchSampler(speech_lengths(count), 8, num_ranks, 0, 7, accum_steps).num_padding_clips
 
 
 def test_eight_ranks_compute_less_than_a_twentieth_of_a_small_epoch_for_nothing():
     """252 clips are ten minutes of speech; samplers that fill up by repeating clips repeat half of them and more."""
     for batch_size in (1, 2, 4, 8):
         sampler = BucketBatchSampler(speech_lengths(252), batch_size, 8, 0, seed=7)
-        assert sampler.num_borrowed / 252 < 0.05
+        assert sampler.num_padding_clips / 252 < 0.05
 
 
 def test_an_epoch_goes_on_with_the_clips_left_on_another_number_of_ranks():
@@ -88,14 +90,14 @@ def test_all_ranks_have_the_same_shape():
 
 def test_a_rank_without_clips_of_its_own_borrows_one_that_counts_for_nothing():
     (step,) = parts([100, 100, 100], 1, 4)
-    assert [p.share for p in step] == [pytest.approx(4 / 3)] * 3 + [0.0]
+    assert [p.loss_scale for p in step] == [pytest.approx(4 / 3)] * 3 + [0.0]
     assert len(step[3].clips) == 1
 
 
 def test_mean_frames_is_the_global_count_over_the_ranks():
     (step,) = parts([60, 70, 80, 90], 2, 2)
     assert [p.mean_frames for p in step] == [150.0, 150.0]
-    assert [p.share for p in step] == [1.0, 1.0]
+    assert [p.loss_scale for p in step] == [1.0, 1.0]
 
 
 def test_only_one_batch_an_epoch_is_short_and_shapes_are_bounded():
@@ -104,7 +106,15 @@ def test_only_one_batch_an_epoch_is_short_and_shapes_are_bounded():
     batches = sampler.global_batches(0)
     assert len(batches) == sampler.steps_per_epoch == -(-1003 // 8)
     assert sorted(len(b) for b in batches)[:2] == [1003 % 8, 8]
-    assert {plan.padded_frames for b in batches for plan in sampler.part(b, 0)} <= {50, 100, 150, 200, 250, 300, 350}
+    assert {plan.padded_frames for b in batches for plan in sampler.rank_batches(b, 0)} <= {
+        50,
+        100,
+        150,
+        200,
+        250,
+        300,
+        350,
+    }
 
 
 def test_epochs_differ_and_are_reproducible():
@@ -135,7 +145,7 @@ def test_a_million_clips_on_a_thousand_ranks_are_planned_in_seconds_and_in_the_s
         tracemalloc.start()
         sampler = BucketBatchSampler(lengths, 4, num_ranks, num_ranks - 1, seed=1)
         batches = sampler.global_batches(0)
-        sampler.part(batches[0], 0)
+        sampler.rank_batches(batches[0], 0)
         peaks[num_ranks] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert time.monotonic() - began_at < 10
@@ -172,7 +182,7 @@ def test_collate_pads_with_zeros():
         ClipData(torch.ones(n * spec.hop + 2 * spec.reach), torch.ones(n, 2), torch.ones(n), speaker)
         for n, speaker in ((3, 0), (2, 5))
     ]
-    plan = BatchPlan(clips=(7, 3), epoch=0, padded_frames=4, share=1.0, mean_frames=2.5)
+    plan = MicroBatchSpec(clips=(7, 3), epoch=0, padded_frames=4, loss_scale=1.0, mean_frames=2.5)
     batch = collate(clips, plan, spec, seeds=(70, 30))
     assert batch.wave.shape == (2, 1, 4 * spec.hop)
     assert batch.content.shape == (2, 4, 2)
@@ -189,9 +199,9 @@ def test_a_clips_noise_is_its_own_and_another_one_each_epoch(tmp_path):
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     dataset = ClipDataset(recipe, ClipTable.load(recipe).train)
-    (one,) = dataset[(BatchPlan((2,), 0, 100, 1.0, 1.0),)]
-    (two,) = dataset[(BatchPlan((1, 2), 0, 100, 1.0, 1.0),)]
-    (later,) = dataset[(BatchPlan((2,), 1, 100, 1.0, 1.0),)]
+    (one,) = dataset[(MicroBatchSpec((2,), 0, 100, 1.0, 1.0),)]
+    (two,) = dataset[(MicroBatchSpec((1, 2), 0, 100, 1.0, 1.0),)]
+    (later,) = dataset[(MicroBatchSpec((2,), 1, 100, 1.0, 1.0),)]
     assert one.seeds == two.seeds[1:]
     assert len({*two.seeds, *later.seeds}) == 3
 
@@ -200,7 +210,7 @@ def test_a_cached_dataset_gives_the_same_batches(tmp_path):
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     table = ClipTable.load(recipe)
-    plans = (BatchPlan(tuple(range(len(table.train))), 0, 100, 1.0, 1.0),)
+    plans = (MicroBatchSpec(tuple(range(len(table.train))), 0, 100, 1.0, 1.0),)
     (read,) = ClipDataset(recipe, table.train)[plans]
     (cached,) = CachedClips(recipe, table.train, torch.device("cpu"))[plans]
     for name in ("wave", "content", "f0", "lengths", "speaker"):
@@ -245,7 +255,7 @@ def test_a_clips_spectrogram_is_the_whole_files_cut_to_its_frames(tmp_path, rate
         whole = whole_file_spectrogram(torch.from_numpy(waves[clip.key]), spec)
         for epoch in (0, 1):
             first = dataset._first_frame(number, epoch)
-            batch = dataset.read_batch(BatchPlan((number,), epoch, 900, 1.0, 1.0))
+            batch = dataset.read_batch(MicroBatchSpec((number,), epoch, 900, 1.0, 1.0))
             last = first + int(batch.lengths)
             firsts.add(first)
             ours = spectrogram_with_reach(batch.wave_with_reach[0], spec.n_fft, spec.hop)[0, :, : last - first]

@@ -49,6 +49,7 @@ from rvc_dist.tools.doctor.team import Exam, Team
 from rvc_dist.train import checkpoint, dataset, fingerprint, networks
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.optimizers import OptimizerState
+from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import Share, SourceFile, StageError, Unit, WorkList, Workspace, save_arrays
 
 Usage = namedtuple("Usage", "total used free")
@@ -618,7 +619,7 @@ def test_a_damaged_checkpoint_and_one_of_another_recipe(recipe):
     exam = Exam(recipe, Team(), table=ClipTable.load(recipe))
     shape, modules = networks.build(recipe, exam.table)
     saved = checkpoint.Checkpoint(
-        progress=checkpoint.Progress(step=7),
+        progress=Progress(step=7),
         identity=networks.identity(recipe, shape, exam.table),
         models={name: module.state_dict() for name, module in modules.items()},
         optimizers={name: OptimizerState({}, []) for name in checkpoint.MODELS},
@@ -680,13 +681,13 @@ def test_a_clip_that_cannot_be_read_is_an_error(recipe):
 
 
 def test_a_step_that_runs_out_of_memory_is_an_error(recipe, monkeypatch):
-    def greedy(_trainer, _batches):
+    def greedy(_step, _batches):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     exam = Exam(recipe, on_cpu(), table=ClipTable.load(recipe))
     training.check_weights(exam, Result())
-    monkeypatch.setattr(training.DryTrainer, "train_step", greedy)
-    monkeypatch.setattr(training.DryTrainer, "_batch_that_fits", lambda *_: 3)
+    monkeypatch.setattr(training.GanStep, "__call__", greedy)
+    monkeypatch.setattr(training.out_of_memory, "batch_that_fits", lambda *_: 3)
     problem = the_problem(examined(training.check_dry_step, exam), Severity.ERROR)
     assert "not enough memory" in problem.what.replace("has not enough", "not enough")
     assert "train.batch_size 3 would fit" in problem.what + problem.remedy

@@ -31,7 +31,7 @@ from rvc_dist.config import ExportConfig, InferConfig, Recipe
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.generator import Generator
 from rvc_dist.train import checkpoint
-from rvc_dist.train.checkpoint import Progress
+from rvc_dist.train.progress import Progress
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Converter, Voice
 from rvc_dist.workspace import Share, StageError

@@ -121,12 +121,12 @@ def test_bad_steps_change_nothing_on_the_device(tmp_path):
         run = trainer.Trainer(recipe)
         steps = run._steps()
         run.train_step(next(steps))
-        before = {n: {k: v.clone() for k, v in net.raw.state_dict().items()} for n, net in run.networks.items()}
+        before = {n: {k: v.clone() for k, v in net.module.state_dict().items()} for n, net in run.networks.items()}
         (batch,) = next(steps)
         batch.wave.mul_(float("nan"))
         run.train_step([batch])
         for name, network in run.networks.items():
-            assert all(torch.equal(v, before[name][k]) for k, v in network.raw.state_dict().items())
+            assert all(torch.equal(v, before[name][k]) for k, v in network.module.state_dict().items())
         run.close()
 
 

@@ -22,7 +22,7 @@ def first_step(recipe) -> tuple[trainer.Trainer, int]:
     """A trainer after one step, and the bytes that its backward passes found saved."""
     AcceleratorState._reset_state(reset_partial_state=True)
     run = trainer.Trainer(recipe)
-    parameters = {p.data_ptr() for n in run.networks.values() for p in n.raw.parameters()}
+    parameters = {p.data_ptr() for n in run.networks.values() for p in n.module.parameters()}
     saved = {}
 
     def pack(tensor):
@@ -32,10 +32,10 @@ def first_step(recipe) -> tuple[trainer.Trainer, int]:
 
     batches = next(run._steps())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out, real = run._generate(batches[0], local=False)
-        sum(score.sum() for score in run.d.call(torch.cat([real, out.wave])).scores).backward()
-    run.g.optimizer.zero_grad()
-    run.d.optimizer.zero_grad()
+        out, real = run.step.generate(batches[0])
+        sum(score.sum() for score in run.step.d.compiled(torch.cat([real, out.wave])).scores).backward()
+    run.step.g.optimizer.zero_grad()
+    run.step.d.optimizer.zero_grad()
     run.train_step(batches)
     run.close()
     return run, sum(saved.values())
@@ -49,8 +49,8 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_bits(tmp_path):
         make_features(recipe)
     (whole, kept), (again, less) = first_step(plain), first_step(frugal)
     for name, network in whole.networks.items():
-        other = again.networks[name].raw.state_dict()
-        assert all(torch.equal(value, other[key]) for key, value in network.raw.state_dict().items())
+        other = again.networks[name].module.state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in network.module.state_dict().items())
     assert less < 0.4 * kept
 
 

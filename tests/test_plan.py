@@ -6,7 +6,6 @@ import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,11 +37,10 @@ from rvc_dist.tools.forecast import (
     num_buckets,
     ring_share,
     speed_limit,
-    total_steps,
 )
-from rvc_dist.tools.tracing import Allocations, TracedStep, TracedTrainer, tensor_bytes, trace
+from rvc_dist.tools.tracing import Allocations, TracedStep, count, tensor_bytes, trace, traced_step
 from rvc_dist.train.dataset import BucketBatchSampler, ClipTable
-from rvc_dist.train.trainer import Trainer
+from rvc_dist.train.progress import Progress, total_steps
 from rvc_dist.workspace import Share, StageError
 
 
@@ -113,7 +111,7 @@ def test_loads_are_what_the_busiest_rank_gets():
         steps = []
         for rank in range(ranks):
             sampler = BucketBatchSampler(lengths, 2, ranks, rank, 1, accum)
-            parts = [sampler.part(clips, 0) for clips in sampler.global_batches(0)]
+            parts = [sampler.rank_batches(clips, 0) for clips in sampler.global_batches(0)]
             steps.append([Load(p[0].padded_frames, sum(len(m.clips) for m in p) / (2 * accum)) for p in parts])
         assert loads(BucketBatchSampler(lengths, 2, ranks, 0, 1, accum)) == [
             max(each) for each in zip(*steps, strict=True)
@@ -139,16 +137,11 @@ def test_budgets_are_the_trainers(tmp_path, ranks, max_steps):
     train = replace(tiny_recipe(tmp_path).train, max_epochs=13, max_steps=max_steps)
     lengths = [*range(40, 140)]
     sampler = BucketBatchSampler(lengths, train.batch_size, ranks, 0, train.seed)
-    trainer = SimpleNamespace(
-        sampler=sampler,
-        table=SimpleNamespace(train=lengths, holdout=[]),
-        config=train,
-        progress=SimpleNamespace(epoch=0, step=0),
-        left_in_epoch=len(sampler.global_batches(0)),
-    )
     row = forecasts(train, lengths, [ranks], Pace(1.0, 100, 0.0), LINKED, [8], 0.01)[ranks]
-    assert row.total_steps == total_steps(train, sampler.steps_per_epoch) == Trainer._total_steps(trainer)
-    assert row.steps_per_epoch == len(sampler.global_batches(0))
+    left = len(sampler.global_batches(0))
+    assert row.steps_per_epoch == left
+    assert row.total_steps == min(13 * left, max_steps or 13 * left)
+    assert row.total_steps == total_steps(train, sampler.steps_per_epoch, left, Progress())
 
 
 def test_the_data_limit_is_where_the_trainer_begins_to_warn():
@@ -202,12 +195,12 @@ def test_a_traced_step_counts_what_a_real_one_counts(tmp_path, monkeypatch):
     trainer = measuring.MeasuredTrainer(recipe)
     batches = trainer.longest()
     frames = batches[0].content.shape[1]
-    parameters = [p for n in trainer.networks.values() for p in n.raw.parameters()]
+    parameters = [p for n in trainer.networks.values() for p in n.module.parameters()]
     traced = trace(recipe, trainer.table.content_channels, trainer.table.num_speakers, frames)
     assert traced.flops == sum(trainer.count_flops(batches).values())
     assert traced.weight_bytes == sum(p.nbytes for p in parameters)
     assert traced.gradient_bytes == {
-        name: sum(p.nbytes for p in n.raw.parameters() if p.requires_grad) for name, n in trainer.networks.items()
+        name: sum(p.nbytes for p in n.module.parameters() if p.requires_grad) for name, n in trainer.networks.items()
     }
     trainer.train_step(batches)
     state = [n.optimizer.state_dict()["state"] for n in trainer.networks.values()]
@@ -221,10 +214,9 @@ def test_a_traced_step_holds_as_many_bytes_as_the_same_step_on_real_tensors(tmp_
     traced = trace(recipe, 16, 1, 100)
     spectral.forget_constants()
     with Allocations() as allocated:
-        trainer = TracedTrainer(recipe, 16, 1)
-        trainer.make_optimizer_state()
+        step = traced_step(recipe, 16, 1)
         allocated.peak_bytes = allocated.num_bytes
-        trainer.count(100)
+        count(step, 100)
     assert allocated.peak_bytes == pytest.approx(traced.peak_bytes, rel=0.02)
 
 

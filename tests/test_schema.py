@@ -24,6 +24,7 @@ from rvc_dist.runtime.run_lock import HOLDER
 from rvc_dist.schema import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_YAML_BYTES, SchemaError, check, parse_json, parse_yaml
 from rvc_dist.tools import bench
 from rvc_dist.train import checkpoint
+from rvc_dist.train.progress import Progress
 from rvc_dist.train.trainer import Compiled
 from rvc_dist.workspace import SourceFile, StageError
 
@@ -44,7 +45,7 @@ DOCUMENTS: dict[Any, dict[str, Any]] = {
     workspace.ClipsHeader: {"stamp": "", "sample_rate": 48000, "clips": [CLIP], "files": [FILE]},
     workspace.FeaturesHeader: {"stamp": "", "sample_rate": 48000, "embedder": EMBEDDER, "clips": [CLIP | SIZES]},
     workspace.MuteHeader: {"stamp": "", **SIZES},
-    checkpoint.StateFile: STATE | {"progress": asdict(checkpoint.Progress(seen=((1, 2),))), "optimizer_groups": {}},
+    checkpoint.StateFile: STATE | {"progress": asdict(Progress(seen=((1, 2),))), "optimizer_groups": {}},
     Compiled: {"key": {}, "compiled": {"generator": True, "discriminator": False}},
     Failure: {"rank": 0, "host": "a", "time": 1.0, "error": "b"},
     HOLDER: run_lock.job() | {"token": "a1", "beat": 0, "path": "/a", "slurm_job": "1", "elastic_run": "2"},

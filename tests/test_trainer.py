@@ -20,8 +20,9 @@ from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
 from rvc_dist.models import spectral
 from rvc_dist.models.state_dict import to_upstream
-from rvc_dist.train import checkpoint, trainer, validation
+from rvc_dist.train import checkpoint, losses, memory, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
+from rvc_dist.train.ddp import TrainedModule, frozen
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Voice
 from rvc_dist.workspace import Share, StageError, Stopped, WorkList, Workspace
@@ -182,15 +183,15 @@ def test_the_generator_step_gives_the_discriminator_no_gradients(tmp_path):
     make_features(recipe)
     train_one = trainer.Trainer(recipe)
     (batch,) = next(train_one._steps())
-    before = {k: v.clone() for k, v in train_one.d.raw.state_dict().items()}
+    before = {k: v.clone() for k, v in train_one.step.d.module.state_dict().items()}
     train_one.train_step([batch])
-    after_d_step = {k: p.grad.clone() for k, p in train_one.d.raw.named_parameters()}
-    out, real = train_one._generate(batch, local=False)
-    with trainer.frozen(train_one.d.raw):
-        sum(train_one._generator_terms(out, real, batch).values()).backward()
-    assert all(torch.equal(p.grad, after_d_step[k]) for k, p in train_one.d.raw.named_parameters())
-    assert all(p.requires_grad for p in train_one.d.raw.parameters())
-    assert any(not torch.equal(before[k], v) for k, v in train_one.d.raw.state_dict().items())
+    after_d_step = {k: p.grad.clone() for k, p in train_one.step.d.module.named_parameters()}
+    out, real = train_one.step.generate(batch)
+    with frozen(train_one.step.d.module):
+        sum(train_one.step.generator_terms(out, real, batch).values()).backward()
+    assert all(torch.equal(p.grad, after_d_step[k]) for k, p in train_one.step.d.module.named_parameters())
+    assert all(p.requires_grad for p in train_one.step.d.module.parameters())
+    assert any(not torch.equal(before[k], v) for k, v in train_one.step.d.module.state_dict().items())
     train_one.close()
 
 
@@ -212,17 +213,17 @@ def test_a_step_sees_the_whole_files_spectrogram(tmp_path, monkeypatch):
         return rows
 
     results = []
-    for way in (trainer.spectrogram_with_reach, of_whole_files):
-        monkeypatch.setattr(trainer, "spectrogram_with_reach", way)
-        out, real = net._generate(batch, local=False)
-        terms = net._generator_terms(out, real, batch)
-        net.g.raw.zero_grad()
-        trainer.weighted_sum(terms, recipe.train.loss, 1.0).backward()
-        gradients = torch.cat([p.grad.flatten() for p in net.g.raw.parameters() if p.grad is not None])
+    for way in (spectral.spectrogram_with_reach, of_whole_files):
+        monkeypatch.setattr("rvc_dist.train.step.spectrogram_with_reach", way)
+        out, real = net.step.generate(batch)
+        terms = net.step.generator_terms(out, real, batch)
+        net.step.g.module.zero_grad()
+        losses.weighted_sum(terms, recipe.train.loss, 1.0).backward()
+        gradients = torch.cat([p.grad.flatten() for p in net.step.g.module.parameters() if p.grad is not None])
         results.append((torch.stack([*terms.values()]).detach(), gradients))
     net.close()
-    (losses, gradients), (whole_losses, whole_gradients) = results
-    torch.testing.assert_close(losses, whole_losses, rtol=1e-6, atol=1e-7)
+    (values, gradients), (whole_values, whole_gradients) = results
+    torch.testing.assert_close(values, whole_values, rtol=1e-6, atol=1e-7)
     assert (gradients - whole_gradients).norm() <= 1e-5 * whole_gradients.norm()
 
 
@@ -350,13 +351,13 @@ def poison(monkeypatch):
     """poison(NAME, STEPS): in these steps (from 1), counted over all runs of the test, a loss of that name is NaN."""
 
     def install(name: str, steps: set[int]) -> None:
-        loss, calls = getattr(trainer.losses, name), []
+        loss, calls = getattr(losses, name), []
 
         def poisoned(*args):
             calls.append(1)
             return loss(*args) * (float("nan") if len(calls) in steps else 1.0)
 
-        monkeypatch.setattr(trainer.losses, name, poisoned)
+        monkeypatch.setattr(losses, name, poisoned)
 
     return install
 
@@ -426,14 +427,17 @@ def test_bad_steps_before_the_first_checkpoint_stop_the_run(tmp_path, poison):
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, max_steps=4, save_every_steps=1, log_every_steps=1000)
     make_features(recipe)
-    update = trainer.Trainer._update
+    update = TrainedModule.update
 
-    def overflow(self, network, values):
-        if self.progress.step == 2:
-            next(network.raw.parameters()).data.mul_(float("inf"))
-        return update(self, network, values)
+    updated = []
 
-    monkeypatch.setattr(trainer.Trainer, "_update", overflow)
+    def overflow(self, max_norm):
+        updated.append(1)
+        if len(updated) > 4:  # in the third step; D and G are updated in each
+            next(self.module.parameters()).data.mul_(float("inf"))
+        return update(self, max_norm)
+
+    monkeypatch.setattr(TrainedModule, "update", overflow)
     with pytest.raises(StageError, match="step 3: a weight is not finite"):
         train(recipe)
     assert newest(recipe).progress.step == 2
@@ -478,18 +482,18 @@ def test_no_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
         return 1000 + 1000 * len(used)  # 1000 bytes, and 1000 a clip
 
     monkeypatch.setattr(trainer.Trainer, "train_step", out_of_memory)
-    monkeypatch.setattr(trainer.memory, "peak_of", peak_of)
+    monkeypatch.setattr(memory, "peak_of", peak_of)
     net = trainer.Trainer(recipe)
-    weights = sum(p.nbytes for n in net.networks.values() for p in n.raw.parameters())
+    weights = sum(p.nbytes for n in net.networks.values() for p in n.module.parameters())
     net.close()
-    monkeypatch.setattr(trainer.memory, "capacity", lambda _: 2 * weights + 5500)
+    monkeypatch.setattr(memory, "capacity", lambda _: 2 * weights + 5500)
     with pytest.raises(StageError, match=r"rank 0: cpu has not enough memory for train.batch_size 7 ") as caught:
         train(recipe)
     assert "train.batch_size 4 would fit (with train.grad_accum_steps 2 " in str(caught.value)
 
 
 def test_largest_batch_by_hand():
-    fits = trainer.memory.largest_batch
+    fits = memory.largest_batch
     assert fits(3, 5, more=10, available=20) == 1 + (20 - 10 - 3) // 2 == 4
     assert fits(3, 5, more=10, available=13) == 1
     assert fits(3, 5, more=10, available=12) == 0
@@ -594,8 +598,8 @@ def test_clipping_bounds_the_gradient_norm(tmp_path):
     make_features(recipe)
     bounded = trainer.Trainer(recipe)
     bounded.train_step(next(bounded._steps()))
-    for network in (bounded.g, bounded.d):
-        norm = nn.utils.get_total_norm([p.grad for p in network.raw.parameters() if p.grad is not None])
+    for network in bounded.networks.values():
+        norm = nn.utils.get_total_norm([p.grad for p in network.module.parameters() if p.grad is not None])
         assert norm <= 0.1001
     bounded.close()
 

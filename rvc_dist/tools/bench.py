@@ -208,10 +208,9 @@ def measured_result(recipe: Recipe) -> dict[str, Any]:
         mine = _measure(trainer, recipe)
         ranks = gather_object([mine])
         key = trainer.key()
-        gradient_bytes = {
-            name: sum(p.nbytes for p in n.raw.parameters() if p.requires_grad) for name, n in trainer.networks.items()
-        }
-        parameters = {name: sum(p.numel() for p in n.raw.parameters()) for name, n in trainer.networks.items()}
+        weights = {name: list(network.module.parameters()) for name, network in trainer.networks.items()}
+        gradient_bytes = {name: sum(p.nbytes for p in ps if p.requires_grad) for name, ps in weights.items()}
+        parameters = {name: sum(p.numel() for p in ps) for name, ps in weights.items()}
         machine, on_cuda = trainer.machine(), trainer.device.type == "cuda"
     summary = summarise(ranks, on_cuda, key["precision"])
     summary |= {"parameters": parameters, "gradient_bytes": gradient_bytes}
@@ -228,9 +227,9 @@ def _measure(trainer: MeasuredTrainer, recipe: Recipe) -> dict[str, Any]:
     steps = trainer.dealt(warmup + count)
     for _ in range(warmup):
         next(steps)
-    sent = trainer.wire.num_bytes
+    sent = trainer.reducer.num_bytes
     dealt = list(steps)
-    sent = trainer.wire.num_bytes - sent
+    sent = trainer.reducer.num_bytes - sent
     samples: dict[str, list[Sample]] = {"dealt": dealt, "longest": dealt}
     if not trainer.has_one_length:
         logger.info("bench: %d + %d steps on the longest clips", warmup, count)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.train.dataset import BUCKET_FRAMES, MIN_STEPS_PER_EPOCH, BucketBatchSampler
+from rvc_dist.train.progress import Progress, total_steps
 
 WORLD_SIZES = tuple(2**i for i in range(11))
 """1 to 1024."""
@@ -147,7 +148,7 @@ def loads(sampler: BucketBatchSampler) -> list[Load]:
             frames = int(-(-sampler.lengths[clips].max() // BUCKET_FRAMES) * BUCKET_FRAMES)
             steps.append(Load(frames, 1.0))
         else:  # the short batch of the epoch; rank 0 has the most of it
-            parts = sampler.part(clips, epoch=0)
+            parts = sampler.rank_batches(clips, epoch=0)
             steps.append(Load(parts[0].padded_frames, sum(len(p.clips) for p in parts) / full))
     return steps
 
@@ -185,12 +186,6 @@ class Forecast:
         return self.ranks * self.wall_s / 3600
 
 
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """The budget of a run from its beginning: max_epochs or max_steps, whichever comes first."""
-    by_epochs = config.max_epochs * steps_per_epoch
-    return by_epochs if config.max_steps is None else min(by_epochs, config.max_steps)
-
-
 def forecasts(
     config: TrainConfig,
     lengths: Sequence[int],
@@ -210,7 +205,7 @@ def forecasts(
 
     def on(ranks: int) -> Forecast:
         sampler = sampler_on(ranks, config, lengths)
-        steps = loads(sampler)
+        steps, per_epoch = loads(sampler), sampler.steps_per_epoch
         factor = cluster.crowding(ranks, pace.measured)
         compute = sum(pace.compute_s(s.padded_frames, s.share) for s in steps) * factor / len(steps)
         exposed = cluster.exposed_s(ranks, gradients, compute, pace.measured)
@@ -218,8 +213,8 @@ def forecasts(
         return Forecast(
             ranks=ranks,
             global_batch=sampler.global_batch_size,
-            steps_per_epoch=sampler.steps_per_epoch,
-            total_steps=total_steps(config, sampler.steps_per_epoch),
+            steps_per_epoch=per_epoch,
+            total_steps=total_steps(config, per_epoch, per_epoch, Progress()),
             step_s=step_s,
             compute_s=compute,
             exposed_s=exposed,

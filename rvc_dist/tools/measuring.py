@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.runtime.accelerator import kernel_settings, synchronize
 from rvc_dist.runtime.launcher import asks_for_deepspeed
 from rvc_dist.tools.plain_step import PlainDiscriminator, PlainTrainer
+from rvc_dist.train import losses
 from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
 from rvc_dist.train.metrics import PhaseTimer
+from rvc_dist.train.progress import kl_warmup
 from rvc_dist.train.trainer import Trainer
 from rvc_dist.workspace import StageError
 
@@ -125,7 +128,7 @@ class MeasuredTrainer(Trainer):
         if asks_for_deepspeed():
             raise StageError("steps are measured with DDP: launch with launch/multi_gpu.yaml, not with DeepSpeed")
         super().__init__(recipe)
-        self.timer = self.parts = PartTimer(self.device)
+        self.timer = self.step.timer = self.parts = PartTimer(self.device)
 
     def _prepare_run_folder(self) -> None:
         """No checkpoint will be written and no recipe kept."""
@@ -150,40 +153,35 @@ class MeasuredTrainer(Trainer):
         for _ in range(count):
             yield self._sample(next_batches)
             self._advance()
-        self._review()
+        self.check_recent_steps()
 
     def repeated(self, batches: list[Batch], count: int) -> Iterator[Sample]:
         """Steps on the same batches again and again."""
         for _ in range(count):
             yield self._sample(lambda: batches)
-        self._review()
+        self.check_recent_steps()
 
     def _sample(self, next_batches: Callable[[], list[Batch]]) -> Sample:
         with stopwatch(self.device) as span:
             batches = next_batches()
             with self._memory_advice(batches[0]):
                 self.train_step(batches)
-        samples = batches[0].mean_frames * self.num_ranks * self.spec.hop
-        return Sample(span, samples / self.recipe.data.sample_rate, self.parts.take())
+        return Sample(span, self.audio_s(batches), self.parts.take())
 
     def longest(self) -> list[Batch]:
         """This rank's part of a full global batch of the longest clips, repeated when there are fewer."""
         order = np.argsort(-self.sampler.lengths, kind="stable")
-        plans = self.sampler.part(np.resize(order, self.sampler.global_batch_size), epoch=0)
-        return [batch.to(self.device) for batch in self.dataset[plans]]
+        specs = self.sampler.rank_batches(np.resize(order, self.sampler.global_batch_size), epoch=0)
+        return [batch.to(self.device) for batch in self.dataset[specs]]
 
     def with_and_without_wire(self, batches: list[Batch], count: int) -> list[tuple[Span, Span]]:
         """Steps that average gradients over ranks and, in turn, steps that keep them: the ranks' weights part ways."""
         pairs = []
         for _ in range(1 + count):  # the first pair warms up
             spans = []
-            for local in (False, True):
+            for alone in (False, True):
                 self.accelerator.wait_for_everyone()
-                with (
-                    stopwatch(self.device) as span,
-                    self.g.local(local),
-                    self.d.local(local),
-                ):
+                with stopwatch(self.device) as span, self.step.g.no_sync(alone), self.step.d.no_sync(alone):
                     self.train_step(batches)
                 self.parts.take()
                 spans.append(span)
@@ -196,18 +194,10 @@ class MeasuredTrainer(Trainer):
 
         The step runs on this rank alone and eagerly, since the counter cannot look into compiled code.
         """
-        networks = self.networks
-        self.g, self.d = (replace(n, call=n.raw, ddp=n.raw) for n in networks.values())
-        try:
-            with flop_counter() as self.parts.counter:
-                self.train_step(batches)
-        finally:
-            self.g, self.d = networks.values()
-            self.parts.counter = None
-        self.parts.take()
-        self.recent.clear()
-        flops, self.parts.flops = self.parts.flops, {}
-        return flops
+        parts = PartTimer(self.device)
+        with flop_counter() as parts.counter:
+            self.step.unwrapped(parts)(batches)
+        return parts.flops
 
     def plain(self, precision: str) -> PlainTrainer:
         """The yardstick with weights like these, in `precision` fp32 or recipe; both begin without optimizer state."""
@@ -215,8 +205,8 @@ class MeasuredTrainer(Trainer):
         discriminator = MultiPeriodDiscriminator(self.recipe.model.version, self.recipe.model.discriminator_channels)
         discriminator.to(self.device)
         optimizers = []
-        for network, copy in ((self.g, generator), (self.d, discriminator)):
-            copy.load_state_dict(network.raw.state_dict())
+        for network, copy in zip(self.networks.values(), (generator, discriminator), strict=True):
+            copy.load_state_dict(network.module.state_dict())
             network.optimizer.state.clear()
             optim, rate = self.config.optim, network.optimizer.param_groups[0]["lr"]
             betas = (optim.beta1, optim.beta2)
@@ -227,7 +217,7 @@ class MeasuredTrainer(Trainer):
             g=self.accelerator.prepare_model(generator),
             d=self.accelerator.prepare_model(PlainDiscriminator(discriminator)),
             optimizers=(optimizers[0], optimizers[1]),
-            mel_loss=self._mel_loss,
+            mel_loss=partial(losses.recipe_mel_loss, self.recipe),
             n_fft=self.spec.n_fft,
             use_bf16=self.config.use_bf16 and precision == "recipe",
         )
@@ -243,14 +233,14 @@ class MeasuredTrainer(Trainer):
             with stopwatch(self.device) as mine:
                 self.train_step(batches)
             with stopwatch(self.device) as its:
-                values = plain.step(batch, self._kl_warmup())
+                values = plain.step(batch, kl_warmup(self.config, self.progress))
             pairs.append((mine, its))
             if i == 0:
                 losses = self.losses()
                 means = self.accelerator.reduce(torch.stack(list(values.values())), reduction="mean").tolist()
                 compared = {name: (losses[name], mean) for name, mean in zip(values, means, strict=True)}
         self.parts.take()
-        self._review()
+        self.check_recent_steps()
         return pairs, compared
 
     def losses(self) -> dict[str, float]:
@@ -266,7 +256,7 @@ class MeasuredTrainer(Trainer):
                 self.train_step(batches)
             losses.append(self.losses())
             spans.append(span)
-            self._review()
+            self.check_recent_steps()
             self._advance()
         return losses, spans
 

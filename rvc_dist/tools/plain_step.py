@@ -22,7 +22,6 @@ from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.train import losses
 from rvc_dist.train.dataset import Batch
-from rvc_dist.train.trainer import weighted_sum
 
 Outputs = list[tuple[Tensor, list[Tensor]]]
 """Score and features of each sub-discriminator."""
@@ -89,7 +88,7 @@ class PlainTrainer(NamedTuple):
             "adv": losses.generator_adversarial_loss([s for s, _ in on_fake]),
             "kl": losses.kl_loss(out.z_p, out.logs_q, out.m_p, out.logs_p, out.mask, batch.mean_frames),
         }
-        total = weighted_sum(terms, self.config.loss, kl_warmup)
+        total = losses.weighted_sum(terms, self.config.loss, kl_warmup)
         self._update(self.optimizers[0], total)
         values = {f"loss/g_{name}": term for name, term in terms.items()} | {"loss/g_total": total, "loss/d": loss_d}
         return {name: value.detach() for name, value in values.items()}

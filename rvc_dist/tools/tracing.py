@@ -1,6 +1,6 @@
 """One training step on fake tensors: what it keeps in memory and how many operations it takes, without doing them.
 
-The step is the trainer's own. Fake tensors have shapes and storages but no data, so that the full networks take seconds
+Fake tensors have shapes and storages but no data, so that the full networks take seconds
 and almost no memory on any machine.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,13 @@ from rvc_dist.models import spectral
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.tools.measuring import PartTimer, flop_counter
+from rvc_dist.tools.measuring import flop_counter
 from rvc_dist.train import checkpoint, memory
 from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
-from rvc_dist.train.ddp import Network
-from rvc_dist.train.metrics import Meter
+from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.networks import RECOMPUTED
 from rvc_dist.train.optimizers import make_optimizer
-from rvc_dist.train.trainer import Trainer
+from rvc_dist.train.step import GanStep
 
 MOST_MICRO_BATCHES = 2
 """Traced of a step: further ones need no more memory and cost like the others."""
@@ -74,19 +72,18 @@ def trace(recipe: Recipe, content_channels: int, num_speakers: int, frames: int)
         with warnings.catch_warnings(), FakeTensorMode(), Allocations() as allocated:
             # An optimizer compares addresses, which changes where its state lies but not how much it is.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            trainer = TracedTrainer(recipe, content_channels, num_speakers)
-            networks = trainer.networks
-            weights = sum(p.nbytes for n in networks.values() for p in n.raw.parameters())
-            trainer.make_optimizer_state()
+            step = traced_step(recipe, content_channels, num_speakers)
+            networks = step.networks
+            weights = sum(p.nbytes for n in networks.values() for p in n.module.parameters())
             state = sum(tensor_bytes(list(n.optimizer.state.values())) for n in networks.values())
             allocated.peak_bytes = allocated.num_bytes
-            flops = trainer.count(frames)
+            flops = count(step, frames)
             peak = allocated.peak_bytes
             gradients = {
-                name: sum(p.nbytes for p in n.raw.parameters() if p.requires_grad) for name, n in networks.items()
+                name: sum(p.nbytes for p in n.module.parameters() if p.requires_grad) for name, n in networks.items()
             }
             shorter = -(-frames // 2 // BUCKET_FRAMES) * BUCKET_FRAMES
-            slope = (flops - trainer.count(shorter)) / (frames - shorter) if shorter < frames else 0.0
+            slope = (flops - count(step, shorter)) / (frames - shorter) if shorter < frames else 0.0
     finally:
         spectral.forget_constants()  # the fake ones
     return TracedStep(frames, weights, gradients, state, peak, flops, slope)
@@ -120,55 +117,54 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_bytes -= num_bytes
 
 
-class TracedTrainer(Trainer):
-    """The trainer's step without ranks, clips or a run folder."""
+class TracedModule(TrainedModule):
+    """Its update asks not whether the gradients are finite, which fake ones cannot answer."""
 
-    def __init__(self, recipe: Recipe, content_channels: int, num_speakers: int) -> None:
-        self.recipe, self.config, self.spec = recipe, recipe.train, recipe.rate_spec
-        self.device = torch.device("cpu")
-        self.shape = GeneratorShape.from_recipe(recipe, content_channels, num_speakers)
-        modules: tuple[nn.Module, ...] = (
-            Generator(self.shape),
-            MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
-        )
-        if self.config.activation_checkpointing:
-            for module in modules:
-                memory.recompute(module, RECOMPUTED)
-        self.g, self.d = (Network(m, m, m, make_optimizer(self.config, m)) for m in modules)
-        self.accelerator = cast(Any, SimpleNamespace(num_processes=1))
-        self.progress, self.total_steps = checkpoint.Progress(), 1
-        self.meter, self.timer, self.recent = Meter(), PartTimer(self.device), []
+    def update(self, max_norm: float | None) -> tuple[Tensor, Tensor]:
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self.optimizer.step()
+        return norm, norm.isfinite()
 
-    def make_optimizer_state(self) -> None:
-        """By an update from zero gradients, which stay as those of a step do."""
-        for network in self.networks.values():
-            for parameter in network.raw.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            network.optimizer.step()
 
-    def _update(self, network: Network, values: dict[str, Tensor]) -> Tensor:
-        """Without the question whether the gradients are finite, which fake ones cannot answer."""
-        norm = nn.utils.get_total_norm([p.grad for p in network.raw.parameters() if p.grad is not None])
+def traced_step(recipe: Recipe, content_channels: int, num_speakers: int) -> GanStep:
+    """The recipe's step without ranks, clips or a run folder; its optimizers have their state already.
+
+    They have it by an update from zero gradients, which stay as those of a step do.
+    """
+    config = recipe.train
+    modules: tuple[nn.Module, ...] = (
+        Generator(GeneratorShape.from_recipe(recipe, content_channels, num_speakers)),
+        MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
+    )
+    networks = {}
+    for name, module in zip(checkpoint.MODELS, modules, strict=True):
+        if config.activation_checkpointing:
+            memory.apply_activation_checkpointing(module, RECOMPUTED)
+        networks[name] = TracedModule(module, module, module, make_optimizer(config, module))
+    for network in networks.values():
+        for parameter in network.module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         network.optimizer.step()
-        return norm.isfinite()
+    return GanStep(recipe, networks)
 
-    def count(self, frames: int) -> float:
-        """Operations of a step on full micro-batches of clips of so many frames."""
-        size, micro_batches = self.config.batch_size, self.config.grad_accum_steps
-        batch = Batch(
-            wave_with_reach=torch.zeros(size, 1, frames * self.spec.hop + 2 * self.spec.reach),
-            content=torch.zeros(size, frames, self.shape.content_channels),
-            f0=torch.zeros(size, frames),
-            lengths=torch.full((size,), frames),
-            speaker=torch.zeros(size, dtype=torch.long),
-            clips=tuple(range(size)),
-            seeds=(0,) * size,
-            share=1 / micro_batches,
-            mean_frames=float(size * frames * micro_batches),
-            reach=self.spec.reach,
-        )
-        traced = min(micro_batches, MOST_MICRO_BATCHES)
-        with flop_counter() as counter:
-            self.train_step([batch] * traced)
-        self.recent.clear()
-        return float(counter.get_total_flops()) * micro_batches / traced
+
+def count(step: GanStep, frames: int) -> float:
+    """Operations of a step on full micro-batches of clips of so many frames."""
+    config, spec = step.config, step.spec
+    size, micro_batches = config.batch_size, config.grad_accum_steps
+    batch = Batch(
+        wave_with_reach=torch.zeros(size, 1, frames * spec.hop + 2 * spec.reach),
+        content=torch.zeros(size, frames, step.shape.content_channels),
+        f0=torch.zeros(size, frames),
+        lengths=torch.full((size,), frames),
+        speaker=torch.zeros(size, dtype=torch.long),
+        clips=tuple(range(size)),
+        seeds=(0,) * size,
+        loss_scale=1 / micro_batches,
+        mean_frames=float(size * frames * micro_batches),
+        reach=spec.reach,
+    )
+    traced = min(micro_batches, MOST_MICRO_BATCHES)
+    with flop_counter() as counter:
+        step([batch] * traced)
+    return float(counter.get_total_flops()) * micro_batches / traced

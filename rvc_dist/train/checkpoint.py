@@ -43,6 +43,7 @@ from rvc_dist.schema import (
     record,
 )
 from rvc_dist.train.optimizers import OptimizerState
+from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
 from rvc_dist.workspace import CHECKPOINT_STATE as STATE
 from rvc_dist.workspace import StageError, TrainedOn, atomic_write, read_json, space
@@ -57,25 +58,6 @@ IDENTITY = record(False, **{"embedder": record(name=Word), "discriminator.versio
 """Besides the generator's shape."""
 SPARE_BYTES = 16 << 20
 """Free space beyond the tensors themselves that a checkpoint asks for."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. All of it is in the checkpoint, none of it in a file name."""
-
-    step: int = 0
-    """Steps done, those without an update included."""
-    epoch: int = 0
-    """Epochs completed."""
-    seen: tuple[tuple[int, int], ...] = ()
-    """Of the current epoch: (clips of a global batch, steps of that size), one entry a change of size."""
-    best_metric: float | None = None
-    best_step: int = 0
-    best_epoch: int = 0
-    bad_streak: int = 0
-    """Last steps in a row whose gradients were not finite."""
-    rolled_back_at: int | None = None
-    """The step at which such a row last made the run go back to a checkpoint."""
 
 
 class WrittenFile(TypedDict):

@@ -95,7 +95,7 @@ class Batch:
     """Each clip's number in the training list."""
     seeds: tuple[int, ...]
     """Each clip's seed for the noise of this epoch."""
-    share: float
+    loss_scale: float
     """This micro-batch's clips times the number of ranks, over those of the global batch: 1 over the micro-batches a
     step when the batch is full. Losses that are means over clips are multiplied by it, so that their sum over
     micro-batches, averaged over ranks, is the mean over the global batch."""
@@ -125,13 +125,13 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class MicroBatchSpec:
     """One micro-batch of one rank, before anything is read."""
 
     clips: tuple[int, ...]
     epoch: int
     padded_frames: int
-    share: float
+    loss_scale: float
     mean_frames: float
 
 
@@ -249,13 +249,14 @@ def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:
     return [ClipRef(-1, "00000", speaker, MUTE_SOURCE, frames)] * recipe.extract.include_mutes
 
 
-class BucketBatchSampler(Sampler[tuple[BatchPlan, ...]]):
+class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
     """Global batches of clips of like length, and this rank's part of each: a pure function of its arguments.
 
     Clips are shuffled, put into buckets by padded length, and cut into global batches of batch_size * accum_steps *
     num_ranks; what is left of a bucket moves up into the next one, so only one batch an epoch, the last of the largest
-    bucket, can be short. A short batch is dealt evenly; a rank that gets none borrows one clip with a share of 0. Thus
-    every clip is seen exactly once an epoch on any number of ranks. One item is one step: its micro-batches.
+    bucket, can be short. A short batch is dealt evenly; a rank that gets none computes a padding clip, whose losses are
+    scaled by 0. Thus every clip is seen exactly once an epoch on any number of ranks. One item is one step: its
+    micro-batches.
     """
 
     def __init__(
@@ -280,7 +281,7 @@ class BucketBatchSampler(Sampler[tuple[BatchPlan, ...]]):
         return self.global_batch_size * MIN_STEPS_PER_EPOCH > len(self.lengths)
 
     @property
-    def num_borrowed(self) -> int:
+    def num_padding_clips(self) -> int:
         """Clips an epoch that a rank computes for nothing, because the short batch has none for it."""
         short = len(self.lengths) % self.global_batch_size
         num_micro = -(-short // (self.batch_size * self.num_ranks))
@@ -319,27 +320,27 @@ class BucketBatchSampler(Sampler[tuple[BatchPlan, ...]]):
             batches.append(carried)
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def part(self, clips: Clips, epoch: int) -> tuple[BatchPlan, ...]:
+    def rank_batches(self, clips: Clips, epoch: int) -> tuple[MicroBatchSpec, ...]:
         """This rank's micro-batches of a global batch: as many as are needed, the same number on every rank."""
         num_micro = -(-len(clips) // (self.batch_size * self.num_ranks))
         lengths = self.lengths[clips]
         return tuple(
-            BatchPlan(
+            MicroBatchSpec(
                 clips=tuple((mine if len(mine) else clips[:1]).tolist()),
                 epoch=epoch,
                 padded_frames=int(-(-lengths.max() // BUCKET_FRAMES) * BUCKET_FRAMES),
-                share=len(mine) * self.num_ranks / len(clips),
+                loss_scale=len(mine) * self.num_ranks / len(clips),
                 mean_frames=float(lengths.sum()) / self.num_ranks,
             )
             for mine in np.array_split(clips, self.num_ranks * num_micro)[self.rank :: self.num_ranks]
         )
 
-    def __iter__(self) -> Iterator[tuple[BatchPlan, ...]]:
+    def __iter__(self) -> Iterator[tuple[MicroBatchSpec, ...]]:
         """Endless: epoch after epoch, from the start that was set."""
         epoch, seen = self._start
         while True:
             for clips in self.global_batches(epoch, seen):
-                yield self.part(clips, epoch)
+                yield self.rank_batches(clips, epoch)
             epoch, seen = epoch + 1, ()
 
 
@@ -351,12 +352,12 @@ class ClipDataset(Dataset[list[Batch]]):
         self.clips = clips
         self.rate, self.spec, self.seed = recipe.data.sample_rate, recipe.rate_spec, recipe.train.seed
 
-    def __getitem__(self, plans: tuple[BatchPlan, ...]) -> list[Batch]:
-        return [self.read_batch(plan) for plan in plans]
+    def __getitem__(self, micro_batches: tuple[MicroBatchSpec, ...]) -> list[Batch]:
+        return [self.read_batch(micro) for micro in micro_batches]
 
-    def read_batch(self, plan: BatchPlan) -> Batch:
-        clips = [self.read(self.clips[i], self._first_frame(i, plan.epoch)) for i in plan.clips]
-        return collate(clips, plan, self.spec, tuple(self._noise_seed(i, plan.epoch) for i in plan.clips))
+    def read_batch(self, micro: MicroBatchSpec) -> Batch:
+        clips = [self.read(self.clips[i], self._first_frame(i, micro.epoch)) for i in micro.clips]
+        return collate(clips, micro, self.spec, tuple(self._noise_seed(i, micro.epoch) for i in micro.clips))
 
     def _first_frame(self, index: int, epoch: int) -> int:
         """Long clips show another part of at most 900 frames each epoch; the choice needs no state."""
@@ -454,9 +455,9 @@ def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device) -> Clip
     return CachedClips(recipe, table.train, device)
 
 
-def collate(clips: list[ClipData], plan: BatchPlan, spec: RateSpec, seeds: tuple[int, ...]) -> Batch:
-    """Pad clips with zeros to the plan's frames, on the device that they are on."""
-    size, width, padded, device = len(clips), clips[0].content.shape[1], plan.padded_frames, clips[0].f0.device
+def collate(clips: list[ClipData], micro: MicroBatchSpec, spec: RateSpec, seeds: tuple[int, ...]) -> Batch:
+    """Pad clips with zeros to the frames of the micro-batch, on the device that they are on."""
+    size, width, padded, device = len(clips), clips[0].content.shape[1], micro.padded_frames, clips[0].f0.device
     wave = torch.zeros(size, 1, padded * spec.hop + 2 * spec.reach, device=device)
     content = torch.zeros(size, padded, width, device=device)
     f0 = torch.zeros(size, padded, device=device)
@@ -470,10 +471,10 @@ def collate(clips: list[ClipData], plan: BatchPlan, spec: RateSpec, seeds: tuple
         f0=f0,
         lengths=torch.tensor([len(c.content) for c in clips]),
         speaker=torch.tensor([c.speaker for c in clips]),
-        clips=plan.clips,
+        clips=micro.clips,
         seeds=seeds,
-        share=plan.share,
-        mean_frames=plan.mean_frames,
+        loss_scale=micro.loss_scale,
+        mean_frames=micro.mean_frames,
         reach=spec.reach,
     )
 

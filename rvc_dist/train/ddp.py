@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from rvc_dist.train.optimizers import OptimizerState, load_optimizer_state, optimizer_state, step_if
 
 
-class Wire:
+class GradientReducer:
     """Averages gradients over ranks as a communication hook of DDP, as bf16 if asked to, and counts what is sent."""
 
     def __init__(self, compress: bool, on_send: Callable[[], None] = lambda: None) -> None:
@@ -29,7 +29,7 @@ class Wire:
         """Nothing on one rank, where `module` is not wrapped."""
         if isinstance(module, DistributedDataParallel):
             # Not the method itself: DDP refuses annotations that are text.
-            module.register_comm_hook(self, lambda wire, bucket: wire.send(bucket))
+            module.register_comm_hook(self, lambda reducer, bucket: reducer.send(bucket))
 
     def count(self, num_elements: int, dtype: torch.dtype) -> None:
         """This many gradients are sent."""
@@ -45,26 +45,31 @@ class Wire:
 
 
 @dataclass
-class Network:
+class TrainedModule:
     """A network in its guises, and what optimizes it: on one rank, or averaged over ranks by DDP."""
 
-    raw: nn.Module
-    """The module itself: for validation and checkpoints."""
-    call: nn.Module
-    """The module as it is computed, compiled or not: for passes whose gradients are not this network's."""
-    ddp: nn.Module
-    """`call`, as it is for passes with gradients of its own."""
+    module: nn.Module
+    """The network itself: for validation and checkpoints."""
+    compiled: nn.Module
+    """`module` as it is computed, compiled or not: for passes whose gradients are not this network's."""
+    wrapped: nn.Module
+    """`compiled`, as it is for passes with gradients of its own."""
     optimizer: Optimizer
 
-    def local(self, local: bool) -> AbstractContextManager[None]:
-        """Inside, if `local`, forward and backward passes add to this rank's gradients and send nothing."""
-        if local and isinstance(self.ddp, DistributedDataParallel):
-            context: AbstractContextManager[None] = self.ddp.no_sync()
+    @staticmethod
+    def alone(module: nn.Module, optimizer: Optimizer) -> TrainedModule:
+        """On this rank alone, eagerly."""
+        return TrainedModule(module, module, module, optimizer)
+
+    def no_sync(self, on: bool = True) -> AbstractContextManager[None]:
+        """Inside, if `on`, forward and backward passes add to this rank's gradients and send nothing."""
+        if on and isinstance(self.wrapped, DistributedDataParallel):
+            context: AbstractContextManager[None] = self.wrapped.no_sync()
             return context
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` []; averaged over ranks, unless they are `local`."""
+        """Add the gradients of `loss` []; averaged over ranks, unless it is within `no_sync`."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def update(self, max_norm: float | None) -> tuple[Tensor, Tensor]:
@@ -73,16 +78,16 @@ class Network:
         Returns:
             Their norm [], and whether it is finite, [] bool: the same on all ranks.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.raw.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.raw.parameters(), max_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
         good = norm.isfinite()
         step_if(self.optimizer, good)
         return norm, good
 
     def optimizer_state(self, wanted: bool) -> OptimizerState | None:
         """Of all parameters, on the ranks where it is `wanted`; every rank has to ask for it."""
-        return optimizer_state(self.optimizer, self.raw) if wanted else None
+        return optimizer_state(self.optimizer, self.module) if wanted else None
 
     def load(self, weights: Mapping[str, Tensor], state: OptimizerState) -> None:
         """Go on from a checkpoint.
@@ -90,8 +95,8 @@ class Network:
         Raises:
             ValueError: the optimizer's state does not fit.
         """
-        self.raw.load_state_dict(weights)
-        load_optimizer_state(self.optimizer, self.raw, state)
+        self.module.load_state_dict(weights)
+        load_optimizer_state(self.optimizer, self.module, state)
 
     def detach(self) -> None:
         """Send nothing any more: a rank that ran out of memory still computes, alone, what would have fitted."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.train.ddp import Network, Wire
+from rvc_dist.train.ddp import GradientReducer, TrainedModule
 from rvc_dist.train.optimizers import PARAMETERS, OptimizerState, load_optimizer_state, optimizer_state
 from rvc_dist.workspace import StageError
 
@@ -43,11 +43,11 @@ class _Autocast(nn.Module):
 
 
 @dataclass
-class ZeroNetwork(Network):
+class ZeroNetwork(TrainedModule):
     """A network whose gradients DeepSpeed averages and whose optimizer updates this rank's part."""
 
     engine: Any
-    wire: Wire
+    reducer: GradientReducer
     sends_every_pass: bool
     """Stage 2 has no room for the gradients of several passes."""
 
@@ -55,20 +55,22 @@ class ZeroNetwork(Network):
     def prepare(
         cls,
         accelerator: Accelerator,
-        raw: nn.Module,
-        call: nn.Module,
+        module: nn.Module,
+        compiled: nn.Module,
         optimizer: Optimizer,
-        wire: Wire,
+        reducer: GradientReducer,
         autocast: torch.autocast,
     ) -> ZeroNetwork:
-        """`raw`, computed as `call`; from here on `optimizer` sees this rank's part.
+        """`module`, computed as `compiled`; from here on `optimizer` sees this rank's part.
 
         Raises:
             StageError: this version of DeepSpeed divides parameters in a way that this program does not know.
         """
         accelerator.deepspeed_engine_wrapped = None  # for Accelerator.backward, which knows one engine alone
-        engine, _ = accelerator.prepare(_Autocast(call, autocast), optimizer)
-        network = cls(raw, call, engine, optimizer, engine, wire, sends_every_pass=zero_stage(accelerator) == 2)
+        engine, _ = accelerator.prepare(_Autocast(compiled, autocast), optimizer)
+        network = cls(
+            module, compiled, engine, optimizer, engine, reducer, sends_every_pass=zero_stage(accelerator) == 2
+        )
         groups = [group["params"] for group in optimizer.param_groups]
         if [len(g) for g in groups] != [1] or not torch.equal(network.part, network._part_of(network._parameters())):
             from deepspeed import __version__
@@ -90,10 +92,10 @@ class ZeroNetwork(Network):
         yield PART, self.part
 
     def _parameters(self) -> list[Tensor]:
-        return [p.detach() for p in self.raw.parameters() if p.requires_grad]
+        return [p.detach() for p in self.module.parameters() if p.requires_grad]
 
     def _names(self) -> list[str]:
-        return [name for name, p in self.raw.named_parameters() if p.requires_grad]
+        return [name for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _part_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """[N] of one tensor for each parameter, shaped like it."""
@@ -114,17 +116,17 @@ class ZeroNetwork(Network):
         pieces = torch.split(flat[: sum(lengths)], lengths)
         return [piece.reshape(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
 
-    def local(self, local: bool) -> AbstractContextManager[None]:
-        self.engine.set_gradient_accumulation_boundary(not local)
+    def no_sync(self, on: bool = True) -> AbstractContextManager[None]:
+        self.engine.set_gradient_accumulation_boundary(not on)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
         if self.sends_every_pass or self.engine.is_gradient_accumulation_boundary():
-            self.wire.count(sum(p.numel() for p in self._parameters()), torch.float32)
+            self.reducer.count(sum(p.numel() for p in self._parameters()), torch.float32)
 
     def update(self, max_norm: float | None) -> tuple[Tensor, Tensor]:
-        """As Network's; DeepSpeed knows `max_norm` already, and the host waits for the device."""
+        """As TrainedModule's; DeepSpeed knows `max_norm` already, and the host waits for the device."""
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.part.device)
         return norm, norm.isfinite()
@@ -146,7 +148,7 @@ class ZeroNetwork(Network):
         return OptimizerState(tensors, groups) if wanted else None
 
     def load(self, weights: Mapping[str, Tensor], state: OptimizerState) -> None:
-        self.raw.load_state_dict(weights)
+        self.module.load_state_dict(weights)
         with torch.no_grad():
             self.part.copy_(self._part_of(self._parameters()))
         load_optimizer_state(self.optimizer, self, self._divided(state))

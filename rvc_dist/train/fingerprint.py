@@ -9,9 +9,9 @@ from typing import Any
 
 from rvc_dist.config import Recipe
 from rvc_dist.data.sources import hashless, named, other_recordings
-from rvc_dist.train.checkpoint import Progress
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.holdout import choice, validated
+from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import Workspace, read_json, stamp
 
 logger = logging.getLogger(__name__)

@@ -1,18 +1,25 @@
 """Training losses: pure functions of tensors, float32 inside, without weights (those are in the recipe).
 
+A loss of the generator is a function, its entry in GENERATOR_LOSSES, and a field of LossConfig for its weight.
+
 B batch, T frames, S samples, C channels. Adversarial, feature matching and mel losses are those of HiFi-GAN (arXiv
 2010.05646), the KL term that of VITS (arXiv 2106.06103).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rvc_dist.config import LossConfig, Recipe
+from rvc_dist.models.generator import GeneratorOutput
 from rvc_dist.models.spectral import log_mel, multiscale_mels
+from rvc_dist.train.dataset import Batch
 
 
 def discriminator_loss(real_scores: Sequence[Tensor], fake_scores: Sequence[Tensor]) -> Tensor:
@@ -64,3 +71,65 @@ def multiscale_mel_loss(real_wave: Tensor, fake_wave: Tensor, rate: int) -> Tens
     """mean|log10-mel(real) - log10-mel(fake)| summed over `multiscale_mels`, divided by the number of scales."""
     pairs = zip(multiscale_mels(real_wave, rate), multiscale_mels(fake_wave, rate), strict=True)
     return torch.stack([F.l1_loss(fake, real) for real, fake in pairs]).mean()
+
+
+class LossInputs(NamedTuple):
+    """What a loss of the generator may look at: one micro-batch of one rank."""
+
+    recipe: Recipe
+    batch: Batch
+    out: GeneratorOutput
+    real: Tensor
+    """[B, 1, segment], which `out.wave` imitates."""
+    real_features: Sequence[Sequence[Tensor]]
+    fake_features: Sequence[Sequence[Tensor]]
+    fake_scores: Sequence[Tensor]
+    """What D makes of both; its weights get no gradients."""
+
+
+def recipe_mel_loss(recipe: Recipe, real: Tensor, fake: Tensor) -> Tensor:
+    """The mel loss that the recipe chooses, of waves [B, 1, S]."""
+    rate, spec = recipe.data.sample_rate, recipe.rate_spec
+    if recipe.train.multiscale_mel_loss:
+        return multiscale_mel_loss(real, fake, rate)
+    return mel_loss(real, fake, rate=rate, n_fft=spec.n_fft, hop=spec.hop, num_mels=spec.num_mels)
+
+
+def _mel(x: LossInputs) -> Tensor:
+    return recipe_mel_loss(x.recipe, x.real, x.out.wave) * x.batch.loss_scale
+
+
+def _feature_matching(x: LossInputs) -> Tensor:
+    return feature_matching_loss(x.real_features, x.fake_features) * x.batch.loss_scale
+
+
+def _adversarial(x: LossInputs) -> Tensor:
+    return generator_adversarial_loss(x.fake_scores) * x.batch.loss_scale
+
+
+def _kl(x: LossInputs) -> Tensor:
+    """A mean over frames, of the global batch; padding clips count for nothing."""
+    out = x.out
+    kl = kl_loss(out.z_p, out.logs_q, out.m_p, out.logs_p, out.mask, x.batch.mean_frames)
+    return kl if x.batch.loss_scale else kl * 0.0
+
+
+GENERATOR_LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
+    "mel": _mel,
+    "fm": _feature_matching,
+    "adv": _adversarial,
+    "kl": _kl,
+}
+"""By field of LossConfig. Each gives [] this micro-batch's part of the global batch's loss: a mean over clips is
+multiplied by `batch.loss_scale`, which is 0 where a rank has no clip of its own."""
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: LossConfig, kl_warmup: float) -> Tensor:
+    """The generator's loss, summed in the order of LossConfig's fields; `kl_warmup` in 0..1 scales the KL term."""
+    scaled: dict[str, float] = {
+        f.name: getattr(weights, f.name) * (kl_warmup if f.name == "kl" else 1.0) for f in fields(weights)
+    }
+    total, *others = [weight * terms[name] for name, weight in scaled.items()]
+    for term in others:
+        total = total + term
+    return total

@@ -51,7 +51,7 @@ def largest_batch(peak_of_one: int, peak_of_two: int, more: int, available: int)
     return max(0, 1 + (available - more - peak_of_one) // each)
 
 
-def recompute(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+def apply_activation_checkpointing(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
     """Let parts of `network` of these kinds keep their inputs only, and compute the rest again in the backward pass.
 
     Activation checkpointing (Chen et al., arXiv 1604.06174). The parts draw no random numbers.

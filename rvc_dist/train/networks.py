@@ -67,7 +67,7 @@ def build(
     for name, module in modules.items():
         key = PRETRAINED[name]
         if config.activation_checkpointing:
-            memory.recompute(module, RECOMPUTED)
+            memory.apply_activation_checkpointing(module, RECOMPUTED)
         if name in states:
             checkpoint.load_pretrained(Path(getattr(config, key)), states[name], module, f"train.{key}")
         elif resumed is None:

@@ -16,7 +16,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import log_mel
-from rvc_dist.train.dataset import BatchPlan, ClipDataset, ClipRef, ClipTable, collate
+from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
 from rvc_dist.train.holdout import validated
 from rvc_dist.train.metrics import Tracker
 
@@ -56,8 +56,8 @@ class Validation:
         """A clip [S] and what the voice makes of its content and pitch [S]."""
         read = self.dataset.read(clip)
         frames = len(read.content)
-        plan = BatchPlan(clips=(0,), epoch=0, padded_frames=frames, share=1.0, mean_frames=frames)
-        batch = collate([read], plan, self.recipe.rate_spec, seeds=(0,)).to(self.accelerator.device)
+        micro = MicroBatchSpec(clips=(0,), epoch=0, padded_frames=frames, loss_scale=1.0, mean_frames=frames)
+        batch = collate([read], micro, self.recipe.rate_spec, seeds=(0,)).to(self.accelerator.device)
         guided = self.recipe.model.pitch_guidance
         coarse, f0 = (coarse_pitch(batch.f0), batch.f0) if guided else (None, None)
         fake = generator.infer(batch.content, batch.lengths, coarse, f0, batch.speaker)

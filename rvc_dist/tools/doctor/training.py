@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, DataConfig, Recipe
 from rvc_dist.data.preprocess import low_rates
@@ -28,24 +27,23 @@ from rvc_dist.tools.bench import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.tools.doctor.ahead import measured
 from rvc_dist.tools.doctor.findings import Result, first_line, with_remedy
 from rvc_dist.tools.doctor.team import Exam
-from rvc_dist.train import checkpoint, compilation, networks
+from rvc_dist.train import checkpoint, compilation, networks, out_of_memory
 from rvc_dist.train.dataset import (
     BUCKET_FRAMES,
     SHM,
     Batch,
-    BatchPlan,
     BucketBatchSampler,
     ClipData,
     ClipDataset,
     ClipTable,
+    MicroBatchSpec,
     ReadAhead,
     collate,
     loader_settings,
 )
-from rvc_dist.train.ddp import Network
-from rvc_dist.train.metrics import Meter, PhaseTimer
+from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.optimizers import make_optimizer
-from rvc_dist.train.trainer import Trainer
+from rvc_dist.train.step import GanStep
 from rvc_dist.workspace import StageError, WorkList, read_header
 
 
@@ -199,41 +197,21 @@ def check_shared_memory(exam: Exam, result: Result) -> None:
         result.warn(f"{ahead.what}: {ahead.fits} ahead fit and will be read", ahead.remedy)
 
 
-class LastStep(Meter):
-    """Keeps the values of the last step alone, on the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: Mapping[str, Tensor] = {}
-
-    def update(self, values: Mapping[str, Tensor], good: Tensor) -> None:
-        self.values = dict(values) | {"finite gradients": good}
-
-
-class DryTrainer(Trainer):
+def dry_step(recipe: Recipe, modules: Mapping[str, nn.Module], device: torch.device) -> GanStep:
     """The trainer's own step on networks to be thrown away, on this rank alone: it sends and writes nothing."""
+    on_device = {name: modules[name].to(device) for name in checkpoint.MODELS}
+    networks = {name: TrainedModule.alone(m, make_optimizer(recipe.train, m)) for name, m in on_device.items()}
+    # What is imported when it is first needed would be counted as the step's time.
+    compilation.begin_pass()
+    import_module("librosa.filters")
+    return GanStep(recipe, networks)
 
-    meter: LastStep
 
-    def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, shape: GeneratorShape, modules: Mapping[str, nn.Module]
-    ) -> None:
-        # Not Trainer's, which prepares a run and meets the other ranks: one that failed would leave them waiting.
-        self.recipe, self.config, self.spec = recipe, recipe.train, recipe.rate_spec
-        self.accelerator, self.device, self.shape = accelerator, accelerator.device, shape
-        self.progress, self.total_steps = checkpoint.Progress(), 1
-        self.meter, self.timer, self.recent = LastStep(), PhaseTimer(self.device), []
-        on_device = (modules[name].to(self.device) for name in checkpoint.MODELS)
-        self.g, self.d = (Network(m, m, m, make_optimizer(self.config, m)) for m in on_device)
-        # What is imported when it is first needed would be counted as the step's time.
-        compilation.begin_pass()
-        import_module("librosa.filters")
-
-    def losses_of(self, batch: Batch) -> dict[str, float]:
-        """Take one step, updates included; StageError, with the batch size that fits, when memory does not suffice."""
-        with self._memory_advice(batch):
-            self.train_step([batch])
-            return {name: float(value) for name, value in self.meter.values.items()}
+def losses_of(step: GanStep, batch: Batch, rank: int) -> dict[str, float]:
+    """Take one step, updates included; StageError, with the batch size that fits, when memory does not suffice."""
+    with out_of_memory.advice(step, batch, rank):
+        result = step([batch])
+        return {name: float(value) for name, value in (result.values | {"finite gradients": result.good}).items()}
 
 
 def check_dry_step(exam: Exam, result: Result) -> None:
@@ -253,11 +231,11 @@ def check_dry_step(exam: Exam, result: Result) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        trainer = DryTrainer(exam.recipe, accelerator, shape, exam.modules)
+        step, rank = dry_step(exam.recipe, exam.modules, device), exam.team.rank
         if device.type == "cuda":
-            trainer.losses_of(batch.to(device))  # the first step looks for kernels
+            losses_of(step, batch.to(device), rank)  # the first step looks for kernels
         began_at = time.monotonic()
-        values = trainer.losses_of(batch.to(device))
+        values = losses_of(step, batch.to(device), rank)
         seconds = time.monotonic() - began_at
     except RuntimeError as error:
         if isinstance(error, StageError):
@@ -294,8 +272,8 @@ def read_batch(exam: Exam) -> Batch:
     on_cuda = exam.team.device.type == "cuda"
     size = config.batch_size if on_cuda else 1
     order = np.argsort([-n if on_cuda else n for n in lengths], kind="stable")
-    plans = BucketBatchSampler(lengths, size, 1, 0, config.seed).part(np.resize(order, size), epoch=0)
-    return ClipDataset(exam.recipe, table.train).read_batch(plans[0])
+    batches = BucketBatchSampler(lengths, size, 1, 0, config.seed).rank_batches(np.resize(order, size), epoch=0)
+    return ClipDataset(exam.recipe, table.train).read_batch(batches[0])
 
 
 def made_up_batch(recipe: Recipe, shape: GeneratorShape, device: torch.device) -> Batch:
@@ -316,8 +294,8 @@ def made_up_batch(recipe: Recipe, shape: GeneratorShape, device: torch.device) -
         f0=f0,
         speaker=0,
     )
-    plan = BatchPlan(tuple(range(size)), 0, padded, share=1.0, mean_frames=float(frames * size))
-    return collate([clip] * size, plan, spec, tuple(range(size)))
+    micro = MicroBatchSpec(tuple(range(size)), 0, padded, loss_scale=1.0, mean_frames=float(frames * size))
+    return collate([clip] * size, micro, spec, tuple(range(size)))
 
 
 def peak_memory(device: torch.device) -> int:

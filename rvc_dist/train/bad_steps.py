@@ -1,0 +1,95 @@
+"""Steps whose gradients are not finite: which clips they were of, and when a run goes back to a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from rvc_dist.runtime.accelerator import on_first_rank
+from rvc_dist.train import checkpoint
+from rvc_dist.train.dataset import ClipRef
+from rvc_dist.train.progress import Progress
+from rvc_dist.workspace import StageError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RecentStep:
+    """What is remembered of a step until the host next waits for the device."""
+
+    number: int
+    clips: list[tuple[int, ...]]
+    """Of each micro-batch of this rank."""
+    good: Tensor
+    """[] bool: it made its updates; the same on all ranks."""
+    finite: Tensor
+    """[micro-batches] bool: the losses of this rank's micro-batch were finite."""
+
+
+def check_recent_steps(
+    steps: Sequence[RecentStep], streak: int, most: int, clips: Sequence[ClipRef]
+) -> tuple[int, bool]:
+    """Name the clips of steps that made no update. The host waits for the device.
+
+    Args:
+        streak: steps without an update in a row, before these.
+        most: so many in a row are too many.
+
+    Returns:
+        The streak after these steps, and whether there were too many in a row.
+    """
+    flags = torch.cat([torch.cat([s.good.reshape(1), s.finite]) for s in steps]).tolist() if steps else []
+    too_many = False
+    for step in steps:
+        good, *finite = flags[: 1 + len(step.clips)]
+        del flags[: 1 + len(step.clips)]
+        streak = 0 if good else streak + 1
+        too_many = too_many or streak >= most
+        if not good:
+            bad = [clips[c] for micro, fine in zip(step.clips, finite, strict=True) if not fine for c in micro]
+            named = ", ".join(dict.fromkeys(f"{c.source or 'silence'} (unit {c.unit}, {c.key})" for c in bad))
+            logger.warning(
+                "step %d: no update, since a gradient was not finite; %s",
+                step.number,
+                f"clips with a loss that is not finite here: {named}" if bad else "every loss of this rank was finite",
+            )
+    return streak, too_many
+
+
+def checkpoint_from_before(
+    accelerator: Accelerator, folder: Path, identity: dict[str, Any], progress: Progress, most: int
+) -> checkpoint.Checkpoint:
+    """The newest checkpoint, verified, to go back to after `most` bad steps in a row.
+
+    Raises:
+        StageError: there is none, or going back to it has not helped before.
+    """
+    (newest,) = broadcast_object_list([checkpoint.latest(folder)])
+    if newest is not None:
+        on_first_rank(accelerator, partial(checkpoint.verify, newest, identity))
+    saved = checkpoint.load(newest) if newest is not None else None
+    before = progress.rolled_back_at
+    if saved is None or (before is not None and saved.progress.step <= before):
+        raise StageError(
+            f"step {progress.step}: {most} steps in a row had no finite gradients"
+            f"{', also after going back to a checkpoint' if saved else ' before the first checkpoint'}; lower "
+            "train.learning_rate, set train.max_grad_norm, or leave out the recordings named above. "
+            f"The checkpoints in {folder} are from before"
+        )
+    logger.warning(
+        "step %d: %d steps in a row had no finite gradients; going on from the weights of step %d",
+        progress.step,
+        most,
+        saved.progress.step,
+    )
+    return saved

@@ -1,0 +1,68 @@
+"""Where a run stands, how far its budget reaches, and what is due: pure functions of the recipe and the progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rvc_dist.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. All of it is in the checkpoint, none of it in a file name."""
+
+    step: int = 0
+    """Steps done, those without an update included."""
+    epoch: int = 0
+    """Epochs completed."""
+    seen: tuple[tuple[int, int], ...] = ()
+    """Of the current epoch: (clips of a global batch, steps of that size), one entry a change of size."""
+    best_metric: float | None = None
+    best_step: int = 0
+    best_epoch: int = 0
+    bad_streak: int = 0
+    """Last steps in a row whose gradients were not finite."""
+    rolled_back_at: int | None = None
+    """The step at which such a row last made the run go back to a checkpoint."""
+
+    def advanced(self, global_batch_size: int, epoch_ends: bool) -> Progress:
+        """One step later."""
+        if epoch_ends:
+            return replace(self, step=self.step + 1, epoch=self.epoch + 1, seen=())
+        *before, (size, num_steps) = self.seen or ((global_batch_size, 0),)
+        last = [(size, num_steps + 1)] if size == global_batch_size else [(size, num_steps), (global_batch_size, 1)]
+        return replace(self, step=self.step + 1, seen=(*before, *last))
+
+    def epochs_done(self, num_clips: int) -> float:
+        return self.epoch + sum(size * num_steps for size, num_steps in self.seen) / num_clips
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int, left_in_epoch: int, progress: Progress) -> int:
+    """Steps of the whole run: to max_epochs or max_steps, whichever comes first."""
+    epochs_after = config.max_epochs - progress.epoch - 1
+    by_epochs = progress.step + (left_in_epoch + epochs_after * steps_per_epoch)
+    return by_epochs if config.max_steps is None else min(by_epochs, config.max_steps)
+
+
+def is_due(every_steps: int, step: int, total: int) -> bool:
+    """After `step`: what is done every so many steps and at the end of the run."""
+    return step % every_steps == 0 or step == total
+
+
+def save_is_due(config: TrainConfig, progress: Progress, total: int) -> bool:
+    """Whether the recipe wants a checkpoint now."""
+    if config.save_every_epochs is None:
+        return is_due(config.save_every_steps, progress.step, total)
+    at_epoch_end = not progress.seen and progress.epoch % config.save_every_epochs == 0
+    return at_epoch_end or progress.step == total
+
+
+def is_overtrained(config: TrainConfig, progress: Progress) -> bool:
+    """Validation has not improved for as many epochs as the recipe allows."""
+    waited = progress.epoch - progress.best_epoch
+    return config.overtrain_detect and progress.best_metric is not None and waited >= config.overtrain_threshold
+
+
+def kl_warmup(config: TrainConfig, progress: Progress) -> float:
+    """The share of the KL term's weight in the next step."""
+    return min(1.0, (progress.step + 1) / max(1, config.kl_warmup_steps))

@@ -1,0 +1,163 @@
+"""The GAN step: one update of the discriminator D, then one of the generator G.
+
+It knows networks, batches and losses; ranks, checkpoints and the run folder are the trainer's. Any tool can build one
+over networks of its own.
+
+Shapes: B clips, T spectrogram frames, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rvc_dist.config import Recipe
+from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
+from rvc_dist.models.modules import slice_samples
+from rvc_dist.models.pitch import coarse_pitch
+from rvc_dist.models.spectral import spectrogram_with_reach
+from rvc_dist.train import compilation, losses
+from rvc_dist.train.dataset import Batch
+from rvc_dist.train.ddp import TrainedModule, frozen
+from rvc_dist.train.metrics import PhaseTimer
+
+
+class StepResult(NamedTuple):
+    """What came of a step; all of it stays on the device."""
+
+    values: dict[str, Tensor]
+    """Losses and gradient norms [], by their names in the log."""
+    good: Tensor
+    """[] bool: both networks were updated; the same on all ranks."""
+    finite: Tensor
+    """[micro-batches] bool: the losses of this rank's micro-batch were finite."""
+
+
+class GanStep:
+    def __init__(self, recipe: Recipe, networks: Mapping[str, TrainedModule], timer: PhaseTimer | None = None) -> None:
+        """`networks` are a generator and a discriminator, by checkpoint.MODELS."""
+        self.recipe, self.config, self.spec = recipe, recipe.train, recipe.rate_spec
+        self.networks = dict(networks)
+        self.g, self.d = self.networks["generator"], self.networks["discriminator"]
+        assert isinstance(self.g.module, Generator)
+        self.shape = self.g.module.shape
+        self.device = next(self.g.module.parameters()).device
+        self.timer = timer or PhaseTimer(self.device)
+
+    def __call__(self, batches: Sequence[Batch], kl_warmup: float = 1.0) -> StepResult:
+        """One update of D, then one of G, from all micro-batches: what one batch as large as all of them would do.
+
+        `kl_warmup` in 0..1 scales the weight of the KL term.
+        """
+        self.timer.num_steps += 1
+        last = len(batches) - 1
+        values: dict[str, Tensor] = {}
+        finite = torch.ones(len(batches), dtype=torch.bool, device=self.device)
+
+        self.d.optimizer.zero_grad(set_to_none=True)
+        for i, batch in enumerate(batches):
+            # G sees each micro-batch again after D's update; only the last pass of this loop is kept for that.
+            with self.timer.phase("g_forward"), torch.set_grad_enabled(i == last):
+                out, real = self.generate(batch, no_sync=last > 0)
+            with self.timer.phase("d_step"), self.d.no_sync(i < last):
+                loss_d = self.discriminator_backward(real, out.wave.detach(), batch)
+            add_to(values, {"loss/d": loss_d})
+            finite[i] &= loss_d.isfinite()
+        with self.timer.phase("d_step"):
+            norm_d, good_d = self.d.update(self.config.max_grad_norm)
+            add_to(values, {"grad/norm_d": norm_d})
+
+        self.g.optimizer.zero_grad(set_to_none=True)
+        # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
+        with frozen(self.d.module):
+            for i, batch in reversed(list(enumerate(batches))):
+                if i < last:
+                    with self.timer.phase("g_forward"):
+                        out, real = self.generate(batch, no_sync=i > 0)
+                with self.timer.phase("g_step"), self.g.no_sync(i > 0):
+                    terms = self.generator_backward(out, real, batch, kl_warmup)
+                add_to(values, terms)
+                finite[i] &= terms["loss/g_total"].isfinite()
+        with self.timer.phase("g_step"):
+            norm_g, good_g = self.g.update(self.config.max_grad_norm)
+            good = good_d & good_g
+            add_to(values, {"grad/norm_g": norm_g})
+        return StepResult(values, good, finite)
+
+    def generate(self, batch: Batch, no_sync: bool = False) -> tuple[GeneratorOutput, Tensor]:
+        """G's output for a batch, and the real slice [B, 1, segment] that it imitates."""
+        spec = spectrogram_with_reach(batch.wave_with_reach.squeeze(1), self.spec.n_fft, self.spec.hop)
+        pitch = (coarse_pitch(batch.f0), batch.f0) if self.recipe.model.pitch_guidance else (None, None)
+        compilation.begin_pass()
+        noise = Noise.draw(self.shape, batch.seeds, batch.content.shape[1], self.device)
+        network = self.g.wrapped if torch.is_grad_enabled() else self.g.compiled
+        with self.g.no_sync(no_sync), self._autocast():
+            out: GeneratorOutput = network(batch.content, batch.lengths, *pitch, spec, batch.speaker, noise)
+        return out, slice_samples(batch.wave, out.start, self.shape.segment_frames, self.spec.hop)
+
+    def discriminator_backward(self, real: Tensor, fake: Tensor, batch: Batch) -> Tensor:
+        """Add D's gradients of one micro-batch; its loss."""
+        with self._autocast():
+            scores = self.d.wrapped(torch.cat([real, fake])).scores
+        real_scores, fake_scores = zip(*(s.chunk(2) for s in scores), strict=True)
+        loss = losses.discriminator_loss(real_scores, fake_scores) * batch.loss_scale
+        self.d.backward(loss)
+        return loss
+
+    def generator_backward(
+        self, out: GeneratorOutput, real: Tensor, batch: Batch, kl_warmup: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Add G's gradients of one micro-batch; its losses."""
+        terms = self.generator_terms(out, real, batch)
+        loss = losses.weighted_sum(terms, self.config.loss, kl_warmup)
+        self.g.backward(loss)
+        return {f"loss/g_{k}": v for k, v in terms.items()} | {"loss/g_total": loss}
+
+    def generator_terms(self, out: GeneratorOutput, real: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The generator's losses, unweighted, each scaled so that its mean over ranks is the global batch's."""
+        with self._autocast():
+            with torch.no_grad():
+                real_features = self.d.compiled(real).features
+            fake = self.d.compiled(out.wave)
+        seen = losses.LossInputs(self.recipe, batch, out, real, real_features, fake.features, fake.scores)
+        return {name: loss(seen) for name, loss in losses.GENERATOR_LOSSES.items()}
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.device, self.config.use_bf16)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for network in self.networks.values():
+            for group in network.optimizer.param_groups:
+                group["lr"] = rate
+
+    def unwrapped(self, timer: PhaseTimer | None = None) -> GanStep:
+        """The same networks and optimizers on this rank alone and eagerly: nothing is sent, nothing compiled."""
+        networks = {
+            name: TrainedModule.alone(network.module, network.optimizer) for name, network in self.networks.items()
+        }
+        return GanStep(self.recipe, networks, timer)
+
+    def local_dry_run(self, batch: Batch) -> None:
+        """What a step computes, but for updates; with unwrapped networks on this rank alone."""
+        try:
+            out, real = self.generate(batch)
+            self.discriminator_backward(real, out.wave.detach(), batch)
+            with frozen(self.d.module):
+                self.generator_backward(out, real, batch)
+        finally:
+            for network in self.networks.values():
+                network.module.zero_grad(set_to_none=True)
+
+
+def autocast(device: torch.device, use_bf16: bool) -> torch.autocast:
+    """Parameters, losses and spectrograms stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+
+
+def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Sum scalars by name, on the device."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value.detach() if name in sums else value.detach()
