@@ -305,7 +305,7 @@ def test_the_plain_step_computes_the_same_losses_and_gradients(tmp_path):
     for name, (ours, theirs) in losses.items():
         assert theirs == pytest.approx(ours, rel=1e-5), name
     assert len(pairs) == 1
-    mine, its = (dict(m.named_parameters()) for m in (run.step.g.raw, plain.generator))
+    mine, its = (dict(m.named_parameters()) for m in (run.step.g.module, plain.generator))
     for name, parameter in mine.items():
         if parameter.grad is not None:
             difference = (its[name].grad - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-8)

@@ -1,5 +1,6 @@
 """The contracts of the tables: an entry made outside is all it takes to train, export and extract with it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,17 @@ import soundfile
 import torch
 from accelerate.state import AcceleratorState
 from helpers import RATE, changed, make_features, narrow_recipe, tiny_recipe, tone, with_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rvc_dist import schema
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS, F0Spec, OptimizerSpec, Package, VocoderSpec
 from rvc_dist.command_line import parse_recipe
-from rvc_dist.config import ConfigError
+from rvc_dist.config import ConfigError, LossConfig
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract
 from rvc_dist.features.f0 import F0Method, load_f0
 from rvc_dist.models.vocoders import Vocoder
-from rvc_dist.train import checkpoint, trainer
+from rvc_dist.train import checkpoint, losses, trainer
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Voice
 from rvc_dist.workspace import Share, Workspace
@@ -60,6 +63,30 @@ def test_an_optimizer_from_outside_trains_and_goes_on(tmp_path, monkeypatch):
         counts = [value for key, value in state.tensors.items() if key.endswith("/count")]
         assert counts
         assert all(count == 3 for count in counts)
+
+
+def test_a_loss_from_outside_is_trained_and_logged(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class WithLoudness(LossConfig):
+        loudness: float = 2.0
+
+    def loudness(x):
+        return (x.real.abs().mean() - x.out.wave.abs().mean()).abs() * x.batch.loss_scale
+
+    monkeypatch.setitem(losses.GENERATOR_LOSSES, "loudness", loudness)
+    monkeypatch.setattr("rvc_dist.config.LossConfig", WithLoudness)  # as if the field stood there
+    monkeypatch.setattr("rvc_dist.schema._keys", schema._keys.__wrapped__)  # which remembers the other
+    recipe = tiny_recipe(tmp_path, loss=WithLoudness(), max_steps=2, log_every_steps=1)
+    make_features(recipe)
+    trainer.run(recipe, Share())
+    events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).tensorboard_dir), {"scalars": 0})
+    events.Reload()
+    curve = {name: [e.value for e in events.Scalars(f"loss/g_{name}")] for name in (*losses.GENERATOR_LOSSES, "total")}
+    assert len(curve["loudness"]) == 2
+    assert all(value > 0 for value in curve["loudness"])
+    weights = {"mel": 45.0, "kl": 1.0, "fm": 1.0, "adv": 1.0, "loudness": 2.0}
+    totals = [sum(weights[name] * curve[name][i] for name in weights) for i in range(2)]
+    assert curve["total"] == pytest.approx(totals, rel=1e-5)
 
 
 class Bright(Vocoder):
