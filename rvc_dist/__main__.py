@@ -22,7 +22,7 @@ from rvc_dist.runtime.run_lock import may_be_held
 from rvc_dist.schema import nearest
 from rvc_dist.workspace import (
     NO_SPACE,
-    Share,
+    Shard,
     StageError,
     Stopped,
     Workspace,
@@ -41,7 +41,7 @@ OF_THE_DISK = NO_SPACE | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
 
 class Stage(NamedTuple):
     module: str
-    """Module with `run(recipe, share)`, which may return an exit code; imported only when the stage runs."""
+    """Module with `run(recipe, shard)`, which may return an exit code; imported only when the stage runs."""
     about: str
     takes_shard: bool = False
     folders: str = ""
@@ -101,33 +101,33 @@ class StderrHandler(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def set_up_logging(share: Share) -> None:
+def set_up_logging(shard: Shard) -> None:
     """On the screen INFO of the first rank, warnings of the others, each line with its rank when there are several."""
-    rank = f"[rank {share.index}] " if share.count > 1 else ""
-    screen = StderrHandler(logging.INFO if share.is_first or share.array else logging.WARNING)
+    rank = f"[rank {shard.index}] " if shard.count > 1 else ""
+    screen = StderrHandler(logging.INFO if shard.is_first or shard.array else logging.WARNING)
     logging.basicConfig(
         level=logging.WARNING, format=f"%(asctime)s {rank}%(message)s", datefmt="%H:%M:%S", handlers=[screen]
     )
     logging.getLogger("rvc_dist").setLevel(logging.INFO)
 
 
-def share_of(name: str, shards: list[str]) -> Share:
+def shard_of(name: str, shards: list[str]) -> Shard:
     """Which part of a stage's work this process does, given the values of --shard."""
     if not shards:  # tasks of srun that were given theirs are not ranks
         adopt_slurm_ranks(os.environ)
-    share = Share.from_environment()
+    shard = Shard.from_environment()
     if shards and not STAGES[name].takes_shard:
         takers = ", ".join(n for n, s in STAGES.items() if s.takes_shard)
         raise ValueError(f"--shard: {name} is not a stage that can be split so, only {takers}")
     if len(shards) > 1:
         raise ValueError(f"--shard: got {', '.join(shards)}, expected one")
-    for part in map(Share.parse, shards):
+    for part in map(Shard.parse, shards):
         # Under a launcher too, each rank takes its part of the shard.
-        share = Share(part.index * share.count + share.index, part.count * share.count, array=True)
-    return share
+        shard = Shard(part.index * shard.count + shard.index, part.count * shard.count, array=True)
+    return shard
 
 
-def parse(name: str, words: list[str]) -> tuple[Recipe, Share, dict[str, Any]]:
+def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
     """The recipe, which part of the work this process does, and what the stage's `run` is given besides."""
     stage = STAGES[name]
     about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
@@ -142,7 +142,7 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Share, dict[str, Any]]:
     found, others = parser.parse_known_args(words)
     folders = [word for word in others if stage.folders and not word.startswith("-")]
     check_words(name, words, [word for word in others if word not in folders])
-    share, given, more = share_of(name, found.shard), found.given, {}
+    shard, given, more = shard_of(name, found.shard), found.given, {}
     if name == "demo":
         from rvc_dist.demo import demo_options
 
@@ -160,7 +160,7 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Share, dict[str, Any]]:
     if found.print_config:
         print(recipe.to_yaml(), end="")
         raise SystemExit(0)
-    return recipe, share, more
+    return recipe, shard, more
 
 
 def stopped_code() -> int:
@@ -188,19 +188,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rvc-dist: unknown stage {name!r}; {hint}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        recipe, share, options = parse(name, arguments[1:])
+        recipe, shard, options = parse(name, arguments[1:])
     except (argparse.ArgumentError, ValueError, OSError) as error:
         print(f"rvc-dist {name}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    set_up_logging(share)
+    set_up_logging(shard)
     if not STAGES[name].keeps_log:
-        return run_stage(name, recipe, share, options)
+        return run_stage(name, recipe, shard, options)
     work = Workspace(recipe.run_dir, recipe.name)
     # What is refused because another job trains in the folder leaves nothing there.
     is_waiting = name in TRAINING and may_be_held(work.train_lock_file)
-    with rank_log(work, share, arguments, is_waiting) as log:
+    with rank_log(work, shard, arguments, is_waiting) as log:
         try:
-            return run_stage(name, recipe, share, options, log)
+            return run_stage(name, recipe, shard, options, log)
         except Exception as error:
             log.failed(error)
             log.write_stacks()
@@ -219,13 +219,13 @@ def disk_sentence(error: OSError, recipe: Recipe) -> str | None:
     return f"{where}: {error.strerror}; this path must exist or be free to make, on a disk that works and lets you in"
 
 
-def run_stage(name: str, recipe: Recipe, share: Share, options: dict[str, Any], log: RankLog | None = None) -> int:
+def run_stage(name: str, recipe: Recipe, shard: Shard, options: dict[str, Any], log: RankLog | None = None) -> int:
     """Run a stage, tell the user's mistakes and the disk's in a sentence; its exit code."""
     try:
-        if log is not None and share.is_first:
+        if log is not None and shard.is_first:
             remove_half_written(log.work.root, ".*.tmp", "*/.*.tmp")
         with log.first_cause() if log is not None else nullcontext():
-            code: int | None = importlib.import_module(STAGES[name].module).run(recipe, share, **options)
+            code: int | None = importlib.import_module(STAGES[name].module).run(recipe, shard, **options)
     except Stopped as stopped:
         logging.getLogger("rvc_dist").warning("%s", stopped)
         return stopped_code()

@@ -11,7 +11,7 @@ from pathlib import Path
 from rvc_dist import pipeline
 from rvc_dist.command_line import load_recipe
 from rvc_dist.config import Recipe
-from rvc_dist.workspace import DEMO_VOICE_DIR, Share, Workspace
+from rvc_dist.workspace import DEMO_VOICE_DIR, Shard, Workspace
 
 COMPARED_STEPS = 20
 MEL_LOSS = "loss/g_mel"
@@ -29,7 +29,7 @@ def demo_options() -> list[tuple[str, str]]:
     return [("config", str(recipe_file())), ("data.audio_dir", str(audio_dir)), ("infer.input", str(source))]
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Every stage, then a conversion; the first rank prints where things are.
 
     Raises:
@@ -37,9 +37,9 @@ def run(recipe: Recipe, share: Share) -> None:
     """
     began_at = time.monotonic()
     recipe = with_output_in_run_dir(recipe)
-    pipeline.run(recipe, share)
-    importlib.import_module("rvc_dist.voice.infer").run(recipe, share)
-    if share.is_first:
+    pipeline.run(recipe, shard)
+    importlib.import_module("rvc_dist.voice.infer").run(recipe, shard)
+    if shard.is_first:
         report(recipe, time.monotonic() - began_at)
 
 

@@ -7,23 +7,23 @@ import os
 from functools import partial
 
 from rvc_dist.config import Recipe
-from rvc_dist.workspace import Share, wait_for
+from rvc_dist.workspace import Shard, wait_for
 
 DATA_STAGES = ("data.preprocess", "features.extract", "features.index")
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """preprocess, extract, index, train, export.
 
     Raises:
         StageError: something that a stage needs is missing, before the first of them; and as the stages do.
         Stopped: as training does.
     """
-    if share.is_first or os.environ.get("LOCAL_RANK") == "0":  # the others begin: those that wait for it end with it
-        importlib.import_module("rvc_dist.tools.doctor").look_ahead(recipe, share.is_first)
+    if shard.is_first or os.environ.get("LOCAL_RANK") == "0":  # the others begin: those that wait for it end with it
+        importlib.import_module("rvc_dist.tools.doctor").look_ahead(recipe, shard.is_first)
     for name in DATA_STAGES:
         stage = importlib.import_module(f"rvc_dist.{name}")
-        stage.run(recipe, share)
+        stage.run(recipe, shard)
         wait_for(f"the {name} stage of the other ranks", partial(stage.complete, recipe))
     for name in ("train.trainer", "voice.export"):
-        importlib.import_module(f"rvc_dist.{name}").run(recipe, share)
+        importlib.import_module(f"rvc_dist.{name}").run(recipe, shard)

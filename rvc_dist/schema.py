@@ -203,14 +203,19 @@ def _parts(kind: Any) -> tuple[object, tuple[Any, ...], tuple[Rule, ...]]:
     return alike.get(origin, origin), arguments, (_PLAIN[kind],) if kind in _PLAIN else ()
 
 
+def _key(field: dataclasses.Field[Any]) -> str:
+    """The field's name in a file, where the class has another: `field(metadata={"key": ...})`."""
+    return str(field.metadata.get("key", field.name))
+
+
 @cache
 def _keys(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
     """Of a record: the type of every key, and those that may lack."""
     hints = get_type_hints(kind, include_extras=True)
     if not dataclasses.is_dataclass(kind):
         return hints, kind.__optional_keys__
-    optional = [f.name for f in dataclasses.fields(kind) if not f.default is f.default_factory is dataclasses.MISSING]
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}, frozenset(optional)
+    optional = [_key(f) for f in dataclasses.fields(kind) if not f.default is f.default_factory is dataclasses.MISSING]
+    return {_key(f): hints[f.name] for f in dataclasses.fields(kind)}, frozenset(optional)
 
 
 def expected(kind: Any, value: object = None) -> str:

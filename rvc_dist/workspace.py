@@ -1,8 +1,9 @@
-"""Every path of a run folder, the work units, their stamps, and the one way to write a file.
+"""Every path of a run folder, the work units, their fingerprints, and the one way to write a file.
 
 A work unit is a fixed slice of the input, chosen by the work list alone. A unit is done when its file exists and
-carries the stamp of the settings and sources that it should have been made from. Files are written under another name
-and renamed, so any rank, any array task and any later run can do any unit, in any order, and be killed at any moment.
+carries the fingerprint of the settings and sources that it should have been made from. Files are written under another
+name and renamed, so any rank, any array task and any later run can do any unit, in any order, and be killed at any
+moment.
 This module imports no torch: the preprocess stage needs none.
 """
 
@@ -46,7 +47,7 @@ from rvc_dist.schema import (
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
-"""Part of every stamp: raise it when a stage's output changes for the same settings."""
+"""Part of every fingerprint: raise it when a stage's output changes for the same settings."""
 DEMO_VOICE_DIR = Path(__file__).parent / "demo_voice"
 HEADER_KEY = "rvc_dist"
 """All metadata of a safetensors file is one JSON text: the format keeps several keys in no fixed order."""
@@ -341,8 +342,8 @@ class Unit:
     def duration_s(self) -> float:
         return sum(f.duration_s for f in self.files)
 
-    def stamp(self, settings: Mapping[str, Any]) -> str:
-        return stamp(settings, [f.identity for f in self.files])
+    def fingerprint(self, settings: Mapping[str, Any]) -> str:
+        return fingerprint(settings, [f.identity for f in self.files])
 
 
 class WorkListFile(TypedDict):
@@ -374,7 +375,7 @@ class WorkList:
 
     def undone(self, work: Workspace) -> list[Unit]:
         """The units whose clips are still to be made."""
-        return [u for u in self.units if not is_done(work.clips_file(u.id), u.stamp(self.settings))]
+        return [u for u in self.units if not is_done(work.clips_file(u.id), u.fingerprint(self.settings))]
 
     def dumps(self) -> str:
         data = {
@@ -446,7 +447,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Which part of a list of units this process does: part `index` of `count`."""
 
     index: int = 0
@@ -455,12 +456,12 @@ class Share:
     """True for `--shard`: the other parts may run at any time, or never, so nobody is waited for."""
 
     @classmethod
-    def from_environment(cls) -> Share:
+    def from_environment(cls) -> Shard:
         """The rank that the launcher gave this process; no process group is needed for it."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
     @classmethod
-    def parse(cls, text: str) -> Share:
+    def parse(cls, text: str) -> Shard:
         """`I/N`, with 0 <= I < N, as `--shard` takes it."""
         left, _, right = text.partition("/")
         if not (text.isascii() and left.isdecimal() and right.isdecimal() and int(left) < int(right)):
@@ -482,8 +483,8 @@ class Share:
         return ordered[self.index :: self.count]
 
 
-def stamp(*parts: Any) -> str:
-    """A short hash of plain data and FORMAT_VERSION; equal data gives equal stamps on every machine."""
+def fingerprint(*parts: Any) -> str:
+    """A short hash of plain data and FORMAT_VERSION; equal data gives the same on every machine."""
     text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -646,7 +647,7 @@ def unit_header(path: Path, kind: type[T], stage: str) -> T:
 
 
 def is_done(path: Path, *wanted: str) -> bool:
-    """Whether the file has one of the stamps that are `wanted`."""
+    """Whether the file has one of the fingerprints that are `wanted`."""
     header = read_header(path)
     return header is not None and header.get("stamp") in wanted
 

@@ -12,13 +12,13 @@ from helpers import thin_networks
 
 from rvc_dist.command_line import load_recipe
 from rvc_dist.train import trainer
-from rvc_dist.workspace import Share
+from rvc_dist.workspace import Shard
 
 
 def train_all(folder: Path) -> None:
     for file in sorted(folder.glob("*.yaml")):
         AcceleratorState._reset_state()
-        trainer.run(load_recipe(file), Share())
+        trainer.run(load_recipe(file), Shard())
 
 
 if __name__ == "__main__":

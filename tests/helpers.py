@@ -25,7 +25,7 @@ from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.voice import export
-from rvc_dist.workspace import Unit, WorkList, Workspace, save_arrays, stamp, write_json
+from rvc_dist.workspace import Unit, WorkList, Workspace, fingerprint, save_arrays, write_json
 
 RATE = 24000
 NARROW = ModelConfig(
@@ -111,7 +111,7 @@ def write_features(recipe: Recipe, units: Sequence[Sequence[npt.NDArray[np.float
             clips.append({"source": f"{number}_{i}.wav", "speaker": 0, "start_s": 0.0} | sizes)
         width = contents[0].shape[1] if contents else EMBEDDER["width"]
         header = {
-            "stamp": stamp(number),
+            "stamp": fingerprint(number),
             "sample_rate": recipe.data.sample_rate,
             "embedder": EMBEDDER | {"width": width},
             "clips": clips,
@@ -119,8 +119,8 @@ def write_features(recipe: Recipe, units: Sequence[Sequence[npt.NDArray[np.float
         save_arrays(work.features_file(number), arrays, header)
     frames = sum(len(c) for contents in units for c in contents)
     total = sum(float(c.sum()) for contents in units for c in contents)
-    write_json(work.features_report_file, {"settings": {}, "clips": stamp(total), "content_frames": frames})
-    work_list = WorkList(stamp("listing"), {}, tuple(Unit(i, ()) for i in range(len(units))), ())
+    write_json(work.features_report_file, {"settings": {}, "clips": fingerprint(total), "content_frames": frames})
+    work_list = WorkList(fingerprint("listing"), {}, tuple(Unit(i, ()) for i in range(len(units))), ())
     work.clips_dir.mkdir(parents=True, exist_ok=True)
     work.work_list_file.write_text(work_list.dumps(), encoding="utf-8")
     write_json(work.clips_report_file, {"total_dataset_duration": f"00:00:{round(seconds):02d}"})

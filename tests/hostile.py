@@ -70,7 +70,7 @@ from rvc_dist.tools import bench, bench_report, dataset_stats, measuring, plan
 from rvc_dist.tools.tracing import TracedStep
 from rvc_dist.train import checkpoint, networks, setup
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import Share, StageError
+from rvc_dist.workspace import Shard, StageError
 
 MOST_S = 20
 """Seconds after which an input is taken for one that never ends."""
@@ -103,8 +103,8 @@ def one_of(things: Sequence[T], rng: Random) -> T:
 
 def stage(name: str, recipe: Recipe) -> int:
     """`rvc-dist NAME` without the reading of its arguments, which takes longer than most inputs."""
-    set_up_logging(Share())
-    return run_stage(name, recipe, Share(), {})
+    set_up_logging(Shard())
+    return run_stage(name, recipe, Shard(), {})
 
 
 def told(stage: str, function: Callable[[], object]) -> int:
@@ -647,13 +647,13 @@ def read_run(folder: Path) -> int:
     if name == "compile.json":
         return told("train", lambda: workspace.read_json(work.compile_file, setup.Compiled))
     if name.startswith("logs"):
-        return told("train", lambda: sys.stderr.write(f"rvc-dist: {RankLog(work, Share()).first_failure(0)}\n"))
+        return told("train", lambda: sys.stderr.write(f"rvc-dist: {RankLog(work, Shard()).first_failure(0)}\n"))
     code = told("export", lambda: (work.index_file(), work.kept_recipe()))
     for each in RUN_FILES[name]:
         if each == "plan":
             code = max(code, told("plan", lambda: plan.training_clips(recipe)))
         elif each == "dataset":
-            code = max(code, told("dataset", lambda: dataset_stats.run(recipe, Share(), [work.root], True)))
+            code = max(code, told("dataset", lambda: dataset_stats.run(recipe, Shard(), [work.root], True)))
         elif each == "infer":
             code = max(code, told("infer", lambda: work.index_file()))
         else:
@@ -803,7 +803,7 @@ def make_lock(folder: Path, rng: Random) -> None:
 
 def read_lock(folder: Path) -> int:
     def train() -> None:
-        set_up_logging(Share())
+        set_up_logging(Shard())
         mine = run_lock.RunLock(folder / "train.lock")
         run_lock.may_be_held(mine.path)
         if not any(mine.try_acquire() for _ in range(3)):

@@ -29,12 +29,12 @@ from rvc_dist.config import DataConfig, ExtractConfig, Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import Share, SourceFile, WorkList, cut_units, save_arrays, stamp, write_json
+from rvc_dist.workspace import Shard, SourceFile, WorkList, cut_units, fingerprint, save_arrays, write_json
 
 WIDTH, NUM_CONTENT, FILES_A_SPEAKER = 32, 20, 1000
 NUM_SAMPLES = NUM_CONTENT * RATE // 50
 EMBEDDER_USED = EMBEDDER | {"width": WIDTH}
-ALONE = Share(0, 1)
+ALONE = Shard(0, 1)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -56,10 +56,10 @@ def make_units(recipe: Recipe, count: int) -> None:
     """Clips and features of `count` recordings of 3 s, with the work list and the reports of both stages."""
     work = workspace_of(recipe)
     sources = [SourceFile(f"{i:06d}.wav", 0, 1000, 1, 3.0) for i in range(count)]
-    work_list = WorkList(stamp("listing"), preprocess.clip_settings(recipe), cut_units(sources), ())
+    work_list = WorkList(fingerprint("listing"), preprocess.clip_settings(recipe), cut_units(sources), ())
     settings = extract.feature_settings(recipe) | {"embedder": EMBEDDER_USED}
     rng = np.random.default_rng(0)
-    stamps = []
+    fingerprints = []
     for unit in work_list.units:
         waves, features, clips, sized = {}, {}, [], []
         for i, source in enumerate(unit.files):
@@ -69,15 +69,17 @@ def make_units(recipe: Recipe, count: int) -> None:
             clips.append({"speaker": 0, "source": source.path, "start_s": 0.0})
             sizes = {"num_samples": NUM_SAMPLES, "num_content": NUM_CONTENT, "num_f0": 2 * NUM_CONTENT}
             sized.append(clips[-1] | sizes)
-        stamps.append(unit.stamp(work_list.settings))
-        header = {"stamp": stamps[-1], "sample_rate": RATE, "clips": clips, "files": []}
+        fingerprints.append(unit.fingerprint(work_list.settings))
+        header = {"stamp": fingerprints[-1], "sample_rate": RATE, "clips": clips, "files": []}
         save_arrays(work.clips_file(unit.id), waves, header)
-        header = {"stamp": extract.feature_stamp(settings, stamps[-1]), "sample_rate": RATE, "clips": sized}
+        header = {"stamp": extract.feature_fingerprint(settings, fingerprints[-1]), "sample_rate": RATE, "clips": sized}
         save_arrays(work.features_file(unit.id), features, header | {"embedder": EMBEDDER_USED})
     work.work_list_file.write_text(work_list.dumps(), encoding="utf-8")
     write_json(work.clips_report_file, {})
     frames = count * NUM_CONTENT
-    write_json(work.features_report_file, {"settings": settings, "clips": stamp(stamps), "content_frames": frames})
+    write_json(
+        work.features_report_file, {"settings": settings, "clips": fingerprint(fingerprints), "content_frames": frames}
+    )
 
 
 def memory_mb() -> float:

@@ -29,7 +29,7 @@ def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> No
         size, batches = run.sampler.global_batch_size, run.sampler.global_batches(0)
         position = next(i for i, clips in enumerate(batches) if len(clips) < size)
         if position:
-            run.progress = replace(run.progress, seen=((size, position),))
+            run.progress = replace(run.progress, batches_done=((size, position),))
         run.left_in_epoch -= position
     tensors = {}
     steps = run._steps()

@@ -11,7 +11,7 @@ from recordings import write_made
 from rvc_dist import workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
 from rvc_dist.data import preprocess
-from rvc_dist.workspace import Share, Workspace, read_json
+from rvc_dist.workspace import Shard, Workspace, read_json
 
 WITHIN_S = 0.002
 """A slice: rounding to samples of two rates, and of the account."""
@@ -58,7 +58,7 @@ def worst_deviation(folder: Path, seed: int) -> float:
     work = Workspace(recipe.run_dir, recipe.name)
     told = ""
     try:
-        preprocess.run(recipe, Share())
+        preprocess.run(recipe, Shard())
     except workspace.StageError as error:
         told = str(error)
     if told:  # all silent, short or damaged: each is named

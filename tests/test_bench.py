@@ -17,7 +17,7 @@ from rvc_dist import __main__ as cli
 from rvc_dist.config import BenchConfig, ConfigError, Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
 from rvc_dist.tools import bench, bench_report, measuring, parity
-from rvc_dist.workspace import Share, StageError
+from rvc_dist.workspace import Shard, StageError
 
 LOSSES = {"loss/d", "loss/g_mel", "loss/g_kl", "loss/g_fm", "loss/g_adv", "loss/g_total"}
 
@@ -42,13 +42,13 @@ def bench_recipe(folder, seconds=0.6, options=None, **train) -> Recipe:
 
 def trainer_of(recipe) -> measuring.MeasuredTrainer:
     AcceleratorState._reset_state(reset_partial_state=True)
-    stage = bench.Bench(recipe, Share())
+    stage = bench.Bench(recipe, Shard())
     stage.prepare()
     return measuring.MeasuredTrainer(stage.recipe())
 
 
 def results(recipe, name="results.json"):
-    return json.loads((bench.Bench(recipe, Share()).folder / name).read_text())["results"]
+    return json.loads((bench.Bench(recipe, Shard()).folder / name).read_text())["results"]
 
 
 def files(folder):
@@ -180,7 +180,7 @@ def test_a_run_is_measured_and_nothing_outside_its_bench_folder_is_touched(tmp_p
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("the run's own")
     before = files(tmp_path)
-    bench.run(recipe, Share())
+    bench.run(recipe, Shard())
     printed = capsys.readouterr().out
     inside = tmp_path / "bench"
     after = {p: v for p, v in files(tmp_path).items() if inside not in p.parents}
@@ -206,11 +206,11 @@ def test_a_run_is_measured_and_nothing_outside_its_bench_folder_is_touched(tmp_p
 
 def test_results_accumulate_and_the_same_one_is_replaced(tmp_path):
     recipe = bench_recipe(tmp_path)
-    bench.run(recipe, Share())
+    bench.run(recipe, Shard())
     (first,) = results(recipe)
-    bench.run(with_train(recipe, batch_size=1), Share())
+    bench.run(with_train(recipe, batch_size=1), Shard())
     assert [r["key"]["batch_size"] for r in results(recipe)] == [2, 1]
-    bench.run(recipe, Share())
+    bench.run(recipe, Shard())
     assert [r["key"]["batch_size"] for r in results(recipe)] == [1, 2]
     again = results(recipe)[1]
     assert again["key"] == first["key"]
@@ -236,7 +236,7 @@ def test_the_scaling_table_takes_results_that_differ_in_ranks_alone(capsys):
 
 def test_without_features_clips_of_the_demo_voice_are_measured(tmp_path, capsys):
     recipe = replace(tiny_recipe(tmp_path, batch_size=3), bench=BenchConfig(warmup_steps=1, steps=1))
-    bench.run(recipe, Share())
+    bench.run(recipe, Shard())
     printed = capsys.readouterr().out
     assert "clips of the demo voice with random content features" in printed
     assert [p.name for p in tmp_path.iterdir()] == ["bench"]
@@ -247,7 +247,7 @@ def test_without_features_clips_of_the_demo_voice_are_measured(tmp_path, capsys)
 
 def test_clips_of_the_demo_voice(tmp_path):
     recipe = tiny_recipe(tmp_path, batch_size=8)
-    stage = bench.Bench(recipe, Share())
+    stage = bench.Bench(recipe, Shard())
     stage.prepare()
     features = load_file(stage.work.features_file(0))
     waves = load_file(stage.work.clips_file(0))
@@ -266,7 +266,7 @@ def test_clips_of_the_demo_voice(tmp_path):
 
 
 def test_clips_of_the_demo_voice_follow_the_recipe_and_are_cut_once(tmp_path):
-    small, large = (bench.Bench(tiny_recipe(tmp_path, batch_size=b), Share()) for b in (2, 64))
+    small, large = (bench.Bench(tiny_recipe(tmp_path, batch_size=b), Shard()) for b in (2, 64))
     large.prepare()
     before = files(tmp_path)
     large.prepare()
@@ -274,7 +274,7 @@ def test_clips_of_the_demo_voice_follow_the_recipe_and_are_cut_once(tmp_path):
     small.prepare()
     assert len(list(small.work.features_dir.glob("0*"))) < len(before) / 2
     v1 = replace(tiny_recipe(tmp_path), model=replace(tiny_recipe(tmp_path).model, version="v1"))
-    other = bench.Bench(v1, Share())
+    other = bench.Bench(v1, Shard())
     assert not other._is_cut()
     other.prepare()
     assert load_file(other.work.features_file(0))["00000.content"].shape == (150, 256)
@@ -282,9 +282,9 @@ def test_clips_of_the_demo_voice_follow_the_recipe_and_are_cut_once(tmp_path):
 
 def test_a_moved_run_folder_keeps_its_links(tmp_path):
     recipe = bench_recipe(tmp_path / "old")
-    bench.Bench(recipe, Share()).prepare()
+    bench.Bench(recipe, Shard()).prepare()
     (tmp_path / "old").rename(tmp_path / "new")
-    moved = bench.Bench(replace(recipe, run_dir=str(tmp_path / "new")), Share())
+    moved = bench.Bench(replace(recipe, run_dir=str(tmp_path / "new")), Shard())
     moved.prepare()
     assert moved.work.features_file(0).is_file()
     assert moved.work.clips_dir.resolve() == (tmp_path / "new" / "clips").resolve()
@@ -344,7 +344,7 @@ def test_a_thin_image_gives_the_same_score_and_features():
 @pytest.mark.slow
 def test_the_ratio_to_the_plain_step_is_printed(tmp_path, capsys):
     recipe = bench_recipe(tmp_path, options={"plain": True, "plain_precision": "fp32"}, precision="bf16")
-    bench.run(recipe, Share())
+    bench.run(recipe, Shard())
     assert "Against a plain RVC step (fp32 precision)" in capsys.readouterr().out
     (result,) = results(recipe)
     plain = result["summary"]["plain"]
@@ -369,7 +369,7 @@ def flags():
 def test_fast_train_changes_nothing_on_a_cpu(tmp_path, capsys):
     recipe = bench_recipe(tmp_path, options={"parity": True}, fast_train=True)
     before = flags()
-    bench.run(recipe, Share())
+    bench.run(recipe, Shard())
     assert flags() == before
     (result,) = results(recipe, "parity.json")
     assert result["settings"] == ["fast_train true"]
@@ -386,7 +386,7 @@ def test_fast_train_changes_nothing_on_a_cpu(tmp_path, capsys):
 
 def test_bf16_adamw_changes_little_but_something(tmp_path):
     recipe = bench_recipe(tmp_path, options={"parity": True, "steps": 3}, bf16_adamw=True)
-    bench.run(recipe, Share())
+    bench.run(recipe, Shard())
     (result,) = results(recipe, "parity.json")
     curves = result["curves"]["loss/g_mel"]
     assert [len(curve) for curve in curves.values()] == [3, 3]
@@ -440,7 +440,7 @@ def test_parity_has_a_short_form():
 
 def failing(capsys, recipe, *arguments) -> str:
     """What the command line says of a recipe that it cannot measure."""
-    path = bench.Bench(recipe, Share()).run.root.parent / "recipe.yaml"
+    path = bench.Bench(recipe, Shard()).run.root.parent / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     assert cli.main(["bench", "--config", str(path), *arguments]) in (1, 2)
     text = capsys.readouterr().err
@@ -495,7 +495,7 @@ def test_ranks_send_each_gradient_once_and_half_of_it_compressed(tmp_path):
     recipe = bench_recipe(tmp_path)
     config = tmp_path / "recipe.yaml"
     config.write_text(recipe.to_yaml())
-    bench.run(recipe, Share())
+    bench.run(recipe, Shard())
     output = rvc_dist(2, "bench", "--config", config, "--bench.plain", "true")
     for text in ("2 ranks, batch 2", "communication", "slowest and fastest alone", "Against a plain RVC step"):
         assert text in output

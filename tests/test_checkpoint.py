@@ -34,7 +34,7 @@ def net_and_optimizer(kind=AnyPrecisionAdamW):
 
 def make(step: int, net, optimizer) -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint(
-        progress=Progress(step=step, epoch=2, seen=((8, 1), (4, 2)), best_metric=1.5, best_step=3),
+        progress=Progress(step=step, epoch=2, batches_done=((8, 1), (4, 2)), best_metric=1.5, best_step=3),
         identity=IDENTITY,
         models={"generator": net.state_dict(), "discriminator": {}},
         optimizers={"generator": optimizer_state(optimizer, net), "discriminator": OptimizerState({}, [])},
@@ -67,7 +67,7 @@ def test_what_is_saved_comes_back_and_continues_to_the_bit(tmp_path, kind):
 def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
     """The bytes on the disk are those of the moment of saving; the next one waits for the one before."""
     net, optimizer = net_and_optimizer()
-    writer, release, order = checkpoint.Writer(tmp_path, keep=9), threading.Event(), []
+    writer, release, order = checkpoint.AsyncCheckpointWriter(tmp_path, keep=9), threading.Event(), []
     save = checkpoint.save
 
     def slow(folder, saved):
@@ -82,13 +82,13 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(1.0)
-    assert not checkpoint.all_in(tmp_path), "still waiting"
+    assert not checkpoint.list_checkpoints(tmp_path), "still waiting"
     threading.Timer(0.2, release.set).start()
     writer.start(make(2, net, optimizer))
     writer.wait()
     assert order == ["begin 1", "end 1", "begin 2", "end 2"]
     assert writer.error is None
-    first, second = (checkpoint.load(path).models["generator"] for path in checkpoint.all_in(tmp_path))
+    first, second = (checkpoint.load(path).models["generator"] for path in checkpoint.list_checkpoints(tmp_path))
     assert all(torch.equal(first[k], v) for k, v in before.items())
     assert all(torch.equal(second[k], v + 1) for k, v in before.items())
 
@@ -210,9 +210,9 @@ def test_an_unfinished_write_is_no_checkpoint_and_a_failed_one_leaves_nothing(tm
         checkpoint.save(tmp_path, make(2, net, optimizer))
     (tmp_path / ".step_00000003.tmp").mkdir()
     assert checkpoint.latest(tmp_path) == first
-    assert not checkpoint.damage(first)
+    assert not checkpoint.find_corruption(first)
     assert not list(tmp_path.glob("*00000002*"))
-    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer = checkpoint.AsyncCheckpointWriter(tmp_path, keep=1)
     writer.start(make(2, net, optimizer))
     writer.wait()
     assert "No space left on device" in str(writer.error)
@@ -223,7 +223,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         checkpoint.save(tmp_path, make(step, net, optimizer))
     checkpoint.prune(tmp_path, keep=2, best_step=3)
-    assert [p.name[-1] for p in checkpoint.all_in(tmp_path)] == ["3", "5", "6"]
+    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["3", "5", "6"]
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -242,7 +242,7 @@ def test_a_kill_inside_a_removal_leaves_no_half_of_a_checkpoint(tmp_path, monkey
         checkpoint.save(tmp_path, again) if replaced else checkpoint.prune(tmp_path, keep=2, best_step=3)
     monkeypatch.undo()
     assert [p.name[-1] for p in checkpoint.whole_in(tmp_path)] == (["1", "2", "3"] if replaced else ["2", "3"])
-    assert len(checkpoint.all_in(tmp_path)) == len(checkpoint.whole_in(tmp_path))
+    assert len(checkpoint.list_checkpoints(tmp_path)) == len(checkpoint.whole_in(tmp_path))
     checkpoint.prepare_folder(tmp_path, 1)
     assert not list(tmp_path.glob(".*"))
 
@@ -263,7 +263,7 @@ def test_copies_links_and_halves_are_no_checkpoints_to_go_on_from(tmp_path, capl
     assert "step_00000009 is damaged and was passed over (manifest.json is missing); remove it" in caplog.text
     checkpoint.prune(folder, keep=1, best_step=4)
     assert [p.name[-1] for p in checkpoint.whole_in(folder)] == ["4", "8"]
-    assert not checkpoint.damage(elsewhere), "only the link is gone"
+    assert not checkpoint.find_corruption(elsewhere), "only the link is gone"
     (folder / "step_00000008").rename(tmp_path / "moved")
     (folder / "step_00000008").symlink_to(tmp_path / "gone")
     checkpoint.save(folder, make(8, net, optimizer))
@@ -285,7 +285,7 @@ def test_a_checkpoint_has_the_mode_that_the_umask_asks_for(tmp_path, umask):
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: File too large (os error 27)"), OSError(27, "x")])
 def test_what_safetensors_raises_is_an_error_of_the_disk(tmp_path, monkeypatch, error):
     monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(error))
-    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer = checkpoint.AsyncCheckpointWriter(tmp_path, keep=1)
     writer.start(make(2, *net_and_optimizer()))
     writer.wait()
     reason = r"step_00000002: cannot be written \(.*File too large.*\); 16\.\d+ MB needed, \d+ MB free; earlier .* Free"
@@ -295,8 +295,8 @@ def test_what_safetensors_raises_is_an_error_of_the_disk(tmp_path, monkeypatch, 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_ours_in_the_writer_ends_the_run_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "asdict", lambda _: object())  # no JSON
-    writer = checkpoint.Writer(tmp_path, keep=1)
+    monkeypatch.setattr(Progress, "to_file", lambda _: object())  # no JSON
+    writer = checkpoint.AsyncCheckpointWriter(tmp_path, keep=1)
     writer.start(make(2, *net_and_optimizer()))
     writer.wait()
     assert "checkpoint of step 2 cannot be written (TypeError" in str(writer.error)

@@ -23,7 +23,7 @@ from rvc_dist.models.vocoders import Vocoder
 from rvc_dist.train import checkpoint, losses, trainer
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Voice
-from rvc_dist.workspace import Share, Workspace
+from rvc_dist.workspace import Shard, Workspace
 
 CPU = torch.device("cpu")
 
@@ -55,9 +55,9 @@ def test_an_optimizer_from_outside_trains_and_goes_on(tmp_path, monkeypatch):
     assert parse_recipe("train", ["--train.optimizer", "sign"]).train.optimizer == "sign"
     recipe = tiny_recipe(tmp_path, optimizer="sign", max_steps=2)
     make_features(recipe)
-    trainer.run(recipe, Share())
+    trainer.run(recipe, Shard())
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer.run(with_train(recipe, max_steps=3), Share())
+    trainer.run(with_train(recipe, max_steps=3), Shard())
     saved = checkpoint.latest(Workspace(recipe.run_dir, recipe.name).checkpoints_dir)
     for state in checkpoint.load(saved).optimizers.values():
         counts = [value for key, value in state.tensors.items() if key.endswith("/count")]
@@ -78,7 +78,7 @@ def test_a_loss_from_outside_is_trained_and_logged(tmp_path, monkeypatch):
     monkeypatch.setattr("rvc_dist.schema._keys", schema._keys.__wrapped__)  # which remembers the other
     recipe = tiny_recipe(tmp_path, loss=WithLoudness(), max_steps=2, log_every_steps=1)
     make_features(recipe)
-    trainer.run(recipe, Share())
+    trainer.run(recipe, Shard())
     events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).tensorboard_dir), {"scalars": 0})
     events.Reload()
     curve = {name: [e.value for e in events.Scalars(f"loss/g_{name}")] for name in (*losses.GENERATOR_LOSSES, "total")}
@@ -107,8 +107,8 @@ def test_a_vocoder_from_outside_trains_and_is_exported_and_read(tmp_path, monkey
     monkeypatch.setitem(VOCODERS, "bright", VocoderSpec(Bright, None, "Bright-GAN", aliases=("BrightV1",)))
     recipe = changed(tiny_recipe(tmp_path, max_steps=1), "model", vocoder="bright")
     make_features(recipe)
-    trainer.run(recipe, Share())
-    export.run(recipe, Share())
+    trainer.run(recipe, Shard())
+    export.run(recipe, Shard())
     path = Workspace(recipe.run_dir, recipe.name).voice_dir / "tiny_last.pth"
     contents = torch.load(path, weights_only=True)
     assert contents["vocoder"] == "Bright-GAN"
@@ -138,8 +138,8 @@ def test_a_pitch_tracker_from_outside_extracts(tmp_path: Path, monkeypatch):
     (tmp_path / "audio").mkdir()
     soundfile.write(tmp_path / "audio" / "a.wav", tone(4.0), RATE)
     recipe = changed(narrow_recipe(tmp_path), "extract", f0_method="flat")
-    preprocess.run(recipe, Share())
-    extract.run(recipe, Share())
+    preprocess.run(recipe, Shard())
+    extract.run(recipe, Shard())
     features = safetensors.numpy.load_file(Workspace(recipe.run_dir, recipe.name).features_file(0))
     assert set(np.unique(features["00000.f0"])) <= {np.float32(0.0), np.float32(123.0)}
     assert features["00000.f0"].max() == 123.0

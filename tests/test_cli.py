@@ -18,7 +18,7 @@ from helpers import RATE, changed, tone
 from rvc_dist import __main__ as cli
 from rvc_dist import __version__, demo
 from rvc_dist.config import Recipe
-from rvc_dist.workspace import Share, StageError, Stopped
+from rvc_dist.workspace import Shard, StageError, Stopped
 
 SCRIPT = Path(sys.executable).with_name("rvc-dist")
 HEAVY = ("torch", "numpy", "librosa", "accelerate", "transformers", "faiss", "soundfile", "tensorboard")
@@ -156,13 +156,13 @@ def test_a_recipe_with_a_typo_is_told_at_once_with_all_its_mistakes(tmp_path: Pa
 # Running a stage
 
 
-def stage_that(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> list[tuple[Recipe, Share]]:
+def stage_that(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> list[tuple[Recipe, Shard]]:
     """Put a stage in the place of preprocess that raises `error`; returns what it was called with."""
     calls = []
     module = ModuleType("stand_in")
 
-    def run(recipe: Recipe, share: Share) -> None:
-        calls.append((recipe, share))
+    def run(recipe: Recipe, shard: Shard) -> None:
+        calls.append((recipe, shard))
         if error is not None:
             raise error
 
@@ -205,7 +205,7 @@ def test_the_exit_code_says_how_it_went(
 ) -> None:
     calls = stage_that(monkeypatch, error)
     assert cli.main(["preprocess", "--name", "x"]) == code
-    assert [(recipe.name, share) for recipe, share in calls] == [("x", Share(0, 1))]
+    assert [(recipe.name, share) for recipe, share in calls] == [("x", Shard(0, 1))]
     assert capsys.readouterr().err.endswith(message)
 
 
@@ -259,18 +259,18 @@ def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("arguments", "rank", "share"),
+    ("arguments", "rank", "shard"),
     [
-        ([], None, Share(0, 1)),
-        ([], (1, 4), Share(1, 4)),
-        (["--shard", "2/5"], None, Share(2, 5, array=True)),
-        (["--shard=2/5"], None, Share(2, 5, array=True)),
+        ([], None, Shard(0, 1)),
+        ([], (1, 4), Shard(1, 4)),
+        (["--shard", "2/5"], None, Shard(2, 5, array=True)),
+        (["--shard=2/5"], None, Shard(2, 5, array=True)),
         # Two ranks in each of five array tasks: ten parts.
-        (["--shard", "2/5"], (1, 2), Share(5, 10, array=True)),
+        (["--shard", "2/5"], (1, 2), Shard(5, 10, array=True)),
     ],
 )
-def test_the_share_of_the_work(
-    arguments: list[str], rank: tuple[int, int] | None, share: Share, monkeypatch: pytest.MonkeyPatch
+def test_the_shard_of_the_work(
+    arguments: list[str], rank: tuple[int, int] | None, shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if rank is not None:
         monkeypatch.setenv("RANK", str(rank[0]))
@@ -278,7 +278,7 @@ def test_the_share_of_the_work(
     calls = stage_that(monkeypatch, None)
     assert cli.main(["preprocess", "--name", "x", *arguments, "--run_dir", "y"]) == 0
     ((recipe, given),) = calls
-    assert given == share
+    assert given == shard
     assert (recipe.name, recipe.run_dir) == ("x", "y")
 
 

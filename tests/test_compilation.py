@@ -33,7 +33,7 @@ class FakeStep:
     def __call__(self, which):
         self.calls.append(tuple(name for name, compiled in which.items() if compiled))
         if which.get(self.fails):
-            raise RuntimeError("no C++ compiler found\nand a long story")
+            raise RuntimeError("backend raised:\nno compiler\n\nand a long story")
         time.sleep(0.01 if which["generator"] else 0.04 if which["discriminator"] else 0.02)
 
 
@@ -74,7 +74,7 @@ def test_a_compiler_that_fails_leaves_the_network_eager_with_the_reason(caplog):
     with caplog.at_level(logging.INFO):
         chosen = choose(FakeStep(fails="generator"), compile="always")
     assert chosen == {"generator": False, "discriminator": True}
-    assert "the generator stays eager, since compiling failed: RuntimeError: no C++ compiler found" in caplog.text
+    assert "the generator stays eager, since compiling failed: RuntimeError: backend raised: no compiler" in caplog.text
     assert "long story" not in caplog.text
 
 

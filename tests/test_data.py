@@ -71,13 +71,13 @@ def test_an_epoch_goes_on_with_the_clips_left_on_another_number_of_ranks():
     lengths = speech_lengths(252)
     before, after = (BucketBatchSampler(lengths, 4, ranks, 0, seed=7) for ranks in (2, 3))
     seen = [c for clips in before.global_batches(5)[:10] for c in clips.tolist()]
-    first = after.global_batches(5, seen=[(8, 10)])
+    first = after.global_batches(5, batches_done=[(8, 10)])
     assert sorted(seen + [c for clips in first for c in clips.tolist()]) == list(range(252))
     # It stops again after four steps of 12, and goes on as it would have, or on 2 ranks with what is left then.
-    rest = after.global_batches(5, seen=[(8, 10), (12, 4)])
+    rest = after.global_batches(5, batches_done=[(8, 10), (12, 4)])
     assert [c.tolist() for c in rest] == [c.tolist() for c in first[4:]]
     seen += [c for clips in first[:4] for c in clips.tolist()]
-    again = before.global_batches(5, seen=[(8, 10), (12, 4)])
+    again = before.global_batches(5, batches_done=[(8, 10), (12, 4)])
     assert sorted(seen + [c for clips in again for c in clips.tolist()]) == list(range(252))
     assert sum(len(c) != 8 for c in again) <= 1
 

@@ -18,7 +18,7 @@ from rvc_dist import __main__ as cli
 from rvc_dist.config import Recipe
 from rvc_dist.tools import dataset_stats
 from rvc_dist.tools.dataset_stats import LOWEST_HZ, NUM_CENTS, band_hz, bands, note, percentile, summarise
-from rvc_dist.workspace import Share, SourceFile, StageError, Unit, WorkList, Workspace, atomic_write, save_arrays
+from rvc_dist.workspace import Shard, SourceFile, StageError, Unit, WorkList, Workspace, atomic_write, save_arrays
 
 RATE = 24000
 SETTINGS = {"data.sample_rate": RATE}
@@ -45,7 +45,7 @@ def make_run(
     excluded = tuple(SourceFile(path, 0, 1, 1, reason=reason) for path, reason in (reasons or {}).items())
     for unit, of_unit in zip(units, clips, strict=False):
         header = {
-            "stamp": unit.stamp(SETTINGS),
+            "stamp": unit.fingerprint(SETTINGS),
             "sample_rate": RATE,
             "clips": [
                 {"speaker": s, "source": f.path, "start_s": 0.0} for f, (s, _) in zip(unit.files, of_unit, strict=True)
@@ -178,7 +178,7 @@ def test_clips_alone_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def shown(capsys: pytest.CaptureFixture[str], *runs: Path, **options: Any) -> str:
-    dataset_stats.run(Recipe(), Share(), [str(r) for r in runs], **options)
+    dataset_stats.run(Recipe(), Shard(), [str(r) for r in runs], **options)
     return capsys.readouterr().out
 
 

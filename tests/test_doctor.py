@@ -50,7 +50,7 @@ from rvc_dist.train import checkpoint, dataset, fingerprint, networks
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
-from rvc_dist.workspace import Share, SourceFile, StageError, Unit, WorkList, Workspace, save_arrays
+from rvc_dist.workspace import Shard, SourceFile, StageError, Unit, WorkList, Workspace, save_arrays
 
 Usage = namedtuple("Usage", "total used free")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
@@ -563,7 +563,7 @@ def test_features_of_other_clips_or_settings_are_a_warning(recipe):
     assert "4 of 4 units are missing or stale" in problem.what
     assert "rvc-dist preprocess" in problem.remedy
     for unit in work_list.units:
-        save_arrays(work.clips_file(unit.id), {}, {"stamp": unit.stamp({}), "sample_rate": 24000, "clips": []})
+        save_arrays(work.clips_file(unit.id), {}, {"stamp": unit.fingerprint({}), "sample_rate": 24000, "clips": []})
     problem = the_problem(examined(training.check_data, exam), Severity.WARNING)
     assert "were made with other settings, or of other clips" in problem.what
     assert not exam.data_stages_done
@@ -775,12 +775,12 @@ def test_a_run_that_lacks_nothing_begins_and_looks_no_more_once_its_data_is_made
     doctor.look_ahead(new_run)
     assert not Path(new_run.run_dir).exists()
     for stage in DATA_STAGES:
-        importlib.import_module(f"rvc_dist.{stage}").run(new_run, Share())
+        importlib.import_module(f"rvc_dist.{stage}").run(new_run, Shard())
     shutil.rmtree(tmp_path / "encoder")
     doctor.look_ahead(new_run)
-    extract.run(new_run, Share())  # nor does the stage need what made the features that it has
+    extract.run(new_run, Shard())  # nor does the stage need what made the features that it has
     with pytest.raises(StageError, match="encoder is no folder"):
-        extract.run(replace(new_run, extract=replace(new_run.extract, f0_max=1000.0)), Share())
+        extract.run(replace(new_run, extract=replace(new_run.extract, f0_max=1000.0)), Shard())
     exam = Exam(new_run, Team())
     training.check_data(exam, Result())
     assert examined(ahead.check_encoder, exam).same == {new_run.extract.embedder_model: "not needed any more"}
@@ -805,7 +805,7 @@ def test_all_that_a_run_lacks_is_told_at_once_before_anything_is_made(new_run, t
         pretrained_d=str(tmp_path / "D48k.pth"),
     )
     with pytest.raises(StageError) as caught:
-        pipeline.run(recipe, Share())
+        pipeline.run(recipe, Shard())
     told = str(caught.value)
     for part in (
         "faiss-cpu",
@@ -827,7 +827,7 @@ def test_other_recordings_in_a_trained_run_are_refused_before_anything_is_replac
     """Of the same names and sizes, as another speaker's take of the same text may be."""
     soundfile.write(Path(new_run.data.audio_dir, "1", "a.wav"), tone(4.0, f0_hz=180.0), RATE)
     for stage in DATA_STAGES:
-        importlib.import_module(f"rvc_dist.{stage}").run(new_run, Share())
+        importlib.import_module(f"rvc_dist.{stage}").run(new_run, Shard())
     folder, work = Path(new_run.data.audio_dir), Workspace(new_run.run_dir, new_run.name)
     saved = make_checkpoint(new_run, make_generator(new_run, content_channels=16, num_speakers=2))
     saved = replace(saved, data=fingerprint.of_data(new_run, ClipTable.load(new_run)))
@@ -843,27 +843,27 @@ def test_other_recordings_in_a_trained_run_are_refused_before_anything_is_replac
         "(2 (0/a.wav, 1/a.wav)): none is the same"
     )
     assert problem.remedy.startswith("Give the new voice another run_dir")
-    for refused in (doctor.look_ahead, lambda r: preprocess.run(r, Share()), lambda r: pipeline.run(r, Share())):
+    for refused in (doctor.look_ahead, lambda r: preprocess.run(r, Shard()), lambda r: pipeline.run(r, Shard())):
         with pytest.raises(StageError, match=r"other recordings.*\n?.*none is the same"):
             refused(new_run)
     assert files_in(work.root) == before
     soundfile.write(folder / "0" / "b.wav", tone(4.0), RATE)  # one that it knows, by another name
     assert not examined(ahead.check_recordings, Exam(new_run, Team())).problems
-    preprocess.run(new_run, Share())
+    preprocess.run(new_run, Shard())
     assert files_in(work.clips_dir) != before
 
 
 def test_training_alone_does_not_change_where_the_clips_are_from(new_run, tmp_path, caplog):
     work = Workspace(new_run.run_dir, new_run.name)
-    preprocess.run(new_run, Share())
+    preprocess.run(new_run, Shard())
     elsewhere = replace(new_run, data=replace(new_run.data, audio_dir=str(tmp_path / "elsewhere")))
-    extract.run(elsewhere, Share())
+    extract.run(elsewhere, Shard())
     assert load_recipe(work.config_file) == new_run
     work.save_recipe(with_train(elsewhere, max_steps=7))
     assert load_recipe(work.config_file) == with_train(new_run, max_steps=7)
     assert caplog.text.count("data.audio_dir: the clips were cut from") == 2
     (tmp_path / "audio").rename(tmp_path / "elsewhere")
-    preprocess.run(elsewhere, Share())
+    preprocess.run(elsewhere, Shard())
     assert load_recipe(work.config_file) == elsewhere, "the recordings moved"
 
 
@@ -883,7 +883,7 @@ def test_the_first_rank_of_each_host_looks(new_run, monkeypatch, rank, local_ran
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(pipeline, "DATA_STAGES", ())
     monkeypatch.setattr(pipeline.importlib, "import_module", lambda _name: stage)
-    pipeline.run(new_run, Share(rank, 4))
+    pipeline.run(new_run, Shard(rank, 4))
     assert looked == looks
 
 
@@ -892,7 +892,7 @@ def test_another_host_that_lacks_the_encoder_is_named_and_its_disk_is_not_looked
     shutil.rmtree(tmp_path / "encoder")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(StageError) as caught:
-        pipeline.run(new_run, Share(1, 2))
+        pipeline.run(new_run, Shard(1, 2))
     told = str(caught.value)
     assert told.startswith(f"{socket.gethostname()}: nothing was begun, since the run would fail later for want of ")
     assert "encoder is no folder" in told

@@ -34,9 +34,9 @@ from rvc_dist.train import checkpoint
 from rvc_dist.train.progress import Progress
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Converter, Voice
-from rvc_dist.workspace import Share, StageError
+from rvc_dist.workspace import Shard, StageError
 
-ALONE = Share(0, 1)
+ALONE = Shard(0, 1)
 SHAPES = json.loads((Path(__file__).parent / "golden" / "state_dict_shapes.json").read_text())
 BEST = {"best_metric": 1.25, "best_step": 10, "best_epoch": 2}
 
@@ -304,5 +304,5 @@ def test_weights_that_are_no_float16_are_not_exported(value: float, recipe: Reci
 
 def test_only_the_first_rank_exports(recipe: Recipe, generator: Generator) -> None:
     save(recipe, generator, step=10, epoch=2)
-    export.run(recipe, Share(1, 2))
+    export.run(recipe, Shard(1, 2))
     assert not workspace_of(recipe).voice_dir.exists()

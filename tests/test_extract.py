@@ -21,9 +21,9 @@ from rvc_dist.config import EmbedderMix, PreprocessConfig, Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
 from rvc_dist.features.extractor import Extractor
-from rvc_dist.workspace import Share, StageError, read_header, read_json, unit_files
+from rvc_dist.workspace import Shard, StageError, read_header, read_json, unit_files
 
-ALONE = Share(0, 1)
+ALONE = Shard(0, 1)
 
 
 @pytest.fixture
@@ -146,10 +146,10 @@ def test_the_bytes_do_not_depend_on_the_ranks(f0_method: str, recipe: Recipe, tm
     halves = elsewhere(recipe, tmp_path, "halves")
     torch.set_num_threads(2)  # what a launcher chooses has no effect
     try:
-        extract.run(halves, Share(1, 2))
+        extract.run(halves, Shard(1, 2))
         assert not workspace_of(halves).features_report_file.exists()
         assert extract.complete(halves) is None
-        extract.run(halves, Share(0, 2))
+        extract.run(halves, Shard(0, 2))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -178,7 +178,7 @@ def test_array_tasks_need_no_first_rank(recipe: Recipe, tmp_path: Path) -> None:
     extract.run(recipe, ALONE)
     tasks = elsewhere(recipe, tmp_path, "tasks")
     for i in (3, 1, 2, 0):  # the last has no unit left
-        extract.run(tasks, Share(i, 4, array=True))
+        extract.run(tasks, Shard(i, 4, array=True))
     assert contents(tasks) == contents(recipe)
 
 
@@ -187,9 +187,9 @@ def test_the_last_rank_waits_with_the_report_for_the_silent_clip(recipe: Recipe)
     extract.run(recipe, ALONE)
     workspace_of(recipe).mute_file.unlink()
     workspace_of(recipe).features_report_file.unlink()
-    extract.run(recipe, Share(1, 2))
+    extract.run(recipe, Shard(1, 2))
     assert not workspace_of(recipe).features_report_file.exists()
-    extract.run(recipe, Share(0, 2))
+    extract.run(recipe, Shard(0, 2))
     assert extract.complete(recipe) is True
 
 
@@ -241,7 +241,7 @@ def test_a_changed_setting_makes_all_again(
 def test_old_and_new_features_together_are_never_a_whole(recipe: Recipe) -> None:
     """Stopped while all is made again: the report of the old ones must not vouch for the mixture."""
     extract.run(recipe, ALONE)
-    extract.run(changed(recipe, "extract", f0_max=800.0), Share(1, 2))
+    extract.run(changed(recipe, "extract", f0_max=800.0), Shard(1, 2))
     with pytest.raises(StageError, match=r"has no features: run `rvc-dist extract` first"):
         index.run(recipe, ALONE)
 
@@ -290,7 +290,7 @@ def test_a_voice_beyond_the_range_is_reported(
     hz: float, told: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(type("Steady", (SteadyPitch,), {"HZ": hz})))
-    extract.run(recipe, Share())
+    extract.run(recipe, Shard())
     warnings = [r.getMessage() for r in caplog.records if "frames with a pitch" in r.getMessage()]
     assert len(warnings) == bool(told)
     assert all("100% of the frames" in w and f"{told} if" in w for w in warnings)

@@ -132,7 +132,7 @@ def test_a_disk_that_hangs_ends_all_with_its_reason(tmp_path, monkeypatch):
     reason = f"{run / 'checkpoints'}: the last checkpoint is still being written after 3 s: see whether its disk"
     assert reason in text.partition("Root Cause (first observed failure)")[2]
     assert text.count("Traceback (most recent call last)") == 1, "the launcher's own"
-    saved = checkpoint.all_in(run / "checkpoints")
+    saved = checkpoint.list_checkpoints(run / "checkpoints")
     assert [folder.name for folder in saved] == ["step_00000003"]
     checkpoint.verify(saved[0])
 
@@ -196,7 +196,7 @@ def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp
         output = rvc_dist(num_ranks, "train", "--config", file, code=1)
         assert output.count("a checkpoint needs") == (1 if num_ranks == 1 else 2), "a launcher says it again at the end"
         assert "earlier checkpoints are untouched" in output
-        saved = checkpoint.all_in(disk)
+        saved = checkpoint.list_checkpoints(disk)
         assert len(saved) >= 2
         for folder in saved:
             checkpoint.verify(folder)

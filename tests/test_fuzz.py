@@ -24,7 +24,7 @@ CHILD = """
 import json, sys, time
 from rvc_dist.data import preprocess
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
-from rvc_dist.workspace import Share
+from rvc_dist.workspace import Shard
 
 spent = {}
 def timed(function, path_of):
@@ -39,7 +39,7 @@ def timed(function, path_of):
 preprocess._measure = timed(preprocess._measure, lambda a: a[1].path)
 preprocess.cut_file = timed(preprocess.cut_file, lambda a: a[1].path)
 preprocess.run(
-    Recipe(run_dir=sys.argv[2], data=DataConfig(audio_dir=sys.argv[1], sample_rate=24000)), Share()
+    Recipe(run_dir=sys.argv[2], data=DataConfig(audio_dir=sys.argv[1], sample_rate=24000)), Shard()
 )
 print(json.dumps(spent))
 """

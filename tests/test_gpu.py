@@ -8,7 +8,7 @@ from helpers import make_features, tiny_recipe
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime import accelerator
 from rvc_dist.train import checkpoint, compilation, trainer
-from rvc_dist.workspace import Share, StageError
+from rvc_dist.workspace import Shard, StageError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,7 +107,7 @@ def test_resume_is_exact_with_deterministic_kernels(tmp_path, options):
             recipe = tiny_recipe(tmp_path / name, max_steps=stop, lr_schedule="constant", **options)
             if stop == stops[0]:
                 make_features(recipe)
-            trainer.run(recipe, Share())
+            trainer.run(recipe, Shard())
         ends.append(checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints")))
     for name in checkpoint.MODELS:
         assert all(torch.equal(value, ends[1].models[name][key]) for key, value in ends[0].models[name].items())
@@ -137,7 +137,7 @@ def test_out_of_memory_names_a_batch_that_fits(tmp_path):
     torch.cuda.set_per_process_memory_fraction(limit)
     try:
         with pytest.raises(StageError, match=r"not enough memory for train\.batch_size 64"):
-            trainer.run(recipe, Share())
+            trainer.run(recipe, Shard())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -45,7 +45,7 @@ def overlap(a: ClipRef, b: ClipRef) -> bool:
         *[([6] * 16, 2), ([200], 2), ([60] * 3, 5), ([90], 20), ([30] * 4, 20)],
     ],
 )
-def test_each_speaker_gives_a_share_of_their_seconds_and_nothing_of_it_is_trained_on(lengths, num_speakers):
+def test_each_speaker_gives_a_shard_of_their_seconds_and_nothing_of_it_is_trained_on(lengths, num_speakers):
     clips = dataset(lengths, num_speakers)
     held, lost, shares = hold_out(clips, SHARE, SEED)
     assert [s.speaker for s in shares] == list(range(num_speakers))
@@ -107,7 +107,7 @@ def test_what_was_trained_on_never_crosses_when_recordings_are_added_one_by_one(
 
 
 @pytest.mark.parametrize("seconds", [6.3, 12.0])
-def test_the_share_of_many_short_recordings_does_not_hang_on_luck(seconds):
+def test_the_shard_of_many_short_recordings_does_not_hang_on_luck(seconds):
     clips = dataset([seconds] * 95)
     shares = [hold_out(clips, SHARE, seed).shares[0].held for seed in range(20)]
     assert min(shares) > 0.036

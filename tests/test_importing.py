@@ -32,7 +32,7 @@ from rvc_dist.tools import import_experiment
 from rvc_dist.train import checkpoint, trainer
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.voice import export
-from rvc_dist.workspace import Share, StageError, WorkList, read_header, read_json, unit_files
+from rvc_dist.workspace import Shard, StageError, WorkList, read_header, read_json, unit_files
 
 TOOLS = tuple(FOLDERS)
 
@@ -63,7 +63,7 @@ def recipe_for(folder: Path, run_dir: Path, **sections: Any) -> Recipe:
 
 def imported(recipe: Recipe) -> Recipe:
     """Import, and read the recipe that the run keeps."""
-    import_experiment.run(recipe, Share())
+    import_experiment.run(recipe, Shard())
     return load_recipe(workspace_of(recipe).config_file)
 
 
@@ -154,7 +154,7 @@ def test_the_run_goes_on_from_the_weights_to_a_voice(
     caplog.clear()
     shutil.rmtree(folder)
     for stage in (preprocess, extract, index):
-        stage.run(recipe, Share())
+        stage.run(recipe, Shard())
         assert stage.complete(recipe)
     assert f"preprocess: the clips were imported from {folder}" in caplog.text
     assert "extract: the features were imported with the clips" in caplog.text
@@ -165,9 +165,9 @@ def test_the_run_goes_on_from_the_weights_to_a_voice(
     assert not given.exists()
 
     caplog.clear()
-    trainer.run(recipe, Share())
+    trainer.run(recipe, Shard())
     assert f"train.pretrained_g: {recipe.train.pretrained_g}" in caplog.text
-    export.run(recipe, Share())
+    export.run(recipe, Shard())
     voice = torch.load(work.last_voice_file, weights_only=True)
     assert (voice["step"], voice["speakers_id"]) == (2, 4 if tool == "applio" else 1)
     assert voice["weight"]["emb_g.weight"].shape[0] == 5
@@ -326,14 +326,14 @@ def test_what_is_left_out_is_named_and_the_rest_computed(
 
     caplog.set_level(logging.INFO)
     monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
-    extract.run(recipe, Share())
+    extract.run(recipe, Shard())
     assert "extract: 5 units, 4 to do here" in caplog.text
     assert extract.complete(recipe)
     assert whole.read_bytes() == kept
     pitch = {float(v.max()) for p in work.features_dir.glob("0*") for k, v in load_file(p).items() if "f0" in k}
     assert pitch == {160.0, SteadyPitch.HZ}
     caplog.clear()
-    extract.run(recipe, Share())
+    extract.run(recipe, Shard())
     assert "extract: 5 units, 0 to do here" in caplog.text
 
 
@@ -345,11 +345,11 @@ def test_imported_features_that_are_gone_or_not_those_asked_for_are_made(
     recipe = imported(recipe_for(applio, tmp_path / "run"))
     file = workspace_of(recipe).features_file(0)
     file.unlink()
-    extract.run(recipe, Share())
+    extract.run(recipe, Shard())
     assert load_file(file)["00000.f0"].max() == SteadyPitch.HZ
 
     recipe = imported(recipe_for(applio, tmp_path / "run2"))
-    extract.run(changed(recipe, "extract", f0_min=60.0), Share())
+    extract.run(changed(recipe, "extract", f0_min=60.0), Shard())
     assert "making features again: extract.f0_min: 50.0 -> 60.0" in caplog.text
     assert read_header(workspace_of(recipe).features_file(0))["embedder"]["hash"] != ""
 
@@ -360,10 +360,10 @@ def test_without_features_extract_makes_them_all(copied: Path, tmp_path: Path, m
     recipe = imported(recipe_for(copied, tmp_path / "run"))
     assert recipe.model.pitch_guidance
     assert read_json(workspace_of(recipe).clips_report_file)["files_without_features"] == 6
-    preprocess.run(recipe, Share())
+    preprocess.run(recipe, Shard())
     assert not extract.complete(recipe)
     monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
-    extract.run(recipe, Share())
+    extract.run(recipe, Shard())
     assert extract.complete(recipe)
 
 
@@ -384,7 +384,7 @@ def test_weights_and_an_index_that_do_not_fit_are_left_out(
     assert "does not fit this recipe's network" in caplog.text
     assert f"{path.name} is of no use: it has 300 vectors, the features 250 frames" in caplog.text
     assert not workspace_of(recipe).index_dir.exists()
-    index.run(found, Share())
+    index.run(found, Shard())
     assert index.complete(found)
 
     flat = faiss.IndexFlatL2(768)
@@ -416,7 +416,7 @@ def test_weights_that_the_user_names_go_before(copied: Path, tmp_path: Path, cap
 def test_a_folder_that_is_no_experiment(tmp_path: Path, copied: Path) -> None:
     def error(folder: Path) -> str:
         with pytest.raises(StageError) as caught:
-            import_experiment.run(recipe_for(folder, tmp_path / "run"), Share())
+            import_experiment.run(recipe_for(folder, tmp_path / "run"), Shard())
         return str(caught.value)
 
     assert (
@@ -438,7 +438,7 @@ def test_a_folder_that_is_no_experiment(tmp_path: Path, copied: Path) -> None:
 def test_one_sample_rate_is_expected(tmp_path: Path, copied: Path) -> None:
     def error() -> str:
         with pytest.raises(StageError) as caught:
-            import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
+            import_experiment.run(recipe_for(copied, tmp_path / "run"), Shard())
         return str(caught.value)
 
     waves = sorted((copied / "sliced_audios").glob("*.wav"))
@@ -461,10 +461,10 @@ def test_one_sample_rate_is_expected(tmp_path: Path, copied: Path) -> None:
 def test_a_config_with_impossible_widths(tmp_path: Path, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     experiments.write_json(copied / "config.json", {"model": {"n_heads": "two"}})
     with pytest.raises(StageError, match=r"config\.json describes no network of ours: model\.num_heads: got 'two'"):
-        import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
+        import_experiment.run(recipe_for(copied, tmp_path / "run"), Shard())
     experiments.write_json(copied / "config.json", {"model": {"n_heads": 5}})
     with pytest.raises(StageError, match=r"model\.num_heads: got 5"):
-        import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
+        import_experiment.run(recipe_for(copied, tmp_path / "run"), Shard())
     (copied / "config.json").write_text("{")
     (copied / "model_info.json").write_text("[1]")
     imported(recipe_for(copied, tmp_path / "run"))
@@ -477,15 +477,15 @@ def test_a_run_folder_that_holds_something_else_is_not_overwritten(tmp_path: Pat
     imported(recipe)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(StageError, match=rf"already holds an import of {applio} \(plan.json\); give another --run_dir"):
-        import_experiment.run(recipe_for(copied, tmp_path / "run"), Share())
+        import_experiment.run(recipe_for(copied, tmp_path / "run"), Shard())
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     own = tmp_path / "own"
     (own / "checkpoints").mkdir(parents=True)
     with pytest.raises(StageError, match=r"already holds a run \(checkpoints\)"):
-        import_experiment.run(recipe_for(copied, own), Share())
+        import_experiment.run(recipe_for(copied, own), Shard())
     (tmp_path / "file").write_text("")
     with pytest.raises(StageError, match="is a file; expected a folder"):
-        import_experiment.run(recipe_for(copied, tmp_path / "file"), Share())
+        import_experiment.run(recipe_for(copied, tmp_path / "file"), Shard())
 
 
 def test_preprocess_never_replaces_imported_clips(tmp_path: Path, applio: Path) -> None:
@@ -495,11 +495,11 @@ def test_preprocess_never_replaces_imported_clips(tmp_path: Path, applio: Path) 
     for section, values in ("data", {"audio_dir": str(experiments.VOICE)}), ("data", {"sample_rate": 48000}):
         key, value = next(iter(values.items()))
         with pytest.raises(StageError, match=rf"other recordings do not replace.*data.{key}: .* -> {value}"):
-            preprocess.run(changed(recipe, section, **values), Share())
+            preprocess.run(changed(recipe, section, **values), Shard())
     assert {p: p.read_bytes() for p in work.clips_dir.iterdir()} == before
     work.clips_report_file.unlink()
     with pytest.raises(StageError, match=f"half an import: run `rvc-dist import {applio}` again"):
-        preprocess.run(recipe, Share())
+        preprocess.run(recipe, Shard())
 
 
 # Again, and on several ranks
@@ -540,7 +540,7 @@ def test_a_copied_experiment_is_known_by_its_content_and_changed_arrays_of_the_s
     np.save(changed_file, array)
     before = {p: p.stat().st_mtime_ns for p in work.root.rglob("*") if p.is_file()}
     with pytest.raises(StageError, match="was trained on other recordings"):
-        import_experiment.run(recipe, Share())
+        import_experiment.run(recipe, Shard())
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -563,13 +563,13 @@ def test_a_killed_import_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(import_experiment, "save_arrays", killed)
     with pytest.raises(KeyboardInterrupt):
-        import_experiment.run(recipe, Share())
+        import_experiment.run(recipe, Shard())
     assert not import_experiment.complete(recipe)
     done = sorted((tmp_path / "run" / "clips").glob("0*"))
     assert len(done) == 2
     times = [p.stat().st_mtime_ns for p in done]
     monkeypatch.setattr(import_experiment, "save_arrays", save)
-    import_experiment.run(recipe, Share())
+    import_experiment.run(recipe, Shard())
     assert [p.stat().st_mtime_ns for p in done] == times
     found = {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix != ".yaml"}
     assert found == whole
@@ -588,12 +588,12 @@ def test_a_changed_experiment_is_imported_anew(tmp_path: Path, copied: Path) -> 
 
 def test_other_ranks_wait_for_the_first(tmp_path: Path, applio: Path) -> None:
     recipe = recipe_for(applio, tmp_path / "run")
-    other = threading.Thread(target=import_experiment.run, args=(recipe, Share(1, 2)), daemon=True)
+    other = threading.Thread(target=import_experiment.run, args=(recipe, Shard(1, 2)), daemon=True)
     other.start()
     other.join(0.5)
     assert other.is_alive()
     assert not (tmp_path / "run").exists()
-    import_experiment.run(recipe, Share(0, 2))
+    import_experiment.run(recipe, Shard(0, 2))
     other.join(10)
     assert not other.is_alive()
 

@@ -18,9 +18,9 @@ from rvc_dist.config import IndexConfig, Recipe
 from rvc_dist.features import index
 from rvc_dist.features.index import Queries, Recall, VectorFile, num_cells
 from rvc_dist.features.index_file import Retriever
-from rvc_dist.workspace import Share, StageError, read_json
+from rvc_dist.workspace import Shard, StageError, read_json
 
-ALONE = Share(0, 1)
+ALONE = Shard(0, 1)
 WIDTH = 24
 
 
@@ -127,7 +127,7 @@ def test_a_finished_index_is_kept_and_a_stale_one_made_again(recipe: Recipe) -> 
 
 def test_other_ranks_leave_it_to_the_first(recipe: Recipe) -> None:
     write_features(recipe, [[frames(10)]])
-    index.run(recipe, Share(1, 2))
+    index.run(recipe, Shard(1, 2))
     assert not folder(recipe).exists()
 
 

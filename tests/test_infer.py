@@ -44,9 +44,9 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.voice import infer
 from rvc_dist.voice.export import write_voice
-from rvc_dist.workspace import Share, StageError
+from rvc_dist.workspace import Shard, StageError
 
-ALONE = Share(0, 1)
+ALONE = Shard(0, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -451,7 +451,7 @@ def test_the_seed_decides_the_noise(recipe: Recipe) -> None:
 
 
 def test_only_the_first_rank_converts(recipe: Recipe) -> None:
-    infer.run(recipe, Share(1, 2))
+    infer.run(recipe, Shard(1, 2))
     assert not Path(recipe.infer.output).exists()
 
 

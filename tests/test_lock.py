@@ -15,7 +15,7 @@ from launching import finish, kill, start
 from rvc_dist.runtime import run_lock
 from rvc_dist.runtime.run_lock import RunLock
 from rvc_dist.train import trainer
-from rvc_dist.workspace import Share, StageError, Workspace
+from rvc_dist.workspace import Shard, StageError, Workspace
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_a_job_that_lost_its_lock_stops_without_a_checkpoint(tmp_path, monkeypat
 
     monkeypatch.setattr(trainer.Trainer, "train_step", step)
     with pytest.raises(StageError, match="now pid 4321 on node7"):
-        trainer.run(recipe, Share())
+        trainer.run(recipe, Shard())
     assert not list(work.checkpoints_dir.glob("*step_*"))
     assert json.loads(work.train_lock_file.read_text())["token"] == "other"
     assert "watch" not in [t.name for t in threading.enumerate()]

@@ -15,7 +15,7 @@ from rvc_dist import __main__ as cli
 from rvc_dist import __version__
 from rvc_dist.runtime import logs
 from rvc_dist.train.metrics import Tracker
-from rvc_dist.workspace import OtherRankError, Share, StageError, Workspace
+from rvc_dist.workspace import OtherRankError, Shard, StageError, Workspace
 
 GLOO = "[pair.cc:561 of gloo] Connection closed by peer [127.0.0.1]:34482"
 
@@ -33,21 +33,21 @@ def _alone(monkeypatch):
 
 
 def stage_that(monkeypatch, action, **stage):
-    """Put a stage in the place of extract that does `action(recipe, share)`."""
+    """Put a stage in the place of extract that does `action(recipe, shard)`."""
     module = ModuleType("stand_in")
     module.run = action
     monkeypatch.setitem(sys.modules, "stand_in", module)
     monkeypatch.setitem(cli.STAGES, "extract", cli.Stage("stand_in", "", takes_shard=True, **stage))
 
 
-def make_and_say(recipe, share):
+def make_and_say(recipe, shard):
     Workspace(recipe.run_dir, recipe.name).root.mkdir(exist_ok=True)
-    logging.getLogger("rvc_dist.features.extract").info("part %d does its work", share.index)
+    logging.getLogger("rvc_dist.features.extract").info("part %d does its work", shard.index)
 
 
 def raises(error):
-    def action(recipe, share):
-        make_and_say(recipe, share)
+    def action(recipe, shard):
+        make_and_say(recipe, shard)
         raise error
 
     return action
@@ -84,7 +84,7 @@ def test_tasks_of_an_array_write_files_of_their_own(tmp_path, monkeypatch):
 
 
 def test_a_command_that_made_nothing_leaves_no_folder_behind(tmp_path, monkeypatch):
-    def fails(recipe, share):
+    def fails(recipe, shard):
         logging.getLogger("rvc_dist").info("looking")
         raise StageError("no audio")
 
@@ -121,8 +121,8 @@ def test_a_disk_that_refuses_the_file_is_told_once_and_ends_nothing(tmp_path, mo
 
 
 def test_a_bug_and_what_threads_die_of_go_to_the_file_too(tmp_path, monkeypatch):
-    def fails(recipe, share):
-        make_and_say(recipe, share)
+    def fails(recipe, shard):
+        make_and_say(recipe, shard)
         thread = threading.Thread(target=lambda: {}["in a thread"], name="reader")
         thread.start()
         thread.join()
@@ -145,8 +145,8 @@ def test_dying_in_native_code_leaves_the_stack_in_the_file(tmp_path):
     code = (
         "import os, logging\n"
         "from rvc_dist.runtime.logs import rank_log\n"
-        "from rvc_dist.workspace import Share, Workspace\n"
-        f"with rank_log(Workspace({str(tmp_path)!r}, 'x'), Share(2, 4), ['train']):\n    os.abort()\n"
+        "from rvc_dist.workspace import Shard, Workspace\n"
+        f"with rank_log(Workspace({str(tmp_path)!r}, 'x'), Shard(2, 4), ['train']):\n    os.abort()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -6
@@ -192,7 +192,7 @@ def test_a_rank_whose_peer_failed_names_it_in_the_place_of_its_own_traceback(tmp
         failure = {"rank": rank, "host": f"node{rank}", "time": at, "error": f"ValueError: of {rank}"}
         work.failure_file(rank).write_text(json.dumps(failure))
 
-    def peers_fail(recipe, share):
+    def peers_fail(recipe, shard):
         fail(2, 7.0)
         fail(1, 9.0)
         raise RuntimeError(GLOO)
@@ -209,7 +209,7 @@ def test_a_rank_whose_peer_failed_names_it_in_the_place_of_its_own_traceback(tmp
 
 
 def test_without_a_known_cause_the_error_stays(tmp_path, monkeypatch):
-    log = logs.RankLog(Workspace(tmp_path, "x"), Share(0, 2))
+    log = logs.RankLog(Workspace(tmp_path, "x"), Shard(0, 2))
     monkeypatch.setattr(logs.RankLog.first_failure, "__defaults__", (0.2,))
     with pytest.raises(RuntimeError, match="Connection closed"), log.first_cause():
         raise RuntimeError(GLOO)
@@ -244,7 +244,7 @@ def test_a_full_disk_of_curves_is_told_once_and_the_threads_traceback_is_in_the_
             tracker.flush()
 
     try:
-        with logs.rank_log(work, Share(0, 1), ["train"]):
+        with logs.rank_log(work, Shard(0, 1), ["train"]):
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
             with pytest.raises(OSError, match=r"File too large; \d+ MB free") as caught:
                 fill()

@@ -41,7 +41,7 @@ from rvc_dist.tools.forecast import (
 from rvc_dist.tools.tracing import Allocations, TracedStep, count, tensor_bytes, trace, traced_step
 from rvc_dist.train.dataset import BucketBatchSampler, ClipTable
 from rvc_dist.train.progress import Progress, total_steps
-from rvc_dist.workspace import Share, StageError
+from rvc_dist.workspace import Shard, StageError
 
 
 @pytest.fixture(autouse=True)
@@ -256,7 +256,7 @@ def test_clips_are_foretold_from_durations_and_counted_once_they_are_cut(tmp_pat
     assert "estimate from the durations" in source
     assert sum(c.unit >= 0 for c in expected.train) == num_clips
     assert sum(c.unit < 0 for c in expected.train) == recipe.extract.include_mutes
-    preprocess.run(recipe, Share())
+    preprocess.run(recipe, Shard())
     found, source = plan.training_clips(recipe)
     assert source == "the run's clips, without features yet"
     assert sorted(c.num_frames for c in found.train) == sorted(c.num_frames for c in expected.train)
@@ -346,11 +346,11 @@ def test_a_step_that_was_never_measured_is_measured_once(tmp_path, monkeypatch, 
     monkeypatch.setattr(measuring, "PEAK_SIZE", 64)
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
-    plan.run(recipe, Share())
+    plan.run(recipe, Shard())
     (kept,) = plan.kept_results(recipe)
     assert len(kept["ranks"][0]["samples"]["dealt"]) == plan.STEPS
     monkeypatch.setattr(bench, "measured_result", None)
-    plan.run(recipe, Share())
+    plan.run(recipe, Shard())
     out = capsys.readouterr().out
     assert "by steps on 1 rank: RUN/bench/results.json" in out
     written = json.loads((tmp_path / "plan.json").read_text())
@@ -388,7 +388,7 @@ def test_fixed_steps_are_not_made_shorter_by_ranks(tmp_path, monkeypatch, capsys
     thin_networks(monkeypatch.setattr)
     recipe = replace(tiny_recipe(tmp_path, max_steps=5), plan=PlanConfig(ranks=4, step_s=1.0))
     make_features(recipe)
-    plan.run(recipe, Share())
+    plan.run(recipe, Shard())
     out = capsys.readouterr().out
     assert "train.max_steps 5 ends the run: more ranks do not shorten it" in out
     assert "The recipe's ranks are past that." in out
@@ -401,7 +401,7 @@ def test_wrong_uses_are_named(tmp_path, capsys):
         Recipe(plan=PlanConfig(bandwidth_gb_s=0.0))
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(StageError, match="plan: started on several ranks"):
-        plan.run(recipe, Share(0, 2))
+        plan.run(recipe, Shard(0, 2))
     assert cli.main(["plan", "--run_dir", str(tmp_path), "--data.audio_dir", str(tmp_path / "none")]) == 1
     assert "none does not exist" in capsys.readouterr().err
 

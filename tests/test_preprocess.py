@@ -25,7 +25,7 @@ from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
 from rvc_dist.data import audio, decode, preprocess
 from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import content_of
-from rvc_dist.workspace import Share, StageError, WorkList, Workspace
+from rvc_dist.workspace import Shard, StageError, WorkList, Workspace
 
 RATE = 24000
 VOICE = Path(preprocess.__file__).parents[1] / "demo_voice" / "voice"
@@ -105,7 +105,7 @@ def small(tmp_path: Path, units_of_2_s: None) -> Path:
 def test_automatic_honours_chunk_and_overlap(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", noise(7.0))
     config = recipe(tmp_path, chunk_len=2.0, overlap_len=0.5, process_effects=False, normalization="none")
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     # every 1.5 s while more than 2.5 s remain: 7.0, 5.5, 4.0 s do, 2.5 s do not
     assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [(0.0, 2.0), (1.5, 2.0), (3.0, 2.0), (4.5, 2.5)]
     whole = soundfile.read(tmp_path / "audio" / "a.wav", dtype="float32")[0]
@@ -117,13 +117,13 @@ def test_automatic_honours_chunk_and_overlap(tmp_path: Path) -> None:
 def test_simple_honours_chunk_and_overlap(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", noise(7.0))
     config = recipe(tmp_path, cut_method="simple", chunk_len=2.0, overlap_len=0.5)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [
         *[(0.0, 2.0), (1.5, 2.0), (3.0, 2.0), (4.5, 2.0)],
         (6.0, 1.0),
     ]
     config = recipe(tmp_path, cut_method="simple", chunk_len=3.0, overlap_len=0.0)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert [(c["start_s"], len(w) / RATE) for c, w in clips(config)] == [(0.0, 3.0), (3.0, 3.0), (6.0, 1.0)]
 
 
@@ -131,7 +131,7 @@ def test_skip_keeps_a_file_whole_and_says_what_training_leaves(tmp_path: Path) -
     write(tmp_path / "audio" / "long.wav", noise(9.5))
     write(tmp_path / "audio" / "short.wav", noise(4.0))
     config = recipe(tmp_path, cut_method="skip")
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert [(c["source"], len(w) / RATE) for c, w in clips(config)] == [("long.wav", 9.5), ("short.wav", 4.0)]
     assert reasons(config) == {
         "long.wav": "1 clip longer than the 9.0 s of which training makes use",
@@ -142,7 +142,7 @@ def test_skip_keeps_a_file_whole_and_says_what_training_leaves(tmp_path: Path) -
 def test_automatic_cuts_at_silence(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", np.concatenate([noise(2.0), np.zeros(2 * RATE), noise(1.9)]))
     config = recipe(tmp_path, process_effects=False)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     first, second = clips(config)
     assert len(first[1]) / RATE == pytest.approx(2.0, abs=0.06)
     # half a second of the silence stays before the second
@@ -165,7 +165,7 @@ def test_normalization_by_hand(tmp_path: Path, normalization: str, peaks: list[f
     write(tmp_path / "audio" / "a.wav", wave, subtype="FLOAT")
     options = {"cut_method": "simple", "chunk_len": 1.0, "overlap_len": 0.0, "process_effects": False}
     config = recipe(tmp_path, normalization=normalization, **options)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert [float(w.max()) for _, w in clips(config)] == pytest.approx(peaks, rel=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_process_effects_removes_an_offset(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", noise(3.0) + np.float32(0.3), subtype="FLOAT")
     for effects, mean in ((True, 0.0), (False, 0.3)):
         config = recipe(tmp_path, cut_method="skip", process_effects=effects, normalization="none")
-        preprocess.run(config, Share())
+        preprocess.run(config, Shard())
         assert float(clips(config)[0][1][RATE:].mean()) == pytest.approx(mean, abs=0.01)
 
 
@@ -185,7 +185,7 @@ def test_every_kind_and_rate_becomes_mono_at_the_voices_rate(tmp_path: Path) -> 
     write(folder / "96k.wav", noise(2.0, 96000), 96000, subtype="PCM_24")
     write(folder / "stereo.wav", np.stack([noise(2.0), noise(2.0)], axis=1))
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert set(reasons(config).values()) == {""}
     for clip, wave in clips(config):
         assert wave.dtype == np.float32
@@ -196,7 +196,7 @@ def test_every_kind_and_rate_becomes_mono_at_the_voices_rate(tmp_path: Path) -> 
 def test_the_real_voice(tmp_path: Path) -> None:
     shutil.copytree(VOICE, tmp_path / "audio")
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     result = report(config)
     files = list(VOICE.glob("*.flac"))
     assert result["files_used"] == len(files)
@@ -214,7 +214,7 @@ def test_the_real_voice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("array", [False, True])
 def test_any_number_of_ranks_in_any_order_gives_the_same_bytes(tmp_path: Path, small: Path, array: bool) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     alone = contents(config)
     assert len([name for name in alone if name.endswith(".safetensors")]) == 5
     for count in (2, 3, 7):
@@ -228,7 +228,7 @@ def test_any_number_of_ranks_in_any_order_gives_the_same_bytes(tmp_path: Path, s
             indices = [0, *rest]
         for done, index in enumerate(indices):
             assert not (clips_dir(config) / "report.json").exists() or done >= 5
-            preprocess.run(config, Share(index, count, array))
+            preprocess.run(config, Shard(index, count, array))
         assert contents(config) == alone
 
 
@@ -242,9 +242,9 @@ def test_ranks_at_once_wait_for_the_work_list_and_give_the_same_bytes(
     cut_units = preprocess.cut_units
     monkeypatch.setattr(preprocess, "cut_units", lambda files: made.append(len(files)) or cut_units(files))
     with ThreadPoolExecutor(3) as ranks:
-        others = [ranks.submit(preprocess.run, config, Share(index, 3)) for index in (2, 1)]
+        others = [ranks.submit(preprocess.run, config, Shard(index, 3)) for index in (2, 1)]
         assert not wait(others, timeout=0.3).done
-        preprocess.run(config, Share(0, 3))
+        preprocess.run(config, Shard(0, 3))
         for other in others:
             other.result(timeout=30)
     assert contents(config) == alone
@@ -253,16 +253,16 @@ def test_ranks_at_once_wait_for_the_work_list_and_give_the_same_bytes(
 
 def test_threads_change_no_byte(tmp_path: Path, small: Path) -> None:
     one, four = recipe(tmp_path, num_workers=1), recipe(tmp_path, num_workers=4)
-    preprocess.run(one, Share())
+    preprocess.run(one, Shard())
     alone = contents(one)
     shutil.rmtree(one.run_dir)
-    preprocess.run(four, Share())
+    preprocess.run(four, Shard())
     assert contents(four) == alone
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, small: Path) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     whole, before = contents(config), mtimes(config)
     folder = clips_dir(config)
     for name in ("00001.safetensors", "00003.safetensors", "report.json"):
@@ -272,7 +272,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, small: Path) -> None:
     cut.write_bytes(whole[cut.name][:-10])
     os.utime(folder / ".0123456789abcdef.tmp", (0, 0))
     assert preprocess.complete(config) is None
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert contents(config) == whole
     after = mtimes(config)
     assert {name for name in after if after[name] == before[name]} == {"00000.safetensors", "00002.safetensors"}
@@ -281,14 +281,14 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, small: Path) -> None:
 
 def test_a_second_run_decodes_nothing(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     whole, before = contents(config), mtimes(config)
 
     def fail(*_: object) -> None:
         raise AssertionError("opened a recording again")
 
     monkeypatch.setattr(decode, "opened", fail)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert contents(config) == whole
     assert mtimes(config) == before
 
@@ -298,14 +298,14 @@ def test_reading_many_recordings_is_told(
 ) -> None:
     monkeypatch.setattr(preprocess, "LOG_EVERY_S", 0.0)
     with caplog.at_level(logging.INFO):
-        preprocess.run(recipe(tmp_path), Share())
+        preprocess.run(recipe(tmp_path), Shard())
     assert "preprocess: read 3 of 6 recordings, to know their content" in caplog.text
 
 
 def test_an_unfinished_rank_writes_no_report(tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = recipe(tmp_path)
     with caplog.at_level(logging.INFO):
-        preprocess.run(config, Share(0, 2))
+        preprocess.run(config, Shard(0, 2))
     assert not (clips_dir(config) / "report.json").exists()
     assert "this part is done, 2 units are left to others" in caplog.text
     assert preprocess.complete(config) is None
@@ -318,35 +318,35 @@ def test_a_changed_setting_makes_all_again_and_says_why(
     tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     before = contents(config)
     changed = recipe(tmp_path, chunk_len=2.0, normalization="none")
     assert preprocess.complete(changed) is None
     with caplog.at_level(logging.INFO):
-        preprocess.run(changed, Share())
+        preprocess.run(changed, Shard())
     assert "preprocess.chunk_len: 3.0 -> 2.0, preprocess.normalization: post -> none" in caplog.text
     assert all(before[name] != data for name, data in contents(changed).items() if name.endswith(".safetensors"))
     shutil.rmtree(config.run_dir)
     after = contents_of_fresh_run(changed)
-    preprocess.run(config, Share())
-    preprocess.run(changed, Share())
+    preprocess.run(config, Shard())
+    preprocess.run(changed, Shard())
     assert contents(changed) == after
 
 
 def contents_of_fresh_run(config: Recipe) -> dict[str, bytes]:
     shutil.rmtree(config.run_dir, ignore_errors=True)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     return contents(config)
 
 
 def test_settings_of_other_stages_change_nothing(tmp_path: Path, small: Path) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     before = mtimes(config)
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=9))
-    preprocess.run(other, Share())
+    preprocess.run(other, Shard())
     whole = recipe(tmp_path, chunk_len=3)  # 3 is 3.0
-    preprocess.run(whole, Share())
+    preprocess.run(whole, Shard())
     assert mtimes(config) == before
 
 
@@ -355,7 +355,7 @@ def test_a_changed_dataset_is_followed(
     tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     before = mtimes(config)
     if change == "changed":
         write(small / "1" / "1.flac", noise(2.5), RATE)
@@ -367,7 +367,7 @@ def test_a_changed_dataset_is_followed(
         (small / "1" / "1.flac").unlink()
         told, redone = "1 gone (1/1.flac)", set()
     with caplog.at_level(logging.INFO):
-        preprocess.run(config, Share())
+        preprocess.run(config, Shard())
     assert told in caplog.text
     # Units that the change does not touch stay; one that is too many goes.
     after = mtimes(config)
@@ -380,14 +380,14 @@ def test_a_copied_dataset_is_known_by_its_content(
     tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     before = mtimes(config)
     copied = dataclasses.replace(config, data=dataclasses.replace(config.data, audio_dir=str(tmp_path / "copied")))
     shutil.copytree(small, tmp_path / "copied", copy_function=shutil.copyfile)  # the time is that of the copy
     listed = [f.listed for folder in (small, tmp_path / "copied") for f in preprocess.list_sources(folder)]
     assert len(set(listed)) == 12
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(2) as ranks:
-        list(ranks.map(lambda rank: preprocess.run(copied, Share(rank, 2)), range(2)))
+        list(ranks.map(lambda rank: preprocess.run(copied, Shard(rank, 2)), range(2)))
     assert "the content of the recordings is what it was" in caplog.text
     assert "stale" not in caplog.text
     assert mtimes(config) == before
@@ -396,7 +396,7 @@ def test_a_copied_dataset_is_known_by_its_content(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    preprocess.run(copied, Share())
+    preprocess.run(copied, Shard())
     assert [name for name, at in mtimes(config).items() if before[name] != at] == ["00004.safetensors"]
 
 
@@ -418,7 +418,7 @@ def test_recordings_below_the_voices_rate_are_told(
     for rate in rates:
         write(tmp_path / "audio" / f"{rate}.wav", noise(2.0, rate), rate)
     config = dataclasses.replace(recipe(tmp_path), data=DataConfig(str(tmp_path / "audio"), sample_rate=48000))
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert told == ([f"preprocess: {expected}"] if expected else [])
     assert {f["sample_rate"] for f in report(config)["files"]} == set(rates)
@@ -435,7 +435,7 @@ def test_recordings_that_were_upsampled_are_told_once_for_all(
         write(tmp_path / "audio" / f"{name}.wav", wave, 48000)
     write(tmp_path / "audio" / "d.wav", noise(2.0, 44100), 44100)
     config = dataclasses.replace(recipe(tmp_path), data=DataConfig(str(tmp_path / "audio"), sample_rate=48000))
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     (told,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert told.startswith("preprocess: 2 of 4 recordings (0.2 of 0.3 min) were upsampled, the lowest from 16000 Hz: ")
     assert told.endswith("\n  b.wav: 48000 Hz, holds what 16000 Hz do\n  c.wav: 48000 Hz, holds what 22050 Hz do")
@@ -445,12 +445,12 @@ def test_recordings_that_were_upsampled_are_told_once_for_all(
 
 def test_the_report_of_an_old_work_list_does_not_count(tmp_path: Path, small: Path) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     (small / "bad.wav").unlink()  # the units stay as they are
     settings = preprocess.clip_settings(config)
-    preprocess.make_work_list(config, Workspace(config.run_dir, config.name), settings, Share())
+    preprocess.make_work_list(config, Workspace(config.run_dir, config.name), settings, Shard())
     assert preprocess.complete(config) is None
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert preprocess.complete(config) is True
     assert "bad.wav" not in reasons(config)
 
@@ -460,7 +460,7 @@ def test_a_plan_that_names_other_recordings_under_the_listing_of_these_is_made_a
     tmp_path: Path, small: Path, field: str
 ) -> None:
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     before, plan_file = contents(config), Workspace(config.run_dir, config.name).work_list_file
     write(tmp_path / "other.wav", noise(2.0))
     plan = json.loads(plan_file.read_text())
@@ -469,7 +469,7 @@ def test_a_plan_that_names_other_recordings_under_the_listing_of_these_is_made_a
     else:
         plan["units"][0][0][field] = {"path": "../other.wav", "speaker": 7, "size": 1}[field]
     plan_file.write_text(json.dumps(plan))
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert contents(config) == before
 
 
@@ -483,7 +483,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
     write(folder / "3" / "c.wav", noise(1.25))
     (folder / "3" / "bad.wav").write_text("these are words")
     config = recipe(tmp_path, chunk_len=2.0, overlap_len=0.5)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     result = report(config)
     files = {file.pop("path"): file for file in result.pop("files")}
     assert result == {
@@ -574,7 +574,7 @@ def test_every_bad_file_is_named_with_its_reason_and_the_good_ones_go_on(
     }
     config = recipe(tmp_path)
     with caplog.at_level(logging.INFO):
-        preprocess.run(config, Share())
+        preprocess.run(config, Shard())
     assert reasons(config) == expected
     for path, reason in expected.items():
         assert not reason or f"preprocess: {path}: {reason}" in caplog.messages
@@ -589,7 +589,7 @@ def test_a_cut_mp3_gives_what_there_is_and_says_so(tmp_path: Path, caplog: pytes
     write(path, noise(6.0, 44100), 44100)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     (file,) = report(config)["files"]
     missing_s = file["lost"]["cut off"]
     assert 2.0 < missing_s < 4.0
@@ -605,7 +605,7 @@ def test_slices_beyond_a_cut_are_missing_not_unreadable(tmp_path: Path, slices_o
     write(path, noise(10.0))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 10])
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     (file,) = report(config)["files"]
     assert file["seconds_in"] == pytest.approx(10.0, abs=0.01)
     assert file["lost"] == {CUT: pytest.approx(7.0, abs=0.01)}
@@ -616,7 +616,7 @@ def test_simple_loses_only_what_is_shorter_than_a_clip_and_says_so(tmp_path: Pat
     for name, seconds in (("a", 5.9), ("b", 2.0), ("c", 5.75), ("d", 0.4)):
         write(tmp_path / "audio" / f"{name}.wav", noise(seconds))
     config = recipe(tmp_path, cut_method="simple", overlap_len=0.0)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     files = {f["path"][0]: (f["clips"], f["seconds_out"], f["lost"], f["reason"]) for f in report(config)["files"]}
     assert files == {
         "a": (2, 5.9, {}, ""),
@@ -625,7 +625,7 @@ def test_simple_loses_only_what_is_shorter_than_a_clip_and_says_so(tmp_path: Pat
         "d": (0, 0.0, {"shorter than 0.5 s": 0.4}, "1 clip dropped (shorter than 0.5 s)"),
     }
     config = recipe(tmp_path, cut_method="simple", chunk_len=2.8, overlap_len=0.0)  # 0.3 s of "a" are left
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert report(config)["lost"] == {"shorter than 0.5 s": 0.85}  # and 0.15 s of "c"
 
 
@@ -653,7 +653,7 @@ def voice(seconds: float = 12.0) -> audio.Wave:
 )
 def test_nothing_of_a_soft_recording_is_lost(tmp_path: Path, channels: Any, note: str) -> None:
     write(tmp_path / "audio" / "a.wav", channels(voice()), 16000, subtype="FLOAT")
-    preprocess.run(recipe(tmp_path), Share())
+    preprocess.run(recipe(tmp_path), Shard())
     (file,) = report(recipe(tmp_path))["files"]
     assert file["reason"] == note
     assert sum(file["lost"].values()) < 0.05 * file["seconds_in"], file
@@ -666,7 +666,7 @@ def test_nothing_of_a_soft_recording_is_lost(tmp_path: Path, channels: Any, note
 def test_much_silence_is_told(tmp_path: Path) -> None:
     quiet_room = np.random.default_rng(1).normal(0.0, 3e-4, 20 * 16000).astype(np.float32)
     write(tmp_path / "audio" / "a.wav", np.concatenate([voice(8.0), quiet_room]), 16000)
-    preprocess.run(recipe(tmp_path), Share())
+    preprocess.run(recipe(tmp_path), Shard())
     (file,) = report(recipe(tmp_path))["files"]
     assert file["lost"]["silence"] == pytest.approx(20.0, abs=0.6)
     assert file["reason"] == f"{file['lost']['silence']:.1f} of its 28.0 s are silence"
@@ -681,12 +681,12 @@ def test_odd_names_arrive_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFi
         bad = folder / f"x{name}"
         bad.write_text("these are words")
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert sorted(c["source"] for c, _ in clips(config)) == sorted([*names, "plain.wav"])
     assert {path for path, reason in reasons(config).items() if reason} == {f"x{name}" for name in names}
     assert r"preprocess: 'xnew\nline.wav': not readable" in caplog.text
     before = mtimes(config)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert mtimes(config) == before
     for message in caplog.messages:
         message.encode()  # no lone surrogate reaches a log file
@@ -705,7 +705,7 @@ def test_links_are_used_once_or_named(tmp_path: Path) -> None:
     (folder / "of_nothing.wav").symlink_to("nothing.wav")
     (folder / "1").symlink_to(outside)
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert reasons(config) == {
         "a.wav": "",
         ".store": "hidden folder",
@@ -719,7 +719,7 @@ def test_links_are_used_once_or_named(tmp_path: Path) -> None:
     # The recording counts, not the link.
     before = WorkList.load(clips_dir(config) / "plan.json")
     write(folder / ".store" / "b.wav", noise(3.0))
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     after = WorkList.load(clips_dir(config) / "plan.json")
     assert before is not None
     assert after is not None
@@ -730,7 +730,7 @@ def test_the_dataset_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     write(tmp_path / "real" / "0" / "a.wav", noise(2.0))
     (tmp_path / "audio").symlink_to("real")
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert reasons(config) == {"0/a.wav": ""}
 
 
@@ -738,7 +738,7 @@ def test_a_run_folder_inside_the_dataset_is_not_part_of_it(tmp_path: Path) -> No
     write(tmp_path / "audio" / "a.wav", noise(2.0))
     config = dataclasses.replace(recipe(tmp_path), run_dir=str(tmp_path / "audio" / "run"))
     for _ in range(2):
-        preprocess.run(config, Share())
+        preprocess.run(config, Shard())
         assert reasons(config) == {"a.wav": ""}
 
 
@@ -758,19 +758,19 @@ def test_a_run_folder_inside_the_dataset_is_not_part_of_it(tmp_path: Path) -> No
 def test_a_useless_folder_is_refused(tmp_path: Path, prepare: Any, message: str) -> None:
     prepare(tmp_path / "audio")
     with pytest.raises(StageError, match=message):
-        preprocess.run(recipe(tmp_path), Share())
+        preprocess.run(recipe(tmp_path), Shard())
     assert not (tmp_path / "run").exists()
 
 
 def test_no_clip_at_all_is_an_error_and_leaves_none(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", noise(2.0))
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert preprocess.complete(config) is True
     write(tmp_path / "audio" / "a.wav", np.zeros(2 * RATE))
     (tmp_path / "audio" / "b.wav").write_text("these are words")
     with pytest.raises(StageError, match=r"none of the 2 files in .* gave a clip\n  a\.wav: silent.*\n  b\.wav: not"):
-        preprocess.run(config, Share())
+        preprocess.run(config, Shard())
     assert contents(config) == {}
     assert preprocess.complete(config) is None
 
@@ -781,20 +781,20 @@ def test_files_that_are_all_unreadable_are_an_error(tmp_path: Path) -> None:
         (tmp_path / "audio" / f"{i}.wav").write_text("these are words")
     config = recipe(tmp_path)
     with pytest.raises(StageError, match=r"none of the 25 files [\s\S]*\n  and 5 more$"):
-        preprocess.run(config, Share())
+        preprocess.run(config, Shard())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_unreadable_files_leaves_the_clips_of_an_earlier_one_alone(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     write(Path(config.data.audio_dir) / "a.wav", noise(2.0))
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     before = {p.name: p.read_bytes() for p in Path(config.run_dir, "clips").iterdir()}
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "a.wav").write_text("these are words")
     wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, audio_dir=str(tmp_path / "wrong")))
     with pytest.raises(StageError, match="none of the 1 files"):
-        preprocess.run(wrong, Share())
+        preprocess.run(wrong, Shard())
     assert {p.name: p.read_bytes() for p in Path(config.run_dir, "clips").iterdir()} == before
 
 
@@ -802,7 +802,7 @@ def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", noise(2.0))
     (tmp_path / "run").write_text("a file")
     with pytest.raises(StageError, match=r"run_dir: .*run is a file"):
-        preprocess.run(recipe(tmp_path), Share())
+        preprocess.run(recipe(tmp_path), Shard())
     assert (tmp_path / "run").read_text() == "a file"
 
 
@@ -812,8 +812,8 @@ def test_the_stage_needs_no_torch(tmp_path: Path) -> None:
         "import sys\n"
         "from rvc_dist.data import preprocess\n"
         "from rvc_dist.config import DataConfig, Recipe\n"
-        "from rvc_dist.workspace import Share\n"
-        "preprocess.run(Recipe(run_dir=sys.argv[2], data=DataConfig(audio_dir=sys.argv[1])), Share())\n"
+        "from rvc_dist.workspace import Shard\n"
+        "preprocess.run(Recipe(run_dir=sys.argv[2], data=DataConfig(audio_dir=sys.argv[1])), Shard())\n"
         "print(sorted({'torch', 'librosa', 'transformers', 'accelerate'} & set(sys.modules)))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "audio"), str(tmp_path / "run")]
@@ -848,7 +848,7 @@ def test_a_long_recording_is_done_in_slices(
     wave = noise(10.25, 48000)
     write(tmp_path / "audio" / f"a.{suffix}", wave, 48000)
     config = recipe(tmp_path, cut_method="skip", process_effects=False, normalization="none")
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     made = clips(config)
     assert [(clip["slice_s"], clip["start_s"], len(piece) / RATE) for clip, piece in made] == [
         (0.0, 0.0, 4.0),
@@ -879,9 +879,9 @@ def test_a_long_recording_is_done_in_slices(
 def test_ranks_share_the_slices_of_a_recording(tmp_path: Path, slices_of_4_s: None, units_of_2_s: None) -> None:
     write(tmp_path / "audio" / "a.wav", noise(11.0))
     one, three = recipe(tmp_path), dataclasses.replace(recipe(tmp_path), run_dir=str(tmp_path / "three"))
-    preprocess.run(one, Share())
+    preprocess.run(one, Shard())
     for rank in (2, 0, 1):
-        preprocess.run(three, Share(rank, 3, array=True))
+        preprocess.run(three, Shard(rank, 3, array=True))
     assert len(mtimes(one)) == 3
     assert contents(three) == contents(one)
 
@@ -893,7 +893,7 @@ def test_what_is_said_of_a_slice_says_where_it_begins(
     wave[4 * RATE :] = 0.0
     write(tmp_path / "audio" / "a.wav", wave)
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     assert reasons(config) == {"a.wav": "from 00:00:04: silent (peak below -60 dB)"}
 
 
@@ -915,7 +915,7 @@ def test_clipping_and_offset_are_told(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "clipped.wav", np.clip(8 * wave, -1, 1))
     write(tmp_path / "audio" / "offset.wav", wave + np.float32(0.125), subtype="FLOAT")
     config = recipe(tmp_path)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     told = reasons(config)
     assert told["good.wav"] == ""
     assert told["offset.wav"] == f"has a DC offset of {0.125 + float(wave.mean()):.3f}"
@@ -936,13 +936,13 @@ def test_two_jobs_with_other_settings_in_one_folder_are_told(
         make_unit(*arguments)
         calls.append(arguments)
         if len(calls) == 2:
-            preprocess.run(second, Share())
+            preprocess.run(second, Shard())
 
     monkeypatch.setattr(preprocess, "make_unit", make)
     with pytest.raises(
         StageError, match=r"units in .*clips were replaced meanwhile: another job works in this run folder"
     ):
-        preprocess.run(first, Share())
+        preprocess.run(first, Shard())
 
 
 # Noise reduction
@@ -1003,13 +1003,13 @@ def test_cleaned_clips_are_the_same_from_any_ranks(tmp_path: Path, units_of_2_s:
     for i in range(3):
         write(tmp_path / "audio" / f"{i}.wav", np.roll(noisy(), i * 1000))
     config = recipe(tmp_path, clean_dataset=True, clean_strength=0.8, num_workers=1)
-    preprocess.run(config, Share())
+    preprocess.run(config, Shard())
     other = dataclasses.replace(recipe(tmp_path, clean_dataset=True, clean_strength=0.8), run_dir=str(tmp_path / "two"))
     for rank in (1, 0):
-        preprocess.run(other, Share(rank, 2, array=True))
+        preprocess.run(other, Shard(rank, 2, array=True))
     assert contents(other) == contents(config)
     plain = dataclasses.replace(recipe(tmp_path), run_dir=str(tmp_path / "plain"))
-    preprocess.run(plain, Share())
+    preprocess.run(plain, Shard())
     assert contents(plain) != contents(config)
 
 
@@ -1017,7 +1017,7 @@ def test_cleaning_without_its_package_names_the_command(tmp_path: Path, monkeypa
     write(tmp_path / "audio" / "a.wav", noise(3.0))
     monkeypatch.setitem(sys.modules, "noisereduce.torchgate", None)
     with pytest.raises(StageError, match=r"clean_dataset needs the package noisereduce .*pip install noisereduce"):
-        preprocess.run(recipe(tmp_path, clean_dataset=True), Share())
+        preprocess.run(recipe(tmp_path, clean_dataset=True), Shard())
 
 
 def peak_kb(tmp_path: Path, minutes: int) -> int:
@@ -1058,8 +1058,8 @@ def test_a_missing_decoder_stops_the_stage_instead_of_losing_recordings(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "av", None)
         with pytest.raises(StageError, match=r"b\.m4a: m4a needs the package PyAV: pip install av .*; or take it out"):
-            preprocess.run(recipe(tmp_path), Share())
-    preprocess.run(recipe(tmp_path), Share())
+            preprocess.run(recipe(tmp_path), Shard())
+    preprocess.run(recipe(tmp_path), Shard())
     assert reasons(recipe(tmp_path)) == {"a.wav": "", "b.m4a": ""}
 
 

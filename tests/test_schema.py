@@ -18,7 +18,7 @@ from rvc_dist import workspace
 from rvc_dist.command_line import load_recipe
 from rvc_dist.config import ConfigError
 from rvc_dist.runtime import run_lock
-from rvc_dist.runtime.heartbeat import BEAT
+from rvc_dist.runtime.heartbeat import HEARTBEAT
 from rvc_dist.runtime.logs import Failure
 from rvc_dist.runtime.run_lock import HOLDER
 from rvc_dist.schema import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_YAML_BYTES, SchemaError, check, parse_json, parse_yaml
@@ -45,11 +45,11 @@ DOCUMENTS: dict[Any, dict[str, Any]] = {
     workspace.ClipsHeader: {"stamp": "", "sample_rate": 48000, "clips": [CLIP], "files": [FILE]},
     workspace.FeaturesHeader: {"stamp": "", "sample_rate": 48000, "embedder": EMBEDDER, "clips": [CLIP | SIZES]},
     workspace.MuteHeader: {"stamp": "", **SIZES},
-    checkpoint.StateFile: STATE | {"progress": asdict(Progress(seen=((1, 2),))), "optimizer_groups": {}},
+    checkpoint.StateFile: STATE | {"progress": Progress(batches_done=((1, 2),)).to_file(), "optimizer_groups": {}},
     Compiled: {"key": {}, "compiled": {"generator": True, "discriminator": False}},
     Failure: {"rank": 0, "host": "a", "time": 1.0, "error": "b"},
     HOLDER: run_lock.job() | {"token": "a1", "beat": 0, "path": "/a", "slurm_job": "1", "elastic_run": "2"},
-    BEAT: MINE | {"num_sent": 0, "count": 7, "in_phase_s": 0.5, "failure": ""},
+    HEARTBEAT: MINE | {"num_sent": 0, "count": 7, "in_phase_s": 0.5, "failure": ""},
     bench.MEASURED: {"machine": {"cores": 1, "threads": 1}, "summary": SUMMARY},
     bench.ON_RANKS: {"communication": {"with_s": 2.0, "without_s": 1.0, "share": 0.5}},
 }

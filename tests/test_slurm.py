@@ -453,7 +453,7 @@ def test_at_the_end_of_its_time_a_job_is_requeued_but_not_when_its_user_cancels_
     cluster(f"scancel --signal=USR1 --batch {job}")
     cluster.requeue_now(job)
     last = steps(cluster.log(job))[-1]
-    assert [path.name for path in checkpoint.all_in(tmp_path / "run" / "checkpoints")] == [f"step_{last:08d}"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == [f"step_{last:08d}"]
     cluster.wait_for_step(job, last + 1)
     assert f"continuing from step {last}," in cluster.log(job)
     cluster(f"scancel {job}")

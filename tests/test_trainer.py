@@ -25,7 +25,7 @@ from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.ddp import TrainedModule, frozen
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Voice
-from rvc_dist.workspace import Share, StageError, Stopped, WorkList, Workspace
+from rvc_dist.workspace import Shard, StageError, Stopped, WorkList, Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def _fresh_accelerate_state():
 
 def train(recipe) -> checkpoint.Checkpoint:
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer.run(recipe, Share())
+    trainer.run(recipe, Shard())
     return newest(recipe)
 
 
@@ -84,7 +84,7 @@ def test_the_voice_file_knows_its_trained_speakers(tmp_path):
     make_features(recipe, speakers=(1, 3))  # no folder 0/ and 2/; all of them have silent clips
     assert train(recipe).trained_speakers == (1, 3)
     assert train(with_train(recipe, max_steps=2)).trained_speakers == (1, 3)
-    export.run(recipe, Share())
+    export.run(recipe, Shard())
     voice = Voice.load(Workspace(recipe.run_dir, recipe.name).last_voice_file, torch.device("cpu"))
     assert (voice.trained_speakers, voice.speaker(None)) == ((1, 3), 1)
     with pytest.raises(StageError, match=r"infer\.speaker: got 0, this voice was trained on speakers 1, 3"):
@@ -266,7 +266,7 @@ def test_changed_recordings_are_told_and_the_best_begins_anew_with_other_validat
     make_features(recipe, num_clips=12)
     more = train(with_train(recipe, max_steps=4)).progress
     assert "the data changed since step_00000003: 1 (3.wav) new; the epoch begins anew" in caplog.text
-    assert more.seen == ((2, 1),), "of the new clips none but this step's were seen"
+    assert more.batches_done == ((2, 1),), "of the new clips none but this step's were seen"
     caplog.clear()
     for number, other in enumerate(
         (replace(recipe, data=replace(recipe.data, holdout=0.4)), with_train(recipe, seed=5))
@@ -308,10 +308,10 @@ def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_p
         with pytest.raises(StageError, match=message):
             train(with_train(other, max_steps=9))
     with pytest.raises(StageError, match=r"clips of other settings.*preprocess\.chunk_len: 3\.0 -> 4\.0"):
-        extract.run(replace(recipe, preprocess=replace(recipe.preprocess, chunk_len=4.0)), Share())
+        extract.run(replace(recipe, preprocess=replace(recipe.preprocess, chunk_len=4.0)), Shard())
     for stage in (export, index, extract):
         with pytest.raises(StageError, match="is the run of tiny"):
-            stage.run(replace(recipe, name="other"), Share())
+            stage.run(replace(recipe, name="other"), Shard())
     assert work.config_file.read_text() == kept
     preprocess.save_recipe(replace(others[r"extract\.f0_method: pyin -> rmvpe"], data=DataConfig("new", 24000)), work)
     assert load_recipe(work.config_file) == replace(recipe, data=DataConfig("new", 24000)), "until extract has run"
@@ -620,7 +620,7 @@ def test_every_version_and_rate_trains_a_step_and_exports(tmp_path, version, rat
     recipe = replace(recipe, model=model, data=replace(recipe.data, sample_rate=rate))
     make_features(recipe)
     assert train(recipe).progress.step == 1
-    export.run(recipe, Share())
+    export.run(recipe, Shard())
     voice = Voice.load(Workspace(recipe.run_dir, recipe.name).last_voice_file, torch.device("cpu"))
     assert (voice.version, voice.rate, voice.generator.shape.pitch_guidance) == (version, rate, pitch)
     f0 = torch.full((1, 40), 150.0) if pitch else None

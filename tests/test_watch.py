@@ -19,10 +19,10 @@ from launching import ROOT, finish, kill, launcher, start
 
 from rvc_dist.config import ConfigError, TrainConfig
 from rvc_dist.runtime import hang_killer, logs, watchdog
-from rvc_dist.runtime.heartbeat import Pulse
+from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.schema import faults
-from rvc_dist.workspace import Share, StageError, Workspace, write_json
+from rvc_dist.workspace import Shard, StageError, Workspace, write_json
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
 
@@ -48,9 +48,9 @@ class Ranks:
     def step(self, number, seconds, kind="other"):
         """All ranks do a whole step."""
         for each in self.all:
-            each.pulse.begin_step(number, kind)
+            each.heartbeat.begin_step(number, kind)
             for phase in "data", "g_forward", "d_step", "g_step":
-                with each.pulse.within(phase):
+                with each.heartbeat.within(phase):
                     pass
         self.clock[0] += seconds
 
@@ -79,11 +79,11 @@ def test_a_slow_step_names_the_rank_that_is_behind_and_says_when_it_went_on(tmp_
         ranks.step(number, 2.0)
     fast, slow = [ranks.all[0], ranks.all[1]], ranks.all[2]
     for each in ranks.all:
-        each.pulse.begin_step(13, "other")
-    with slow.pulse.within("data"):
+        each.heartbeat.begin_step(13, "other")
+    with slow.heartbeat.within("data"):
         for each in fast:
-            each.pulse._enter("d_step")
-            each.pulse.sent()
+            each.heartbeat._enter("d_step")
+            each.heartbeat.sent()
         ranks.wait(10)
         assert warnings(caplog) == []
         ranks.wait(1)
@@ -108,14 +108,14 @@ def test_a_rank_that_is_slow_within_a_phase_is_told_by_the_gradients_that_it_has
     for number in range(1, 13):
         ranks.step(number, 0.1)
     for rank, each in enumerate(ranks.all):
-        each.pulse.begin_step(13, "other")
-        each.pulse._enter("d_step")
+        each.heartbeat.begin_step(13, "other")
+        each.heartbeat._enter("d_step")
         if rank != 1:
-            each.pulse.sent()
+            each.heartbeat.sent()
     ranks.wait(6)
     (told,) = warnings(caplog)
     assert "rank 1 on node1 (pid 71) is in d_step of step 13 since 6 s; the others wait for it (rank 0 in" in told
-    ranks.all[1].pulse.sent()
+    ranks.all[1].heartbeat.sent()
     ranks.wait(60)
     assert "all ranks are in d_step of step 13 (gradients sent)" in warnings(caplog)[1]
 
@@ -123,8 +123,8 @@ def test_a_rank_that_is_slow_within_a_phase_is_told_by_the_gradients_that_it_has
 def test_a_stopped_rank_is_not_heard_of_whatever_the_phase(tmp_path, clock, caplog):
     ranks = Ranks(tmp_path, 2, clock)
     for each in ranks.all:
-        each.pulse.begin_step(1, "other")
-        each.pulse._enter("validation")
+        each.heartbeat.begin_step(1, "other")
+        each.heartbeat._enter("validation")
     ranks.wait(30)
     assert warnings(caplog) == [], "validation may take long"
     ranks.wait(10, without=[1])
@@ -142,20 +142,20 @@ def test_a_stopped_rank_is_not_heard_of_whatever_the_phase(tmp_path, clock, capl
 def test_first_steps_validation_and_checkpoints_give_no_alarm(tmp_path, clock, caplog):
     ranks = Ranks(tmp_path, 2, clock)
     for each in ranks.all:
-        each.pulse.begin_step(1, "other")
+        each.heartbeat.begin_step(1, "other")
     ranks.wait(80)  # compiles
     for number in range(2, 30):
         ranks.step(number, 0.1)
     for phase in watchdog.EXEMPT:
-        with ranks.all[0].pulse.within(phase), ranks.all[1].pulse.within(phase):
+        with ranks.all[0].heartbeat.within(phase), ranks.all[1].heartbeat.within(phase):
             ranks.wait(80)
         ranks.wait(2)
     ranks.step(30, 0.1)
-    assert ranks.all[0].pulse.median_s == pytest.approx(0.1)
+    assert ranks.all[0].heartbeat.median_s == pytest.approx(0.1)
     # The host runs ahead of the device and waits at every log line: those steps are compared with their like.
     for number in range(31, 151):
         ranks.step(number, 0.01 if number % 10 else 7.0, "other" if number % 10 else "logged")
-    ranks.all[0].pulse.begin_step(160, "logged")
+    ranks.all[0].heartbeat.begin_step(160, "logged")
     ranks.wait(20)
     assert warnings(caplog) == []
 
@@ -174,13 +174,13 @@ def test_few_beats_a_second_of_thousands_of_ranks(tmp_path, monkeypatch):
 
 @pytest.mark.alone
 def test_a_phase_costs_microseconds():
-    pulse, num = Pulse(), 20_000
+    heartbeat, num = Heartbeat(), 20_000
     began_at = time.perf_counter()
     for _ in range(num):
-        with pulse.within("data"):
-            pulse.sent()
+        with heartbeat.within("data"):
+            heartbeat.sent()
     assert (time.perf_counter() - began_at) / num < 50e-6, "a step has about ten, and takes tens of milliseconds"
-    assert pulse.count == 3 * num
+    assert heartbeat.count == 3 * num
 
 
 GUARDED = """
@@ -213,8 +213,8 @@ def test_a_timeout_names_the_rank_that_hangs_and_its_guard_ends_it(tmp_path):
         me = ranks.all[0]
         me._interval_s = 0.2
         for each in ranks.all:
-            each.pulse.begin_step(8, "other")
-            each.pulse._enter("g_step")
+            each.heartbeat.begin_step(8, "other")
+            each.heartbeat._enter("g_step")
             each._beat()
         ranks.all[2]._thread = threading.Thread(target=ranks.all[2]._run)
         ranks.all[2]._interval_s = 0.1
@@ -257,21 +257,21 @@ def test_a_timeout_says_of_the_others_what_is_true(tmp_path, monkeypatch, case):
     me._thread, me._interval_s = threading.Thread(), 9.0  # nobody is silent for having no new beat yet
     monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
     for each in ranks.all:
-        each.pulse.begin_step(8, "other")
-    with contextlib.suppress(StageError, RuntimeError), other.pulse.within("data"):
+        each.heartbeat.begin_step(8, "other")
+    with contextlib.suppress(StageError, RuntimeError), other.heartbeat.within("data"):
         if case == "it fails":
             raise StageError("waited in vain")
         raise RuntimeError(TIMED_OUT)
-    with me.pulse.within("data"):
+    with me.heartbeat.within("data"):
         pass
     if case == "nobody is behind":
-        me.pulse.count = other.pulse.count
+        me.heartbeat.count = other.heartbeat.count
     for each in ranks.all:
         each._beat()
     if case in ("it failed", "it has ended"):
         other.work.beat_file(1).unlink()
     work = Workspace(tmp_path, "x")
-    with logs.rank_log(work, Share(0, 2), ["train"]):
+    with logs.rank_log(work, Shard(0, 2), ["train"]):
         logging.getLogger().warning("opens the log")
         if case == "it failed":
             write_json(work.failure_file(1), {"rank": 1, "host": "node1", "time": 1.0, "error": "disk full"})

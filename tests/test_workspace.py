@@ -15,7 +15,7 @@ import pytest
 
 from rvc_dist import workspace
 from rvc_dist.workspace import (
-    Share,
+    Shard,
     SourceFile,
     StageError,
     Unit,
@@ -242,18 +242,18 @@ def test_work_list_of_another_version_is_none_and_a_foreign_one_is_named(tmp_pat
 
 
 def test_stamp_depends_on_data_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert workspace.stamp({"a": 1, "b": 2}) == workspace.stamp({"b": 2, "a": 1})
-    assert workspace.stamp({"a": 1}) != workspace.stamp({"a": 2})
-    assert workspace.stamp(*ODD_NAMES) != workspace.stamp(*reversed(ODD_NAMES))
-    before = workspace.stamp(1)
+    assert workspace.fingerprint({"a": 1, "b": 2}) == workspace.fingerprint({"b": 2, "a": 1})
+    assert workspace.fingerprint({"a": 1}) != workspace.fingerprint({"a": 2})
+    assert workspace.fingerprint(*ODD_NAMES) != workspace.fingerprint(*reversed(ODD_NAMES))
+    before = workspace.fingerprint(1)
     monkeypatch.setattr(workspace, "FORMAT_VERSION", workspace.FORMAT_VERSION + 1)
-    assert workspace.stamp(1) != before
+    assert workspace.fingerprint(1) != before
 
 
 def test_unit_stamp_follows_size_time_and_speaker_of_its_files() -> None:
     def stamp_of(**changed: int) -> str:
         file = SourceFile(**({"path": "a.wav", "speaker": 0, "size": 1, "mtime_ns": 1} | changed))  # type: ignore[arg-type]
-        return Unit(0, (file,)).stamp({"x": 1})
+        return Unit(0, (file,)).fingerprint({"x": 1})
 
     assert len({stamp_of(), stamp_of(size=2), stamp_of(mtime_ns=2), stamp_of(speaker=2), stamp_of(content="a")}) == 5
     assert stamp_of(content="a") == stamp_of(content="a", size=2, mtime_ns=2)
@@ -272,7 +272,7 @@ def test_changes_by_hand() -> None:
 
 @pytest.mark.parametrize(("text", "index", "count"), [("0/1", 0, 1), ("0/8", 0, 8), ("7/8", 7, 8)])
 def test_share_parse(text: str, index: int, count: int) -> None:
-    assert Share.parse(text) == Share(index, count, array=True)
+    assert Shard.parse(text) == Shard(index, count, array=True)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_share_parse(text: str, index: int, count: int) -> None:
 )
 def test_share_parse_refuses(text: str) -> None:
     with pytest.raises(ValueError, match=r"--shard: got .*, expected I/N with 0 <= I < N"):
-        Share.parse(text)
+        Shard.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -310,19 +310,19 @@ def test_tasks_of_srun_are_ranks():
 def test_share_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert Share.from_environment() == Share(0, 1)
+    assert Shard.from_environment() == Shard(0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    share = Share.from_environment()
-    assert share == Share(3, 4, array=False)
-    assert not share.is_first
+    shard = Shard.from_environment()
+    assert shard == Shard(3, 4, array=False)
+    assert not shard.is_first
 
 
 def test_shares_take_every_unit_once_and_the_longest_first() -> None:
     listed = units(5.0, 9.0, 1.0, 9.0, 7.0)
-    assert [[u.id for u in Share(i, 2).take(listed)] for i in range(2)] == [[1, 4, 2], [3, 0]]
+    assert [[u.id for u in Shard(i, 2).take(listed)] for i in range(2)] == [[1, 4, 2], [3, 0]]
     for count in (1, 2, 3, 8):
-        taken = [u.id for i in range(count) for u in Share(i, count).take(listed)]
+        taken = [u.id for i in range(count) for u in Shard(i, count).take(listed)]
         assert sorted(taken) == [0, 1, 2, 3, 4]
 
 

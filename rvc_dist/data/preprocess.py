@@ -20,7 +20,7 @@ from rvc_dist.data.sources import check_recordings, content_of, list_sources
 from rvc_dist.workspace import (
     MAX_SLICE_S,
     ClipsHeader,
-    Share,
+    Shard,
     SourceFile,
     StageError,
     Unit,
@@ -29,12 +29,12 @@ from rvc_dist.workspace import (
     atomic_write,
     changes,
     cut_units,
+    fingerprint,
     is_done,
     listed,
     printable,
     remove_leftovers,
     save_arrays,
-    stamp,
     unit_files,
     unit_header,
     wait_for,
@@ -82,7 +82,7 @@ class Outcome(NamedTuple):
     """In Hz, what the clips hold; 0 where there is none."""
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Make this process's clips; whoever finishes last writes the report.
 
     Raises:
@@ -93,10 +93,10 @@ def run(recipe: Recipe, share: Share) -> None:
         logger.info("preprocess: the clips were imported from %s", recipe.data.audio_dir)
         return
     settings = clip_settings(recipe)
-    work_list = make_work_list(recipe, work, settings, share)
-    if share.is_first:
+    work_list = make_work_list(recipe, work, settings, shard)
+    if shard.is_first:
         save_recipe(recipe, work)
-    todo = [u for u in share.take(work_list.units) if not is_done(work.clips_file(u.id), u.stamp(settings))]
+    todo = [u for u in shard.take(work_list.units) if not is_done(work.clips_file(u.id), u.fingerprint(settings))]
     logger.info(
         "preprocess: %d units of %.1f min, %d to do here",
         len(work_list.units),
@@ -104,7 +104,7 @@ def run(recipe: Recipe, share: Share) -> None:
         len(todo),
     )
     make_units(recipe, work, todo, settings)
-    finish(recipe, work, work_list, share)
+    finish(recipe, work, work_list, shard)
 
 
 def complete(recipe: Recipe) -> bool | None:
@@ -179,12 +179,12 @@ def _no_clip(recipe: Recipe, reasons: list[tuple[str, str]]) -> StageError:
     )
 
 
-def make_work_list(recipe: Recipe, work: Workspace, settings: dict[str, Any], share: Share) -> WorkList:
+def make_work_list(recipe: Recipe, work: Workspace, settings: dict[str, Any], shard: Shard) -> WorkList:
     """The work list: read when it is current, else made by the first rank (by every array task alike)."""
     audio_dir = Path(recipe.data.audio_dir)
     work.check_root()
     sources = list_sources(audio_dir, work.root)
-    listing = stamp([(f.path, f.reason) if f.reason else f.listed for f in sources])
+    listing = fingerprint([(f.path, f.reason) if f.reason else f.listed for f in sources])
     usable = {f.listed for f in sources if not f.reason}
 
     def current() -> WorkList | None:
@@ -197,7 +197,7 @@ def make_work_list(recipe: Recipe, work: Workspace, settings: dict[str, Any], sh
 
     if work_list := current():
         return work_list
-    if not (share.is_first or share.array):
+    if not (shard.is_first or shard.array):
         return wait_for("the work list of rank 0", current)
 
     old = WorkList.load(work.work_list_file)
@@ -323,7 +323,8 @@ def make_unit(
             arrays[f"{len(clips):05d}"] = clip.wave
             where = {"slice_s": file.start_s, "start_s": clip.start_s, "content": file.content}
             clips.append({"speaker": file.speaker, "source": file.path} | where)
-    header = {"stamp": unit.stamp(settings), "sample_rate": recipe.data.sample_rate, "clips": clips, "files": files}
+    header = {"stamp": unit.fingerprint(settings), "sample_rate": recipe.data.sample_rate}
+    header |= {"clips": clips, "files": files}
     save_arrays(work.clips_file(unit.id), arrays, header)
 
 
@@ -499,10 +500,10 @@ def pieces(recipe: Recipe, wave: audio.Wave, has_silences: bool = True) -> Itera
                 yield offset + start, piece
 
 
-def finish(recipe: Recipe, work: Workspace, work_list: WorkList, share: Share) -> None:
+def finish(recipe: Recipe, work: Workspace, work_list: WorkList, shard: Shard) -> None:
     """Write the report once every unit is done, whoever did it."""
     if left := len(work_list.undone(work)):
-        if share.does_all:
+        if shard.does_all:
             raise StageError(
                 f"preprocess: {left} of {len(work_list.units)} units in {work.clips_dir} were replaced meanwhile: "
                 "another job works in this run folder with other settings or recordings; end one, then run the stage "

@@ -23,18 +23,18 @@ from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
     FeaturesReport,
-    Share,
+    Shard,
     StageError,
     Unit,
     WorkList,
     Workspace,
     changes,
+    fingerprint,
     is_done,
     read_header,
     read_json,
     remove_leftovers,
     save_arrays,
-    stamp,
     unit_header,
     write_json,
 )
@@ -42,14 +42,14 @@ from rvc_dist.workspace import (
 logger = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Make this process's features; whoever finishes last writes the report.
 
     Raises:
         StageError: clips are missing, or the encoder or the pitch tracker cannot be had.
     """
     work = Workspace(recipe.run_dir, recipe.name)
-    clips = clip_stamps(work)
+    clips = clip_fingerprints(work)
     if wrong := preprocess.other_settings(recipe):
         raise StageError(wrong)
     work.check_name()
@@ -57,10 +57,10 @@ def run(recipe: Recipe, share: Share) -> None:
         logger.info("extract: the features were imported with the clips")  # without a look for the encoder
         return
     with fixed_threads(recipe.extract.num_threads):
-        extract(recipe, work, clips, share)
+        extract(recipe, work, clips, shard)
 
 
-def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Share) -> None:
+def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], shard: Shard) -> None:
     try:
         extractor = Extractor.load(recipe)
     except StageError as error:
@@ -69,12 +69,12 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
         logger.warning("extract: all features are there, so nothing is looked for that made them (%s)", error)
         return
     settings = feature_settings(recipe) | {"embedder": extractor.describe()}
-    withdraw_report(work, settings, clips, share)
-    if share.is_first:
+    withdraw_report(work, settings, clips, shard)
+    if shard.is_first:
         work.save_recipe(recipe)
-    if recipe.extract.include_mutes and (share.is_first or share.array):
+    if recipe.extract.include_mutes and (shard.is_first or shard.array):
         save_mute(recipe, work, extractor, settings)
-    todo = [u for u in share.take(list(clips)) if done_header(recipe, work, u, settings, clips[u]) is None]
+    todo = [u for u in shard.take(list(clips)) if done_header(recipe, work, u, settings, clips[u]) is None]
     logger.info("extract: %d units, %d to do here", len(clips), len(todo))
     # The next unit is read and resampled, and the last one written, while this one is computed.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
@@ -85,7 +85,7 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
             pending.extend(reader.submit(read_unit, work.clips_file(u.id)) for u in todo[i + 1 : i + 2])
             computed = extractor([wave for _, wave in waves])
             lengths = [num_samples for num_samples, _ in waves]
-            wanted = feature_stamp(settings, clips[unit])
+            wanted = feature_fingerprint(settings, clips[unit])
             features = pack_unit(header, lengths, computed, extractor.describe(), wanted)
             if written is not None:
                 written.result()
@@ -95,7 +95,7 @@ def extract(recipe: Recipe, work: Workspace, clips: dict[Unit, str], share: Shar
             written.result()
             logger.info("extract: unit %d of %d", len(todo), len(todo))
     extractor.warn_at_edges("extract")
-    finish(recipe, work, settings, clips, share)
+    finish(recipe, work, settings, clips, shard)
 
 
 def is_imported(recipe: Recipe, work: Workspace, clips: dict[Unit, str]) -> bool:
@@ -103,7 +103,7 @@ def is_imported(recipe: Recipe, work: Workspace, clips: dict[Unit, str]) -> bool
     report = read_report(work)
     if report is None or report["settings"].get("embedder", {}).get("hash") != "" or not complete(recipe):
         return False
-    return all(is_done(work.features_file(u.id), feature_stamp(report["settings"], s)) for u, s in clips.items())
+    return all(is_done(work.features_file(u.id), feature_fingerprint(report["settings"], s)) for u, s in clips.items())
 
 
 def done_header(
@@ -112,11 +112,11 @@ def done_header(
     """The header of a unit's features when they were made with `settings`, or imported as the same encoder's."""
     imported = imported_feature_settings(recipe, settings["embedder"])
     header = read_header(work.features_file(unit.id))
-    wanted = [feature_stamp(s, clips) for s in (settings, imported)]
+    wanted = [feature_fingerprint(s, clips) for s in (settings, imported)]
     return header if header is not None and header.get("stamp") in wanted else None
 
 
-def withdraw_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
+def withdraw_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], shard: Shard) -> None:
     """Remove a report of other features, and say what made them stale.
 
     While units are being made again the folder holds old and new ones, which nobody may take for a whole.
@@ -124,9 +124,9 @@ def withdraw_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit,
     before = read_report(work)
     if before is None:
         return
-    if before["settings"] == settings and before["clips"] == stamp(list(clips.values())):
+    if before["settings"] == settings and before["clips"] == fingerprint(list(clips.values())):
         return
-    if share.is_first:
+    if shard.is_first:
         logger.info("extract: making features again: %s", changes(before["settings"], settings) or "other clips")
     work.features_report_file.unlink(missing_ok=True)
 
@@ -139,7 +139,7 @@ def complete(recipe: Recipe) -> bool | None:
         return None
     settings, embedder = report["settings"], report["settings"].get("embedder", {})
     known = settings in (feature_settings(recipe) | {"embedder": embedder}, imported_feature_settings(recipe, embedder))
-    done = known and report["clips"] == stamp(list(clip_stamps(work).values()))
+    done = known and report["clips"] == fingerprint(list(clip_fingerprints(work).values()))
     return (done and mute_done(recipe, work, settings)) or None
 
 
@@ -179,12 +179,12 @@ def imported_feature_settings(recipe: Recipe, embedder: dict[str, Any]) -> dict[
     return settings if recipe.model.pitch_guidance else settings | {"model.pitch_guidance": False}
 
 
-def feature_stamp(settings: dict[str, Any], clips: str) -> str:
-    return stamp(settings, clips)
+def feature_fingerprint(settings: dict[str, Any], clips: str) -> str:
+    return fingerprint(settings, clips)
 
 
-def clip_stamps(work: Workspace) -> dict[Unit, str]:
-    """Every unit of the work list and the stamp of its clips file.
+def clip_fingerprints(work: Workspace) -> dict[Unit, str]:
+    """Every unit of the work list and the fingerprint of its clips file.
 
     Raises:
         StageError: the preprocess stage has not run, or not to its end.
@@ -193,7 +193,7 @@ def clip_stamps(work: Workspace) -> dict[Unit, str]:
     if work_list is None:
         raise StageError(f"{work.clips_dir} has no clips: run `rvc-dist preprocess` first")
     stamps = {u: (read_header(work.clips_file(u.id)) or {}).get("stamp") for u in work_list.units}
-    missing = [work.clips_file(u.id).name for u, s in stamps.items() if s != u.stamp(work_list.settings)]
+    missing = [work.clips_file(u.id).name for u, s in stamps.items() if s != u.fingerprint(work_list.settings)]
     if missing:
         raise StageError(
             f"{work.clips_dir}: {len(missing)} of {len(work_list.units)} units are missing or stale "
@@ -225,7 +225,7 @@ def pack_unit(
         lengths: of the unit's clips in samples.
         features: (clip, content [T50, C], f0 [T100]), as an extractor yields them. Its batches never cross a unit, so
             the bytes do not depend on the ranks.
-        wanted: the stamp.
+        wanted: the fingerprint.
     """
     arrays: dict[str, Any] = {}
     clips: list[dict[str, Any]] = [dict(c) for c in clips_header["clips"]]
@@ -251,7 +251,7 @@ def write_mute(
 ) -> None:
     """Write the silent clip: its content features [T50, C], and no pitch."""
     header = {
-        "stamp": mute_stamp(recipe, settings),
+        "stamp": mute_fingerprint(recipe, settings),
         "num_samples": num_samples,
         "num_content": len(content),
         "num_f0": num_f0,
@@ -259,18 +259,18 @@ def write_mute(
     save_arrays(work.mute_file, {"00000.content": content, "00000.f0": np.zeros(num_f0, np.float32)}, header)
 
 
-def mute_stamp(recipe: Recipe, settings: dict[str, Any]) -> str:
-    return stamp(settings, recipe.preprocess.chunk_len, recipe.data.sample_rate)
+def mute_fingerprint(recipe: Recipe, settings: dict[str, Any]) -> str:
+    return fingerprint(settings, recipe.preprocess.chunk_len, recipe.data.sample_rate)
 
 
 def mute_done(recipe: Recipe, work: Workspace, settings: dict[str, Any]) -> bool:
-    return not recipe.extract.include_mutes or is_done(work.mute_file, mute_stamp(recipe, settings))
+    return not recipe.extract.include_mutes or is_done(work.mute_file, mute_fingerprint(recipe, settings))
 
 
-def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], share: Share) -> None:
+def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dict[Unit, str], shard: Shard) -> None:
     """Write the report once every unit is done, whoever did it."""
     left = sum(done_header(recipe, work, u, settings, s) is None for u, s in clips.items())
-    if left and share.does_all:
+    if left and shard.does_all:
         raise StageError(
             f"extract: {left} of {len(clips)} units in {work.features_dir} were replaced meanwhile: "
             "another job works in this run folder with other settings; end one, then run the stage again"
@@ -290,6 +290,6 @@ def write_report(work: Workspace, settings: dict[str, Any], clips: dict[Unit, st
     """Write the report of features that are all there, and return how many content frames they have."""
     headers = [unit_header(work.features_file(u.id), FeaturesHeader, stage) for u in clips]
     frames = sum(c["num_content"] for h in headers for c in h["clips"])
-    report = {"settings": settings, "clips": stamp(list(clips.values())), "content_frames": frames}
+    report = {"settings": settings, "clips": fingerprint(list(clips.values())), "content_frames": frames}
     write_json(work.features_report_file, report)
     return frames

@@ -22,13 +22,13 @@ from rvc_dist.features.index_file import MAX_IN_MEMORY, NUM_NEIGHBOURS, Vectors,
 from rvc_dist.workspace import (
     FeaturesHeader,
     IndexReport,
-    Share,
+    Shard,
     StageError,
     Workspace,
     beside,
+    fingerprint,
     read_json,
     remove_half_written,
-    stamp,
     unit_files,
     unit_header,
     write_json,
@@ -80,17 +80,17 @@ def index_name(recipe: Recipe, cells: int, nprobe: int) -> str:
     return f"added_IVF{cells}_Flat_nprobe_{nprobe}_{recipe.name}_{recipe.model.version}.index"
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Build the index on the first rank, and measure its recall.
 
     Raises:
         StageError: the features are missing or damaged, faiss is missing, or the folder cannot be written.
     """
-    if not share.is_first:
+    if not shard.is_first:
         return
     work = Workspace(recipe.run_dir, recipe.name)
     work.check_name()
-    wanted = wanted_stamp(recipe, work)
+    wanted = wanted_fingerprint(recipe, work)
     if complete(recipe):
         logger.info("index: %s is up to date", work.index_file())
         return
@@ -151,14 +151,15 @@ def complete(recipe: Recipe) -> bool | None:
     """True when the index is there and made of the present features, else None."""
     work = Workspace(recipe.run_dir, recipe.name)
     file = work.index_file()
-    current = file is not None and read_json(work.index_report_file, IndexReport)["stamp"] == wanted_stamp(recipe, work)
-    return current or None
+    if file is None or read_json(work.index_report_file, IndexReport)["stamp"] != wanted_fingerprint(recipe, work):
+        return None
+    return True
 
 
-def wanted_stamp(recipe: Recipe, work: Workspace) -> str:
+def wanted_fingerprint(recipe: Recipe, work: Workspace) -> str:
     if not work.features_report_file.is_file():
         raise StageError(f"{work.features_dir} has no features: run `rvc-dist extract` first")
-    return stamp(read_json(work.features_report_file), asdict(recipe.index), recipe.name)
+    return fingerprint(read_json(work.features_report_file), asdict(recipe.index), recipe.name)
 
 
 def spread(num: int, most: int) -> Numbers:

@@ -18,7 +18,7 @@ EXEMPT = ("validation", "checkpoint")
 """Phases that steps are not measured with: they take long by right, every so often."""
 
 
-class Pulse:
+class Heartbeat:
     """What this rank does. The training thread writes it, the watching thread reads it."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Pulse:
         return statistics.median(recent) if len(recent) >= MIN_STEPS else None
 
 
-BEAT = record(
+HEARTBEAT = record(
     **dict.fromkeys(("rank", "pid", "step", "num_sent", "count"), Count),
     **dict.fromkeys(("host", "phase"), Word),
     token=Token,
@@ -83,10 +83,10 @@ BEAT = record(
     failure=str,
 )
 """What a rank writes into its file."""
-MAX_BEAT_BYTES = 1 << 16
+MAX_HEARTBEAT_BYTES = 1 << 16
 
 
-class Beat(NamedTuple):
+class HeartbeatRecord(NamedTuple):
     """The last sign of life of a rank."""
 
     text: bytes

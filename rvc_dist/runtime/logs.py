@@ -28,7 +28,7 @@ from typing import Any
 
 from rvc_dist import __version__
 from rvc_dist.schema import Count, SchemaError, Word, parse_json, read_bounded, record
-from rvc_dist.workspace import OtherRankError, Share, Workspace, atomic_write, write_json
+from rvc_dist.workspace import OtherRankError, Shard, Workspace, atomic_write, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,11 @@ class RankLog(logging.Handler):
     there; when this one fails before, it leaves nothing in that one's files.
     """
 
-    def __init__(self, work: Workspace, share: Share, is_waiting: bool = False) -> None:
+    def __init__(self, work: Workspace, shard: Shard, is_waiting: bool = False) -> None:
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
-        self.work, self.share = work, share
-        self.path = work.rank_log(share.index)
+        self.work, self.shard = work, shard
+        self.path = work.rank_log(shard.index)
         self._kept: list[str] = []
         self._is_waiting = is_waiting
         self._stream: io.TextIOWrapper | None = None
@@ -114,7 +114,7 @@ class RankLog(logging.Handler):
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.work.failure_file(self.share.index).unlink(missing_ok=True)
+        self.work.failure_file(self.shard.index).unlink(missing_ok=True)
         self._old_failures = self._failures()
         self._stream = self.path.open("a", encoding="utf-8", errors="backslashreplace")
         if not faulthandler.is_enabled():  # else somebody wants the stacks elsewhere
@@ -159,9 +159,9 @@ class RankLog(logging.Handler):
         if not isinstance(error, OtherRankError):
             with contextlib.suppress(OSError):  # a full disk may be what ended it
                 if self.path.parent.is_dir() and not self._is_waiting:
-                    failure = {"rank": self.share.index, "host": socket.gethostname(), "time": time.time()}
+                    failure = {"rank": self.shard.index, "host": socket.gethostname(), "time": time.time()}
                     last_line = (trace.strip() or repr(error)).splitlines()[-1]
-                    write_json(self.work.failure_file(self.share.index), failure | {"error": last_line})
+                    write_json(self.work.failure_file(self.shard.index), failure | {"error": last_line})
 
     def first_failure(self, wait_s: float = CAUSE_WAIT_S) -> str | None:
         """Which other rank of this run failed first, and why; None when none has said so within `wait_s`."""
@@ -209,11 +209,11 @@ class RankLog(logging.Handler):
 
 
 @contextlib.contextmanager
-def rank_log(work: Workspace, share: Share, command: list[str], is_waiting: bool = False) -> Iterator[RankLog]:
+def rank_log(work: Workspace, shard: Shard, command: list[str], is_waiting: bool = False) -> Iterator[RankLog]:
     """Inside, what this rank logs also goes to its file, and so do tracebacks that nobody catches."""
-    log = RankLog(work, share, is_waiting)
+    log = RankLog(work, shard, is_waiting)
     logging.getLogger().addHandler(log)
-    log.write(log.format(logging.makeLogRecord({"levelname": "INFO", "msg": introduction(share, command)})))
+    log.write(log.format(logging.makeLogRecord({"levelname": "INFO", "msg": introduction(shard, command)})))
     show_thread_error = threading.excepthook
 
     def thread_failed(error: Any) -> None:
@@ -231,15 +231,15 @@ def rank_log(work: Workspace, share: Share, command: list[str], is_waiting: bool
         log.close()
 
 
-def introduction(share: Share, command: list[str]) -> str:
+def introduction(shard: Shard, command: list[str]) -> str:
     """Who writes here, with which command and versions."""
     versions = [f"rvc_dist {__version__}", f"Python {platform.python_version()}"]
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions.append(f"{name} {metadata.version(name)}")
-    what = "part" if share.array else "rank"
+    what = "part" if shard.array else "rank"
     return (
-        f"{what} {share.index} of {share.count} on {socket.gethostname()}, pid {os.getpid()}: "
+        f"{what} {shard.index} of {shard.count} on {socket.gethostname()}, pid {os.getpid()}: "
         f"rvc-dist {shlex.join(command)}; in {Path.cwd()}; {', '.join(versions)}"
     )
 

@@ -1,7 +1,7 @@
 """Watches over a training run: which rank is slow and what it waits for, who is not heard of, who holds the run folder.
 
-Every rank notes what it does in a `Pulse`, which costs a few assignments a phase. A thread of each rank writes that to
-RUN/logs/rank_*.beat now and then; the first rank's reads them all when a step takes far longer than usual.
+Every rank notes what it does in a `Heartbeat`, which costs a few assignments a phase. A thread of each rank writes
+that to RUN/logs/rank_*.beat now and then; the first rank's reads them all when a step takes far longer than usual.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from rvc_dist.runtime.accelerator import on_first_rank
-from rvc_dist.runtime.heartbeat import BEAT, EXEMPT, MAX_BEAT_BYTES, Beat, Pulse
+from rvc_dist.runtime.heartbeat import EXEMPT, HEARTBEAT, MAX_HEARTBEAT_BYTES, Heartbeat, HeartbeatRecord
 from rvc_dist.runtime.logs import EXIT_S, ends_within, is_timeout, rank_logs, write_stacks
 from rvc_dist.runtime.run_lock import RunLock
 from rvc_dist.schema import parse_json, read_bounded
@@ -48,10 +48,10 @@ class Watch:
     """The watching thread of a rank, and the run's lock; `with` ends both."""
 
     def __init__(self, work: Workspace) -> None:
-        self.work, self.pulse, self.lock = work, Pulse(), RunLock(work.train_lock_file)
+        self.work, self.heartbeat, self.lock = work, Heartbeat(), RunLock(work.train_lock_file)
         self._rank, self._num_ranks = 0, 1
         self._interval_s = 1.0
-        self._others: dict[int, Beat] = {}
+        self._others: dict[int, HeartbeatRecord] = {}
         self._told_step: int | None = None
         self._told_at, self._told_since = float("-inf"), 0.0
         self._given_up = False
@@ -165,9 +165,9 @@ class Watch:
                 [f"{b.name}, last in {b.where}" for b in late] + [f"rank {rank}, which has ended" for rank in gone]
             )
             raise StageError(
-                f"rank {self._rank} waited for train.timeout_s = {timeout_s:g} s, in {self.pulse.phase} of step "
-                f"{self.pulse.step}, for {names or 'the others, all of which did the same'}. Where each rank was is in "
-                f"{self.work.logs_dir}; the same command continues from the last checkpoint"
+                f"rank {self._rank} waited for train.timeout_s = {timeout_s:g} s, in {self.heartbeat.phase} of step "
+                f"{self.heartbeat.step}, for {names or 'the others, all of which did the same'}. Where each rank was "
+                f"is in {self.work.logs_dir}; the same command continues from the last checkpoint"
             ) from error
 
     def _failure_of_another(self) -> str | None:
@@ -177,7 +177,7 @@ class Watch:
                 return f"{beat.name} failed first: see {self.work.rank_log(rank)}: {beat.data['failure']}"
         return next((told for log in rank_logs() if (told := log.first_failure(0.0))), None)
 
-    def _late(self) -> tuple[list[Beat], list[int]]:
+    def _late(self) -> tuple[list[HeartbeatRecord], list[int]]:
         """The ranks that give no sign of life, else those that have done least, and those that have ended.
 
         The first is empty when all that are there have done the same.
@@ -192,7 +192,7 @@ class Watch:
         gone = [rank for rank in range(self._num_ranks) if rank not in beats]
         return silent or (behind if len(behind) < len(beats) else []), gone
 
-    def _end(self, beats: list[Beat]) -> None:
+    def _end(self, beats: list[HeartbeatRecord]) -> None:
         file = self.work.hanging_file
         try:
             with file.open("a", encoding="ascii") as stream:
@@ -216,29 +216,34 @@ class Watch:
         if self._file is None:
             self.work.logs_dir.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.work.beat_file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
-        pulse, now = self.pulse, time.monotonic()
+        heartbeat, now = self.heartbeat, time.monotonic()
         data = self._me | {
-            "step": pulse.step,
-            "phase": pulse.phase,
-            "num_sent": pulse.num_sent,
-            "count": pulse.count,
-            "in_phase_s": round(now - pulse.at, 2),
+            "step": heartbeat.step,
+            "phase": heartbeat.phase,
+            "num_sent": heartbeat.num_sent,
+            "count": heartbeat.count,
+            "in_phase_s": round(now - heartbeat.at, 2),
             "beat": now,
-            "failure": pulse.failure[:600],
+            "failure": heartbeat.failure[:600],
         }
         os.pwrite(self._file, f"{json.dumps(data):<2000}\n".encode(), 0)
         os.fsync(self._file)  # over NFS others see it only then
 
     def _judge(self) -> None:
         """Tell when a step takes too long, and which rank it is."""
-        pulse, now = self.pulse, time.monotonic()
-        step, age_s, in_phase_s, median_s = pulse.step, now - pulse.step_at, now - pulse.at, pulse.median_s
+        heartbeat, now = self.heartbeat, time.monotonic()
+        step, age_s, in_phase_s, median_s = (
+            heartbeat.step,
+            now - heartbeat.step_at,
+            now - heartbeat.at,
+            heartbeat.median_s,
+        )
         if self._told_step is not None and step != self._told_step:
             if self._rank == 0:
                 logger.info("step %d went on after %.0f s", self._told_step, now - self._told_since)
             self._told_step, self._told_at = None, float("-inf")
         limit_s = max(SLOW_FACTOR * median_s, SLOW_S) if median_s is not None else float("inf")
-        slow = age_s > limit_s and pulse.phase not in EXEMPT
+        slow = age_s > limit_s and heartbeat.phase not in EXEMPT
         if self._rank == 0 and (age_s > limit_s / 2 or in_phase_s > SILENT_S / 2):
             self._others = self._beats(self._others)
         else:
@@ -247,13 +252,13 @@ class Watch:
         if not (slow or silent) or now - self._told_at < REPEAT_S:
             return
         if self._told_step is None:
-            self._told_step, self._told_since = step, pulse.step_at
+            self._told_step, self._told_since = step, heartbeat.step_at
             write_stacks()
         self._told_at = now
         if self._rank == 0:
             self._tell(step, age_s, median_s if slow else None, silent)
 
-    def _tell(self, step: int, age_s: float, median_s: float | None, silent: list[Beat]) -> None:
+    def _tell(self, step: int, age_s: float, median_s: float | None, silent: list[HeartbeatRecord]) -> None:
         usual = f", {age_s / median_s:.0f} times the median of {median_s:.2g} s" if median_s else ""
         late = silent or stragglers(self._others)
         if len(late) < self._num_ranks or silent:
@@ -266,7 +271,7 @@ class Watch:
         unread = f"; nothing can be read of rank {listed(missing)}" if missing else ""
         logger.warning("step %d takes %.0f s%s: %s%s", step, age_s, usual, who, unread)
 
-    def _heard(self, beat: Beat) -> str:
+    def _heard(self, beat: HeartbeatRecord) -> str:
         silent_s = time.monotonic() - beat.seen_at
         if silent_s > self._silent_after_s:
             return f"{beat.name} has not been heard of for {silent_s:.0f} s, last in {beat.where}"
@@ -276,14 +281,18 @@ class Watch:
     def _silent_after_s(self) -> float:
         return max(SILENT_S, 3 * self._interval_s)
 
-    def _beats(self, before: dict[int, Beat]) -> dict[int, Beat]:
+    def _beats(self, before: dict[int, HeartbeatRecord]) -> dict[int, HeartbeatRecord]:
         """Every rank's beat; one that is as it was `before` is the same object."""
         now, beats = time.monotonic(), {}
         for rank in range(self._num_ranks):
             try:
-                text = read_bounded(self.work.beat_file(rank), MAX_BEAT_BYTES)
+                text = read_bounded(self.work.beat_file(rank), MAX_HEARTBEAT_BYTES)
                 old = before.get(rank)
-                beats[rank] = old if old is not None and old.text == text else Beat(text, now, parse_json(text, BEAT))
+                beats[rank] = (
+                    old
+                    if old is not None and old.text == text
+                    else HeartbeatRecord(text, now, parse_json(text, HEARTBEAT))
+                )
             except FileNotFoundError:  # not begun yet, or ended
                 continue
             except (OSError, ValueError):  # half of it: next time
@@ -292,7 +301,7 @@ class Watch:
         return beats
 
 
-def stragglers(beats: dict[int, Beat]) -> list[Beat]:
+def stragglers(beats: dict[int, HeartbeatRecord]) -> list[HeartbeatRecord]:
     """The ranks that the others wait for; all of them when all have done the same."""
     least = min((b.data["count"] for b in beats.values()), default=0)
     return [b for b in beats.values() if b.data["count"] == least]

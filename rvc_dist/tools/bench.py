@@ -29,14 +29,14 @@ from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.measuring import PARTS, MeasuredTrainer, Sample, Span
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
-    Share,
+    Shard,
     StageError,
     Workspace,
     atomic_write,
+    fingerprint,
     read_json,
     remove_leftovers,
     save_arrays,
-    stamp,
     wait_for,
     write_json,
 )
@@ -52,7 +52,7 @@ NUM_GLOBAL_BATCHES = 4
 CONTENT_WIDTH = {"v1": 256, "v2": 768}
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Measure, write the result into RUN/bench, and print it with the earlier ones of other numbers of ranks.
 
     Raises:
@@ -65,15 +65,15 @@ def run(recipe: Recipe, share: Share) -> None:
             "micro-batches: set it to 1, or train.batch_size to the product of both"
         )
     if config.parity:
-        parity.asked_for(recipe.train, share.count)  # nothing to compare is an error before anything is written
-    bench = Bench(recipe, share)
+        parity.asked_for(recipe.train, shard.count)  # nothing to compare is an error before anything is written
+    bench = Bench(recipe, shard)
     results_file = bench.folder / (PARITY_FILE if config.parity else "results.json")
-    if share.is_first:
+    if shard.is_first:
         bench.prepare()
         load_results(results_file)  # a damaged file is an error before anything is measured
     recipe = bench.recipe()
-    result = parity.measure(recipe, share.count) if config.parity else measured_result(recipe)
-    if not share.is_first:
+    result = parity.measure(recipe, shard.count) if config.parity else measured_result(recipe)
+    if not shard.is_first:
         return
     result["key"]["data"] = bench.data
     try:
@@ -90,8 +90,8 @@ def run(recipe: Recipe, share: Share) -> None:
 class Bench:
     """RUN/bench and the data in it."""
 
-    def __init__(self, recipe: Recipe, share: Share) -> None:
-        self._recipe, self._share = recipe, share
+    def __init__(self, recipe: Recipe, shard: Shard) -> None:
+        self._recipe, self._shard = recipe, shard
         self.run = Workspace(recipe.run_dir, recipe.name)
         self.folder = self.run.root / "bench"
         self.data = "run" if self.run.features_report_file.is_file() else "demo"
@@ -137,12 +137,12 @@ class Bench:
     def _report(self) -> dict[str, Any]:
         """What the clips of the demo voice depend on. As few units as give whole global batches."""
         train, rate = self._recipe.train, self._recipe.data.sample_rate
-        global_batch = train.batch_size * train.grad_accum_steps * self._share.count
+        global_batch = train.batch_size * train.grad_accum_steps * self._shard.count
         per_unit = len(_windows())
         step = global_batch // math.gcd(global_batch, per_unit)  # so many units are whole global batches
         units = step * -(-NUM_GLOBAL_BATCHES * global_batch // (per_unit * step))
         width = CONTENT_WIDTH[self._recipe.model.version]
-        made_of = {"stamp": stamp("bench", rate, width, CLIP_S), "units": units}
+        made_of = {"stamp": fingerprint("bench", rate, width, CLIP_S), "units": units}
         return made_of | {"settings": {}, "clips": made_of["stamp"], "content_frames": 0}  # as extract's report
 
     def _cut(self) -> None:

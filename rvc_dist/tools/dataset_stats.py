@@ -25,7 +25,7 @@ from rvc_dist.data.preprocess import account, sum_lost
 from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
-    Share,
+    Shard,
     StageError,
     Unit,
     WorkList,
@@ -135,13 +135,13 @@ class Summary:
     """Seconds that are in no clip, by why."""
 
 
-def run(recipe: Recipe, share: Share, runs: list[str] | None = None, as_json: bool = False) -> None:
+def run(recipe: Recipe, shard: Shard, runs: list[str] | None = None, as_json: bool = False) -> None:
     """Print the tables of `runs`, or of the recipe's run, on the first rank.
 
     Raises:
         StageError: one of them has no clips.
     """
-    if not share.is_first:
+    if not shard.is_first:
         return
     summaries = [summarise(Path(r)) for r in runs or [recipe.run_dir]]
     if as_json:

@@ -31,14 +31,20 @@ from rvc_dist.data.preprocess import (
     recording_entries,
 )
 from rvc_dist.data.sources import check_recordings, content_of
-from rvc_dist.features.extract import feature_stamp, imported_feature_settings, pack_unit, write_mute, write_report
+from rvc_dist.features.extract import (
+    feature_fingerprint,
+    imported_feature_settings,
+    pack_unit,
+    write_mute,
+    write_report,
+)
 from rvc_dist.features.identity import PUBLISHED
-from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_stamp
+from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_fingerprint
 from rvc_dist.features.index_file import check_index
 from rvc_dist.files import ForeignFileError, not_regular, read_npy
 from rvc_dist.schema import SchemaError, parse_json, read_bounded
 from rvc_dist.workspace import (
-    Share,
+    Shard,
     SourceFile,
     StageError,
     Unit,
@@ -46,12 +52,12 @@ from rvc_dist.workspace import (
     Workspace,
     atomic_write,
     cut_units,
+    fingerprint,
     is_done,
     listed,
     printable,
     remove_leftovers,
     save_arrays,
-    stamp,
     unit_files,
     wait_for,
     write_json,
@@ -154,14 +160,14 @@ class Experiment:
         return bool(files) and all(f.is_file() for f in files)
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Import the experiment `recipe.data.audio_dir` into the run folder, on the first rank.
 
     Raises:
         StageError: no experiment is there, nothing in it can be used, its waves have several sample rates, or the run
             folder holds something else.
     """
-    if not share.is_first:
+    if not shard.is_first:
         wait_for("the import on rank 0", partial(complete, recipe))
         return
     experiment = read_experiment(Path(recipe.data.audio_dir))
@@ -172,7 +178,7 @@ def run(recipe: Recipe, share: Share) -> None:
     recipe = adapt(recipe, experiment, common_rate(experiment, files))
     settings = imported_clip_settings(recipe)
     known = [(f.path, f.reason) if f.reason else f.identity for f in files]
-    listing = stamp(known, feature_listing(experiment, num_threads))
+    listing = fingerprint(known, feature_listing(experiment, num_threads))
     check_recordings(work, files, lambda f: f.content)
     if old is not None and (old.listing, old.settings) == (listing, settings) and complete(recipe):
         logger.info("import: %s was imported before, nothing to do", experiment.folder)
@@ -486,9 +492,9 @@ def import_unit(
     rate: int,
 ) -> None:
     """Write the clips of one unit and, when all of them have features, these; nothing when that is done."""
-    clips_stamp = unit.stamp(settings)
-    wanted = feature_stamp(features, clips_stamp)
-    clips_done = is_done(work.clips_file(unit.id), clips_stamp)
+    clips_fingerprint = unit.fingerprint(settings)
+    wanted = feature_fingerprint(features, clips_fingerprint)
+    clips_done = is_done(work.clips_file(unit.id), clips_fingerprint)
     if clips_done and (not experiment.content_dir or is_done(work.features_file(unit.id), wanted)):
         return
     waves: dict[str, Array] = {}
@@ -514,7 +520,7 @@ def import_unit(
         seconds = round(len(wave) / rate, 6)
         entry = {"seconds_in": seconds, "clips": 1, "seconds_out": round(seconds, 3), "lost": {}, "reason": reason}
         files.append({"path": file.path, "speaker": file.speaker} | entry)
-    header = {"stamp": clips_stamp, "sample_rate": rate, "clips": clips, "files": files}
+    header = {"stamp": clips_fingerprint, "sample_rate": rate, "clips": clips, "files": files}
     if experiment.content_dir and len(found) == len(waves):
         lengths = [len(wave) for wave in waves.values()]
         save_arrays(work.features_file(unit.id), *pack_unit(header, lengths, found, features["embedder"], wanted))
@@ -572,9 +578,9 @@ def finish(
     if not used:
         raise _nothing(experiment, [(f["path"], f["reason"]) for f in files])
     remove_leftovers(work.features_dir, len(work_list.units))
-    clips = {u: u.stamp(work_list.settings) for u in work_list.units}
+    clips = {u: u.fingerprint(work_list.settings) for u in work_list.units}
     whole = bool(experiment.content_dir) and all(
-        is_done(work.features_file(u.id), feature_stamp(features, s)) for u, s in clips.items()
+        is_done(work.features_file(u.id), feature_fingerprint(features, s)) for u, s in clips.items()
     )
     if whole:
         recipe = import_mutes(recipe, experiment, work, features, {f["speaker"] for f in used})
@@ -672,7 +678,7 @@ def import_index(recipe: Recipe, experiment: Experiment, work: Workspace, frames
     atomic_write(work.vectors_file, vectors.getvalue())
     atomic_write(file, faiss.serialize_index(whole).tobytes())
     report = {"file": file.name, "frames": frames, "vectors": whole.ntotal, "cells": inverted.nlist}
-    write_json(work.index_report_file, {"stamp": wanted_stamp(recipe, work), **report})
+    write_json(work.index_report_file, {"stamp": wanted_fingerprint(recipe, work), **report})
     logger.info("import: index %s", path.name)
 
 

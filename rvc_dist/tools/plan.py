@@ -39,7 +39,7 @@ from rvc_dist.tools.forecast import (
 from rvc_dist.tools.measuring import recipe_key
 from rvc_dist.tools.tracing import TracedStep, trace
 from rvc_dist.train.dataset import ClipRef, ClipTable, cached_bytes
-from rvc_dist.workspace import ClipsHeader, Share, StageError, Workspace, unit_files, unit_header, write_json
+from rvc_dist.workspace import ClipsHeader, Shard, StageError, Workspace, unit_files, unit_header, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,13 @@ WORKSPACE_SHARE = 0.2
 on 1 and 4 clips of 300 frames, traced at 2.5 and 4.0 GB, took 3.2 and 4.9 GB besides the libraries."""
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Print the forecast and write it to RUN/plan.json.
 
     Raises:
         StageError: there is nothing to train on yet, or no step time can be had.
     """
-    if share.count > 1:
+    if shard.count > 1:
         raise StageError(
             "plan: started on several ranks; it is one process, for any number of ranks (plan.ranks). `rvc-dist bench` "
             "measures on several, and plan reads what it kept"
@@ -303,7 +303,7 @@ def measure_now(recipe: Recipe) -> None:
     )
     short = replace(recipe, bench=replace(recipe.bench, warmup_steps=WARMUP_STEPS, steps=STEPS, plain=False))
     try:
-        stage = bench.Bench(short, Share())
+        stage = bench.Bench(short, Shard())
         stage.prepare()
         result = bench.measured_result(stage.recipe())
     except StageError as error:

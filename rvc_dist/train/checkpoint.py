@@ -17,7 +17,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -122,7 +122,7 @@ class Checkpoint:
         return replace(self, models=copies)
 
 
-class Writer:
+class AsyncCheckpointWriter:
     """Writes checkpoints in a thread of its own, one at a time: training waits only for the copy to host memory."""
 
     def __init__(
@@ -222,7 +222,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             _save_tensors(beside / f"{name}.safetensors", tensors)
         state = {
             "format": FORMAT,
-            "progress": asdict(checkpoint.progress),
+            "progress": checkpoint.progress.to_file(),
             "identity": checkpoint.identity,
             "optimizer_groups": {name: s.groups for name, s in checkpoint.optimizers.items()},
             "meter": checkpoint.meter,
@@ -298,7 +298,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def all_in(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below `folder`, oldest first; copies that a user made under other names are none."""
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8}", p.name) and p.is_dir())
 
@@ -309,7 +309,7 @@ def whole_in(folder: Path) -> list[Path]:
     Raises:
         StageError: there are some, and none is whole.
     """
-    problems = {path: damage(path) for path in all_in(folder)}
+    problems = {path: find_corruption(path) for path in list_checkpoints(folder)}
     whole = [path for path, found in problems.items() if not found]
     if problems and not whole:
         verify(max(problems))
@@ -320,7 +320,7 @@ def whole_in(folder: Path) -> list[Path]:
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint; one without a manifest, which is written last, was never whole or is half removed."""
-    for path in reversed(all_in(folder)):
+    for path in reversed(list_checkpoints(folder)):
         if (path / MANIFEST).is_file():
             return path
         logger.warning("%s has no %s and is passed over: it was never whole, or is half removed", path, MANIFEST)
@@ -329,13 +329,13 @@ def latest(folder: Path) -> Path | None:
 
 def prune(folder: Path, keep: int, best_step: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
-    found = [p for p in all_in(folder) if (p / MANIFEST).is_file()]
+    found = [p for p in list_checkpoints(folder) if (p / MANIFEST).is_file()]
     for path in found[:-keep]:
         if path.name != f"step_{best_step:08d}":
             discard(path)
 
 
-def damage(path: Path) -> list[str]:
+def find_corruption(path: Path) -> list[str]:
     """What is wrong with a checkpoint's files; empty when all are as they were written."""
     if not (path / MANIFEST).is_file():
         return [f"{MANIFEST} is missing"]
@@ -362,9 +362,9 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
         StageError: files are damaged, or `identity` differs from the checkpoint's; every mismatch is listed, and the
             newest whole checkpoint besides it is named.
     """
-    problems = damage(path)
+    problems = find_corruption(path)
     if problems:
-        whole = [p for p in all_in(path.parent) if p != path and not damage(p)]
+        whole = [p for p in list_checkpoints(path.parent) if p != path and not find_corruption(p)]
         remedy = (
             f"remove {path.name} to continue from {whole[-1].name}, the newest whole checkpoint"
             if whole
@@ -425,10 +425,9 @@ def _agree(before: Any, now: Any) -> bool:
 def load(path: Path) -> Checkpoint:
     """The checkpoint in `path`, which `verify` has accepted or `whole_in` has found."""
     state = _state(path)
-    progress = state["progress"] | {"seen": tuple((size, steps) for size, steps in state["progress"]["seen"])}
     groups = state["optimizer_groups"]
     return Checkpoint(
-        progress=Progress(**progress),
+        progress=Progress.from_file(state["progress"]),
         identity=state["identity"],
         models={name: load_file(path / f"{name}.safetensors") for name in MODELS},
         optimizers={n: OptimizerState(load_file(path / f"optimizer_{n}.safetensors"), groups[n]) for n in MODELS},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -110,7 +111,7 @@ def _gains(
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = textwrap.shorten(str(error).split("\n\n")[0], 300) or "no reason given"
         logger.warning(
             "compile: the %s stays eager, since compiling failed: %s: %s", name, type(error).__name__, reason
         )

@@ -47,7 +47,7 @@ CACHE_SHARE = 0.5
 
 Clips = np.ndarray[Any, np.dtype[np.int64]]
 """Numbers of clips in the training list."""
-Seen = Sequence[tuple[int, int]]
+BatchesDone = Sequence[tuple[int, int]]
 """What of an epoch was trained on: (size of the global batch, steps of that size), one entry a change of size."""
 
 
@@ -265,7 +265,7 @@ class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
         self.lengths = np.minimum(np.asarray(lengths, dtype=np.int64), MAX_CLIP_FRAMES)
         self.batch_size, self.num_ranks, self.rank, self.seed = batch_size, num_ranks, rank, seed
         self.accum_steps = accum_steps
-        self._start: tuple[int, Seen] = (0, ())
+        self._start: tuple[int, BatchesDone] = (0, ())
 
     @property
     def global_batch_size(self) -> int:
@@ -287,23 +287,23 @@ class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
         num_micro = -(-short // (self.batch_size * self.num_ranks))
         return max(0, self.num_ranks * num_micro - short)
 
-    def start_at(self, epoch: int, seen: Seen) -> None:
-        """Where the next iteration begins: in `epoch`, after the steps that `seen` counts."""
-        self._start = (epoch, seen)
+    def start_at(self, epoch: int, batches_done: BatchesDone) -> None:
+        """Where the next iteration begins: in `epoch`, after the steps that `batches_done` counts."""
+        self._start = (epoch, batches_done)
 
-    def global_batches(self, epoch: int, seen: Seen = ()) -> list[Clips]:
+    def global_batches(self, epoch: int, batches_done: BatchesDone = ()) -> list[Clips]:
         """The clip numbers of every global batch of an epoch that is left, in order; the same on all ranks.
 
         When the size of the global batch changed within the epoch (a run resumed on another number of ranks), the clips
         that were not yet seen are cut anew, and none is seen twice.
         """
         left = self._generator(epoch).permutation(len(self.lengths))
-        for part, (size, num_steps) in enumerate(seen):
+        for part, (size, num_steps) in enumerate(batches_done):
             batches = self._cut(left, size, self._generator(epoch, part))
-            if size == self.global_batch_size and part == len(seen) - 1:
+            if size == self.global_batch_size and part == len(batches_done) - 1:
                 return batches[num_steps:]
             left = left[~np.isin(left, np.concatenate(batches[:num_steps]))]
-        return self._cut(left, self.global_batch_size, self._generator(epoch, len(seen)))
+        return self._cut(left, self.global_batch_size, self._generator(epoch, len(batches_done)))
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64([self.seed, *key]))
@@ -337,11 +337,11 @@ class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
 
     def __iter__(self) -> Iterator[tuple[MicroBatchSpec, ...]]:
         """Endless: epoch after epoch, from the start that was set."""
-        epoch, seen = self._start
+        epoch, batches_done = self._start
         while True:
-            for clips in self.global_batches(epoch, seen):
+            for clips in self.global_batches(epoch, batches_done):
                 yield self.rank_batches(clips, epoch)
-            epoch, seen = epoch + 1, ()
+            epoch, batches_done = epoch + 1, ()
 
 
 class ClipDataset(Dataset[list[Batch]]):

@@ -12,13 +12,13 @@ from rvc_dist.data.sources import hashless, named, other_recordings
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.holdout import choice, validated
 from rvc_dist.train.progress import Progress
-from rvc_dist.workspace import Workspace, read_json, stamp
+from rvc_dist.workspace import Workspace, fingerprint, read_json
 
 logger = logging.getLogger(__name__)
 
 
 def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
-    """Plain data: the recordings by their content, stamps of both sides of the split, the dataset's length."""
+    """Plain data: the recordings by their content, fingerprints of both sides of the split, the dataset's length."""
     clips = [c for c in (*table.train, *table.holdout) if c.source != MUTE_SOURCE]
     ends_s: dict[tuple[int, str], float] = {}
     for clip in clips:
@@ -29,8 +29,10 @@ def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
     report = Workspace(recipe.run_dir, recipe.name).clips_report_file
     return {
         "recordings": recordings,
-        "train": stamp([(c.source, c.unit, c.key, c.num_frames) for c in table.train]),
-        "validation": stamp(recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]),
+        "train": fingerprint([(c.source, c.unit, c.key, c.num_frames) for c in table.train]),
+        "validation": fingerprint(
+            recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]
+        ),
         "dataset_length": read_json(report)["total_dataset_duration"] if report.is_file() else "",
         **choice(recipe.data.holdout, recipe.train.seed, table.holdout),
     }
@@ -66,7 +68,7 @@ def adjusted(progress: Progress, before: dict[str, Any], now: dict[str, Any]) ->
     if not before:
         return progress
     if before["train"] != now["train"]:
-        progress = replace(progress, seen=())
+        progress = replace(progress, batches_done=())
     if before["validation"] != now["validation"]:
         progress = replace(progress, best_metric=None, best_step=0, best_epoch=0)
     return progress

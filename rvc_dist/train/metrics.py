@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from rvc_dist.runtime.heartbeat import Pulse
+from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.logs import EXIT_S, ends_within
 from rvc_dist.workspace import disk_errors
 
@@ -58,9 +58,9 @@ class Meter:
 class PhaseTimer:
     """Time spent in the parts of a step. On CUDA by events, which are read only with `read`."""
 
-    def __init__(self, device: torch.device, pulse: Pulse | None = None) -> None:
+    def __init__(self, device: torch.device, heartbeat: Heartbeat | None = None) -> None:
         self._cuda = device.type == "cuda"
-        self._pulse = pulse or Pulse()
+        self._heartbeat = heartbeat or Heartbeat()
         self._spans: list[tuple[str, Any, Any]] = []
         self.num_steps = 0
 
@@ -74,7 +74,7 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         begin = self._now()
-        with self._pulse.within(name):
+        with self._heartbeat.within(name):
             yield
         self._spans.append((name, begin, self._now()))
 

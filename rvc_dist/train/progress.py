@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from rvc_dist.config import TrainConfig
 
@@ -15,7 +17,7 @@ class Progress:
     """Steps done, those without an update included."""
     epoch: int = 0
     """Epochs completed."""
-    seen: tuple[tuple[int, int], ...] = ()
+    batches_done: tuple[tuple[int, int], ...] = field(default=(), metadata={"key": "seen"})
     """Of the current epoch: (clips of a global batch, steps of that size), one entry a change of size."""
     best_metric: float | None = None
     best_step: int = 0
@@ -25,16 +27,24 @@ class Progress:
     rolled_back_at: int | None = None
     """The step at which such a row last made the run go back to a checkpoint."""
 
+    @classmethod
+    def from_file(cls, kept: Mapping[str, Any]) -> Progress:
+        steps = tuple((size, num_steps) for size, num_steps in kept["seen"])
+        return cls(**{key: value for key, value in kept.items() if key != "seen"}, batches_done=steps)
+
+    def to_file(self) -> dict[str, Any]:
+        return {f.metadata.get("key", f.name): getattr(self, f.name) for f in fields(self)}
+
     def advanced(self, global_batch_size: int, epoch_ends: bool) -> Progress:
         """One step later."""
         if epoch_ends:
-            return replace(self, step=self.step + 1, epoch=self.epoch + 1, seen=())
-        *before, (size, num_steps) = self.seen or ((global_batch_size, 0),)
+            return replace(self, step=self.step + 1, epoch=self.epoch + 1, batches_done=())
+        *before, (size, num_steps) = self.batches_done or ((global_batch_size, 0),)
         last = [(size, num_steps + 1)] if size == global_batch_size else [(size, num_steps), (global_batch_size, 1)]
-        return replace(self, step=self.step + 1, seen=(*before, *last))
+        return replace(self, step=self.step + 1, batches_done=(*before, *last))
 
     def epochs_done(self, num_clips: int) -> float:
-        return self.epoch + sum(size * num_steps for size, num_steps in self.seen) / num_clips
+        return self.epoch + sum(size * num_steps for size, num_steps in self.batches_done) / num_clips
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int, left_in_epoch: int, progress: Progress) -> int:
@@ -53,7 +63,7 @@ def save_is_due(config: TrainConfig, progress: Progress, total: int) -> bool:
     """Whether the recipe wants a checkpoint now."""
     if config.save_every_epochs is None:
         return is_due(config.save_every_steps, progress.step, total)
-    at_epoch_end = not progress.seen and progress.epoch % config.save_every_epochs == 0
+    at_epoch_end = not progress.batches_done and progress.epoch % config.save_every_epochs == 0
     return at_epoch_end or progress.step == total
 
 

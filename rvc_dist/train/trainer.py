@@ -41,7 +41,7 @@ from rvc_dist.train.optimizers import learning_rate
 from rvc_dist.train.progress import Progress, is_due, is_overtrained, kl_warmup, save_is_due
 from rvc_dist.train.step import GanStep
 from rvc_dist.train.validation import Validation
-from rvc_dist.workspace import Share, StageError, Stopped, Workspace, write_json
+from rvc_dist.workspace import Shard, StageError, Stopped, Workspace, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ WRITE_S = 30.0
 """How long a rank that ends for a fault waits for a checkpoint that is being written."""
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Train to the end of the budget, from the newest checkpoint if there is one.
 
     Raises:
@@ -57,7 +57,7 @@ def run(recipe: Recipe, share: Share) -> None:
             the same run folder.
         Stopped: a signal asked for the end; a checkpoint was written.
     """
-    del share  # the Accelerator knows the ranks
+    del shard  # the Accelerator knows the ranks
     with Watch(Workspace(recipe.run_dir, recipe.name)) as watch, watch.explain_timeouts(recipe.train.timeout_s):
         trainer = Trainer(recipe, watch)
         try:
@@ -80,7 +80,7 @@ class Trainer:
             watch = Watch(self.work)  # one that never starts
         else:
             watch.start(self.accelerator)
-        self.pulse, self.lock = watch.pulse, watch.lock
+        self.heartbeat, self.lock = watch.heartbeat, watch.lock
         if self.is_main:
             setup.report_holdout(recipe, self.table)
 
@@ -95,7 +95,7 @@ class Trainer:
         if found is not None:
             self.progress = setup.continued(self.accelerator, *found, self.identity, self.data)
             self.trained_speakers = tuple(sorted({*self.trained_speakers, *found[1].trained_speakers}))
-        self.left_in_epoch = len(self.sampler.global_batches(self.progress.epoch, self.progress.seen))
+        self.left_in_epoch = len(self.sampler.global_batches(self.progress.epoch, self.progress.batches_done))
         self.total_steps = setup.budget(recipe, self.table, self.sampler, self.left_in_epoch, self.progress)
         self.dataset = make_dataset(recipe, self.table, self.device)
         settings = loader_settings(self.config, self.device, isinstance(self.dataset, CachedClips))
@@ -106,17 +106,17 @@ class Trainer:
         modules = {name: module.to(self.device) for name, module in modules.items()}
         steps = (self.progress.step, self.total_steps)
         self.compiled = setup.choose_compiled(recipe, self.accelerator, self.work, modules, steps, self._next_batch)
-        self.reducer = GradientReducer(self.config.grad_compression == "bf16", self.pulse.sent)
+        self.reducer = GradientReducer(self.config.grad_compression == "bf16", self.heartbeat.sent)
         self.networks = {
             name: setup.trained_module(recipe, self.accelerator, module, self.compiled[name], self.reducer)
             for name, module in modules.items()
         }
-        self.meter, self.timer = Meter(), PhaseTimer(self.device, self.pulse)
+        self.meter, self.timer = Meter(), PhaseTimer(self.device, self.heartbeat)
         self.step = GanStep(recipe, self.networks, self.timer)
         self.recent: list[RecentStep] = []
         if found is not None:
             self._resume(found[1])
-        self.writer = checkpoint.Writer(
+        self.writer = checkpoint.AsyncCheckpointWriter(
             self.work.checkpoints_dir,
             self.config.keep_checkpoints,
             self.lock.check,
@@ -132,7 +132,7 @@ class Trainer:
         setup.prepare_run_folder(self.recipe, self.work, self.networks)
 
     def _next_batch(self) -> Batch:
-        self.sampler.start_at(self.progress.epoch, self.progress.seen)
+        self.sampler.start_at(self.progress.epoch, self.progress.batches_done)
         return self.dataset[next(iter(self.sampler))][0].to(self.device)
 
     def _resume(self, saved: checkpoint.Checkpoint) -> None:
@@ -167,7 +167,7 @@ class Trainer:
             began_at, audio_s = time.monotonic(), 0.0
             while self.progress.step < self.total_steps and not self.overtrained:
                 is_logged = self._due(self.config.log_every_steps, self.progress.step + 1)
-                self.pulse.begin_step(self.progress.step + 1, "logged" if is_logged else "other")
+                self.heartbeat.begin_step(self.progress.step + 1, "logged" if is_logged else "other")
                 batches = self._read(steps, stop)
                 full = all(len(batch.clips) == self.config.batch_size for batch in batches)
                 with self._memory_advice(batches[0]), compilation.eager_unless(full):
@@ -175,16 +175,16 @@ class Trainer:
                 audio_s += self.audio_s(batches)
                 self._advance()
                 if is_logged:
-                    with self.pulse.within("log"):
+                    with self.heartbeat.within("log"):
                         self.log(audio_s / (time.monotonic() - began_at), bar)
                     began_at, audio_s = time.monotonic(), 0.0
                 is_best = self._due(self.config.eval_every_steps) and self.validate()
-                with self.pulse.within("stop_poll"):
+                with self.heartbeat.within("stop_poll"):
                     asked = stop.poll(failed=self.writer.error is not None or self.lock.is_lost)
                 if asked == StopSignal.FAILED:
                     break
                 if asked or is_best or save_is_due(self.config, self.progress, self.total_steps) or self.overtrained:
-                    with self.pulse.within("checkpoint"):
+                    with self.heartbeat.within("checkpoint"):
                         self.save()
                 if asked and self.progress.step < self.total_steps:
                     self._stop(signal.Signals(asked).name)
@@ -230,10 +230,10 @@ class Trainer:
 
     def _steps(self) -> abc.Generator[list[Batch], None, None]:
         """The micro-batches of each step from here on; when it is closed, its loader processes end."""
-        self.sampler.start_at(self.progress.epoch, self.progress.seen)
+        self.sampler.start_at(self.progress.epoch, self.progress.batches_done)
         loaded = iter(make_loader(self.dataset, self.sampler, self.loader_settings))
         try:
-            with self.pulse.noted():
+            with self.heartbeat.noted():
                 for batches in loaded:
                     yield [batch.to(self.device) for batch in batches]
         finally:
@@ -335,7 +335,7 @@ class Trainer:
         """Mel distance on held-out clips; True when it is the smallest so far."""
         generator, step = self.networks["generator"].module, self.progress.step
         assert isinstance(generator, Generator)
-        with self.pulse.within("validation"):
+        with self.heartbeat.within("validation"):
             distance = self.validation.mel_distance(generator, step)
         if distance is None:
             return False

@@ -21,23 +21,23 @@ from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.schema import check
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import ClipsReport, Share, StageError, Workspace, atomic_write, read_json
+from rvc_dist.workspace import ClipsReport, Shard, StageError, Workspace, atomic_write, read_json
 
 logger = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Write NAME_{epoch}e_{step}s.pth for every checkpoint, NAME_last.pth and, when there is one, NAME_best.pth.
 
     Raises:
         StageError: there is no checkpoint, it is damaged or has weights that are not finite, or the run folder lacks
             what the voice files tell of its dataset.
     """
-    if not share.is_first:
+    if not shard.is_first:
         return
     work = Workspace(recipe.run_dir, recipe.name)
     work.check_name()
-    if not checkpoint.all_in(work.checkpoints_dir):
+    if not checkpoint.list_checkpoints(work.checkpoints_dir):
         raise StageError(f"{work.checkpoints_dir} has no checkpoint: run `rvc-dist train` first")
     if not work.clips_report_file.is_file():
         raise StageError(f"{work.clips_report_file} is missing: run `rvc-dist preprocess` first")

@@ -32,7 +32,7 @@ from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.runtime.device import local_device
 from rvc_dist.train.dataset import covered_frames, feature_frames
-from rvc_dist.workspace import BESIDE_GLOB, Share, StageError, Workspace, beside, remove_half_written, space
+from rvc_dist.workspace import BESIDE_GLOB, Shard, StageError, Workspace, beside, remove_half_written, space
 
 logger = logging.getLogger(__name__)
 
@@ -278,13 +278,13 @@ def _retriever(config: InferConfig, work: Workspace, width: int) -> Retriever | 
     return Retriever(index, width) if index is not None else None
 
 
-def run(recipe: Recipe, share: Share) -> None:
+def run(recipe: Recipe, shard: Shard) -> None:
     """Convert infer.input to infer.output.
 
     Raises:
         StageError: the input cannot be read, the output not be written, or `Converter.load` fails.
     """
-    if not share.is_first:
+    if not shard.is_first:
         return
     source, target = Path(recipe.infer.input), Path(recipe.infer.output)
     if not source.is_file():

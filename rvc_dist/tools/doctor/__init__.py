@@ -30,7 +30,7 @@ from rvc_dist.tools.doctor.team import NETWORK, SAME_FOLDER, Exam, Team, check_r
 from rvc_dist.tools.doctor.training import check_data, check_dry_step, check_shared_memory, check_weights
 from rvc_dist.tools.doctor.wire import check_all_reduce
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import Share, StageError
+from rvc_dist.workspace import Shard, StageError
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def look_ahead(recipe: Recipe, is_first: bool = True) -> None:
         )
 
 
-def run(recipe: Recipe, share: Share) -> int:
+def run(recipe: Recipe, shard: Shard) -> int:
     """Examine, print what was found on the first rank, and return the exit code: 0, 3 (warnings) or 1 (errors)."""
     began_at = time.monotonic()
     exam = join(recipe)
@@ -125,7 +125,7 @@ def run(recipe: Recipe, share: Share) -> int:
         show(title, verdicts, time.monotonic() - began_at)
     elif len(ranks) == 1 and worst >= Severity.WARNING:  # nobody else would tell it
         show(f"{title}: {exam.team.rank}", [v for v in verdicts if v.problems], time.monotonic() - began_at)
-    del share
+    del shard
     return EXIT_CODES[worst]
 
 

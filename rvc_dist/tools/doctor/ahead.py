@@ -104,7 +104,7 @@ def check_disk(exam: Exam, result: Result) -> None:
     """The run's disk holds clips, features, index, checkpoints and voice files that are still to come."""
     config, work = exam.recipe.train, exam.work
     one = 3 * exam.weight_bytes + checkpoint.SPARE_BYTES  # weights, and two moments of each
-    kept = sum(f.stat().st_size for p in checkpoint.all_in(work.checkpoints_dir) for f in p.glob("*"))
+    kept = sum(f.stat().st_size for p in checkpoint.list_checkpoints(work.checkpoints_dir) for f in p.glob("*"))
     voices = 3 * (sum(p.nbytes for p in exam.modules["generator"].parameters()) // 2) if exam.modules else 0
     folders = (work.clips_dir, work.features_dir, work.index_dir)
     there = sum(f.stat().st_size for folder in folders for f in folder.glob("*"))

@@ -25,7 +25,7 @@ from rvc_dist.runtime.device import local_device
 from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.tools.doctor.findings import Result, Severity, first_line, with_remedy
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import Share, SourceFile, StageError, WorkList, Workspace
+from rvc_dist.workspace import Shard, SourceFile, StageError, WorkList, Workspace
 
 SAME_FOLDER = "every rank must see the same run folder and be given the same recipe: put run_dir on a shared filesystem"
 ANSWER_TIMEOUT_S = 60
@@ -143,7 +143,7 @@ class Exam:
 def join(recipe: Recipe) -> Exam:
     """Find the other ranks as training does; what goes wrong becomes a problem, and this rank goes on alone."""
     joined = Result()
-    rank = Share.from_environment().index
+    rank = Shard.from_environment().index
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if 0 < num_gpus <= local_rank:
         joined.fail(

@@ -114,7 +114,7 @@ def features_of_clips(exam: Exam, work_list: WorkList | None, result: Result) ->
     if work_list is None:
         return
     try:
-        extract.clip_stamps(work)
+        extract.clip_fingerprints(work)
     except StageError as error:
         result.warn(*with_remedy(str(error)))
         return
