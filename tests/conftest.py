@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # the networks are so small that waiting for a second 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
 
 GROUPED = ("distributed", "slurm", "root", "gpu", "slow")
-WATCHES = {"test_doctor", "test_faults", "test_lock", "test_netns", "test_slurm", "test_watch"}
+WATCHES = {"test_doctor", "test_faults", "test_netns", "test_run_lock", "test_slurm", "test_watchdog"}
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups next

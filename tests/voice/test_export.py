@@ -37,7 +37,7 @@ from rvc_dist.voice.infer import Converter, Voice
 from rvc_dist.workspace import Shard, StageError
 
 ALONE = Shard(0, 1)
-SHAPES = json.loads((Path(__file__).parent / "golden" / "state_dict_shapes.json").read_text())
+SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_shapes.json").read_text())
 BEST = {"best_metric": 1.25, "best_step": 10, "best_epoch": 2}
 
 

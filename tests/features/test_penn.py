@@ -22,7 +22,7 @@ from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.penn import FCNF0, local_mean_hz, periodicity
 
 CPU = torch.device("cpu")
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")

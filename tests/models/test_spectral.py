@@ -13,7 +13,7 @@ import torch
 from rvc_dist.config import RATES
 from rvc_dist.models.spectral import MULTISCALE_MELS, log_mel, mel_from_spectrogram, multiscale_mels, spectrogram
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize("rate", [40000, 48000])

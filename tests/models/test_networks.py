@@ -31,7 +31,7 @@ from rvc_dist.train.losses import (
     multiscale_mel_loss,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
 NARROW = ModelConfig(
     inter_channels=16,

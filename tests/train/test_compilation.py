@@ -98,7 +98,7 @@ def test_a_choice_is_kept_with_the_run_until_what_it_depends_on_changes(tmp_path
 
 @pytest.mark.slow
 def test_compiled_networks_train_as_eager_ones_without_a_graph_break(tmp_path, monkeypatch):
-    """CPU inductor, clips of two lengths, validation, and a checkpoint. All layers in one graph: test_models.py."""
+    """CPU inductor, clips of two lengths, validation, and a checkpoint. All layers in one graph: test_networks.py."""
     thin_networks(monkeypatch.setattr)
     losses, weights = [], []
     for mode in ("never", "always"):

@@ -1,6 +1,7 @@
 """Twenty steps and a checkpoint as they were before the code was rearranged: a change of structure changes no bit.
 
-`python tests/test_frozen.py` writes the fixture anew, for a change that is meant to change the numbers.
+`PYTHONPATH=tests python tests/train/test_frozen.py` writes the fixture anew, for a change that is meant to change the
+numbers.
 """
 
 import copy
