@@ -16,20 +16,12 @@ from typing import Any, NamedTuple
 from rvc_dist import __version__
 from rvc_dist.command_line import Given, check_words, meant_by, recipe_of, recipe_parser
 from rvc_dist.config import Recipe
+from rvc_dist.files import NO_SPACE, remove_half_written, space
 from rvc_dist.runtime.hang_killer import end_with_launcher
 from rvc_dist.runtime.logs import RankLog, rank_log
 from rvc_dist.runtime.run_lock import may_be_held
 from rvc_dist.schema import nearest
-from rvc_dist.workspace import (
-    NO_SPACE,
-    Shard,
-    StageError,
-    Stopped,
-    Workspace,
-    adopt_slurm_ranks,
-    remove_half_written,
-    space,
-)
+from rvc_dist.workspace import Shard, StageError, Stopped, Workspace, adopt_slurm_ranks
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 """75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run. The doctor has a 3 besides."""

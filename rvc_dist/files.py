@@ -1,21 +1,35 @@
-"""Files that others made: judged before they are read. This module imports nothing heavy.
+"""The one way to write a file, and files that others made, judged before they are read. Nothing heavy is imported.
 
 Every gate raises `ForeignFileError` with a reason that does not name the file: the caller knows what the file is for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
+import json
 import math
+import os
 import re
+import secrets
+import shutil
 import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+STALE_TMP_S = 86400.0
+"""A half-written file that has not grown for so long has no writer any more: an index of days of speech takes hours."""
+BESIDE_GLOB = "." + "[0-9a-f]" * 16 + ".tmp"
+"""The names that `beside` gives."""
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""A full disk, a quota, a limit on the size of files."""
 _NPY = re.compile(
     rb"\x93NUMPY(?:[\1]\0(?P<short>..)|[\2\3]\0(?P<long>....))"
     rb"\{'descr': '(?P<dtype><f[248]|[<|][iu][1248])', 'fortran_order': (?P<order>True|False), "
@@ -75,3 +89,83 @@ def read_npy(path: Path) -> npt.NDArray[np.generic]:
     if told != found.end() or size != expected or not expected > found.end():
         raise ForeignFileError(f"an .npy file of {dtype} {list(shape)} that has {size} bytes, expected {expected}")
     return np.memmap(path, dtype, "r", found.end(), shape, "F" if found["order"] == b"True" else "C")
+
+
+@contextlib.contextmanager
+def beside(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
+    """A name in the folder of `path`, to open with mode "x" and to rename when whole; what is not renamed is removed.
+
+    What a killed process leaves, `remove_half_written` removes. `num_bytes` is what will be written.
+
+    Raises:
+        OSError: naming `path`, with what is needed and free where the disk has not enough.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Random: array tasks on several hosts may write the same file, and in a folder that others may write to, nobody
+    # can put a link there before. Short, whatever the file's name is.
+    name = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with disk_errors(path, num_bytes):
+            yield name
+    finally:
+        with contextlib.suppress(OSError):
+            name.unlink()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Inside, an error of the disk that names no file, or one beside `path`, names `path`.
+
+    Raises:
+        OSError: the same, with what is needed and free where the disk has not enough.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not (error.filename is None or str(error.filename).endswith(".tmp")):
+            raise
+        room = f"; {space(path, num_bytes)}" if error.errno in NO_SPACE else ""
+        raise OSError(error.errno, os.strerror(error.errno) + room, str(path)) from error
+
+
+def space(path: Path, num_bytes: int | None = None) -> str:
+    """For a sentence: what a file or folder needs, what its disk has, and what this process may write."""
+    free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.is_dir())).free
+    parts = [f"{num_bytes / 1e6:.3f} MB needed"] if num_bytes is not None else []
+    parts.append(f"{free / 1e6:.0f} MB free")
+    with contextlib.suppress(ImportError):
+        import resource  # not everywhere
+
+        most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if most != resource.RLIM_INFINITY:
+            parts.append(f"no file may have more than {most / 1e6:.3f} MB (ulimit -f)")
+    return ", ".join(parts)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write `path` whole or not at all, through a file beside it that is synced and renamed."""
+    data = data.encode() if isinstance(data, str) else data
+    with beside(path, len(data)) as half:
+        with half.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        half.replace(path)
+
+
+def to_json(data: Any) -> str:
+    """Readable JSON. Bytes of a file name that are no UTF-8 (lone surrogates in Python) become JSON escapes."""
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    atomic_write(path, to_json(data))
+
+
+def remove_half_written(folder: Path, *patterns: str) -> None:
+    """Remove the files that killed processes left half-written in `folder`: those of `patterns`, by default all."""
+    for path in itertools.chain.from_iterable(folder.glob(pattern) for pattern in patterns or (".*.tmp",)):
+        with contextlib.suppress(OSError):  # gone, somebody else's, or a folder: half a checkpoint
+            if time.time() - path.lstat().st_mtime > STALE_TMP_S:
+                path.unlink()

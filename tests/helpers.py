@@ -18,6 +18,7 @@ from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe, Trai
 from rvc_dist.data.audio import Wave
 from rvc_dist.features.f0 import F0Method
 from rvc_dist.features.hub import make_torchaudio_importable
+from rvc_dist.files import write_json
 from rvc_dist.models import discriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
@@ -25,7 +26,7 @@ from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.voice import export
-from rvc_dist.workspace import Unit, WorkList, Workspace, fingerprint, save_arrays, write_json
+from rvc_dist.workspace import Unit, WorkList, Workspace, fingerprint, save_arrays
 
 RATE = 24000
 NARROW = ModelConfig(

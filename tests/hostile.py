@@ -55,7 +55,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from rvc_dist import workspace
+from rvc_dist import files, workspace
 from rvc_dist.__main__ import run_stage, set_up_logging
 from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.command_line import load_recipe
@@ -597,9 +597,9 @@ def prepare_run(folder: Path) -> None:
     data |= {"holdout": [0.05, 0.1], "held_from_s": {"a.wav": 1.0}}
     checkpoint.save(work.checkpoints_dir, dataclasses.replace(make_checkpoint(recipe, generator), data=data))
     assert not stage("export", recipe)
-    workspace.write_json(work.compile_file, {"key": {}, "compiled": {"generator": True, "discriminator": False}})
+    files.write_json(work.compile_file, {"key": {}, "compiled": {"generator": True, "discriminator": False}})
     failure = {"rank": 1, "host": "a", "time": 1.0, "error": "disk full"}
-    workspace.write_json(work.failure_file(1), failure)
+    files.write_json(work.failure_file(1), failure)
     (folder / "chosen").write_text("clips/plan.json")
 
 

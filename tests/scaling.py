@@ -28,8 +28,9 @@ from helpers import EMBEDDER, RATE, changed, narrow_recipe, workspace_of
 from rvc_dist.config import DataConfig, ExtractConfig, Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, index
+from rvc_dist.files import write_json
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import Shard, SourceFile, WorkList, cut_units, fingerprint, save_arrays, write_json
+from rvc_dist.workspace import Shard, SourceFile, WorkList, cut_units, fingerprint, save_arrays
 
 WIDTH, NUM_CONTENT, FILES_A_SPEAKER = 32, 20, 1000
 NUM_SAMPLES = NUM_CONTENT * RATE // 50

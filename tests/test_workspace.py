@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rvc_dist import workspace
+from rvc_dist import files, workspace
 from rvc_dist.workspace import (
     Shard,
     SourceFile,
@@ -41,9 +41,9 @@ def units(*durations_s: float) -> list[Unit]:
 
 def test_atomic_write_replaces_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.txt"
-    workspace.atomic_write(path, "ä long text")
+    files.atomic_write(path, "ä long text")
     assert path.read_text(encoding="utf-8") == "ä long text"
-    workspace.atomic_write(path, b"short")
+    files.atomic_write(path, b"short")
     assert path.read_bytes() == b"short"
     assert os.listdir(path.parent) == ["a.txt"]
 
@@ -60,7 +60,7 @@ def test_atomic_write_leaves_nothing_behind_on_failure(
 
     monkeypatch.setattr(os, "fsync", fail) if failing == "fsync" else monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
-        workspace.atomic_write(path, "after")
+        files.atomic_write(path, "after")
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -78,7 +78,7 @@ def test_atomic_write_takes_the_longest_name_and_names_no_process(
     monkeypatch.setattr(Path, "replace", spy)
     path = tmp_path / ("n" * 255)
     for _ in range(2):
-        workspace.atomic_write(path, "text")
+        files.atomic_write(path, "text")
     assert path.read_text() == "text"
     # Two array tasks on two hosts can have one process id.
     assert len(set(beside)) == 2
@@ -90,7 +90,7 @@ def test_nothing_is_written_through_a_link_and_files_have_the_umasks_mode(
 ) -> None:
     mine, there = tmp_path / "mine", tmp_path / "there"
     mine.write_text("before")
-    with workspace.beside(there) as half:
+    with files.beside(there) as half:
         half.symlink_to(mine)
         with pytest.raises(FileExistsError):
             half.open("xb")
@@ -98,7 +98,7 @@ def test_nothing_is_written_through_a_link_and_files_have_the_umasks_mode(
     there.symlink_to(mine)
     before = os.umask(0o027)
     try:
-        workspace.atomic_write(there, "new")
+        files.atomic_write(there, "new")
     finally:
         os.umask(before)
     assert mine.read_text() == "before"
@@ -111,7 +111,7 @@ def test_an_error_of_the_disk_names_the_file_what_it_needs_and_what_is_free(tmp_
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
         with pytest.raises(OSError, match="large") as caught:
-            workspace.atomic_write(tmp_path / "a", b"x" * 5000)
+            files.atomic_write(tmp_path / "a", b"x" * 5000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     text = r"File too large; 0\.005 MB needed, \d+ MB free, no file may have more than 0\.004 MB \(ulimit -f\): '.*/a'$"
@@ -119,19 +119,19 @@ def test_an_error_of_the_disk_names_the_file_what_it_needs_and_what_is_free(tmp_
     assert caught.value.errno == errno.EFBIG
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match=r"'.*/file'$"):
-        workspace.atomic_write(tmp_path / "file" / "a", "")
+        files.atomic_write(tmp_path / "file" / "a", "")
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_json_keeps_every_file_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.json"
-    workspace.write_json(path, {"path": name})
+    files.write_json(path, {"path": name})
     assert workspace.read_json(path) == {"path": name}
     assert json.loads(path.read_bytes().decode("utf-8")) == {"path": name}
 
 
 def test_json_stays_readable(tmp_path: Path) -> None:
-    workspace.write_json(tmp_path / "a.json", {"path": "ünï✓"})
+    files.write_json(tmp_path / "a.json", {"path": "ünï✓"})
     assert "ünï✓" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
 
@@ -188,7 +188,7 @@ def test_read_header_of_missing_damaged_and_foreign_files_is_none(tmp_path: Path
 def test_unit_files_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     work = Workspace(tmp_path, "v")
     for name in ("100000", "00002", "99999", "00000", "mute", "x1"):
-        workspace.atomic_write(work.clips_dir / f"{name}.safetensors", b"")
+        files.atomic_write(work.clips_dir / f"{name}.safetensors", b"")
     assert [p.stem for p in workspace.unit_files(work.clips_dir)] == ["00000", "00002", "99999", "100000"]
     assert work.clips_file(2) == work.clips_dir / "00002.safetensors"
 
@@ -199,7 +199,7 @@ def test_remove_leftovers_takes_units_beyond_the_work_list_and_old_tmp_files(tmp
     old, new = tmp_path / ".old.tmp", tmp_path / ".new.tmp"
     for path in (old, new):
         path.touch()
-    os.utime(old, (time.time() - 2 * workspace.STALE_TMP_S,) * 2)
+    os.utime(old, (time.time() - 2 * files.STALE_TMP_S,) * 2)
     workspace.remove_leftovers(tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == [".new.tmp", "00000.safetensors", "mute.safetensors", "plan.json"]
 
@@ -226,17 +226,17 @@ def test_work_list_comes_back(tmp_path: Path) -> None:
     work_list = WorkList("listing", {"a": 1.5}, tuple(units(1.0, 2.0)), tuple(source(name) for name in ODD_NAMES))
     path = tmp_path / "plan.json"
     assert WorkList.load(path) is None
-    workspace.atomic_write(path, work_list.dumps())
+    files.atomic_write(path, work_list.dumps())
     assert WorkList.load(path) == work_list
 
 
 def test_work_list_of_another_version_is_none_and_a_foreign_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    workspace.write_json(path, {"version": workspace.FORMAT_VERSION + 1})
+    files.write_json(path, {"version": workspace.FORMAT_VERSION + 1})
     assert WorkList.load(path) is None
     version = {"version": workspace.FORMAT_VERSION}
     for foreign in ([], version, {**version, "listing": "", "settings": {}, "units": [[{"x": 1}]], "excluded": []}):
-        workspace.write_json(path, foreign)
+        files.write_json(path, foreign)
         with pytest.raises(StageError, match=r"plan\.json: .*; delete it and run the stage again"):
             WorkList.load(path)
 
@@ -334,7 +334,7 @@ def test_wait_for_polls_until_there_is_something() -> None:
 def test_index_file_is_found_through_its_report(tmp_path: Path) -> None:
     work = Workspace(tmp_path, "v")
     assert work.index_file() is None
-    workspace.write_json(work.index_report_file, {"stamp": "", "file": "a.index"})
+    files.write_json(work.index_report_file, {"stamp": "", "file": "a.index"})
     assert work.index_file() is None
     (work.index_dir / "a.index").touch()
     assert work.index_file() == work.index_dir / "a.index"

@@ -17,6 +17,7 @@ from rvc_dist.config import MAX_CLIP_FRAMES, RATES, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import check_recordings, content_of, list_sources
+from rvc_dist.files import atomic_write, write_json
 from rvc_dist.workspace import (
     MAX_SLICE_S,
     ClipsHeader,
@@ -26,7 +27,6 @@ from rvc_dist.workspace import (
     Unit,
     WorkList,
     Workspace,
-    atomic_write,
     changes,
     cut_units,
     fingerprint,
@@ -38,7 +38,6 @@ from rvc_dist.workspace import (
     unit_files,
     unit_header,
     wait_for,
-    write_json,
 )
 
 if TYPE_CHECKING:

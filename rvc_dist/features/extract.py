@@ -18,6 +18,7 @@ import numpy as np
 from rvc_dist.config import FEATURE_RATE, Recipe
 from rvc_dist.data import audio, preprocess
 from rvc_dist.features.extractor import Extractor
+from rvc_dist.files import write_json
 from rvc_dist.runtime.device import fixed_threads
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -36,7 +37,6 @@ from rvc_dist.workspace import (
     remove_leftovers,
     save_arrays,
     unit_header,
-    write_json,
 )
 
 logger = logging.getLogger(__name__)

@@ -19,19 +19,17 @@ import numpy.typing as npt
 
 from rvc_dist.config import Recipe
 from rvc_dist.features.index_file import MAX_IN_MEMORY, NUM_NEIGHBOURS, Vectors, load_faiss
+from rvc_dist.files import beside, remove_half_written, write_json
 from rvc_dist.workspace import (
     FeaturesHeader,
     IndexReport,
     Shard,
     StageError,
     Workspace,
-    beside,
     fingerprint,
     read_json,
-    remove_half_written,
     unit_files,
     unit_header,
-    write_json,
 )
 
 logger = logging.getLogger(__name__)

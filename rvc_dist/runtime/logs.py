@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from rvc_dist import __version__
+from rvc_dist.files import atomic_write, write_json
 from rvc_dist.schema import Count, SchemaError, Word, parse_json, read_bounded, record
-from rvc_dist.workspace import OtherRankError, Shard, Workspace, atomic_write, write_json
+from rvc_dist.workspace import OtherRankError, Shard, Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ from rvc_dist.features.extract import (
 from rvc_dist.features.identity import PUBLISHED
 from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_fingerprint
 from rvc_dist.features.index_file import check_index
-from rvc_dist.files import ForeignFileError, not_regular, read_npy
+from rvc_dist.files import ForeignFileError, atomic_write, not_regular, read_npy, write_json
 from rvc_dist.schema import SchemaError, parse_json, read_bounded
 from rvc_dist.workspace import (
     Shard,
@@ -50,7 +50,6 @@ from rvc_dist.workspace import (
     Unit,
     WorkList,
     Workspace,
-    atomic_write,
     cut_units,
     fingerprint,
     is_done,
@@ -60,7 +59,6 @@ from rvc_dist.workspace import (
     save_arrays,
     unit_files,
     wait_for,
-    write_json,
 )
 
 logger = logging.getLogger(__name__)

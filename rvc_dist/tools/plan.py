@@ -20,6 +20,7 @@ import torch
 from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
 from rvc_dist.data import decode, preprocess
 from rvc_dist.data.sources import list_sources
+from rvc_dist.files import write_json
 from rvc_dist.tools import bench
 from rvc_dist.tools.bench_report import console, empty_table, say
 from rvc_dist.tools.forecast import (
@@ -39,7 +40,7 @@ from rvc_dist.tools.forecast import (
 from rvc_dist.tools.measuring import recipe_key
 from rvc_dist.tools.tracing import TracedStep, trace
 from rvc_dist.train.dataset import ClipRef, ClipTable, cached_bytes
-from rvc_dist.workspace import ClipsHeader, Shard, StageError, Workspace, unit_files, unit_header, write_json
+from rvc_dist.workspace import ClipsHeader, Shard, StageError, Workspace, unit_files, unit_header
 
 logger = logging.getLogger(__name__)
 

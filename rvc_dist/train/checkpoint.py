@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rvc_dist.features.identity import EmbedderId
-from rvc_dist.files import ForeignFileError
+from rvc_dist.files import ForeignFileError, atomic_write, space
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.schema import (
@@ -46,7 +46,7 @@ from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
 from rvc_dist.workspace import CHECKPOINT_STATE as STATE
-from rvc_dist.workspace import StageError, TrainedOn, atomic_write, read_json, space
+from rvc_dist.workspace import StageError, TrainedOn, read_json
 
 logger = logging.getLogger(__name__)
 

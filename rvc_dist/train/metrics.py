@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from rvc_dist.files import disk_errors
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.logs import EXIT_S, ends_within
-from rvc_dist.workspace import disk_errors
 
 
 class Meter:

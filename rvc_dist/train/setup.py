@@ -15,6 +15,7 @@ from torch import nn
 from rvc_dist.config import Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract
+from rvc_dist.files import write_json
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, out_of_memory
@@ -24,7 +25,7 @@ from rvc_dist.train.deepspeed import ZeroNetwork
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.progress import Progress, total_steps
 from rvc_dist.train.step import GanStep, autocast
-from rvc_dist.workspace import StageError, Workspace, read_json, write_json
+from rvc_dist.workspace import StageError, Workspace, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from typing import NoReturn
 import torch
 
 from rvc_dist.config import Recipe
+from rvc_dist.files import write_json
 from rvc_dist.models.generator import Generator
 from rvc_dist.runtime.accelerator import StopSignal, check_same_settings, make_accelerator, on_first_rank
 from rvc_dist.runtime.launcher import zero_stage
@@ -41,7 +42,7 @@ from rvc_dist.train.optimizers import learning_rate
 from rvc_dist.train.progress import Progress, is_due, is_overtrained, kl_warmup, save_is_due
 from rvc_dist.train.step import GanStep
 from rvc_dist.train.validation import Validation
-from rvc_dist.workspace import Shard, StageError, Stopped, Workspace, write_json
+from rvc_dist.workspace import Shard, StageError, Stopped, Workspace
 
 logger = logging.getLogger(__name__)
 

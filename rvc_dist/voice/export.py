@@ -16,12 +16,13 @@ from torch import Tensor
 from rvc_dist.choices import VOCODERS
 from rvc_dist.config import Recipe
 from rvc_dist.features.identity import EmbedderId
+from rvc_dist.files import atomic_write
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.schema import check
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import ClipsReport, Shard, StageError, Workspace, atomic_write, read_json
+from rvc_dist.workspace import ClipsReport, Shard, StageError, Workspace, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.identity import PUBLISHED, EmbedderId
 from rvc_dist.features.index_file import Retriever
-from rvc_dist.files import ForeignFileError
+from rvc_dist.files import BESIDE_GLOB, ForeignFileError, beside, remove_half_written, space
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.shape import GeneratorShape
@@ -32,7 +32,7 @@ from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.runtime.device import local_device
 from rvc_dist.train.dataset import covered_frames, feature_frames
-from rvc_dist.workspace import BESIDE_GLOB, Shard, StageError, Workspace, beside, remove_half_written, space
+from rvc_dist.workspace import Shard, StageError, Workspace
 
 logger = logging.getLogger(__name__)
 

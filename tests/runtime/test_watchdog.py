@@ -18,11 +18,12 @@ from helpers import make_features, tiny_recipe
 from launching import ROOT, finish, kill, launcher, start
 
 from rvc_dist.config import ConfigError, TrainConfig
+from rvc_dist.files import write_json
 from rvc_dist.runtime import hang_killer, logs, watchdog
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.schema import faults
-from rvc_dist.workspace import Shard, StageError, Workspace, write_json
+from rvc_dist.workspace import Shard, StageError, Workspace
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
 

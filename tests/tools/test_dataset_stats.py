@@ -16,9 +16,10 @@ import pytest
 
 from rvc_dist import __main__ as cli
 from rvc_dist.config import Recipe
+from rvc_dist.files import atomic_write
 from rvc_dist.tools import dataset_stats
 from rvc_dist.tools.dataset_stats import LOWEST_HZ, NUM_CENTS, band_hz, bands, note, percentile, summarise
-from rvc_dist.workspace import Shard, SourceFile, StageError, Unit, WorkList, Workspace, atomic_write, save_arrays
+from rvc_dist.workspace import Shard, SourceFile, StageError, Unit, WorkList, Workspace, save_arrays
 
 RATE = 24000
 SETTINGS = {"data.sample_rate": RATE}

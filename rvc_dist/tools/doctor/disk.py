@@ -10,9 +10,10 @@ import statistics
 import time
 from pathlib import Path
 
+from rvc_dist.files import atomic_write
 from rvc_dist.tools.doctor.findings import Result, ranks_text
 from rvc_dist.tools.doctor.team import SAME_FOLDER, Exam, Team
-from rvc_dist.workspace import StageError, atomic_write
+from rvc_dist.workspace import StageError
 
 MAX_FSYNC_S = 0.1
 SEEN_WITHIN_S = 5.0
