@@ -60,7 +60,16 @@ T = TypeVar("T")
 
 
 class StageError(RuntimeError):
-    """A stage cannot do its work; the message says what is wrong, where, and what to do."""
+    """A stage cannot do its work: what is wrong and where, what to do, and what is listed below both."""
+
+    def __init__(self, what: str, remedy: str = "", listed: str = "") -> None:
+        super().__init__(what, remedy, listed)  # so that it can be pickled
+        self.what = (what.rstrip(":;.") if remedy else what) + listed
+        self.remedy = remedy
+        self._text = f"{what} {remedy}".rstrip() + listed
+
+    def __str__(self) -> str:
+        return self._text
 
 
 class OtherRankError(StageError):
@@ -127,7 +136,7 @@ class Workspace:
             StageError: it is.
         """
         if self.root.exists() and not self.root.is_dir():
-            raise StageError(f"run_dir: {self.root} is a file; expected a folder, or a name that is free")
+            raise StageError(f"run_dir: {self.root} is a file;", "expected a folder, or a name that is free")
 
     def trained_on(self) -> tuple[Path, TrainedOn]:
         """The newest whole checkpoint and the data that it knows; nothing where there is none that says it."""
@@ -164,8 +173,8 @@ class Workspace:
         kept = self.kept_recipe()
         if kept is not None and kept.name != self.name:
             raise StageError(
-                f"run_dir: {self.root} is the run of {kept.name}, the recipe's name is {self.name}; give another "
-                f"run_dir, or to call the voice otherwise change the name in {self.config_file} too"
+                f"run_dir: {self.root} is the run of {kept.name}, the recipe's name is {self.name};",
+                f"give another run_dir, or to call the voice otherwise change the name in {self.config_file} too",
             )
 
     def kept_recipe(self) -> Recipe | None:
@@ -389,7 +398,9 @@ class WorkList:
         try:
             check(data, WorkListFile)
         except SchemaError as error:
-            raise StageError(f"{path}: not a work list of ours ({error}); delete it and run the stage again") from error
+            raise StageError(
+                f"{path}: not a work list of ours ({error});", "delete it and run the stage again"
+            ) from error
         return cls(
             listing=data["listing"],
             settings=data["settings"],
@@ -513,7 +524,7 @@ def read_json(path: Path, kind: Any = dict, remedy: str = "delete it and run the
     try:
         return parse_json(read_bounded(path, MAX_JSON_BYTES), kind)
     except SchemaError as error:
-        raise StageError(f"{path}: {error}; {remedy}") from error
+        raise StageError(f"{path}: {error};", remedy) from error
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
@@ -561,7 +572,7 @@ def unit_header(path: Path, kind: type[T], stage: str) -> T:
             if [shape[0] for shape in features if shape] != sizes or len(wave) != (not sizes):
                 raise SchemaError(f"clips[{i}]: other arrays than it says")
     except SchemaError as error:
-        raise StageError(f"{path} is damaged ({error}): delete it and run `rvc-dist {stage}` again") from error
+        raise StageError(f"{path} is damaged ({error}):", f"delete it and run `rvc-dist {stage}` again") from error
     return header
 
 

@@ -46,8 +46,8 @@ class NoiseGate:
             from noisereduce.torchgate import TorchGate
         except ImportError as error:
             raise StageError(
-                f"preprocess.clean_dataset needs the package noisereduce ({error}): pip install noisereduce "
-                "(it comes with the extra: pip install 'rvc_dist[denoise]')"
+                f"preprocess.clean_dataset needs the package noisereduce ({error}):",
+                "pip install noisereduce (it comes with the extra: pip install 'rvc_dist[denoise]')",
             ) from error
         self.device = local_device()
         # The mask is smoothed over three bins. TorchGate's own 500 Hz average it over voice and the noise between its

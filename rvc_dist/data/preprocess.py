@@ -134,11 +134,11 @@ def is_imported(recipe: Recipe, work: Workspace) -> bool:
     wanted = imported_clip_settings(recipe)
     if work_list.settings != wanted:
         raise StageError(
-            f"{work.clips_dir} holds imported clips, which other recordings do not replace: give this recipe another "
-            f"run_dir, or set back what differs ({changes(work_list.settings, wanted)})"
+            f"{work.clips_dir} holds imported clips, which other recordings do not replace:",
+            f"give this recipe another run_dir, or set back what differs ({changes(work_list.settings, wanted)})",
         )
     if complete(recipe) is None:
-        raise StageError(f"{work.clips_dir} is half an import: run `rvc-dist import {recipe.data.audio_dir}` again")
+        raise StageError(f"{work.clips_dir} is half an import:", f"run `rvc-dist import {recipe.data.audio_dir}` again")
     return True
 
 
@@ -505,8 +505,8 @@ def finish(recipe: Recipe, work: Workspace, work_list: WorkList, shard: Shard) -
         if shard.does_all:
             raise StageError(
                 f"preprocess: {left} of {len(work_list.units)} units in {work.clips_dir} were replaced meanwhile: "
-                "another job works in this run folder with other settings or recordings; end one, then run the stage "
-                "again"
+                "another job works in this run folder with other settings or recordings;",
+                "end one, then run the stage again",
             )
         logger.info("preprocess: this part is done, %d units are left to others", left)
         return

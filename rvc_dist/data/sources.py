@@ -26,16 +26,16 @@ def list_sources(audio_dir: Path, run_dir: Path | None = None) -> list[SourceFil
         StageError: the folder is missing, is not a folder, or holds no usable file.
     """
     if not audio_dir.exists():
-        raise StageError(f"data.audio_dir: {audio_dir} does not exist; expected a folder of recordings")
+        raise StageError(f"data.audio_dir: {audio_dir} does not exist;", "expected a folder of recordings")
     if not audio_dir.is_dir():
-        raise StageError(f"data.audio_dir: {audio_dir} is a file; expected a folder of recordings")
+        raise StageError(f"data.audio_dir: {audio_dir} is a file;", "expected a folder of recordings")
     found = sorted(_walk(audio_dir, run_dir), key=lambda f: (f.speaker, f.path))
     found = _without_doubles(found, audio_dir)
     if all(f.reason for f in found):
         raise StageError(
-            f"data.audio_dir: {audio_dir} holds no usable recording; expected files of the kinds "
-            f"{_kinds()}, or sub-folders of them named by speaker id (0, 1, ...)"
-            + listed((f.path, f.reason) for f in found)
+            f"data.audio_dir: {audio_dir} holds no usable recording;",
+            f"expected files of the kinds {_kinds()}, or sub-folders of them named by speaker id (0, 1, ...)",
+            listed((f.path, f.reason) for f in found),
         )
     return found
 
@@ -123,8 +123,9 @@ def hashless(recordings: Mapping[str, str]) -> set[str]:
 def other_recordings(path: Path, old: Mapping[str, str], new: Mapping[str, str]) -> StageError:
     """For a checkpoint in `path` of recordings of which none is there; names by content."""
     return StageError(
-        f"{path} was trained on other recordings ({named(old)}) than those that are there now ({named(new)}): none "
-        "is the same. Give the new voice another run_dir, or remove the checkpoints to begin anew"
+        f"{path} was trained on other recordings ({named(old)}) than those that are there now ({named(new)}): none is "
+        "the same.",
+        "Give the new voice another run_dir, or remove the checkpoints to begin anew",
     )
 
 

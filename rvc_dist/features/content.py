@@ -22,6 +22,7 @@ from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.files import ForeignFileError, regular_size
 from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
 from rvc_dist.schema import Rule, SchemaError, check, parse_json, read_bounded, record, within
+from rvc_dist.workspace import StageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -336,7 +337,7 @@ def load_embedder(config: ExtractConfig, version: Version, device: torch.device)
     """The content encoder that the recipe names, on `device`, in float32 and without gradients.
 
     `extract.embedder_model` is mfcc, an existing folder (which wins over every other meaning), a name in EMBEDDERS or a
-    hub id. Raises FileNotFoundError when the encoder cannot be had, ValueError when it is of no use here.
+    hub id. Raises StageError when the encoder cannot be had, ValueError when it is of no use here.
     """
     name, mix = config.embedder_model, config.embedder_mix
     if name == "mfcc" and not Path(name).is_dir():
@@ -372,17 +373,17 @@ def _read_source(name: str) -> _Source:
     if Path(name).is_dir():
         return _read_folder(name)
     if name not in EMBEDDERS and (name.startswith((".", "~", "/")) or name.count("/") > 1):
-        raise FileNotFoundError(f"extract.embedder_model: {Path(name).absolute()} is no folder")
+        raise StageError(f"extract.embedder_model: {Path(name).absolute()} is no folder")
     encoder = EMBEDDERS.get(name, HubEncoder(name, ""))
     try:
         config = _read_json(hub_file(encoder.repository, encoder.path("config.json"), encoder.revision))
         _check_model_type(config, str(encoder))
         weights = _hub_weights(encoder)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"extract.embedder_model: the encoder {name} cannot be had. {Path(name).absolute()} is no folder; {error} "
+        raise StageError(
+            f"extract.embedder_model: the encoder {name} cannot be had. {Path(name).absolute()} is no folder; {error}",
             f"Put config.json and {' or '.join(WEIGHT_FILES)} of {encoder} into a folder and say "
-            f"--extract.embedder_model FOLDER{WITHOUT_FILES}"
+            f"--extract.embedder_model FOLDER{WITHOUT_FILES}",
         ) from error
     # The named encoders are given the wave as it is, by every tool, and have no such file.
     preprocessor = {} if name in EMBEDDERS else _hub_preprocessor(encoder.repository)

@@ -191,13 +191,14 @@ def clip_fingerprints(work: Workspace) -> dict[Unit, str]:
     """
     work_list = WorkList.load(work.work_list_file)
     if work_list is None:
-        raise StageError(f"{work.clips_dir} has no clips: run `rvc-dist preprocess` first")
+        raise StageError(f"{work.clips_dir} has no clips:", "run `rvc-dist preprocess` first")
     stamps = {u: (read_header(work.clips_file(u.id)) or {}).get("stamp") for u in work_list.units}
     missing = [work.clips_file(u.id).name for u, s in stamps.items() if s != u.fingerprint(work_list.settings)]
     if missing:
         raise StageError(
             f"{work.clips_dir}: {len(missing)} of {len(work_list.units)} units are missing or stale "
-            f"({', '.join(missing[:5])}): run `rvc-dist preprocess` to its end first"
+            f"({', '.join(missing[:5])}):",
+            "run `rvc-dist preprocess` to its end first",
         )
     return {u: str(s) for u, s in stamps.items()}
 
@@ -272,8 +273,9 @@ def finish(recipe: Recipe, work: Workspace, settings: dict[str, Any], clips: dic
     left = sum(done_header(recipe, work, u, settings, s) is None for u, s in clips.items())
     if left and shard.does_all:
         raise StageError(
-            f"extract: {left} of {len(clips)} units in {work.features_dir} were replaced meanwhile: "
-            "another job works in this run folder with other settings; end one, then run the stage again"
+            f"extract: {left} of {len(clips)} units in {work.features_dir} were replaced meanwhile: another job works "
+            "in this run folder with other settings;",
+            "end one, then run the stage again",
         )
     if left:
         logger.info("extract: this part is done, %d units are left to others", left)

@@ -22,6 +22,7 @@ from torch import Tensor
 from rvc_dist.choices import F0_METHODS, resolve
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig, f0_method_names
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
+from rvc_dist.workspace import StageError
 
 SILENCE_RMS = 2.0**-15
 """One step of 16-bit audio: quieter than this there is nothing to have a pitch."""
@@ -302,7 +303,7 @@ def majority_median(f0: Tensor) -> Tensor:
 def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
     """The pitch tracker that the recipe names, on `device`.
 
-    Raises ValueError for an unknown method or unfit weights, FileNotFoundError when weights cannot be had, ImportError
+    Raises ValueError for an unknown method or unfit weights, StageError when weights cannot be had, ImportError
     (with the command that helps) when an optional package is missing.
     """
     name, *others = f0_method_names(config.f0_method)
@@ -335,10 +336,10 @@ def find_weights(key: str, name: str, method: str) -> Path:
             reason = str(error)
     else:
         reason = "it is not of the form owner/repository/file either, so the hub was not asked."
-    raise FileNotFoundError(
-        f"{key}: the weights of {method}, {name}, cannot be had. {Path(name).absolute()} is no file; {reason} "
+    raise StageError(
+        f"{key}: the weights of {method}, {name}, cannot be had. {Path(name).absolute()} is no file; {reason}",
         f"Put {Path(name).name} on this machine and say --{key} PATH, or take a method that brings its own weights or "
-        "needs none: --extract.f0_method crepe (or any but rmvpe and penn)"
+        "needs none: --extract.f0_method crepe (or any but rmvpe and penn)",
     )
 
 

@@ -156,7 +156,7 @@ def complete(recipe: Recipe) -> bool | None:
 
 def wanted_fingerprint(recipe: Recipe, work: Workspace) -> str:
     if not work.features_report_file.is_file():
-        raise StageError(f"{work.features_dir} has no features: run `rvc-dist extract` first")
+        raise StageError(f"{work.features_dir} has no features:", "run `rvc-dist extract` first")
     return fingerprint(read_json(work.features_report_file), asdict(recipe.index), recipe.name)
 
 
@@ -206,7 +206,7 @@ class Frames:
             width = header["embedder"]["width"] if any(lengths) else width
             units.append((path, lengths))
         if not width:
-            raise StageError(f"{work.features_dir} holds no frame: run `rvc-dist extract` first")
+            raise StageError(f"{work.features_dir} holds no frame:", "run `rvc-dist extract` first")
         return cls(units, width)
 
     def clips(self) -> Iterator[Vectors]:
@@ -226,7 +226,8 @@ class Frames:
                             raise _damaged(path)
                         if not np.isfinite(content).all():
                             raise StageError(
-                                f"{path} holds numbers that are not finite: delete it and run `rvc-dist extract` again"
+                                f"{path} holds numbers that are not finite:",
+                                "delete it and run `rvc-dist extract` again",
                             )
                         yield np.ascontiguousarray(content, dtype=np.float32)
             except SafetensorError as error:
@@ -247,7 +248,7 @@ class Frames:
 
 
 def _damaged(path: Path) -> StageError:
-    return StageError(f"{path} is damaged: delete it and run `rvc-dist extract` again")
+    return StageError(f"{path} is damaged:", "delete it and run `rvc-dist extract` again")
 
 
 def save_vectors(recipe: Recipe, frames: Frames, path: Path) -> tuple[Vectors, Queries]:

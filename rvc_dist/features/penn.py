@@ -63,7 +63,7 @@ def _block(channels_in: int, channels_out: int, length: int, pool: bool = False)
 class PennPitch(F0Method):
     """FCNF0++ as a pitch tracker, with the weights of `extract.f0_penn_model`; on a CPU hardly faster than real time.
 
-    Raises FileNotFoundError when they cannot be had, ValueError when they are not FCNF0++'s.
+    Raises StageError when they cannot be had, ValueError when they are not FCNF0++'s.
     """
 
     BATCH_FRAMES = 512

@@ -160,7 +160,7 @@ class RMVPE(nn.Module):
 class RmvpePitch(F0Method):
     """RMVPE as a pitch tracker, with the weights of `extract.f0_model`.
 
-    Raises FileNotFoundError when they cannot be had, ValueError when they are not RMVPE's.
+    Raises StageError when they cannot be had, ValueError when they are not RMVPE's.
     """
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:

@@ -66,8 +66,8 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
     )
     if accelerator.num_processes != wanted:
         raise StageError(
-            f"the launcher asked for {wanted} ranks but {accelerator.num_processes} joined; on CPUs launch with "
-            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
+            f"the launcher asked for {wanted} ranks but {accelerator.num_processes} joined;",
+            "on CPUs launch with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`",
         )
     if config.use_bf16:
         check_bf16(accelerator.device)
@@ -86,13 +86,13 @@ def check_launcher(config: TrainConfig) -> None:
     if precision not in ("no", "bf16" if config.use_bf16 else "no"):
         own = "bf16" if config.use_bf16 else "fp32"
         raise StageError(
-            f"the launcher's mixed_precision is {precision}, the recipe's train.precision {own}: the recipe decides; "
-            "say --mixed_precision no to the launcher (or in its file), or train.precision bf16 in the recipe"
+            f"the launcher's mixed_precision is {precision}, the recipe's train.precision {own}: the recipe decides;",
+            "say --mixed_precision no to the launcher (or in its file), or train.precision bf16 in the recipe",
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise StageError(
-            "the launcher asks for FSDP, which this program does not use: G and D fit every GPU; launch with "
-            "launch/multi_gpu.yaml, or share the optimizer's state among the ranks with launch/zero1.yaml"
+            "the launcher asks for FSDP, which this program does not use: G and D fit every GPU;",
+            "launch with launch/multi_gpu.yaml, or share the optimizer's state among the ranks with launch/zero1.yaml",
         )
     if asks_for_deepspeed():
         check_deepspeed(config)
@@ -107,9 +107,9 @@ def check_meeting_point(num_ranks: int) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise StageError(
-            f"{num_ranks} ranks were started, which cannot find each other: {' and '.join(missing)} not set; "
+            f"{num_ranks} ranks were started, which cannot find each other: {' and '.join(missing)} not set;",
             'before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
-            "MASTER_PORT=29500 (a free port)"
+            "MASTER_PORT=29500 (a free port)",
         )
 
 
@@ -203,7 +203,8 @@ def check_bf16(device: torch.device) -> None:
         raise StageError(
             f"train.precision: {torch.cuda.get_device_name(device)} has compute capability "
             f"{capability[0]}.{capability[1]}; bf16 needs 8.0 (Ampere) or newer and is emulated, slower than float32, "
-            "below it. Set train.precision to fp32 and train.bf16_adamw to false; train.fast_train still helps"
+            "below it.",
+            "Set train.precision to fp32 and train.bf16_adamw to false; train.fast_train still helps",
         )
 
 
@@ -283,11 +284,12 @@ class StopSignal:
             name = signal.Signals(self._received).name
             raise StageError(
                 f"{name} asked for the end while {self._me} waited for {self._what}, and they did not come within "
-                f"{self.NEXT_S:g} s: no checkpoint was written; the same command continues from the last one"
+                f"{self.NEXT_S:g} s: no checkpoint was written;",
+                "the same command continues from the last one",
             )
         raise StageError(
-            f"{self._me} waited in vain for train.timeout_s = {self._timeout_s:g} s for {self._what}: {self._remedy}; "
-            "the same command continues from the last checkpoint"
+            f"{self._me} waited in vain for train.timeout_s = {self._timeout_s:g} s for {self._what}:",
+            f"{self._remedy}; the same command continues from the last checkpoint",
         )
 
     def poll(self, failed: bool = False) -> int:

@@ -40,7 +40,9 @@ def check_deepspeed(config: TrainConfig) -> None:
         StageError: it is not installed, or the optimizer looks at more than one number at a time.
     """
     if importlib.util.find_spec("deepspeed") is None:
-        raise StageError("the launcher asks for DeepSpeed, which is not installed: pip install 'rvc-dist[deepspeed]'")
+        raise StageError(
+            "the launcher asks for DeepSpeed, which is not installed:", "pip install 'rvc-dist[deepspeed]'"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of the autocast that is cared for below
     warnings.filterwarnings("ignore", ".*torch.distributed.*deprecated", FutureWarning)  # DeepSpeed's own calls
     if not torch.cuda.is_available():
@@ -50,8 +52,8 @@ def check_deepspeed(config: TrainConfig) -> None:
     if not OPTIMIZERS[config.optimizer_name].elementwise:
         usable = ", ".join(sorted(name for name, spec in OPTIMIZERS.items() if spec.elementwise))
         raise StageError(
-            f"train.optimizer: {config.optimizer_name} looks at whole parameters, of which ZeRO cuts some in two; with "
-            f"DeepSpeed choose one of {usable}, or launch with launch/multi_gpu.yaml"
+            f"train.optimizer: {config.optimizer_name} looks at whole parameters, of which ZeRO cuts some in two;",
+            f"with DeepSpeed choose one of {usable}, or launch with launch/multi_gpu.yaml",
         )
 
 
@@ -64,7 +66,7 @@ def fill_deepspeed_settings(accelerator: Accelerator, config: TrainConfig) -> No
     settings: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
     zero: dict[str, Any] = settings["zero_optimization"]
     if problems := _unsupported(zero) + _contradictions(settings, config):
-        raise StageError("the launcher's DeepSpeed settings do not fit:" + "".join(f"\n  {p}" for p in problems))
+        raise StageError("the launcher's DeepSpeed settings do not fit:", listed="".join(f"\n  {p}" for p in problems))
     for key in ("train_batch_size", "fp16", "bf16"):
         settings.pop(key, None)
     settings["train_micro_batch_size_per_gpu"] = config.batch_size

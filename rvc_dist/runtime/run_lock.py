@@ -268,7 +268,7 @@ def _read(path: Path) -> str | None:
             raise SchemaError("it is a link, expected a file")
         return read_bounded(path, MAX_BYTES).decode(errors="replace")
     except SchemaError as error:
-        raise StageError(f"{path}: {error}; remove it, if no job trains there") from error
+        raise StageError(f"{path}: {error};", "remove it, if no job trains there") from error
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # over NFS, a file that was removed meanwhile
             return None

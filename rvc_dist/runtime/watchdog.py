@@ -167,7 +167,8 @@ class Watch:
             raise StageError(
                 f"rank {self._rank} waited for train.timeout_s = {timeout_s:g} s, in {self.heartbeat.phase} of step "
                 f"{self.heartbeat.step}, for {names or 'the others, all of which did the same'}. Where each rank was "
-                f"is in {self.work.logs_dir}; the same command continues from the last checkpoint"
+                f"is in {self.work.logs_dir};",
+                "the same command continues from the last checkpoint",
             ) from error
 
     def _failure_of_another(self) -> str | None:

@@ -61,7 +61,8 @@ def run(recipe: Recipe, shard: Shard) -> None:
     if config.plain and recipe.train.grad_accum_steps > 1:
         raise StageError(
             f"bench.plain: got train.grad_accum_steps {recipe.train.grad_accum_steps}; the plain step knows no "
-            "micro-batches: set it to 1, or train.batch_size to the product of both"
+            "micro-batches:",
+            "set it to 1, or train.batch_size to the product of both",
         )
     if config.parity:
         parity.asked_for(recipe.train, shard.count)  # nothing to compare is an error before anything is written
@@ -125,8 +126,8 @@ class Bench:
                 self._cut()
         except OSError as error:
             raise StageError(
-                f"{error.filename or self.folder}: the benchmark's files cannot be written ({error.strerror}); make "
-                f"{self.run.root} writable, remove what is in the way, or choose another run_dir"
+                f"{error.filename or self.folder}: the benchmark's files cannot be written ({error.strerror});",
+                f"make {self.run.root} writable, remove what is in the way, or choose another run_dir",
             ) from error
 
     def _is_cut(self) -> bool | None:
@@ -365,7 +366,7 @@ def load_results(path: Path) -> list[dict[str, Any]]:
                 if result["key"]["ranks"] > 1 or "communication" in summary:
                     check(summary, ON_RANKS)
     except SchemaError as error:
-        raise StageError(f"{path}: {error}; move it away") from error
+        raise StageError(f"{path}: {error};", "move it away") from error
     return results
 
 

@@ -174,10 +174,10 @@ def summarise(root: Path) -> Summary:
     work = Workspace(root, "")
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        raise StageError(f"{root} {what}; expected a run folder: rvc-dist dataset RUN")
+        raise StageError(f"{root} {what};", "expected a run folder: rvc-dist dataset RUN")
     work_list = WorkList.load(work.work_list_file)
     if work_list is None:
-        raise StageError(f"{work.clips_dir} has no clips: run `rvc-dist preprocess` or `import` first")
+        raise StageError(f"{work.clips_dir} has no clips:", "run `rvc-dist preprocess` or `import` first")
     by_speaker: dict[int, Tally] = {}
     left_out = [(f.path, f.reason) for f in work_list.excluded]
     rate, bare = 0, 0
@@ -199,7 +199,9 @@ def summarise(root: Path) -> Summary:
         add_waves(by_speaker, work, unit, header)
         bare += not add_pitch(by_speaker, work, unit, header)
     if not by_speaker:
-        raise StageError(f"{work.clips_dir} has no clips yet: run `rvc-dist preprocess` or `import` to its end first")
+        raise StageError(
+            f"{work.clips_dir} has no clips yet:", "run `rvc-dist preprocess` or `import` to its end first"
+        )
     total = Tally()
     for tally in by_speaker.values():
         total.add(tally)

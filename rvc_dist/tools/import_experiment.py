@@ -220,7 +220,7 @@ def check_run_folder(work: Workspace, recipe: Recipe) -> WorkList | None:
     taken = [p for p in (work.work_list_file, work.config_file, work.features_dir, work.checkpoints_dir) if p.exists()]
     if taken:
         what = f"an import of {other}" if other else "a run"
-        raise StageError(f"run_dir: {work.root} already holds {what} ({taken[0].name}); give another --run_dir")
+        raise StageError(f"run_dir: {work.root} already holds {what} ({taken[0].name});", "give another --run_dir")
     return None
 
 
@@ -232,7 +232,7 @@ def read_experiment(folder: Path) -> Experiment:
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise StageError(f"{folder} {what}; expected the folder of an experiment, such as logs/NAME")
+        raise StageError(f"{folder} {what};", "expected the folder of an experiment, such as logs/NAME")
     layout = find_layout(folder)
     speakers, mutes = read_filelist(folder / "filelist.txt")
     content_dir = _with_arrays([folder / name for name in layout.content])
@@ -256,10 +256,10 @@ def find_layout(folder: Path) -> Layout:
     expected = " or ".join(f"{layout.waves}/ ({layout.tools})" for layout in LAYOUTS)
     if found:
         both = " and ".join(f"{layout.waves}/" for layout in found)
-        raise StageError(f"{folder} has waves in {both}: move one of them away, or name an experiment of one tool")
+        raise StageError(f"{folder} has waves in {both}:", "move one of them away, or name an experiment of one tool")
     inside = sorted(p.name for p in folder.iterdir() if any((p / layout.waves).is_dir() for layout in LAYOUTS))
     if inside := [name for name in inside if not name.startswith("mute")]:  # the tools' silent clips
-        raise StageError(f"{folder} is no experiment but holds some: name one of them ({_some(inside)})")
+        raise StageError(f"{folder} is no experiment but holds some:", f"name one of them ({_some(inside)})")
     here = [p.name + "/" * p.is_dir() for p in sorted(folder.iterdir())]
     more = f" and {len(here) - 10} more" if len(here) > 10 else ""
     raise StageError(
@@ -307,7 +307,7 @@ def read_filelist(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
         if text.count(b"\n") > MAX_LIST_LINES:
             raise SchemaError(f"more than {MAX_LIST_LINES} lines")
     except SchemaError as error:
-        raise StageError(f"{path}: {error}; leave the list out, or shorten it to the experiment's clips") from error
+        raise StageError(f"{path}: {error};", "leave the list out, or shorten it to the experiment's clips") from error
     wrong = []
     for number, line in enumerate(map(os.fsdecode, text.splitlines()), 1):
         fields = line.strip().split("|")

@@ -126,7 +126,7 @@ class MeasuredTrainer(Trainer):
     def __init__(self, recipe: Recipe) -> None:
         """As Trainer's; StageError under DeepSpeed, whose sending cannot be left out for comparison."""
         if asks_for_deepspeed():
-            raise StageError("steps are measured with DDP: launch with launch/multi_gpu.yaml, not with DeepSpeed")
+            raise StageError("steps are measured with DDP:", "launch with launch/multi_gpu.yaml, not with DeepSpeed")
         super().__init__(recipe)
         self.timer = self.step.timer = self.parts = PartTimer(self.device)
 

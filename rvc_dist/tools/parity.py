@@ -45,8 +45,8 @@ def asked_for(config: TrainConfig, num_ranks: int) -> list[str]:
     settings = [f"{name} {str(value).lower()}" for name, value in effective.items() if value != PLAIN[name]]
     if not settings:
         raise StageError(
-            "--parity: nothing to compare, since the recipe already trains in plain float32 with AdamW; set "
-            "train.fast_train, train.bf16_adamw, train.precision, train.optimizer or train.compile"
+            "--parity: nothing to compare, since the recipe already trains in plain float32 with AdamW;",
+            "set train.fast_train, train.bf16_adamw, train.precision, train.optimizer or train.compile",
         )
     return settings
 

@@ -226,7 +226,8 @@ def _cut_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
         if header["sample_rate"] != recipe.data.sample_rate:
             raise StageError(
                 f"{path} holds clips of {header['sample_rate']} Hz, the recipe says data.sample_rate "
-                f"{recipe.data.sample_rate}: run `rvc-dist preprocess` again"
+                f"{recipe.data.sample_rate}:",
+                "run `rvc-dist preprocess` again",
             )
         with safe_open(path, framework="numpy") as file:
             for i in range(len(header["clips"])):
@@ -309,7 +310,7 @@ def measure_now(recipe: Recipe) -> None:
         result = bench.measured_result(stage.recipe())
     except StageError as error:
         raise StageError(
-            f"{error}\nplan: a step cannot be measured here; set plan.step_s or plan.device_tflop_s"
+            f"{error}\nplan: a step cannot be measured here;", "set plan.step_s or plan.device_tflop_s"
         ) from error
     result["key"]["data"] = stage.data
     bench.store(stage.folder / "results.json", result)

@@ -81,10 +81,10 @@ def checkpoint_from_before(
     before = progress.rolled_back_at
     if saved is None or (before is not None and saved.progress.step <= before):
         raise StageError(
-            f"step {progress.step}: {most} steps in a row had no finite gradients"
-            f"{', also after going back to a checkpoint' if saved else ' before the first checkpoint'}; lower "
-            "train.learning_rate, set train.max_grad_norm, or leave out the recordings named above. "
-            f"The checkpoints in {folder} are from before"
+            f"step {progress.step}: {most} steps in a row had no finite "
+            f"gradients{', also after going back to a checkpoint' if saved else ' before the first checkpoint'};",
+            "lower train.learning_rate, set train.max_grad_norm, or leave out the recordings named above. The "
+            f"checkpoints in {folder} are from before",
         )
     logger.warning(
         "step %d: %d steps in a row had no finite gradients; going on from the weights of step %d",

@@ -191,8 +191,8 @@ def prepare_folder(folder: Path, num_bytes: int) -> None:
             _clear(path)
     except OSError as error:
         raise StageError(
-            f"{folder}: checkpoints cannot be written there ({error.strerror}); nothing was trained. Make the folder "
-            "writable or choose another run_dir"
+            f"{folder}: checkpoints cannot be written there ({error.strerror}); nothing was trained.",
+            "Make the folder writable or choose another run_dir",
         ) from error
     _check_space(folder, num_bytes)
 
@@ -202,8 +202,8 @@ def _check_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes + SPARE_BYTES:
         raise StageError(
             f"{folder}: a checkpoint needs {(num_bytes + SPARE_BYTES) / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB "
-            "free; earlier checkpoints are untouched. Free some space (or lower train.keep_checkpoints) and run the "
-            "same command"
+            "free; earlier checkpoints are untouched.",
+            "Free some space (or lower train.keep_checkpoints) and run the same command",
         )
 
 
@@ -243,7 +243,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise StageError(
             f"{final}: cannot be written ({reason}); {space(folder, checkpoint.num_bytes + SPARE_BYTES)}; earlier "
-            "checkpoints are untouched. Free some space, or raise the limit, and run the same command"
+            "checkpoints are untouched.",
+            "Free some space, or raise the limit, and run the same command",
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -370,7 +371,7 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
             if whole
             else "no other whole checkpoint is left; remove the folder to start over"
         )
-        raise StageError(f"{path} is damaged and was not used; {remedy}" + "".join(f"\n  {p}" for p in problems))
+        raise StageError(f"{path} is damaged and was not used;", remedy, "".join(f"\n  {p}" for p in problems))
     state = _state(path)
     if identity is not None:
         check_identity(path, state["identity"], identity)
@@ -388,9 +389,8 @@ def check_identity(path: Path, made_with: Mapping[str, Any], identity: Mapping[s
     differ = [k for k in {**before, **now} if not _agree(before.get(k), now.get(k))]
     if differ:
         listed = "".join(f"\n  {k}: {before.get(k)}, now {now.get(k)}" for k in differ)
-        raise StageError(
-            f"{path} was made with other settings; change them back, or give the run another run_dir{listed}"
-        )
+        remedy = "change them back, or give the run another run_dir"
+        raise StageError(f"{path} was made with other settings;", remedy, listed)
 
 
 def _state(path: Path) -> Any:
@@ -402,14 +402,14 @@ def _state(path: Path) -> Any:
     state = read_json(path / STATE)
     if state.get("format") != FORMAT:
         raise StageError(
-            f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}: continue it with "
-            "the version that made it, or give the run another run_dir"
+            f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}:",
+            "continue it with the version that made it, or give the run another run_dir",
         )
     try:
         _comparable(check(check(state, StateFile)["identity"], IDENTITY, "identity"))
         return state
     except ValueError as error:
-        raise StageError(f"{path / STATE}: {error}; remove {path.name} to go on from the one before") from error
+        raise StageError(f"{path / STATE}: {error};", f"remove {path.name} to go on from the one before") from error
 
 
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -486,18 +486,18 @@ def read_pretrained(path: Path, key: str) -> Pretrained:
         raise StageError(f"{key}: {path} is not a file of plain weights ({error})") from error
     state = data.get("model", data.get("weight", data)) if isinstance(data, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise StageError(f"{key}: {path} holds no state dict; expected a dict with `model`, as G_*.pth and D_*.pth")
+        raise StageError(f"{key}: {path} holds no state dict;", "expected a dict with `model`, as G_*.pth and D_*.pth")
     if "weight" in data and "config" in data and not any(str(k).startswith("enc_q.") for k in state):
         kind = key[-1].upper()
         raise StageError(
             f"{key}: {path} is a voice file, made to convert with: it has no "
-            f"{'posterior encoder (enc_q)' if kind == 'G' else 'discriminator'}, which training needs; give the "
-            f"{kind}_*.pth of the training that it came from, or pretrained weights such as f0{kind}48k.pth"
+            f"{'posterior encoder (enc_q)' if kind == 'G' else 'discriminator'}, which training needs;",
+            f"give the {kind}_*.pth of the training that it came from, or pretrained weights such as f0{kind}48k.pth",
         )
     try:
         return Pretrained(from_upstream(weights(state)), EmbedderId.from_voice(data))
     except ForeignFileError as error:
-        raise StageError(f"{key}: {path} cannot be trained on from: {error}; give another file") from error
+        raise StageError(f"{key}: {path} cannot be trained on from: {error};", "give another file") from error
     except ValueError as error:
         raise StageError(f"{key}: {path} does not say what it was trained with: {error}") from error
 
@@ -530,6 +530,7 @@ def check_embedder(path: Path, trained_with: EmbedderId | None, features: Embedd
         )
     elif not agrees:
         raise StageError(
-            f"{key}: {path} was trained with {trained_with}, the features are of {features}. Run `rvc-dist extract` "
-            f"with that encoder (extract.embedder_model and extract.embedder_mix), or leave {key} out"
+            f"{key}: {path} was trained with {trained_with}, the features are of {features}.",
+            "Run `rvc-dist extract` with that encoder (extract.embedder_model and extract.embedder_mix), or leave "
+            f"{key} out",
         )

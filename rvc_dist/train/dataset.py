@@ -189,15 +189,16 @@ class ClipTable:
         """
         work = Workspace(recipe.run_dir, recipe.name)
         if not work.features_report_file.is_file():
-            raise StageError(f"{work.features_dir} has no features: run `rvc-dist extract` first")
+            raise StageError(f"{work.features_dir} has no features:", "run `rvc-dist extract` first")
         spec = recipe.rate_spec
         clips, short, embedder = [], 0, {}
         for path in unit_files(work.features_dir):
             header = unit_header(path, FeaturesHeader, "extract")
             if header["sample_rate"] != recipe.data.sample_rate:
                 raise StageError(
-                    f"{path} belongs to clips of {header['sample_rate']} Hz, the recipe says "
-                    f"data.sample_rate {recipe.data.sample_rate}: run `rvc-dist preprocess` and `extract` again"
+                    f"{path} belongs to clips of {header['sample_rate']} Hz, the recipe says data.sample_rate "
+                    f"{recipe.data.sample_rate}:",
+                    "run `rvc-dist preprocess` and `extract` again",
                 )
             embedder = dict(header["embedder"])
             for i, clip in enumerate(header["clips"]):
@@ -539,7 +540,7 @@ def fit_shared_memory(recipe: Recipe, table: ClipTable, settings: Mapping[str, A
         return settings
     ahead = ReadAhead.measure(recipe, table, settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if ahead.fits < 1:
-        raise StageError(f"{ahead.what}; {ahead.remedy}")
+        raise StageError(f"{ahead.what};", ahead.remedy)
     if ahead.fits >= ahead.wanted:
         return settings
     if os.environ.get("LOCAL_RANK", "0") == "0":

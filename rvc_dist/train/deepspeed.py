@@ -77,7 +77,8 @@ class ZeroNetwork(TrainedModule):
 
             raise StageError(
                 f"DeepSpeed {__version__} divides a network's parameters among the ranks in a way that is not known "
-                "here; install another version (0.19 is known), or launch with launch/multi_gpu.yaml"
+                "here;",
+                "install another version (0.19 is known), or launch with launch/multi_gpu.yaml",
             )
         return network
 

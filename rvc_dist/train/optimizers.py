@@ -202,8 +202,8 @@ def adamw_8bit(params: list[nn.Parameter], **options: Any) -> Optimizer:
         kind([trial]).step()
     except RuntimeError as error:
         raise StageError(
-            f"train.optimizer: adamw_8bit does not run on {device} with the bitsandbytes that is installed ({error}); "
-            "update bitsandbytes, or set train.optimizer anyprecision_adamw"
+            f"train.optimizer: adamw_8bit does not run on {device} with the bitsandbytes that is installed ({error});",
+            "update bitsandbytes, or set train.optimizer anyprecision_adamw",
         ) from error
     if device.type == "cpu":
         logger.warning("train.optimizer: adamw_8bit saves memory on the CPU too, but takes many times adamw's time")
@@ -223,8 +223,8 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> Optimizer:
         optimizer: Optimizer = resolve(spec.make)(params, **spec.options(config))
     except ImportError as error:
         raise StageError(
-            f"train.optimizer: {config.optimizer_name} needs a package that cannot be imported ({error}); install it: "
-            "pip install 'rvc-dist[optim]'"
+            f"train.optimizer: {config.optimizer_name} needs a package that cannot be imported ({error});",
+            "install it: pip install 'rvc-dist[optim]'",
         ) from error
     return optimizer
 

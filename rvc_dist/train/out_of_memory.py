@@ -31,9 +31,9 @@ def advice(step: GanStep, batch: Batch, rank: int) -> Iterator[None]:
         remedy = f"train.batch_size {fits} would fit" if fits else "not even one clip fits"
         keep = f" (with train.grad_accum_steps {-(-size // fits)} the steps stay as large)" if fits else ""
         raise StageError(
-            f"rank {rank}: {step.device} has not enough memory for train.batch_size "
-            f"{size} with clips of {batch.content.shape[1]} frames; {remedy}{keep}. "
-            "train.activation_checkpointing and train.precision bf16 need less"
+            f"rank {rank}: {step.device} has not enough memory for train.batch_size {size} with clips of "
+            f"{batch.content.shape[1]} frames;",
+            f"{remedy}{keep}. train.activation_checkpointing and train.precision bf16 need less",
         ) from error
 
 

@@ -185,8 +185,9 @@ def load_weights(saved: checkpoint.Checkpoint, networks: Mapping[str, TrainedMod
             network.load(saved.models[name], saved.optimizers[name])
         except ValueError as error:
             raise StageError(
-                f"{work.checkpoints_dir}: step {saved.progress.step} does not fit the {name}'s optimizer; "
-                f"change train.optim back, or give the run another run_dir: {error}"
+                f"{work.checkpoints_dir}: step {saved.progress.step} does not fit the {name}'s optimizer;",
+                "change train.optim back, or give the run another run_dir",
+                f": {error}",
             ) from error
 
 

@@ -266,8 +266,9 @@ class Trainer:
                 raise StageError(
                     f"rank {self.accelerator.process_index}: a loader process died in step {self.progress.step + 1} "
                     f"({signal.strsignal(-self.died[0]) if self.died[0] < 0 else self.died[0]}): the host's memory or "
-                    f"{SHM} may be full. Ask for more, or less with train.num_workers or train.batch_size; the same "
-                    "command continues from the last checkpoint"
+                    f"{SHM} may be full.",
+                    "Ask for more, or less with train.num_workers or train.batch_size; the same command continues from "
+                    "the last checkpoint",
                 ) from error
 
     def _advance(self) -> None:
@@ -368,8 +369,9 @@ class Trainer:
         weights = [w for network in self.networks.values() for w in network.module.parameters()]
         if not torch.stack([w.detach().isfinite().all() for w in weights]).all():
             raise StageError(
-                f"step {self.progress.step}: a weight is not finite; lower train.learning_rate or set "
-                f"train.max_grad_norm. The checkpoints in {self.work.checkpoints_dir} are from before"
+                f"step {self.progress.step}: a weight is not finite;",
+                f"lower train.learning_rate or set train.max_grad_norm. The checkpoints in {self.work.checkpoints_dir} "
+                "are from before",
             )
         meter = self.meter.state(self.accelerator)
         states = {name: network.optimizer_state(self.is_main) for name, network in self.networks.items()}

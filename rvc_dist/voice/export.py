@@ -39,9 +39,9 @@ def run(recipe: Recipe, shard: Shard) -> None:
     work = Workspace(recipe.run_dir, recipe.name)
     work.check_name()
     if not checkpoint.list_checkpoints(work.checkpoints_dir):
-        raise StageError(f"{work.checkpoints_dir} has no checkpoint: run `rvc-dist train` first")
+        raise StageError(f"{work.checkpoints_dir} has no checkpoint:", "run `rvc-dist train` first")
     if not work.clips_report_file.is_file():
-        raise StageError(f"{work.clips_report_file} is missing: run `rvc-dist preprocess` first")
+        raise StageError(f"{work.clips_report_file} is missing:", "run `rvc-dist preprocess` first")
     dataset_length = read_json(work.clips_report_file, ClipsReport)["total_dataset_duration"]
     table = ClipTable.load(recipe)
     files: dict[int, Path] = {}
@@ -88,8 +88,8 @@ def voice_dict(recipe: Recipe, saved: checkpoint.Checkpoint, dataset_length: str
     if wrong:
         raise StageError(
             f"the checkpoint of step {progress.step} has weights that are not finite numbers of 16 bits "
-            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}): remove it, and train on with a lower "
-            "train.learning_rate or train.max_grad_norm set"
+            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}):",
+            "remove it, and train on with a lower train.learning_rate or train.max_grad_norm set",
         )
     trained_with = Workspace(recipe.run_dir, recipe.name).config_file
     try:

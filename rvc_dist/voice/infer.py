@@ -138,7 +138,7 @@ def _read_voice_file(path: Path) -> dict[str, Any]:
     try:
         data = load_pth(path)
     except FileNotFoundError as error:
-        raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth") from error
+        raise StageError(f"infer.model: {path} does not exist;", "train one, or say --infer.model VOICE.pth") from error
     except ForeignFileError as error:
         raise StageError(f"infer.model: {path} is not a voice file ({error})") from error
     if isinstance(data, dict) and {"weight", "config"} <= data.keys():
@@ -237,7 +237,8 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
         raise StageError(
             f"infer.embedder_model: the voice file names the encoder {wanted.name!a}, which is neither published (as "
             f"{', '.join(sorted(PUBLISHED))} are) nor a folder here, and nothing is fetched because a voice file says "
-            "so: if you trust it, say --infer.embedder_model with that name, or give the folder of its encoder"
+            "so:",
+            "if you trust it, say --infer.embedder_model with that name, or give the folder of its encoder",
         )
     used = replace(
         recipe,
@@ -261,8 +262,9 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
         problem = f"infer.embedder_model: the voice was trained with {wanted}, not with {extractor.embedder_id}"
         if given is None:
             raise StageError(
-                f"{problem}; give the folder of its encoder as --infer.embedder_model FOLDER (one that is named there "
-                "is used even if it is another, with a warning)"
+                f"{problem};",
+                "give the folder of its encoder as --infer.embedder_model FOLDER (one that is named there is used even "
+                "if it is another, with a warning)",
             )
         logger.warning("%s: the words may come out wrong", problem)
     return extractor
@@ -322,7 +324,7 @@ def check_output(source: Path, target: Path) -> None:
     except OSError as error:
         raise StageError(f"infer.output: {target} cannot be written ({error.strerror})") from error
     if is_source:
-        raise StageError(f"infer.output: {target} is infer.input itself; give the result another name")
+        raise StageError(f"infer.output: {target} is infer.input itself;", "give the result another name")
 
 
 def convert(converter: Converter, blocks: Iterator[audio.Wave], num_samples: int | None = None) -> Iterator[audio.Wave]:

@@ -20,6 +20,7 @@ import rvc_dist
 from rvc_dist.config import EmbedderMix, ExtractConfig
 from rvc_dist.features.content import EMBEDDERS, Embedder, Version, load_embedder
 from rvc_dist.features.hub import hub_silence
+from rvc_dist.workspace import StageError
 
 CPU = torch.device("cpu")
 SPEECH = Path(rvc_dist.__file__).parent / "demo_voice" / "voice" / "000.flac"
@@ -340,7 +341,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     monkeypatch.setattr(type(huggingface_hub.get_session()), "head", refuse)
     hub_silence.cache_clear()
     for name in ("contentvec", "spin"):
-        with pytest.raises(FileNotFoundError, match=rf"{constants.ENDPOINT} did not give it \(no route\)"):
+        with pytest.raises(StageError, match=rf"{constants.ENDPOINT} did not give it \(no route\)"):
             load(name)
     hub_silence.cache_clear()
     assert calls == [constants.ENDPOINT]
@@ -382,12 +383,12 @@ def test_each_named_encoder_is_read_from_its_place_in_the_cache(tmp_path: Path, 
 @pytest.mark.usefixtures("cache")
 def test_without_files_the_error_says_what_to_do(tmp_path: Path) -> None:
     for name, (repository, folder) in {**NAMED, "some/encoder": ("some/encoder", "")}.items():
-        with pytest.raises(FileNotFoundError) as caught:
+        with pytest.raises(StageError) as caught:
             load(name)
         message = str(caught.value)
         for part in (name, repository, folder, str(tmp_path), "HF_HUB_OFFLINE", "--extract.embedder_model FOLDER"):
             assert part in message
         assert "or say --extract.embedder_model mfcc" in message
         assert ("of IAHispano/Applio (folder Resources/embedders/" in message) is bool(folder)
-    with pytest.raises(FileNotFoundError, match="/no/such/folder is no folder"):
+    with pytest.raises(StageError, match="/no/such/folder is no folder"):
         load("/no/such/folder")

@@ -20,6 +20,7 @@ from torch import Tensor
 from rvc_dist.config import ExtractConfig
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.penn import FCNF0, local_mean_hz, periodicity
+from rvc_dist.workspace import StageError
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -122,7 +123,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 def test_without_weights_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(StageError) as caught:
         load_f0(ExtractConfig(f0_method="hybrid[yin+penn]"), CPU)
     for part in ("fcnf0++.pt of maxrmorrison/fcnf0-plus-plus", "HF_HUB_OFFLINE", "--extract.f0_penn_model PATH"):
         assert part in str(caught.value)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rvc_dist.config import ExtractConfig
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.rmvpe import RMVPE, RmvpePitch
+from rvc_dist.workspace import StageError
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -86,7 +87,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 def test_without_weights_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(StageError) as caught:
         load_f0(ExtractConfig(f0_method="rmvpe"), CPU)
     message = str(caught.value)
     for part in ("rmvpe.pt of lj1995/VoiceConversionWebUI", "models--lj1995--VoiceConversionWebUI", "HF_HUB_OFFLINE"):
@@ -94,5 +95,5 @@ def test_without_weights_the_error_says_what_to_do(tmp_path: Path, monkeypatch: 
     assert "--extract.f0_model PATH" in message
     assert "--extract.f0_method crepe" in message
 
-    with pytest.raises(FileNotFoundError, match=r"missing\.pt is no file; it is not of the form"):
+    with pytest.raises(StageError, match=r"missing\.pt is no file; it is not of the form"):
         load_f0(ExtractConfig(f0_method="rmvpe", f0_model="missing.pt"), CPU)

@@ -24,7 +24,7 @@ from rvc_dist.tools.doctor.ahead import (
     features_done,
 )
 from rvc_dist.tools.doctor.disk import check_run_folder
-from rvc_dist.tools.doctor.findings import EXIT_CODES, Result, Severity, show, verdict, with_remedy
+from rvc_dist.tools.doctor.findings import EXIT_CODES, Result, Severity, show, verdict
 from rvc_dist.tools.doctor.machine import check_devices, check_packages, check_precision, check_versions
 from rvc_dist.tools.doctor.team import NETWORK, SAME_FOLDER, Exam, Team, check_ranks, join
 from rvc_dist.tools.doctor.training import check_data, check_dry_step, check_shared_memory, check_weights
@@ -137,7 +137,7 @@ def examine(exam: Exam, checks: Sequence[Check] | None = None) -> list[Result]:
         try:
             check.run(exam, result)
         except StageError as error:
-            result.fail(*with_remedy(str(error)))
+            result.add(error)
         except OSError as error:
             result.fail(f"{error.filename or exam.work.root}: {error.strerror}", "make it readable and writable")
         results.append(result)

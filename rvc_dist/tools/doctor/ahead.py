@@ -74,7 +74,7 @@ def check_encoder(exam: Exam, result: Result) -> None:
             embedder = load_embedder(recipe.extract, recipe.model.version, CPU)
             found = EmbedderId(embedder.name, embedder.weights_hash, embedder.mix).to_features()
             found["width"] = embedder.width
-        except (ValueError, OSError, ImportError) as error:
+        except (StageError, ValueError, OSError, ImportError) as error:
             fail(result, error, "extract.embedder_model")
     (exam.embedder, *_) = exam.team.gather(found)
     result.same[recipe.extract.embedder_model] = "needed" if exam.has_features_to_make else "not needed any more"
@@ -88,7 +88,7 @@ def check_pitch_tracker(exam: Exam, result: Result) -> None:
         return
     try:
         load_f0(config, CPU)
-    except (ValueError, OSError) as error:
+    except (StageError, ValueError, OSError) as error:
         fail(result, error, "extract.f0_method")
     except ImportError as error:
         if not any(F0_METHODS[name].package for name in f0_method_names(config.f0_method)):
@@ -96,8 +96,8 @@ def check_pitch_tracker(exam: Exam, result: Result) -> None:
 
 
 def fail(result: Result, error: Exception, key: str) -> None:
-    what, put, how = str(error).partition(" Put ")
-    result.fail(what, f"put {how}" if put else f"mend what it names, or choose another {key}")
+    stage_error = error if isinstance(error, StageError) else StageError(str(error))
+    result.add(stage_error, remedy=f"mend what it names, or choose another {key}")
 
 
 def check_disk(exam: Exam, result: Result) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rvc_dist.tools.bench_report import console
+from rvc_dist.workspace import StageError
 
 
 class Severity(IntEnum):
@@ -21,6 +21,7 @@ class Severity(IntEnum):
     ERROR = 3
 
 
+MEND = "mend what it names, then run the same command again"
 EXIT_CODES = {Severity.OK: 0, Severity.SKIPPED: 0, Severity.WARNING: 3, Severity.ERROR: 1}
 
 
@@ -50,14 +51,9 @@ class Result:
     def fail(self, what: str, remedy: str) -> None:
         self.problems.append(Problem(Severity.ERROR, what, remedy))
 
-
-def with_remedy(message: str) -> tuple[str, str]:
-    """A stage's error in two: what is wrong, and what to do, which the stages write last."""
-    lines = message.split("\n")
-    found = re.match(r"(.*?)(?:: (?=run |delete |continue )|; (?!it )|\. (?=[A-Z]))(.*)", lines[0])
-    if found is None:
-        return message, "mend what it names, then run the same command again"
-    return "\n".join([found[1], *lines[1:]]), found[2]
+    def add(self, error: StageError, severity: Severity = Severity.ERROR, remedy: str = MEND) -> None:
+        """What a stage would end with; `remedy` where it names none."""
+        self.problems.append(Problem(severity, error.what, error.remedy or remedy))
 
 
 def first_line(error: BaseException) -> str:

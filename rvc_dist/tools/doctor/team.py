@@ -23,7 +23,7 @@ from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import make_accelerator
 from rvc_dist.runtime.device import local_device
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.tools.doctor.findings import Result, Severity, first_line, with_remedy
+from rvc_dist.tools.doctor.findings import Result, Severity, first_line
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Shard, SourceFile, StageError, WorkList, Workspace
 
@@ -73,7 +73,8 @@ class Team:
             self._group, self.count = None, 1
             raise StageError(
                 f"a rank did not answer within {ANSWER_TIMEOUT_S} s ({first_line(error)}); what follows is of rank "
-                f"{self.rank} alone. Look at the other ranks' output; if they are alive, {NETWORK}"
+                f"{self.rank} alone.",
+                f"Look at the other ranks' output; if they are alive, {NETWORK}",
             ) from error
         return values
 
@@ -158,7 +159,7 @@ def join(recipe: Recipe) -> Exam:
         accelerator = make_accelerator(plain, ANSWER_TIMEOUT_S)
         team = Team(accelerator.process_index, accelerator)
     except StageError as error:
-        joined.fail(*with_remedy(str(error)))
+        joined.add(error)
         return Exam(recipe, Team(rank), joined)
     except (RuntimeError, ValueError, OSError) as error:  # what torch.distributed raises when ranks do not meet
         joined.fail(f"the ranks did not find each other: {first_line(error)}", f"{MEETING}; {NETWORK}")

@@ -25,7 +25,7 @@ from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import device_name
 from rvc_dist.tools.bench import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.tools.doctor.ahead import measured
-from rvc_dist.tools.doctor.findings import Result, first_line, with_remedy
+from rvc_dist.tools.doctor.findings import Result, Severity, first_line
 from rvc_dist.tools.doctor.team import Exam
 from rvc_dist.train import checkpoint, compilation, networks, out_of_memory
 from rvc_dist.train.dataset import (
@@ -116,7 +116,7 @@ def features_of_clips(exam: Exam, work_list: WorkList | None, result: Result) ->
     try:
         extract.clip_fingerprints(work)
     except StageError as error:
-        result.warn(*with_remedy(str(error)))
+        result.add(error, Severity.WARNING)
         return
     exam.data_stages_done = extract.complete(recipe) is True
     if not exam.data_stages_done:
@@ -155,7 +155,7 @@ def check_weights(exam: Exam, result: Result) -> None:
             try:
                 networks.build(replace(recipe, train=alone), table)
             except StageError as error:
-                result.fail(*with_remedy(str(error)))
+                result.add(error)
         return
     exam.shape = shape
     millions = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in exam.modules.items()}
