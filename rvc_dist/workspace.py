@@ -373,9 +373,13 @@ class WorkList:
         """The experiment of another tool that the clips come from; None when preprocess cuts them."""
         return self.settings["data.audio_dir"] if "imported" in self.settings else None
 
+    def fingerprints(self) -> dict[Unit, str]:
+        """Of every unit's clips."""
+        return {unit: unit.fingerprint(self.settings) for unit in self.units}
+
     def undone(self, work: Workspace) -> list[Unit]:
         """The units whose clips are still to be made."""
-        return [u for u in self.units if not is_done(work.clips_file(u.id), u.fingerprint(self.settings))]
+        return [u for u, wanted in self.fingerprints().items() if not is_done(work.clips_file(u.id), wanted)]
 
     def dumps(self) -> str:
         data = {
@@ -535,13 +539,18 @@ def save_arrays(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]
     atomic_write(path, save(dict(arrays), metadata={HEADER_KEY: text}))
 
 
+UnitFile = tuple[dict[str, Any], dict[str, list[int]]]
+"""The JSON header of a safetensors file of ours, and the shape of each of its arrays."""
+
+
 def read_header(path: Path) -> dict[str, Any] | None:
     """The JSON header of a safetensors file of ours; None when it is missing, foreign or damaged."""
-    found = _header_and_shapes(path)
+    found = read_unit_file(path)
     return found and found[0]
 
 
-def _header_and_shapes(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]] | None:
+def read_unit_file(path: Path) -> UnitFile | None:
+    """What a safetensors file of ours says that it holds; None when it is missing, foreign or damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -556,17 +565,21 @@ def _header_and_shapes(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]
 
 
 def unit_header(path: Path, kind: type[T], stage: str) -> T:
-    """The header of a unit's file or of the silent clip's, whose arrays are as long as it says.
+    """The header of a unit's file or of the silent clip's, as `whole_header` checks it."""
+    return whole_header(path, read_unit_file(path), kind, stage)
+
+
+def whole_header(path: Path, found: UnitFile | None, kind: type[T], stage: str) -> T:
+    """The header of the file in `path`, in which `found` was, when its arrays are as long as it says.
 
     Raises:
         StageError: it is no whole file of `stage`.
     """
     try:
-        if (read := _header_and_shapes(path)) is None:
+        if found is None:
             raise SchemaError("no header of rvc_dist")
-        found, shapes = read
-        header = check(found, kind)
-        for i, clip in enumerate(found.get("clips", [found])):
+        (values, shapes), header = found, check(found[0], kind)
+        for i, clip in enumerate(values.get("clips", [values])):
             wave, *features = (shapes.get(f"{i:05d}{part}", []) for part in ("", ".content", ".f0"))
             sizes = [] if kind is ClipsHeader else [clip["num_content"], clip["num_f0"]]
             if [shape[0] for shape in features if shape] != sizes or len(wave) != (not sizes):

@@ -26,8 +26,8 @@ import numpy as np
 from helpers import EMBEDDER, RATE, changed, narrow_recipe, workspace_of
 
 from rvc_dist.config import DataConfig, ExtractConfig, Recipe
-from rvc_dist.data import preprocess
-from rvc_dist.features import extract, index
+from rvc_dist.data import clip_files, preprocess
+from rvc_dist.features import feature_files, index, index_file
 from rvc_dist.files import write_json
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Shard, SourceFile, WorkList, cut_units, fingerprint, save_arrays
@@ -57,8 +57,8 @@ def make_units(recipe: Recipe, count: int) -> None:
     """Clips and features of `count` recordings of 3 s, with the work list and the reports of both stages."""
     work = workspace_of(recipe)
     sources = [SourceFile(f"{i:06d}.wav", 0, 1000, 1, 3.0) for i in range(count)]
-    work_list = WorkList(fingerprint("listing"), preprocess.clip_settings(recipe), cut_units(sources), ())
-    settings = extract.feature_settings(recipe) | {"embedder": EMBEDDER_USED}
+    work_list = WorkList(fingerprint("listing"), clip_files.clip_settings(recipe), cut_units(sources), ())
+    settings = feature_files.feature_settings(recipe) | {"embedder": EMBEDDER_USED}
     rng = np.random.default_rng(0)
     fingerprints = []
     for unit in work_list.units:
@@ -73,7 +73,7 @@ def make_units(recipe: Recipe, count: int) -> None:
         fingerprints.append(unit.fingerprint(work_list.settings))
         header = {"stamp": fingerprints[-1], "sample_rate": RATE, "clips": clips, "files": []}
         save_arrays(work.clips_file(unit.id), waves, header)
-        header = {"stamp": extract.feature_fingerprint(settings, fingerprints[-1]), "sample_rate": RATE, "clips": sized}
+        header = {"stamp": fingerprint(settings, fingerprints[-1]), "sample_rate": RATE, "clips": sized}
         save_arrays(work.features_file(unit.id), features, header | {"embedder": EMBEDDER_USED})
     work.work_list_file.write_text(work_list.dumps(), encoding="utf-8")
     write_json(work.clips_report_file, {})
@@ -128,21 +128,21 @@ def main(folder: Path, count: int) -> None:
     apart(lambda: make_units(recipe, count))
 
     def work_list() -> WorkList:
-        return preprocess.make_work_list(planned, workspace_of(planned), preprocess.clip_settings(planned), ALONE)
+        return preprocess.make_work_list(planned, workspace_of(planned), ALONE)
 
     def build(algorithm: str) -> bool | None:
         chosen = changed(recipe, "index", algorithm=algorithm)
         index.run(chosen, ALONE)
-        return index.complete(chosen)
+        return index_file.complete(chosen)
 
     steps: dict[str, Callable[[], Any]] = {
         "work list": work_list,
         "work list, again": work_list,
-        "preprocess: is it complete": lambda: preprocess.complete(recipe),
-        "extract: is it complete": lambda: extract.complete(recipe),
+        "preprocess: is it complete": lambda: clip_files.complete(recipe),
+        "extract: is it complete": lambda: feature_files.complete(recipe),
         "index of all frames": lambda: build("faiss"),
         "index of k-means centres": lambda: build("kmeans"),
-        "index: is it complete": lambda: index.complete(changed(recipe, "index", algorithm="kmeans")),
+        "index: is it complete": lambda: index_file.complete(changed(recipe, "index", algorithm="kmeans")),
         "clip table": lambda: ClipTable.load(recipe),
     }
     json.dump({name: apart(partial(measure, step)) for name, step in steps.items()}, sys.stdout)

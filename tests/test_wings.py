@@ -6,10 +6,11 @@ import ast
 from pathlib import Path
 
 import rvc_dist
+from rvc_dist.__main__ import STAGES
 
 PACKAGE = Path(rvc_dist.__file__).parent
 FLOORS = (
-    {"__init__", "choices", "command_line", "config", "workspace", "files", "schema"},
+    {"__init__", "choices", "command_line", "config", "workspace", "files", "schema", "unit_stage"},
     {"models", "runtime"},
     {"data"},
     {"features"},
@@ -18,6 +19,8 @@ FLOORS = (
     {"tools"},
     {"__main__", "pipeline", "demo"},
 )
+LOANS = {("rvc_dist.tools.doctor", "rvc_dist.tools.bench"), ("rvc_dist.tools.plan", "rvc_dist.tools.bench")}
+"""Stages that import another: plan measures with the means of bench, and both know its made-up clips."""
 
 
 def wing(module: str) -> str:
@@ -26,12 +29,13 @@ def wing(module: str) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """The modules of this package that a file imports, at its top or later."""
+    """The modules of this package that a file imports, or imports from, at its top or later."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: a relative import"
-            names |= {node.module} if node.module != "rvc_dist" else {f"rvc_dist.{a.name}" for a in node.names}
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inside if node.module == "rvc_dist" else inside | {node.module}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     return {name for name in names if name and name.split(".")[0] == "rvc_dist" and name != "rvc_dist.__version__"}
@@ -49,3 +53,21 @@ def test_imports_go_from_the_lower_floors_to_the_higher() -> None:
         if floor_of[other] > floor_of[own] or (own != other and {own, other} == FLOORS[1])
     ]
     assert wrong == []
+
+
+def test_stages_never_import_each_other() -> None:
+    """What two of them need lies below both; those on the top floor are made of stages."""
+    stages = {s.module for s in STAGES.values()} - {f"rvc_dist.{name}" for name in FLOORS[-1]}
+
+    def stage_of(module: str) -> str:
+        return next((s for s in stages if module == s or module.startswith(f"{s}.")), "")
+
+    found = {
+        (own, other)
+        for file in PACKAGE.rglob("*.py")
+        for name in imported(file)
+        for own in [stage_of(".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts))]
+        for other in [stage_of(name)]
+        if own and other and own != other
+    }
+    assert found == LOANS

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rvc_dist.config import MAX_CLIP_FRAMES, RATES, Recipe
+from rvc_dist.config import MAX_CLIP_FRAMES, Recipe
 from rvc_dist.data import audio, decode
-from rvc_dist.data.parts import CUT
-from rvc_dist.data.sources import check_recordings, content_of, list_sources
+from rvc_dist.data.clip_files import (
+    ClipStage,
+    account,
+    clip_settings,
+    clips_report,
+    complete,
+    file_entry,
+    imported_clip_settings,
+    low_rates,
+    pieces,
+    upsampled_recordings,
+)
+from rvc_dist.data.sources import check_recordings, content_by, list_sources
 from rvc_dist.files import atomic_write, write_json
+from rvc_dist.unit_stage import in_threads
 from rvc_dist.workspace import (
     MAX_SLICE_S,
     ClipsHeader,
@@ -30,13 +40,10 @@ from rvc_dist.workspace import (
     changes,
     cut_units,
     fingerprint,
-    is_done,
     listed,
     printable,
-    remove_leftovers,
     save_arrays,
     unit_files,
-    unit_header,
     wait_for,
 )
 
@@ -45,10 +52,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-LOG_EVERY_S = 10.0
 CLIPPED_LEVEL, CLIPPED_SHARE = 0.999, 1e-3
 """Neighbours that both reach this level are clipped; a recording with more than this share of them is called so."""
 OFFSET = 0.01
@@ -58,10 +61,6 @@ MIN_CLIP_S = 0.5
 SILENCE, SHORT, LOUD = "silence", f"shorter than {MIN_CLIP_S} s", f"peak above {audio.MAX_PEAK}"
 LATER = "longer than its header says"
 """Why seconds of a recording are in no clip, beside the decoder's reasons: the words of every account."""
-
-
-HEARD_RATE = 40000
-"""Recordings of this rate in Hz and more lack nothing that is heard: 44100 is not below a voice of 48000."""
 
 
 class Clip(NamedTuple):
@@ -91,34 +90,10 @@ def run(recipe: Recipe, shard: Shard) -> None:
     if is_imported(recipe, work):
         logger.info("preprocess: the clips were imported from %s", recipe.data.audio_dir)
         return
-    settings = clip_settings(recipe)
-    work_list = make_work_list(recipe, work, settings, shard)
+    work_list = make_work_list(recipe, work, shard)
     if shard.is_first:
         save_recipe(recipe, work)
-    todo = [u for u in shard.take(work_list.units) if not is_done(work.clips_file(u.id), u.fingerprint(settings))]
-    logger.info(
-        "preprocess: %d units of %.1f min, %d to do here",
-        len(work_list.units),
-        sum(u.duration_s for u in work_list.units) / 60,
-        len(todo),
-    )
-    make_units(recipe, work, todo, settings)
-    finish(recipe, work, work_list, shard)
-
-
-def complete(recipe: Recipe) -> bool | None:
-    """True when every clip of the recipe's dataset is made and reported, else None (for `wait_for`)."""
-    work = Workspace(recipe.run_dir, recipe.name)
-    if not work.clips_report_file.is_file():  # written last: ranks that poll read nothing else until then
-        return None
-    work_list = WorkList.load(work.work_list_file)
-    known = work_list and work_list.settings in (clip_settings(recipe), imported_clip_settings(recipe))
-    return (work_list is not None and known and not work_list.undone(work)) or None
-
-
-def imported_clip_settings(recipe: Recipe) -> dict[str, Any]:
-    """In the place of `clip_settings`, what the clips of an import depend on: they stay as the other tool cut them."""
-    return {"imported": True, "data.audio_dir": recipe.data.audio_dir, "data.sample_rate": recipe.data.sample_rate}
+    Preprocess(recipe, work_list).make(shard)
 
 
 def is_imported(recipe: Recipe, work: Workspace) -> bool:
@@ -142,34 +117,11 @@ def is_imported(recipe: Recipe, work: Workspace) -> bool:
     return True
 
 
-def clip_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings that the bytes of a clip depend on, under their recipe keys."""
-    p = recipe.preprocess
-    return {
-        "data.sample_rate": recipe.data.sample_rate,
-        "preprocess.cut_method": p.cut_method,
-        "preprocess.chunk_len": float(p.chunk_len),  # 3 and 3.0 are one setting
-        "preprocess.overlap_len": float(p.overlap_len),
-        "preprocess.process_effects": p.process_effects,
-        "preprocess.normalization": p.normalization,
-        "preprocess.clean": float(p.clean_strength) if p.clean_dataset else 0.0,
-    }
-
-
 def save_recipe(recipe: Recipe, work: Workspace) -> None:
     """Keep the recipe with the run; of features that are there already, what they were made with."""
     if work.features_report_file.is_file() and (kept := work.kept_recipe()) is not None:
         recipe = replace(recipe, extract=kept.extract, model=kept.model)
     work.save_recipe(recipe, reads_recordings=True)
-
-
-def other_settings(recipe: Recipe) -> str:
-    """What is wrong when the run's clips were made with other settings than the recipe's, and what to do."""
-    work = Workspace(recipe.run_dir, recipe.name)
-    work_list = WorkList.load(work.work_list_file)
-    differ = work_list and changes(work_list.settings, clip_settings(recipe), shared=True)
-    remedy = "run `rvc-dist preprocess` and `extract` again, or set back what differs"
-    return f"{work.clips_dir} holds clips of other settings than the recipe's: {remedy} ({differ})" if differ else ""
 
 
 def _no_clip(recipe: Recipe, reasons: list[tuple[str, str]]) -> StageError:
@@ -178,9 +130,9 @@ def _no_clip(recipe: Recipe, reasons: list[tuple[str, str]]) -> StageError:
     )
 
 
-def make_work_list(recipe: Recipe, work: Workspace, settings: dict[str, Any], shard: Shard) -> WorkList:
+def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
     """The work list: read when it is current, else made by the first rank (by every array task alike)."""
-    audio_dir = Path(recipe.data.audio_dir)
+    audio_dir, settings = Path(recipe.data.audio_dir), clip_settings(recipe)
     work.check_root()
     sources = list_sources(audio_dir, work.root)
     listing = fingerprint([(f.path, f.reason) if f.reason else f.listed for f in sources])
@@ -238,12 +190,6 @@ def _source_changes(old: WorkList, sources: list[SourceFile]) -> str:
     return f"recordings in data.audio_dir: {', '.join(told)}" if told else ""
 
 
-def content_by(work_list: WorkList | None, audio_dir: Path) -> Callable[[SourceFile], str]:
-    """The content of a recording: as `work_list` has it where neither size nor time differs, else it is read."""
-    known = {f.listed: f.content for unit in (work_list.units if work_list else ()) for f in unit.files}
-    return lambda file: known.get(file.listed) or content_of(audio_dir / file.path)
-
-
 def _measure(audio_dir: Path, file: SourceFile, content: Callable[[SourceFile], str]) -> SourceFile:
     """`file` with its length, rate and content."""
     path = audio_dir / file.path
@@ -262,78 +208,72 @@ def _missing_decoder(file: SourceFile, error: Exception) -> StageError:
     return StageError(f"preprocess: {printable(file.path)}: {error}; or take it out of the dataset")
 
 
-def make_units(recipe: Recipe, work: Workspace, units: list[Unit], settings: dict[str, Any]) -> None:
-    """Write the clips of `units`, several at a time."""
-    gate = None
-    if recipe.preprocess.clean_dataset and units:
-        from rvc_dist.data.denoise import NoiseGate  # the one part of this stage that needs torch
+class Preprocess(ClipStage):
+    """Cuts the recordings."""
 
-        gate = NoiseGate(recipe.data.sample_rate, recipe.preprocess.clean_strength)
-    # Decoders, the resampler and the filter release the interpreter lock, so threads are enough.
-    in_threads(
-        recipe.preprocess.num_workers,
-        lambda unit: make_unit(recipe, work, unit, settings, gate),
-        units,
-        "preprocess: %d of %d units",
-    )
+    name = "preprocess"
+    gate: NoiseGate | None = None
 
+    def make_units(self, units: Sequence[Unit]) -> None:
+        if self.recipe.preprocess.clean_dataset and units:
+            from rvc_dist.data.denoise import NoiseGate  # the one part of this stage that needs torch
 
-def in_threads(count: int, function: Callable[[T], R], items: Sequence[T], progress: str) -> list[R]:
-    """What `function` gives of each of `items`, in `count` threads, with a line on the progress now and then."""
-    results, logged_at = [], time.monotonic()
-    with ThreadPoolExecutor(count) as pool:
+            self.gate = NoiseGate(self.recipe.data.sample_rate, self.recipe.preprocess.clean_strength)
+        super().make_units(units)
+
+    def make_unit(self, unit: Unit) -> None:
+        arrays: dict[str, audio.Wave] = {}
+        clips: list[dict[str, Any]] = []
+        files: list[dict[str, Any]] = []
+        rate = self.recipe.data.sample_rate
+        for file in unit.files:
+            outcome = self._outcome(file)
+            files.append(
+                file_entry(replace(file, reason=outcome.reason), outcome.seconds_in, outcome.lost)
+                | {
+                    "start_s": file.start_s,
+                    "clips": len(outcome.clips),
+                    "seconds_out": round(sum(len(clip.wave) for clip in outcome.clips) / rate, 3),
+                    "sample_rate": file.rate,
+                    "effective_rate": outcome.effective_rate,
+                }
+            )
+            for clip in outcome.clips:
+                arrays[f"{len(clips):05d}"] = clip.wave
+                where = {"slice_s": file.start_s, "start_s": clip.start_s, "content": file.content}
+                clips.append({"speaker": file.speaker, "source": file.path} | where)
+        header = {"stamp": self.fingerprints(unit)[0], "sample_rate": rate, "clips": clips, "files": files}
+        save_arrays(self.file(unit), arrays, header)
+
+    def _outcome(self, file: SourceFile) -> Outcome:
         try:
-            for result in pool.map(function, items):
-                results.append(result)
-                if time.monotonic() - logged_at > LOG_EVERY_S:
-                    logged_at = time.monotonic()
-                    logger.info(progress, len(results), len(items))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
+            return cut_file(self.recipe, file, self.gate)
+        except decode.MissingDecoderError as error:
+            raise _missing_decoder(file, error) from error
+        except decode.AudioError as error:
+            return Outcome([], file.duration_s, {decode.UNREADABLE: file.duration_s}, str(error))
 
-
-def make_unit(
-    recipe: Recipe, work: Workspace, unit: Unit, settings: dict[str, Any], gate: NoiseGate | None = None
-) -> None:
-    """Write the clips of one unit, with what became of each of its recordings."""
-    arrays: dict[str, audio.Wave] = {}
-    clips: list[dict[str, Any]] = []
-    files: list[dict[str, Any]] = []
-    for file in unit.files:
-        outcome = _try_file(recipe, file, gate)
-        samples = sum(len(clip.wave) for clip in outcome.clips)
-        files.append(
-            {
-                "path": file.path,
-                "speaker": file.speaker,
-                "start_s": file.start_s,
-                "seconds_in": outcome.seconds_in,
-                "clips": len(outcome.clips),
-                "seconds_out": round(samples / recipe.data.sample_rate, 3),
-                "lost": outcome.lost,
-                "sample_rate": file.rate,
-                "effective_rate": outcome.effective_rate,
-                "reason": outcome.reason,
-            }
-        )
-        for clip in outcome.clips:
-            arrays[f"{len(clips):05d}"] = clip.wave
-            where = {"slice_s": file.start_s, "start_s": clip.start_s, "content": file.content}
-            clips.append({"speaker": file.speaker, "source": file.path} | where)
-    header = {"stamp": unit.fingerprint(settings), "sample_rate": recipe.data.sample_rate}
-    header |= {"clips": clips, "files": files}
-    save_arrays(work.clips_file(unit.id), arrays, header)
-
-
-def _try_file(recipe: Recipe, file: SourceFile, gate: NoiseGate | None) -> Outcome:
-    try:
-        return cut_file(recipe, file, gate)
-    except decode.MissingDecoderError as error:
-        raise _missing_decoder(file, error) from error
-    except decode.AudioError as error:
-        return Outcome([], file.duration_s, {decode.UNREADABLE: file.duration_s}, str(error))
+    def report(self, headers: list[ClipsHeader]) -> None:
+        files, work = self.recordings(headers), self.work
+        used = [f for f in files if f["clips"]]
+        rates = [(f.get("sample_rate", self.recipe.data.sample_rate), f["seconds_in"]) for f in used]
+        low, remedy = low_rates(self.recipe, rates)
+        upsampled = upsampled_recordings(self.recipe, used)
+        report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low, "upsampled": upsampled}
+        if not used:
+            # The report and the work list too: nothing may look like a finished stage.
+            for path in [*unit_files(work.clips_dir), work.clips_report_file, work.work_list_file]:
+                path.unlink(missing_ok=True)
+            raise _no_clip(self.recipe, [(f["path"], f["reason"]) for f in files])
+        write_json(work.clips_report_file, report)
+        made = f"{report['clips']} clips, {report['total_dataset_duration']}"
+        left_out = len(files) - len(used)
+        logger.info("preprocess: %s, of %d files (%d left out); %s", made, len(files), left_out, work.clips_report_file)
+        if low:
+            logger.warning("preprocess: %s; %s", low, remedy)
+        if upsampled:
+            logger.warning("preprocess: %s", upsampled)
+        logger.info("preprocess: %s", account(report["seconds_in"], report["lost"]))
 
 
 class Levels:
@@ -484,166 +424,3 @@ def _clean(recipe: Recipe, wave: audio.Wave, gate: NoiseGate | None) -> audio.Wa
     if gate is not None:
         wave = gate(wave)
     return audio.normalise(wave) if recipe.preprocess.normalization == "pre" else wave
-
-
-def pieces(recipe: Recipe, wave: audio.Wave, has_silences: bool = True) -> Iterator[tuple[int, audio.Wave]]:
-    """What a recording is cut into, by the first sample of each; without a search for silences where it has none."""
-    config, rate = recipe.preprocess, recipe.data.sample_rate
-    if config.cut_method == "skip":
-        yield 0, wave
-    elif config.cut_method == "simple":
-        yield from audio.cut_fixed(wave, rate, config.chunk_len, config.overlap_len)
-    else:
-        for offset, part in audio.cut_silences(wave, rate) if has_silences else [(0, wave)]:
-            for start, piece in audio.cut_windows(part, rate, config.chunk_len, config.overlap_len):
-                yield offset + start, piece
-
-
-def finish(recipe: Recipe, work: Workspace, work_list: WorkList, shard: Shard) -> None:
-    """Write the report once every unit is done, whoever did it."""
-    if left := len(work_list.undone(work)):
-        if shard.does_all:
-            raise StageError(
-                f"preprocess: {left} of {len(work_list.units)} units in {work.clips_dir} were replaced meanwhile: "
-                "another job works in this run folder with other settings or recordings;",
-                "end one, then run the stage again",
-            )
-        logger.info("preprocess: this part is done, %d units are left to others", left)
-        return
-    files = recording_entries(work, work_list, "preprocess")
-    used = [f for f in files if f["clips"]]
-    rates = [(f.get("sample_rate", recipe.data.sample_rate), f["seconds_in"]) for f in used]
-    low, remedy = low_rates(recipe, rates)
-    upsampled = upsampled_recordings(recipe, used)
-    report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low, "upsampled": upsampled}
-    if not used:
-        # The report and the work list too: nothing may look like a finished stage.
-        for path in [*unit_files(work.clips_dir), work.clips_report_file, work.work_list_file]:
-            path.unlink(missing_ok=True)
-        raise _no_clip(recipe, [(f["path"], f["reason"]) for f in files])
-    write_json(work.clips_report_file, report)
-    logger.info(
-        "preprocess: %d clips, %s, of %d files (%d left out); %s",
-        report["clips"],
-        report["total_dataset_duration"],
-        len(files),
-        len(files) - len(used),
-        work.clips_report_file,
-    )
-    if low:
-        logger.warning("preprocess: %s; %s", low, remedy)
-    if upsampled:
-        logger.warning("preprocess: %s", upsampled)
-    logger.info("preprocess: %s", account(report["seconds_in"], report["lost"]))
-
-
-def recording_entries(work: Workspace, work_list: WorkList, stage: str) -> list[dict[str, Any]]:
-    """What became of each recording, once all units are done; reasons are logged, and files of no unit removed."""
-    remove_leftovers(work.clips_dir, len(work_list.units))
-    headers = [unit_header(work.clips_file(u.id), ClipsHeader, stage) for u in work_list.units]
-    files = _by_recording([dict(f) for h in headers for f in h["files"]])
-    files += [left_out_entry(f) for f in work_list.excluded]
-    files.sort(key=lambda f: (f["speaker"], f["path"]))
-    for file in files:
-        if file["reason"]:
-            logger.warning("%s: %s: %s", stage, printable(file["path"]), file["reason"])
-    return files
-
-
-def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str, str]:
-    """What is to be said, and done, of those `recordings` (Hz, seconds) that hold less than the voice is to have."""
-    wanted = recipe.data.sample_rate
-    low = [(rate, seconds) for rate, seconds in recordings if rate < min(wanted, HEARD_RATE)]
-    if not low:
-        return "", ""
-    lowest, low_s, all_s = min(low)[0], sum(s for _, s in low), sum(s for _, s in recordings)
-    fitting = min((r for r in RATES[recipe.model.version] if r >= lowest), default=wanted)
-    text = (
-        f"{len(low)} of {len(recordings)} recordings ({low_s / 60:.1f} of {all_s / 60:.1f} min) have a rate below "
-        f"data.sample_rate {wanted}, the lowest {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice "
-        "learns to sound as dull"
-    )
-    remedy = f"set data.sample_rate {fitting}, or " if fitting < wanted else ""
-    return text, f"{remedy}give recordings of {wanted} Hz"
-
-
-def upsampled_recordings(recipe: Recipe, files: list[dict[str, Any]]) -> str:
-    """What is to be said of those recordings that hold less than their own rate, and the voice's, could."""
-    limit = min(recipe.data.sample_rate, HEARD_RATE)
-    found = [f for f in files if 0 < f.get("effective_rate", 0) < min(f.get("sample_rate", 0), limit)]
-    if not found:
-        return ""
-    seconds, all_s = sum(f["seconds_in"] for f in found), sum(f["seconds_in"] for f in files)
-    lowest = min(f["effective_rate"] for f in found)
-    return (
-        f"{len(found)} of {len(files)} recordings ({seconds / 60:.1f} of {all_s / 60:.1f} min) were upsampled, the "
-        f"lowest from {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice learns to sound as dull; "
-        "give others if there are"
-        + listed((f["path"], f"{f['sample_rate']} Hz, holds what {f['effective_rate']} Hz do") for f in found)
-    )
-
-
-def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
-    """RUN/clips/report.json: what became of each of `files`, and of `total_s` seconds of usable recordings."""
-    used = [f for f in files if f["clips"]]
-    return {
-        "total_dataset_duration": format_duration(total_s),
-        "total_seconds": round(total_s, 3),
-        "clips": sum(f["clips"] for f in used),
-        "clip_seconds": round(sum(f["seconds_out"] for f in used), 3),
-        "seconds_in": round(sum(f["seconds_in"] for f in files), 3),
-        "lost": sum_lost(files),
-        "speakers": sorted({f["speaker"] for f in used}),
-        "files_used": len(used),
-        "files_left_out": len(files) - len(used),
-        "files": files,
-    }
-
-
-def sum_lost(files: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds that are in no clip, by why, the most first."""
-    total: Counter[str] = Counter()
-    for file in files:
-        total.update(file["lost"])
-    return {why: round(seconds, 6) for why, seconds in total.most_common()}
-
-
-def account(seconds_in: float, lost: dict[str, float]) -> str:
-    """What became of the seconds of recordings; a second that several clips hold is counted once."""
-    parts = ", ".join(f"{why} {seconds:.1f} s" for why, seconds in lost.items())
-    all_lost, missing_s = sum(lost.values()), lost.get(CUT, 0.0)
-    told = f"{all_lost:.1f} s not ({parts})" if lost else "nothing was lost"
-    promised = f" ({missing_s:.1f} s of them are promised by headers and not there)" if missing_s else ""
-    return f"of {seconds_in:.1f} s of recordings{promised} {seconds_in - all_lost:.1f} s are in clips, {told}"
-
-
-def left_out_entry(file: SourceFile) -> dict[str, Any]:
-    """The entry of a recording that no unit holds."""
-    nothing = {"seconds_in": 0.0, "clips": 0, "seconds_out": 0.0, "lost": {}}
-    return {"path": file.path, "speaker": file.speaker, **nothing, "reason": file.reason}
-
-
-def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str, Any]]:
-    """The entries of slices summed up by recording; what is said of a slice says where it begins."""
-    files: dict[str, dict[str, Any]] = {}
-    reasons: dict[str, list[tuple[float, str]]] = {}
-    for part in slices:
-        entry = {k: v for k, v in part.items() if k not in ("start_s", "reason")}
-        reasons.setdefault(part["path"], []).append((part.get("start_s", 0.0), part["reason"]))
-        known = files.setdefault(part["path"], entry)
-        if known is not entry:
-            for key in ("seconds_in", "clips", "seconds_out"):
-                known[key] = round(known[key] + part[key], 6)
-            known["lost"] = sum_lost([known, part])
-            known["effective_rate"] = max(e.get("effective_rate", 0) for e in (known, part))
-    for path, found in reasons.items():
-        told = [f"from {format_duration(at)}: {why}" if len(found) > 1 else why for at, why in sorted(found) if why]
-        more = [f"and {len(told) - most} slices more"] if len(told) > most else []
-        files[path]["reason"] = "; ".join(told[:most] + more)
-    return list(files.values())
-
-
-def format_duration(seconds: float) -> str:
-    """HH:MM:SS, as voice files and reports write a dataset's length."""
-    whole = int(seconds)
-    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from rvc_dist.config import MAX_SPEAKERS
 from rvc_dist.data.decode import AUDIO_SUFFIXES
 from rvc_dist.files import not_regular
-from rvc_dist.workspace import SourceFile, StageError, Workspace, listed, printable
+from rvc_dist.workspace import SourceFile, StageError, WorkList, Workspace, listed, printable
 
 NAMED = 3
 """Recordings of either side that a refusal names."""
@@ -94,6 +94,12 @@ def content_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:16]  # BLAKE2 is fast on processors of every kind
+
+
+def content_by(work_list: WorkList | None, audio_dir: Path) -> Callable[[SourceFile], str]:
+    """The content of a recording: as `work_list` has it where neither size nor time differs, else it is read."""
+    known = {f.listed: f.content for unit in (work_list.units if work_list else ()) for f in unit.files}
+    return lambda file: known.get(file.listed) or content_of(audio_dir / file.path)
 
 
 def check_recordings(work: Workspace, sources: Iterable[SourceFile], content: Callable[[SourceFile], str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,25 +18,29 @@ import numpy as np
 import numpy.typing as npt
 
 from rvc_dist.config import Recipe
-from rvc_dist.features.index_file import MAX_IN_MEMORY, NUM_NEIGHBOURS, Vectors, load_faiss
+from rvc_dist.features.index_file import (
+    KMEANS_ABOVE,
+    KMEANS_CENTRES,
+    MAX_IN_MEMORY,
+    NUM_NEIGHBOURS,
+    Vectors,
+    complete,
+    index_name,
+    load_faiss,
+    wanted_fingerprint,
+)
 from rvc_dist.files import beside, remove_half_written, write_json
 from rvc_dist.workspace import (
     FeaturesHeader,
-    IndexReport,
     Shard,
     StageError,
     Workspace,
-    fingerprint,
-    read_json,
     unit_files,
     unit_header,
 )
 
 logger = logging.getLogger(__name__)
 
-KMEANS_ABOVE = 200_000
-"""More frames than this are first reduced to KMEANS_CENTRES."""
-KMEANS_CENTRES = 10_000
 KMEANS_STEPS = 20
 MAX_SAMPLE = 500_000
 """Most frames that k-means and the cells are trained on: 1.5 GB of 768 channels."""
@@ -72,10 +76,6 @@ def num_cells(num_vectors: int) -> int:
     FAISS wants 39 training vectors a cell, and one cell always works. From N = 642,102 on, S bounds the cells.
     """
     return max(1, min(int(16 * math.sqrt(num_vectors)), min(num_vectors, MAX_SAMPLE) // VECTORS_A_CELL))
-
-
-def index_name(recipe: Recipe, cells: int, nprobe: int) -> str:
-    return f"added_IVF{cells}_Flat_nprobe_{nprobe}_{recipe.name}_{recipe.model.version}.index"
 
 
 def run(recipe: Recipe, shard: Shard) -> None:
@@ -143,21 +143,6 @@ def run(recipe: Recipe, shard: Shard) -> None:
             "so index.algorithm kmeans suits a voice that is passed on",
             size / 1e9,
         )
-
-
-def complete(recipe: Recipe) -> bool | None:
-    """True when the index is there and made of the present features, else None."""
-    work = Workspace(recipe.run_dir, recipe.name)
-    file = work.index_file()
-    if file is None or read_json(work.index_report_file, IndexReport)["stamp"] != wanted_fingerprint(recipe, work):
-        return None
-    return True
-
-
-def wanted_fingerprint(recipe: Recipe, work: Workspace) -> str:
-    if not work.features_report_file.is_file():
-        raise StageError(f"{work.features_dir} has no features:", "run `rvc-dist extract` first")
-    return fingerprint(read_json(work.features_report_file), asdict(recipe.index), recipe.name)
 
 
 def spread(num: int, most: int) -> Numbers:

@@ -7,14 +7,16 @@ IndexIVFFlat over one, both of squared distances, with their lists in the same f
 from __future__ import annotations
 
 import struct
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from rvc_dist.config import Recipe
 from rvc_dist.files import ForeignFileError, regular_size
-from rvc_dist.workspace import StageError
+from rvc_dist.workspace import IndexReport, StageError, Workspace, fingerprint, read_json
 
 FLAT, IVF_FLAT = b"IxF2", b"IwFl"
 SQUARED_DISTANCE = 1
@@ -25,7 +27,35 @@ MIN_DISTANCE = 1e-9
 CHUNK = 1 << 22
 """Numbers that are looked at at once."""
 
+KMEANS_ABOVE = 200_000
+"""More frames than this are first reduced to KMEANS_CENTRES."""
+KMEANS_CENTRES = 10_000
+
 Vectors = npt.NDArray[np.float32]
+
+
+def index_name(recipe: Recipe, cells: int, nprobe: int) -> str:
+    return f"added_IVF{cells}_Flat_nprobe_{nprobe}_{recipe.name}_{recipe.model.version}.index"
+
+
+def complete(recipe: Recipe) -> bool | None:
+    """True when the index is there and made of the present features, else None."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    file = work.index_file()
+    if file is None or read_json(work.index_report_file, IndexReport)["stamp"] != wanted_fingerprint(recipe, work):
+        return None
+    return True
+
+
+def wanted_fingerprint(recipe: Recipe, work: Workspace) -> str:
+    """Of the index of the present features.
+
+    Raises:
+        StageError: there are none.
+    """
+    if not work.features_report_file.is_file():
+        raise StageError(f"{work.features_dir} has no features:", "run `rvc-dist extract` first")
+    return fingerprint(read_json(work.features_report_file), asdict(recipe.index), recipe.name)
 
 
 class IndexSize(NamedTuple):

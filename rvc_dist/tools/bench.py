@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 
 from rvc_dist.config import F0_PER_S, Recipe
 from rvc_dist.data import audio, decode
-from rvc_dist.features.extract import pack_unit
+from rvc_dist.features.feature_files import pack_unit
 from rvc_dist.files import atomic_write, write_json
 from rvc_dist.schema import Count, Positive, SchemaError, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity

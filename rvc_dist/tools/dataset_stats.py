@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from rvc_dist.config import Recipe
 from rvc_dist.data.audio import SLICE_THRESHOLD_DB
-from rvc_dist.data.preprocess import account, sum_lost
+from rvc_dist.data.clip_files import account, sum_lost
 from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,

@@ -22,28 +22,17 @@ import numpy.typing as npt
 
 from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, Recipe
 from rvc_dist.data import decode
-from rvc_dist.data.preprocess import (
-    clips_report,
-    content_by,
-    imported_clip_settings,
-    in_threads,
-    left_out_entry,
-    recording_entries,
-)
-from rvc_dist.data.sources import check_recordings, content_of
-from rvc_dist.features.extract import (
-    feature_fingerprint,
-    imported_feature_settings,
-    pack_unit,
-    write_mute,
-    write_report,
-)
+from rvc_dist.data.clip_files import ClipStage, clips_report, file_entry, finished, imported_clip_settings
+from rvc_dist.data.sources import check_recordings, content_by, content_of
+from rvc_dist.features.feature_files import imported_feature_settings, pack_unit, write_mute, write_report
 from rvc_dist.features.identity import PUBLISHED
-from rvc_dist.features.index import KMEANS_ABOVE, KMEANS_CENTRES, index_name, wanted_fingerprint
-from rvc_dist.features.index_file import check_index
+from rvc_dist.features.index_file import KMEANS_ABOVE, KMEANS_CENTRES, check_index, index_name, wanted_fingerprint
 from rvc_dist.files import ForeignFileError, atomic_write, not_regular, read_npy, write_json
 from rvc_dist.schema import SchemaError, parse_json, read_bounded
+from rvc_dist.unit_stage import in_threads, read_headers
 from rvc_dist.workspace import (
+    ClipsHeader,
+    FeaturesHeader,
     Shard,
     SourceFile,
     StageError,
@@ -190,20 +179,177 @@ def run(recipe: Recipe, shard: Shard) -> None:
         for path in unit_files(work.features_dir):  # their stamps do not tell one array from another
             path.unlink()
     atomic_write(work.work_list_file, work_list.dumps())
-    features = imported_feature_settings(recipe, embedder(recipe, experiment))
-    for unit in work_list.units:
-        import_unit(experiment, work, unit, settings, features, recipe.data.sample_rate)
-    finish(recipe, experiment, work, work_list, features)
+    Import(recipe, work_list, experiment).make(Shard())
 
 
 def complete(recipe: Recipe) -> bool | None:
     """True when the experiment is imported to the end, else None (for `wait_for`)."""
-    work = Workspace(recipe.run_dir, recipe.name)
-    if not work.clips_report_file.is_file():  # written last
-        return None
-    work_list = WorkList.load(work.work_list_file)
-    imported = work_list is not None and work_list.imported_from == recipe.data.audio_dir
-    return (work_list is not None and imported and not work_list.undone(work)) or None
+    work_list = finished(Workspace(recipe.run_dir, recipe.name))
+    return (work_list is not None and work_list.imported_from == recipe.data.audio_dir) or None
+
+
+class Import(ClipStage):
+    """Takes over clips and what belongs to them; the recipe becomes that with which the run goes on."""
+
+    name = "import"
+
+    def __init__(self, recipe: Recipe, work_list: WorkList, experiment: Experiment) -> None:
+        super().__init__(recipe, work_list)
+        self.experiment = experiment
+        self.embedder = {"name": recipe.extract.embedder_model, "width": experiment.width, "hash": ""}
+        """What `Extractor.describe` says of the encoder; its weights are not known."""
+        self.features = imported_feature_settings(recipe, self.embedder)
+
+    def features_fingerprint(self, unit: Unit) -> str:
+        return fingerprint(self.features, *self.fingerprints(unit))
+
+    def is_done(self, unit: Unit) -> bool:
+        """Whether the features are there too, where there are any."""
+        if not super().is_done(unit):
+            return False
+        features = self.work.features_file(unit.id)
+        return not self.experiment.content_dir or is_done(features, self.features_fingerprint(unit))
+
+    def make_unit(self, unit: Unit) -> None:
+        """Write the clips and, when all of them have features, these."""
+        rate = self.recipe.data.sample_rate
+        waves: dict[str, Array] = {}
+        found: list[tuple[int, Array, Array]] = []
+        clips: list[dict[str, Any]] = []
+        files: list[dict[str, Any]] = []
+        for file in unit.files:
+            try:
+                wave, _ = decode.decode(self.experiment.waves_dir / file.path)
+            except decode.AudioError as error:
+                lost = {decode.UNREADABLE: file.duration_s}
+                files.append(file_entry(replace(file, reason=str(error)), file.duration_s, lost))
+                continue
+            reason = ""
+            if self.experiment.content_dir:
+                try:
+                    found.append((len(waves), *read_features(self.experiment, file.path, len(wave) / rate)))
+                except FeatureError as error:
+                    reason = f"features not imported: {error}"
+            where = {"source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
+            clips.append({"speaker": file.speaker, "content": file.content} | where)
+            waves[f"{len(waves):05d}"] = wave
+            seconds = round(len(wave) / rate, 6)
+            entry = file_entry(replace(file, reason=reason), seconds)
+            files.append(entry | {"clips": 1, "seconds_out": round(seconds, 3)})
+        header = {"stamp": self.fingerprints(unit)[0], "sample_rate": rate, "clips": clips, "files": files}
+        if self.experiment.content_dir and len(found) == len(waves):
+            lengths = [len(wave) for wave in waves.values()]
+            packed = pack_unit(header, lengths, found, self.embedder, self.features_fingerprint(unit))
+            save_arrays(self.work.features_file(unit.id), *packed)
+        # After the features: a unit whose clips are there has what it could have.
+        save_arrays(self.file(unit), waves, header)
+
+    def report(self, headers: list[ClipsHeader]) -> None:
+        """All that comes after the units: silent clips, reports, index, weights and the recipe."""
+        files, work, experiment = self.recordings(headers), self.work, self.experiment
+        used = [f for f in files if f["clips"]]
+        if not used:
+            raise _nothing(experiment, [(f["path"], f["reason"]) for f in files])
+        remove_leftovers(work.features_dir, len(self.units))
+        wanted = {work.features_file(unit.id): [self.features_fingerprint(unit)] for unit in self.units}
+        lacking, features = read_headers(wanted, FeaturesHeader, self.name)
+        if not lacking:
+            self.take_mutes({f["speaker"] for f in used})
+            self.take_index(write_report(work, self.features, self.work_list.fingerprints(), features))
+        self.take_weights(1 + max(f["speaker"] for f in used))
+        work.save_recipe(self.recipe, reads_recordings=True)
+        total_s = _total_seconds(experiment) or sum(f["seconds_in"] for f in used)
+        without = sum(1 for f in used if f["reason"]) if experiment.content_dir else len(used)
+        added = {"imported": str(experiment.folder), "files_without_features": without}
+        write_json(work.clips_report_file, clips_report(files, total_s) | added)
+        left = f"{without} without features, for extract to make" if lacking else "with all features"
+        counts = f"{len(used)} clips, {len(files) - len(used)} left out, {left}"
+        logger.info("import: %s; go on with `rvc-dist run --config %s`", counts, work.config_file)
+
+    def take_mutes(self, speakers: set[int]) -> None:
+        """Take over the features of silence; without any there are no silent clips: they would need the encoder."""
+        count = min(MAX_MUTES, round(len(self.experiment.mutes) / len(speakers)))
+        content = read_mute(self.experiment)
+        if content is None:
+            count = 0
+        elif count:
+            num_samples = len(content) * self.recipe.data.sample_rate // CONTENT_PER_S
+            write_mute(self.recipe, self.work, self.features, content, 2 * len(content), num_samples)
+        self.recipe = replace(self.recipe, extract=replace(self.recipe.extract, include_mutes=count))
+
+    def take_index(self, frames: int) -> None:
+        """Take over the newest index if it holds the imported features; else the index stage makes one."""
+        files = [p for p in self.experiment.folder.glob("*.index") if not p.name.startswith("trained_")]
+        if not files:
+            return
+        path = max(files, key=lambda p: p.stat().st_mtime)
+        try:
+            import faiss
+
+            found = check_index(path, self.experiment.width)
+            if not found.num_cells:
+                raise ForeignFileError("it has no cells")
+            if found.num_vectors != frames and not (frames > KMEANS_ABOVE and found.num_vectors == KMEANS_CENTRES):
+                raise ForeignFileError(f"it has {found.num_vectors} vectors, the features {frames} frames")
+        except ImportError:
+            return  # the index stage says what to install
+        except ForeignFileError as error:
+            logger.warning("import: the index stage makes a new index, since %s is of no use: %s", path.name, error)
+            return
+        whole = faiss.read_index(str(path))
+        inverted = faiss.extract_index_ivf(whole)
+        inverted.nprobe = self.recipe.index.nprobe
+        file = self.work.index_dir / index_name(self.recipe, inverted.nlist, self.recipe.index.nprobe)
+        vectors = io.BytesIO()
+        np.save(vectors, whole.reconstruct_n(0, whole.ntotal))
+        atomic_write(self.work.vectors_file, vectors.getvalue())
+        atomic_write(file, faiss.serialize_index(whole).tobytes())
+        report = {"file": file.name, "frames": frames, "vectors": whole.ntotal, "cells": inverted.nlist}
+        write_json(self.work.index_report_file, {"stamp": wanted_fingerprint(self.recipe, self.work), **report})
+        logger.info("import: index %s", path.name)
+
+    def take_weights(self, num_speakers: int) -> None:
+        """Let training start from the newest weights that fit the recipe's networks; the user's own go before."""
+        train = self.recipe.train
+        if train.pretrained_g or train.pretrained_d:
+            logger.info("import: training starts from the recipe's weights, not from the experiment's")
+            return
+        for step, generator, discriminator in weight_pairs(self.experiment.folder):
+            try:
+                kept_g, kept_d = self.keep_weights(generator, discriminator, num_speakers)
+            except StageError as error:
+                logger.warning("import: the weights of step %d are left out: %s", step, error)
+                continue
+            names = f"{generator.name} and {discriminator.name}"
+            logger.info("import: training starts from %s: weights alone, without the optimizers' moments", names)
+            self.recipe = replace(self.recipe, train=replace(train, pretrained_g=kept_g, pretrained_d=kept_d))
+            return
+        logger.warning("import: no weights to start from; set train.pretrained_g and train.pretrained_d")
+
+    def keep_weights(self, generator: Path, discriminator: Path, num_speakers: int) -> list[str]:
+        """Write the weights of G and of D, without the optimizers, into the run folder; returns where.
+
+        Raises:
+            StageError: a file cannot be read, or does not fit the recipe.
+        """
+        import torch
+
+        from rvc_dist.models.state_dict import to_upstream
+        from rvc_dist.train import checkpoint, networks
+        from rvc_dist.train.dataset import ClipTable
+
+        recipe = self.recipe
+        width = self.experiment.width or (V1_WIDTH if recipe.model.version == "v1" else 768)
+        table = ClipTable((), (), width, self.embedder, num_speakers)
+        weights = replace(recipe.train, pretrained_g=str(generator), pretrained_d=str(discriminator))
+        train = replace(weights, activation_checkpointing=False)
+        _, modules = networks.build(replace(recipe, train=train), table)
+        kept = [self.work.pretrained_dir / file.name for file in (generator, discriminator)]
+        for target, name in zip(kept, checkpoint.MODELS, strict=True):
+            buffer = io.BytesIO()
+            torch.save({"model": to_upstream(modules[name].state_dict())}, buffer)
+            atomic_write(target, buffer.getvalue())
+        return [str(target) for target in kept]
 
 
 def check_run_folder(work: Workspace, recipe: Recipe) -> WorkList | None:
@@ -467,11 +613,6 @@ def adapt(recipe: Recipe, experiment: Experiment, rate: int) -> Recipe:
     return adapted
 
 
-def embedder(recipe: Recipe, experiment: Experiment) -> dict[str, Any]:
-    """What `Extractor.describe` says of the encoder; its weights are not known."""
-    return {"name": recipe.extract.embedder_model, "width": experiment.width, "hash": ""}
-
-
 def feature_listing(experiment: Experiment, num_threads: int) -> list[tuple[str, str]]:
     """What changed arrays change: the content of each, whatever its time."""
     folders = [d for d in (experiment.content_dir, experiment.f0_dir) if d]
@@ -479,51 +620,6 @@ def feature_listing(experiment: Experiment, num_threads: int) -> list[tuple[str,
     progress = "import: read %d of %d arrays, to know their content"
     found = in_threads(num_threads, lambda p: content_of(p) if p.is_file() else "", paths, progress)
     return [(f"{p.parent.name}/{p.name}", content) for p, content in zip(paths, found, strict=True)]
-
-
-def import_unit(
-    experiment: Experiment,
-    work: Workspace,
-    unit: Unit,
-    settings: dict[str, Any],
-    features: dict[str, Any],
-    rate: int,
-) -> None:
-    """Write the clips of one unit and, when all of them have features, these; nothing when that is done."""
-    clips_fingerprint = unit.fingerprint(settings)
-    wanted = feature_fingerprint(features, clips_fingerprint)
-    clips_done = is_done(work.clips_file(unit.id), clips_fingerprint)
-    if clips_done and (not experiment.content_dir or is_done(work.features_file(unit.id), wanted)):
-        return
-    waves: dict[str, Array] = {}
-    found: list[tuple[int, Array, Array]] = []
-    clips: list[dict[str, Any]] = []
-    files: list[dict[str, Any]] = []
-    for file in unit.files:
-        try:
-            wave, _ = decode.decode(experiment.waves_dir / file.path)
-        except decode.AudioError as error:
-            lost = {"seconds_in": file.duration_s, "lost": {decode.UNREADABLE: file.duration_s}}
-            files.append(left_out_entry(replace(file, reason=str(error))) | lost)
-            continue
-        reason = ""
-        if experiment.content_dir:
-            try:
-                found.append((len(waves), *read_features(experiment, file.path, len(wave) / rate)))
-            except FeatureError as error:
-                reason = f"features not imported: {error}"
-        where = {"source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
-        clips.append({"speaker": file.speaker, "content": file.content} | where)
-        waves[f"{len(waves):05d}"] = wave
-        seconds = round(len(wave) / rate, 6)
-        entry = {"seconds_in": seconds, "clips": 1, "seconds_out": round(seconds, 3), "lost": {}, "reason": reason}
-        files.append({"path": file.path, "speaker": file.speaker} | entry)
-    header = {"stamp": clips_fingerprint, "sample_rate": rate, "clips": clips, "files": files}
-    if experiment.content_dir and len(found) == len(waves):
-        lengths = [len(wave) for wave in waves.values()]
-        save_arrays(work.features_file(unit.id), *pack_unit(header, lengths, found, features["embedder"], wanted))
-    # After the features: a unit whose clips are there has what it could have.
-    save_arrays(work.clips_file(unit.id), waves, header)
 
 
 def read_features(experiment: Experiment, wave: str, seconds: float) -> tuple[Array, Array]:
@@ -567,52 +663,10 @@ def read_array(path: Path, num_dims: int) -> Array:
     return array
 
 
-def finish(
-    recipe: Recipe, experiment: Experiment, work: Workspace, work_list: WorkList, features: dict[str, Any]
-) -> None:
-    """All that comes after the units: silent clips, reports, index, weights and the recipe."""
-    files = recording_entries(work, work_list, "import")
-    used = [f for f in files if f["clips"]]
-    if not used:
-        raise _nothing(experiment, [(f["path"], f["reason"]) for f in files])
-    remove_leftovers(work.features_dir, len(work_list.units))
-    clips = {u: u.fingerprint(work_list.settings) for u in work_list.units}
-    whole = bool(experiment.content_dir) and all(
-        is_done(work.features_file(u.id), feature_fingerprint(features, s)) for u, s in clips.items()
-    )
-    if whole:
-        recipe = import_mutes(recipe, experiment, work, features, {f["speaker"] for f in used})
-        import_index(recipe, experiment, work, write_report(work, features, clips, "import"))
-    recipe = import_weights(recipe, experiment, work, 1 + max(f["speaker"] for f in used))
-    work.save_recipe(recipe, reads_recordings=True)
-    total_s = _total_seconds(experiment) or sum(f["seconds_in"] for f in used)
-    report = clips_report(files, total_s) | {
-        "imported": str(experiment.folder),
-        "files_without_features": sum(1 for f in used if f["reason"]) if experiment.content_dir else len(used),
-    }
-    write_json(work.clips_report_file, report)
-    lacking = f"{report['files_without_features']} without features, for extract to make"
-    counts = f"{len(used)} clips, {len(files) - len(used)} left out, {'with all features' if whole else lacking}"
-    logger.info("import: %s; go on with `rvc-dist run --config %s`", counts, work.config_file)
-
-
 def _total_seconds(experiment: Experiment) -> float:
     """Length of the recordings that the clips were cut from, which overlap; 0 when it is not told."""
     value = experiment.info.get("total_seconds")
     return float(value) if isinstance(value, (int, float)) and 0.0 < value < float("inf") else 0.0
-
-
-def import_mutes(
-    recipe: Recipe, experiment: Experiment, work: Workspace, features: dict[str, Any], speakers: set[int]
-) -> Recipe:
-    """Take over the features of silence; without any there are no silent clips, since they would need the encoder."""
-    count = min(MAX_MUTES, round(len(experiment.mutes) / len(speakers)))
-    content = read_mute(experiment)
-    if content is None or not count:
-        return replace(recipe, extract=replace(recipe.extract, include_mutes=0))
-    num_samples = len(content) * recipe.data.sample_rate // CONTENT_PER_S
-    write_mute(recipe, work, features, content, 2 * len(content), num_samples)
-    return replace(recipe, extract=replace(recipe.extract, include_mutes=count))
 
 
 def read_mute(experiment: Experiment) -> Array | None:
@@ -648,38 +702,6 @@ def _find_mute(experiment: Experiment, written: str) -> Path | None:
     return next((p for p in tried if p.is_file()), None)
 
 
-def import_index(recipe: Recipe, experiment: Experiment, work: Workspace, frames: int) -> None:
-    """Take over the newest index if it holds the imported features; else the index stage makes one."""
-    files = [p for p in experiment.folder.glob("*.index") if not p.name.startswith("trained_")]
-    if not files:
-        return
-    path = max(files, key=lambda p: p.stat().st_mtime)
-    try:
-        import faiss
-
-        found = check_index(path, experiment.width)
-        if not found.num_cells:
-            raise ForeignFileError("it has no cells")
-        if found.num_vectors != frames and not (frames > KMEANS_ABOVE and found.num_vectors == KMEANS_CENTRES):
-            raise ForeignFileError(f"it has {found.num_vectors} vectors, the features {frames} frames")
-    except ImportError:
-        return  # the index stage says what to install
-    except ForeignFileError as error:
-        logger.warning("import: the index stage makes a new index, since %s is of no use: %s", path.name, error)
-        return
-    whole = faiss.read_index(str(path))
-    inverted = faiss.extract_index_ivf(whole)
-    inverted.nprobe = recipe.index.nprobe
-    file = work.index_dir / index_name(recipe, inverted.nlist, recipe.index.nprobe)
-    vectors = io.BytesIO()
-    np.save(vectors, whole.reconstruct_n(0, whole.ntotal))
-    atomic_write(work.vectors_file, vectors.getvalue())
-    atomic_write(file, faiss.serialize_index(whole).tobytes())
-    report = {"file": file.name, "frames": frames, "vectors": whole.ntotal, "cells": inverted.nlist}
-    write_json(work.index_report_file, {"stamp": wanted_fingerprint(recipe, work), **report})
-    logger.info("import: index %s", path.name)
-
-
 def weight_pairs(folder: Path) -> Iterator[tuple[int, Path, Path]]:
     """(step, generator, discriminator), the highest step first: from that one the other tools go on."""
     numbered = {int(m[1]): p for p in folder.glob("G_*.pth") if (m := re.fullmatch(r"G_(\d+)\.pth", p.name, re.ASCII))}
@@ -689,48 +711,3 @@ def weight_pairs(folder: Path) -> Iterator[tuple[int, Path, Path]]:
             yield step, numbered[step], other
         else:
             logger.warning("import: %s is left out: %s is missing", numbered[step].name, other.name)
-
-
-def import_weights(recipe: Recipe, experiment: Experiment, work: Workspace, num_speakers: int) -> Recipe:
-    """Let training start from the newest weights that fit the recipe's networks; the user's own go before."""
-    if recipe.train.pretrained_g or recipe.train.pretrained_d:
-        logger.info("import: training starts from the recipe's weights, not from the experiment's")
-        return recipe
-    for step, generator, discriminator in weight_pairs(experiment.folder):
-        try:
-            kept_g, kept_d = keep_weights(recipe, experiment, work, (generator, discriminator), num_speakers)
-        except StageError as error:
-            logger.warning("import: the weights of step %d are left out: %s", step, error)
-            continue
-        names = f"{generator.name} and {discriminator.name}"
-        logger.info("import: training starts from %s: weights alone, without the optimizers' moments", names)
-        return replace(recipe, train=replace(recipe.train, pretrained_g=kept_g, pretrained_d=kept_d))
-    logger.warning("import: no weights to start from; set train.pretrained_g and train.pretrained_d")
-    return recipe
-
-
-def keep_weights(
-    recipe: Recipe, experiment: Experiment, work: Workspace, files: tuple[Path, Path], num_speakers: int
-) -> list[str]:
-    """Write the weights of G and of D, without the optimizers, into the run folder; returns where.
-
-    Raises:
-        StageError: a file cannot be read, or does not fit the recipe.
-    """
-    import torch
-
-    from rvc_dist.models.state_dict import to_upstream
-    from rvc_dist.train import checkpoint, networks
-    from rvc_dist.train.dataset import ClipTable
-
-    width = experiment.width or (V1_WIDTH if recipe.model.version == "v1" else 768)
-    table = ClipTable((), (), width, embedder(recipe, experiment), num_speakers)
-    generator, discriminator = map(str, files)
-    train = replace(recipe.train, pretrained_g=generator, pretrained_d=discriminator, activation_checkpointing=False)
-    _, modules = networks.build(replace(recipe, train=train), table)
-    kept = [work.pretrained_dir / file.name for file in files]
-    for target, name in zip(kept, checkpoint.MODELS, strict=True):
-        buffer = io.BytesIO()
-        torch.save({"model": to_upstream(modules[name].state_dict())}, buffer)
-        atomic_write(target, buffer.getvalue())
-    return [str(target) for target in kept]

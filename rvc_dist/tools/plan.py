@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
-from rvc_dist.data import decode, preprocess
+from rvc_dist.data import clip_files, decode
 from rvc_dist.data.sources import list_sources
 from rvc_dist.files import write_json
 from rvc_dist.tools import bench
@@ -249,7 +249,7 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
             continue
         for part in measured.slices():
             wave = np.broadcast_to(np.float32(0), round(part.duration_s * rate))  # takes no memory
-            for start, piece in preprocess.pieces(recipe, wave, has_silences=False):
+            for start, piece in clip_files.pieces(recipe, wave, has_silences=False):
                 where = (part.start_s + start / rate, len(piece) / rate)
                 key = f"{start:09d}@{part.start_s:.0f}"
                 yield ClipRef(number, key, part.speaker, part.path, len(piece) // hop, *where)

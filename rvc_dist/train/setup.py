@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from rvc_dist.config import Recipe
-from rvc_dist.data import preprocess
-from rvc_dist.features import extract
+from rvc_dist.data import clip_files
+from rvc_dist.features import feature_files
 from rvc_dist.files import write_json
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.launcher import zero_stage
@@ -50,8 +50,8 @@ def load_clips(recipe: Recipe, work: Workspace) -> ClipTable:
     """
     table = ClipTable.load(recipe)
     work.check_name()
-    if wrong := preprocess.other_settings(recipe) or extract.other_settings(recipe):
-        raise StageError(wrong)
+    clip_files.check_made(recipe, work)
+    feature_files.check_made(recipe, work)
     return table
 
 

@@ -20,11 +20,11 @@ import soundfile
 from recordings import write_av
 from safetensors.numpy import load_file
 
-from rvc_dist import workspace
+from rvc_dist import unit_stage, workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
-from rvc_dist.data import audio, decode, preprocess
+from rvc_dist.data import audio, clip_files, decode, preprocess
 from rvc_dist.data.parts import CUT
-from rvc_dist.data.sources import content_of
+from rvc_dist.data.sources import content_of, list_sources
 from rvc_dist.workspace import Shard, StageError, WorkList, Workspace
 
 RATE = 24000
@@ -271,12 +271,12 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, small: Path) -> None:
     cut = folder / "00004.safetensors"
     cut.write_bytes(whole[cut.name][:-10])
     os.utime(folder / ".0123456789abcdef.tmp", (0, 0))
-    assert preprocess.complete(config) is None
+    assert clip_files.complete(config) is None
     preprocess.run(config, Shard())
     assert contents(config) == whole
     after = mtimes(config)
     assert {name for name in after if after[name] == before[name]} == {"00000.safetensors", "00002.safetensors"}
-    assert preprocess.complete(config) is True
+    assert clip_files.complete(config) is True
 
 
 def test_a_second_run_decodes_nothing(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, small: Path, monkeypatch: 
 def test_reading_many_recordings_is_told(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(preprocess, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(unit_stage, "LOG_EVERY_S", 0.0)
     with caplog.at_level(logging.INFO):
         preprocess.run(recipe(tmp_path), Shard())
     assert "preprocess: read 3 of 6 recordings, to know their content" in caplog.text
@@ -308,7 +308,7 @@ def test_an_unfinished_rank_writes_no_report(tmp_path: Path, small: Path, caplog
         preprocess.run(config, Shard(0, 2))
     assert not (clips_dir(config) / "report.json").exists()
     assert "this part is done, 2 units are left to others" in caplog.text
-    assert preprocess.complete(config) is None
+    assert clip_files.complete(config) is None
 
 
 # What changed
@@ -321,7 +321,7 @@ def test_a_changed_setting_makes_all_again_and_says_why(
     preprocess.run(config, Shard())
     before = contents(config)
     changed = recipe(tmp_path, chunk_len=2.0, normalization="none")
-    assert preprocess.complete(changed) is None
+    assert clip_files.complete(changed) is None
     with caplog.at_level(logging.INFO):
         preprocess.run(changed, Shard())
     assert "preprocess.chunk_len: 3.0 -> 2.0, preprocess.normalization: post -> none" in caplog.text
@@ -384,14 +384,14 @@ def test_a_copied_dataset_is_known_by_its_content(
     before = mtimes(config)
     copied = dataclasses.replace(config, data=dataclasses.replace(config.data, audio_dir=str(tmp_path / "copied")))
     shutil.copytree(small, tmp_path / "copied", copy_function=shutil.copyfile)  # the time is that of the copy
-    listed = [f.listed for folder in (small, tmp_path / "copied") for f in preprocess.list_sources(folder)]
+    listed = [f.listed for folder in (small, tmp_path / "copied") for f in list_sources(folder)]
     assert len(set(listed)) == 12
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(2) as ranks:
         list(ranks.map(lambda rank: preprocess.run(copied, Shard(rank, 2)), range(2)))
     assert "the content of the recordings is what it was" in caplog.text
     assert "stale" not in caplog.text
     assert mtimes(config) == before
-    assert preprocess.complete(copied)
+    assert clip_files.complete(copied)
     path = tmp_path / "copied" / "1" / "1.flac"  # one byte in the middle, the same size: a change all the same
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -447,11 +447,10 @@ def test_the_report_of_an_old_work_list_does_not_count(tmp_path: Path, small: Pa
     config = recipe(tmp_path)
     preprocess.run(config, Shard())
     (small / "bad.wav").unlink()  # the units stay as they are
-    settings = preprocess.clip_settings(config)
-    preprocess.make_work_list(config, Workspace(config.run_dir, config.name), settings, Shard())
-    assert preprocess.complete(config) is None
+    preprocess.make_work_list(config, Workspace(config.run_dir, config.name), Shard())
+    assert clip_files.complete(config) is None
     preprocess.run(config, Shard())
-    assert preprocess.complete(config) is True
+    assert clip_files.complete(config) is True
     assert "bad.wav" not in reasons(config)
 
 
@@ -526,7 +525,7 @@ def test_report_by_hand(tmp_path: Path) -> None:
     [(0.0, "00:00:00"), (59.999, "00:00:59"), (3661.5, "01:01:01"), (360000.0, "100:00:00")],
 )
 def test_format_duration(seconds: float, text: str) -> None:
-    assert preprocess.format_duration(seconds) == text
+    assert clip_files.format_duration(seconds) == text
 
 
 # Bad files
@@ -766,13 +765,13 @@ def test_no_clip_at_all_is_an_error_and_leaves_none(tmp_path: Path) -> None:
     write(tmp_path / "audio" / "a.wav", noise(2.0))
     config = recipe(tmp_path)
     preprocess.run(config, Shard())
-    assert preprocess.complete(config) is True
+    assert clip_files.complete(config) is True
     write(tmp_path / "audio" / "a.wav", np.zeros(2 * RATE))
     (tmp_path / "audio" / "b.wav").write_text("these are words")
     with pytest.raises(StageError, match=r"none of the 2 files in .* gave a clip\n  a\.wav: silent.*\n  b\.wav: not"):
         preprocess.run(config, Shard())
     assert contents(config) == {}
-    assert preprocess.complete(config) is None
+    assert clip_files.complete(config) is None
 
 
 def test_files_that_are_all_unreadable_are_an_error(tmp_path: Path) -> None:
@@ -930,7 +929,7 @@ def test_two_jobs_with_other_settings_in_one_folder_are_told(
 ) -> None:
     """The second begins while the first is at work: each is whole or says that it is not."""
     first, second = recipe(tmp_path), recipe(tmp_path, normalization="none")
-    make_unit, calls = preprocess.make_unit, []
+    make_unit, calls = preprocess.Preprocess.make_unit, []
 
     def make(*arguments: Any) -> None:
         make_unit(*arguments)
@@ -938,7 +937,7 @@ def test_two_jobs_with_other_settings_in_one_folder_are_told(
         if len(calls) == 2:
             preprocess.run(second, Shard())
 
-    monkeypatch.setattr(preprocess, "make_unit", make)
+    monkeypatch.setattr(preprocess.Preprocess, "make_unit", make)
     with pytest.raises(
         StageError, match=r"units in .*clips were replaced meanwhile: another job works in this run folder"
     ):

@@ -19,7 +19,7 @@ from rvc_dist import workspace
 from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import EmbedderMix, PreprocessConfig, Recipe
 from rvc_dist.data import preprocess
-from rvc_dist.features import extract, index
+from rvc_dist.features import extract, feature_files, index
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.workspace import Shard, StageError, read_header, read_json, unit_files
 
@@ -94,7 +94,7 @@ def test_each_clip_has_content_and_pitch_and_their_sizes(recipe: Recipe) -> None
             assert set(f0.tolist()) <= {0.0, SteadyPitch.HZ}
             total += len(content)
     assert read_json(work.features_report_file)["content_frames"] == total
-    assert extract.complete(recipe) is True
+    assert feature_files.complete(recipe) is True
 
 
 @pytest.mark.usefixtures("quick_pitch")
@@ -114,12 +114,12 @@ def test_no_silent_clip_unless_it_is_asked_for(recipe: Recipe) -> None:
     without = changed(recipe, "extract", include_mutes=0)
     extract.run(without, ALONE)
     assert not workspace_of(recipe).mute_file.exists()
-    assert extract.complete(without) is True
+    assert feature_files.complete(without) is True
     # A rank that waits may not go on before the first has made it.
-    assert extract.complete(recipe) is None
+    assert feature_files.complete(recipe) is None
     before = mtimes(recipe)
     extract.run(recipe, ALONE)
-    assert extract.complete(recipe) is True
+    assert feature_files.complete(recipe) is True
     assert {k: v for k, v in mtimes(recipe).items() if k != "mute.safetensors"} == before
 
 
@@ -148,7 +148,7 @@ def test_the_bytes_do_not_depend_on_the_ranks(f0_method: str, recipe: Recipe, tm
     try:
         extract.run(halves, Shard(1, 2))
         assert not workspace_of(halves).features_report_file.exists()
-        assert extract.complete(halves) is None
+        assert feature_files.complete(halves) is None
         extract.run(halves, Shard(0, 2))
         assert torch.get_num_threads() == 2
     finally:
@@ -190,7 +190,7 @@ def test_the_last_rank_waits_with_the_report_for_the_silent_clip(recipe: Recipe)
     extract.run(recipe, Shard(1, 2))
     assert not workspace_of(recipe).features_report_file.exists()
     extract.run(recipe, Shard(0, 2))
-    assert extract.complete(recipe) is True
+    assert feature_files.complete(recipe) is True
 
 
 @pytest.mark.usefixtures("quick_pitch")
@@ -228,13 +228,13 @@ def test_a_changed_setting_makes_all_again(
     extract.run(recipe, ALONE)
     before = mtimes(recipe)
     other = changed(recipe, section, **values)
-    assert extract.complete(other) is None
+    assert feature_files.complete(other) is None
     with caplog.at_level(logging.INFO, logger="rvc_dist"):
         extract.run(other, ALONE)
     assert why in caplog.text
     assert all(mtimes(recipe)[name] != at for name, at in before.items())
-    assert extract.complete(other) is True
-    assert extract.complete(recipe) is None
+    assert feature_files.complete(other) is True
+    assert feature_files.complete(recipe) is None
 
 
 @pytest.mark.usefixtures("quick_pitch")
@@ -252,9 +252,9 @@ def test_changed_clips_make_their_features_again(recipe: Recipe, tmp_path: Path)
     soundfile.write(tmp_path / "audio" / "5.wav", tone(1.1, f0_hz=90.0), RATE)
     before = mtimes(recipe)
     preprocess.run(recipe, ALONE)
-    assert extract.complete(recipe) is None
+    assert feature_files.complete(recipe) is None
     extract.run(recipe, ALONE)
-    assert extract.complete(recipe) is True
+    assert feature_files.complete(recipe) is True
     redone = [name for name, at in mtimes(recipe).items() if before.get(name) != at]
     assert redone == ["00002.safetensors"]
 
@@ -327,15 +327,15 @@ def test_a_mix_of_layers_is_part_of_what_features_are(
     assert "mix" not in header["embedder"]
     first = contents(recipe)
     mixed = changed(plain, "extract", embedder_mix=EmbedderMix((0, 1), 0.25))
-    assert extract.complete(mixed) is None
+    assert feature_files.complete(mixed) is None
     with caplog.at_level(logging.INFO):
         extract.run(mixed, ALONE)
     assert "extract.embedder_mix.layers: [] -> [0, 1]" in caplog.text
     again = read_header(workspace_of(recipe).features_file(0))
     assert again is not None
     assert again["embedder"] == header["embedder"] | {"mix": {"layers": [0, 1], "ratio": 0.25}}
-    assert extract.complete(mixed) is True
-    assert extract.complete(plain) is None
+    assert feature_files.complete(mixed) is True
+    assert feature_files.complete(plain) is None
     before = mtimes(recipe)
     extract.run(mixed, ALONE)
     assert mtimes(recipe) == before

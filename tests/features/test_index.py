@@ -17,7 +17,7 @@ from helpers import changed, narrow_recipe, workspace_of, write_features
 from rvc_dist.config import IndexConfig, Recipe
 from rvc_dist.features import index
 from rvc_dist.features.index import Queries, Recall, VectorFile, num_cells
-from rvc_dist.features.index_file import Retriever
+from rvc_dist.features.index_file import Retriever, complete
 from rvc_dist.workspace import Shard, StageError, read_json
 
 ALONE = Shard(0, 1)
@@ -105,24 +105,24 @@ def test_nprobe_and_name_and_version_are_in_the_file_name(tmp_path: Path) -> Non
 
 def test_a_finished_index_is_kept_and_a_stale_one_made_again(recipe: Recipe) -> None:
     write_features(recipe, [[frames(100)]])
-    assert index.complete(recipe) is None
+    assert complete(recipe) is None
     index.run(recipe, ALONE)
-    assert index.complete(recipe) is True
+    assert complete(recipe) is True
     first = index_file(recipe).stat().st_mtime_ns
     index.run(recipe, ALONE)
     assert index_file(recipe).stat().st_mtime_ns == first
 
     other = changed(recipe, "index", nprobe=2)
-    assert index.complete(other) is None
+    assert complete(other) is None
     index.run(other, ALONE)
     assert [p.name for p in folder(recipe).glob("*.index")] == ["added_IVF2_Flat_nprobe_2_tiny_v2.index"]
 
     write_features(recipe, [[frames(200, seed=1)]])
-    assert index.complete(other) is None
+    assert complete(other) is None
     index.run(other, ALONE)
     assert np.array_equal(np.load(folder(recipe) / "total_fea.npy"), frames(200, seed=1))
     index_file(recipe).unlink()
-    assert index.complete(other) is None
+    assert complete(other) is None
 
 
 def test_other_ranks_leave_it_to_the_first(recipe: Recipe) -> None:
@@ -365,7 +365,7 @@ def test_the_recipes_recall_raises_nprobe_in_name_file_and_report(
     assert 0.01 < before["recall"] < 0.5
 
     asking = changed(recipe, "index", recall=0.8)
-    assert index.complete(asking) is None
+    assert complete(asking) is None
     index.run(asking, ALONE)
     report = read_json(folder(recipe) / "report.json")
     nprobe = report["nprobe"]
@@ -446,7 +446,7 @@ def test_a_folder_that_cannot_be_written_is_told(recipe: Recipe) -> None:
     (folder(recipe) / "added_IVF1_Flat_nprobe_9_tiny_v2.index" / "x").mkdir(parents=True)
     with pytest.raises(IsADirectoryError, match=r"tiny_v2\.index'"):
         index.run(recipe, ALONE)
-    assert index.complete(recipe) is None
+    assert complete(recipe) is None
     assert not list(folder(recipe).glob(".tmp*"))
 
 
@@ -475,7 +475,7 @@ def test_a_kill_never_leaves_a_report_that_calls_another_datasets_index_its_own(
         index.run(recipe, ALONE)
     monkeypatch.undo()
     write_features(recipe, one)
-    assert index.complete(recipe) is None
+    assert complete(recipe) is None
     index.run(recipe, ALONE)
     assert workspace_of(recipe).index_file() == before
     assert len(np.load(workspace_of(recipe).vectors_file)) == 10

@@ -27,7 +27,7 @@ from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.command_line import load_recipe
 from rvc_dist.config import Recipe, TrainConfig
 from rvc_dist.data import preprocess
-from rvc_dist.features import extract, index
+from rvc_dist.features import extract, feature_files, index, index_file
 from rvc_dist.tools import import_experiment
 from rvc_dist.train import checkpoint, trainer
 from rvc_dist.train.dataset import ClipTable
@@ -190,7 +190,7 @@ def test_silent_clips_are_found_by_the_paths_of_another_machine(copied: Path, tm
     np.testing.assert_array_equal(arrays["00000.content"], np.load(path))
     assert not arrays["00000.f0"].any()
     assert (header["num_content"], header["num_f0"], header["num_samples"]) == (149, 298, 149 * RATE // 50)
-    assert extract.complete(recipe)
+    assert feature_files.complete(recipe)
     mutes = [c for c in ClipTable.load(recipe).train if c.unit == -1]
     assert sorted(c.speaker for c in mutes) == [0, 0, 3, 3]
 
@@ -211,12 +211,12 @@ def test_without_a_pitch_folder_the_voice_has_no_pitch_guidance(tmp_path: Path) 
     folder = experiments.make(tmp_path / "voice", "webui", pitch=False)
     recipe = imported(recipe_for(folder, tmp_path / "run"))
     assert not recipe.model.pitch_guidance
-    assert extract.complete(recipe)
+    assert feature_files.complete(recipe)
     f0 = [v for k, v in load_file(workspace_of(recipe).features_file(0)).items() if k.endswith("f0")]
     assert len(f0) == 6
     assert not any(v.any() for v in f0)
     # A recipe that asks for the pitch must not take these zeros for it.
-    assert not extract.complete(changed(recipe, "model", pitch_guidance=True))
+    assert not feature_files.complete(changed(recipe, "model", pitch_guidance=True))
 
 
 def test_features_256_wide_are_of_v1(tmp_path: Path, applio: Path) -> None:
@@ -321,20 +321,20 @@ def test_what_is_left_out_is_named_and_the_rest_computed(
     assert (report["clips"], report["files_left_out"], report["files_without_features"]) == (5, 3, 4)
     assert recipe.extract.include_mutes == 2  # the encoder is needed anyway
     (whole,) = work.features_dir.glob("0*.safetensors")
-    assert not extract.complete(recipe)
+    assert not feature_files.complete(recipe)
     kept = whole.read_bytes()
 
     caplog.set_level(logging.INFO)
     monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
     extract.run(recipe, Shard())
-    assert "extract: 5 units, 4 to do here" in caplog.text
-    assert extract.complete(recipe)
+    assert "extract: 5 units of 0.1 min, 4 to do here" in caplog.text
+    assert feature_files.complete(recipe)
     assert whole.read_bytes() == kept
     pitch = {float(v.max()) for p in work.features_dir.glob("0*") for k, v in load_file(p).items() if "f0" in k}
     assert pitch == {160.0, SteadyPitch.HZ}
     caplog.clear()
     extract.run(recipe, Shard())
-    assert "extract: 5 units, 0 to do here" in caplog.text
+    assert "extract: 5 units of 0.1 min, 0 to do here" in caplog.text
 
 
 def test_imported_features_that_are_gone_or_not_those_asked_for_are_made(
@@ -361,10 +361,10 @@ def test_without_features_extract_makes_them_all(copied: Path, tmp_path: Path, m
     assert recipe.model.pitch_guidance
     assert read_json(workspace_of(recipe).clips_report_file)["files_without_features"] == 6
     preprocess.run(recipe, Shard())
-    assert not extract.complete(recipe)
+    assert not feature_files.complete(recipe)
     monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
     extract.run(recipe, Shard())
-    assert extract.complete(recipe)
+    assert feature_files.complete(recipe)
 
 
 def test_weights_and_an_index_that_do_not_fit_are_left_out(
@@ -385,7 +385,7 @@ def test_weights_and_an_index_that_do_not_fit_are_left_out(
     assert f"{path.name} is of no use: it has 300 vectors, the features 250 frames" in caplog.text
     assert not workspace_of(recipe).index_dir.exists()
     index.run(found, Shard())
-    assert index.complete(found)
+    assert index_file.complete(found)
 
     flat = faiss.IndexFlatL2(768)
     flat.add(np.zeros((250, 768), np.float32))
@@ -550,14 +550,14 @@ def test_a_killed_import_goes_on_to_the_same_bytes(
     monkeypatch.setattr("rvc_dist.workspace.MIN_UNIT_S", 0.5)
     imported(recipe_for(copied, tmp_path / "whole"))
     whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").rglob("*") if p.is_file() and p.suffix != ".yaml"}
-    recipe = recipe_for(copied, tmp_path / "run")
+    recipe = changed(recipe_for(copied, tmp_path / "run"), "preprocess", num_workers=1)
     num_saved = 0
     save = import_experiment.save_arrays
 
     def killed(*arguments: Any) -> None:
         nonlocal num_saved
         num_saved += 1
-        if num_saved == 6:
+        if num_saved >= 6:
             raise KeyboardInterrupt
         save(*arguments)
 
@@ -578,12 +578,12 @@ def test_a_killed_import_goes_on_to_the_same_bytes(
 def test_a_changed_experiment_is_imported_anew(tmp_path: Path, copied: Path) -> None:
     (copied / "extracted" / "0_0_0.npy").rename(tmp_path / "0_0_0.npy")
     recipe = recipe_for(copied, tmp_path / "run")
-    assert not extract.complete(imported(recipe))
+    assert not feature_files.complete(imported(recipe))
     (tmp_path / "0_0_0.npy").rename(copied / "extracted" / "0_0_0.npy")
     (copied / "sliced_audios" / "3_1_2.wav").unlink()
     found = imported(recipe)
     assert reasons(found) == {"3_1_2.wav": "in filelist.txt, but the wave is missing"}
-    assert extract.complete(found)
+    assert feature_files.complete(found)
 
 
 def test_other_ranks_wait_for_the_first(tmp_path: Path, applio: Path) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 
 from rvc_dist.command_line import load_recipe
 from rvc_dist.config import DataConfig
-from rvc_dist.data import preprocess
-from rvc_dist.features import extract, index
+from rvc_dist.data import clip_files, preprocess
+from rvc_dist.features import extract, feature_files, index
 from rvc_dist.models import spectral
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.train import checkpoint, losses, memory, trainer, validation
@@ -293,9 +293,9 @@ def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_p
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     work = Workspace(recipe.run_dir, recipe.name)
-    report = {"settings": extract.feature_settings(recipe), "clips": "tiny", "content_frames": 0}
+    report = {"settings": feature_files.feature_settings(recipe), "clips": "tiny", "content_frames": 0}
     work.features_report_file.write_text(json.dumps(report))
-    work.work_list_file.write_text(WorkList("", preprocess.clip_settings(recipe), (), ()).dumps())
+    work.work_list_file.write_text(WorkList("", clip_files.clip_settings(recipe), (), ()).dumps())
     train(recipe)
     kept = work.config_file.read_text()
     others = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rvc_dist.config import Recipe
-from rvc_dist.features import index
+from rvc_dist.features import index_file
 from rvc_dist.tools.doctor.ahead import (
     check_disk,
     check_encoder,
@@ -84,7 +84,7 @@ def look_ahead(recipe: Recipe, is_first: bool = True) -> None:
     """
     exam = Exam(recipe, Team())
     exam.data_stages_done = features_done(exam)
-    if exam.data_stages_done and index.complete(recipe):
+    if exam.data_stages_done and index_file.complete(recipe):
         return
     exam.table = ClipTable.load(recipe) if exam.data_stages_done else None
     logger.info("run: looking for what its stages need; a content encoder that is missing is fetched now")

@@ -12,8 +12,8 @@ import torch
 
 from rvc_dist.choices import F0_METHODS
 from rvc_dist.config import F0_PER_S, f0_method_names
-from rvc_dist.data import decode, preprocess, sources
-from rvc_dist.features import extract, index
+from rvc_dist.data import clip_files, decode, sources
+from rvc_dist.features import feature_files, index_file
 from rvc_dist.features.content import load_embedder
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.identity import EmbedderId
@@ -32,17 +32,17 @@ MAX_MEASURED = 200
 def features_done(exam: Exam) -> bool:
     """Whether clips and features are those of this recipe and of the recordings that are there now."""
     recipe, work_list = exam.recipe, WorkList.load(exam.work.work_list_file)
-    if work_list is None or preprocess.complete(recipe) is None:
+    if work_list is None or clip_files.complete(recipe) is None:
         return False
     if "imported" not in work_list.settings:
         planned = {f.path: f for f in (*(f for u in work_list.units for f in u.files), *work_list.excluded)}
         if {(f.path, f.size) for f in planned.values()} != {(f.path, f.size) for f in exam.sources}:
             return False
-        content = preprocess.content_by(work_list, Path(recipe.data.audio_dir))
+        content = sources.content_by(work_list, Path(recipe.data.audio_dir))
         used = (f for f in exam.sources if not (f.reason or planned[f.path].reason))
         if any(content(f) != planned[f.path].content for f in used):
             return False
-    return extract.complete(recipe) is True
+    return feature_files.complete(recipe) is True
 
 
 def check_start(exam: Exam, result: Result) -> None:
@@ -62,7 +62,7 @@ def check_recordings(exam: Exam, result: Result) -> None:
     if exam.is_imported or not audio_dir.exists():
         result.skipped = "imported clips" if exam.is_imported else f"{audio_dir} does not exist"
     elif exam.team.is_first:
-        content = preprocess.content_by(WorkList.load(exam.work.work_list_file), audio_dir)
+        content = sources.content_by(WorkList.load(exam.work.work_list_file), audio_dir)
         sources.check_recordings(exam.work, exam.sources, content)
 
 
@@ -122,7 +122,7 @@ def data_bytes(exam: Exam) -> Iterator[float]:
     if recipe.preprocess.cut_method != "skip":
         seconds *= recipe.preprocess.chunk_len / (recipe.preprocess.chunk_len - recipe.preprocess.overlap_len)
     frames = seconds * F0_PER_S / 2
-    vectors = frames if recipe.index.algorithm == "faiss" else min(frames, index.KMEANS_ABOVE)
+    vectors = frames if recipe.index.algorithm == "faiss" else min(frames, index_file.KMEANS_ABOVE)
     yield seconds * recipe.data.sample_rate * 4
     yield frames * (width + 2) * 4
     yield 2 * vectors * width * 4  # total_fea.npy and the index file

@@ -19,7 +19,7 @@ from rvc_dist import __version__
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS
 from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
-from rvc_dist.features import index
+from rvc_dist.features import index_file
 from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, device_name
 from rvc_dist.runtime.launcher import asks_for_deepspeed
 from rvc_dist.tools.doctor.findings import Result, first_line, ranks_text
@@ -99,7 +99,7 @@ def check_packages(exam: Exam, result: Result) -> None:
         except (ImportError, OSError, RuntimeError) as error:
             message = f"{reason} needs the package {package}, which cannot be imported ({first_line(error)})"
             remedy = f"pip install {package}"
-            done = exam.data_stages_done and (module != "faiss" or index.complete(exam.recipe) is True)
+            done = exam.data_stages_done and (module != "faiss" or index_file.complete(exam.recipe) is True)
             if reason.startswith("train.") or not done:
                 result.fail(message, remedy)
             else:

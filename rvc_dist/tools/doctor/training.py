@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, DataConfig, Recipe
-from rvc_dist.data.preprocess import low_rates
-from rvc_dist.features import extract
+from rvc_dist.data.clip_files import low_rates
+from rvc_dist.features import feature_files
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import device_name
 from rvc_dist.tools.bench import CONTENT_WIDTH, made_up_pitch
@@ -114,11 +114,11 @@ def features_of_clips(exam: Exam, work_list: WorkList | None, result: Result) ->
     if work_list is None:
         return
     try:
-        extract.clip_fingerprints(work)
+        feature_files.clip_fingerprints(work)
     except StageError as error:
         result.add(error, Severity.WARNING)
         return
-    exam.data_stages_done = extract.complete(recipe) is True
+    exam.data_stages_done = feature_files.complete(recipe) is True
     if not exam.data_stages_done:
         result.warn(
             f"the features in {work.features_dir} were made with other settings, or of other clips, than the recipe's",

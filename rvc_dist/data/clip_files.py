@@ -1,0 +1,213 @@
+"""The clips of a run: the settings that they depend on, the stages that make them, and the account of every second."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rvc_dist.config import RATES, Recipe
+from rvc_dist.data import audio
+from rvc_dist.data.parts import CUT
+from rvc_dist.unit_stage import UnitStage, check_settings, in_threads
+from rvc_dist.workspace import ClipsHeader, SourceFile, Unit, WorkList, Workspace, listed, printable
+
+logger = logging.getLogger(__name__)
+
+HEARD_RATE = 40000
+"""Recordings of this rate in Hz and more lack nothing that is heard: 44100 is not below a voice of 48000."""
+
+
+class ClipStage(UnitStage[ClipsHeader]):
+    """A stage that makes the clips of a work list."""
+
+    header = ClipsHeader
+
+    def __init__(self, recipe: Recipe, work_list: WorkList) -> None:
+        super().__init__(recipe, work_list.units)
+        self.work_list = work_list
+
+    def file(self, unit: Unit) -> Path:
+        return self.work.clips_file(unit.id)
+
+    def fingerprints(self, unit: Unit) -> tuple[str]:
+        return (unit.fingerprint(self.work_list.settings),)
+
+    @abstractmethod
+    def make_unit(self, unit: Unit) -> None:
+        """Write the unit's clips, with what became of each of its recordings."""
+
+    def make_units(self, units: Sequence[Unit]) -> None:
+        """Several at a time."""
+        # Decoders, the resampler and the filter release the interpreter lock, so threads are enough.
+        in_threads(self.recipe.preprocess.num_workers, self.make_unit, units, f"{self.name}: %d of %d units")
+
+    def recordings(self, headers: list[ClipsHeader]) -> list[dict[str, Any]]:
+        """What became of each recording, given the headers of all units; reasons are logged."""
+        files = _by_recording([dict(f) for h in headers for f in h["files"]])
+        files += [file_entry(f) for f in self.work_list.excluded]
+        files.sort(key=lambda f: (f["speaker"], f["path"]))
+        for file in files:
+            if file["reason"]:
+                logger.warning("%s: %s: %s", self.name, printable(file["path"]), file["reason"])
+        return files
+
+
+def finished(work: Workspace) -> WorkList | None:
+    """The work list whose clips are all made and reported, or None."""
+    if not work.clips_report_file.is_file():  # written last: ranks that poll read nothing else until then
+        return None
+    work_list = WorkList.load(work.work_list_file)
+    return work_list if work_list is not None and not work_list.undone(work) else None
+
+
+def complete(recipe: Recipe) -> bool | None:
+    """True when every clip of the recipe's dataset is made and reported, else None (for `wait_for`)."""
+    work_list = finished(Workspace(recipe.run_dir, recipe.name))
+    settings = clip_settings(recipe), imported_clip_settings(recipe)
+    return (work_list is not None and work_list.settings in settings) or None
+
+
+def imported_clip_settings(recipe: Recipe) -> dict[str, Any]:
+    """In the place of `clip_settings`, what the clips of an import depend on: they stay as the other tool cut them."""
+    return {"imported": True, "data.audio_dir": recipe.data.audio_dir, "data.sample_rate": recipe.data.sample_rate}
+
+
+def clip_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that the bytes of a clip depend on, under their recipe keys."""
+    p = recipe.preprocess
+    return {
+        "data.sample_rate": recipe.data.sample_rate,
+        "preprocess.cut_method": p.cut_method,
+        "preprocess.chunk_len": float(p.chunk_len),  # 3 and 3.0 are one setting
+        "preprocess.overlap_len": float(p.overlap_len),
+        "preprocess.process_effects": p.process_effects,
+        "preprocess.normalization": p.normalization,
+        "preprocess.clean": float(p.clean_strength) if p.clean_dataset else 0.0,
+    }
+
+
+def check_made(recipe: Recipe, work: Workspace) -> None:
+    """Nothing, unless the run's clips were made with other settings than the recipe's.
+
+    Raises:
+        StageError: they were.
+    """
+    if (work_list := WorkList.load(work.work_list_file)) is not None:
+        remedy = "run `rvc-dist preprocess` and `extract` again"
+        check_settings(work.clips_dir, work_list.settings, clip_settings(recipe), remedy)
+
+
+def pieces(recipe: Recipe, wave: audio.Wave, has_silences: bool = True) -> Iterator[tuple[int, audio.Wave]]:
+    """What a recording is cut into, by the first sample of each; without a search for silences where it has none."""
+    config, rate = recipe.preprocess, recipe.data.sample_rate
+    if config.cut_method == "skip":
+        yield 0, wave
+    elif config.cut_method == "simple":
+        yield from audio.cut_fixed(wave, rate, config.chunk_len, config.overlap_len)
+    else:
+        for offset, part in audio.cut_silences(wave, rate) if has_silences else [(0, wave)]:
+            for start, piece in audio.cut_windows(part, rate, config.chunk_len, config.overlap_len):
+                yield offset + start, piece
+
+
+def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str, str]:
+    """What is to be said, and done, of those `recordings` (Hz, seconds) that hold less than the voice is to have."""
+    wanted = recipe.data.sample_rate
+    low = [(rate, seconds) for rate, seconds in recordings if rate < min(wanted, HEARD_RATE)]
+    if not low:
+        return "", ""
+    lowest, low_s, all_s = min(low)[0], sum(s for _, s in low), sum(s for _, s in recordings)
+    fitting = min((r for r in RATES[recipe.model.version] if r >= lowest), default=wanted)
+    text = (
+        f"{len(low)} of {len(recordings)} recordings ({low_s / 60:.1f} of {all_s / 60:.1f} min) have a rate below "
+        f"data.sample_rate {wanted}, the lowest {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice "
+        "learns to sound as dull"
+    )
+    remedy = f"set data.sample_rate {fitting}, or " if fitting < wanted else ""
+    return text, f"{remedy}give recordings of {wanted} Hz"
+
+
+def upsampled_recordings(recipe: Recipe, files: list[dict[str, Any]]) -> str:
+    """What is to be said of those recordings that hold less than their own rate, and the voice's, could."""
+    limit = min(recipe.data.sample_rate, HEARD_RATE)
+    found = [f for f in files if 0 < f.get("effective_rate", 0) < min(f.get("sample_rate", 0), limit)]
+    if not found:
+        return ""
+    seconds, all_s = sum(f["seconds_in"] for f in found), sum(f["seconds_in"] for f in files)
+    lowest = min(f["effective_rate"] for f in found)
+    return (
+        f"{len(found)} of {len(files)} recordings ({seconds / 60:.1f} of {all_s / 60:.1f} min) were upsampled, the "
+        f"lowest from {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice learns to sound as dull; "
+        "give others if there are"
+        + listed((f["path"], f"{f['sample_rate']} Hz, holds what {f['effective_rate']} Hz do") for f in found)
+    )
+
+
+def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
+    """RUN/clips/report.json: what became of each of `files`, and of `total_s` seconds of usable recordings."""
+    used = [f for f in files if f["clips"]]
+    return {
+        "total_dataset_duration": format_duration(total_s),
+        "total_seconds": round(total_s, 3),
+        "clips": sum(f["clips"] for f in used),
+        "clip_seconds": round(sum(f["seconds_out"] for f in used), 3),
+        "seconds_in": round(sum(f["seconds_in"] for f in files), 3),
+        "lost": sum_lost(files),
+        "speakers": sorted({f["speaker"] for f in used}),
+        "files_used": len(used),
+        "files_left_out": len(files) - len(used),
+        "files": files,
+    }
+
+
+def sum_lost(files: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds that are in no clip, by why, the most first."""
+    total: Counter[str] = Counter()
+    for file in files:
+        total.update(file["lost"])
+    return {why: round(seconds, 6) for why, seconds in total.most_common()}
+
+
+def account(seconds_in: float, lost: dict[str, float]) -> str:
+    """What became of the seconds of recordings; a second that several clips hold is counted once."""
+    parts = ", ".join(f"{why} {seconds:.1f} s" for why, seconds in lost.items())
+    all_lost, missing_s = sum(lost.values()), lost.get(CUT, 0.0)
+    told = f"{all_lost:.1f} s not ({parts})" if lost else "nothing was lost"
+    promised = f" ({missing_s:.1f} s of them are promised by headers and not there)" if missing_s else ""
+    return f"of {seconds_in:.1f} s of recordings{promised} {seconds_in - all_lost:.1f} s are in clips, {told}"
+
+
+def file_entry(file: SourceFile, seconds_in: float = 0.0, lost: dict[str, float] | None = None) -> dict[str, Any]:
+    """The entry of a recording, or slice of one, of which there is no clip."""
+    nothing = {"seconds_in": seconds_in, "clips": 0, "seconds_out": 0.0, "lost": lost or {}}
+    return {"path": file.path, "speaker": file.speaker, **nothing, "reason": file.reason}
+
+
+def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str, Any]]:
+    """The entries of slices summed up by recording; what is said of a slice says where it begins."""
+    files: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, list[tuple[float, str]]] = {}
+    for part in slices:
+        entry = {k: v for k, v in part.items() if k not in ("start_s", "reason")}
+        reasons.setdefault(part["path"], []).append((part.get("start_s", 0.0), part["reason"]))
+        known = files.setdefault(part["path"], entry)
+        if known is not entry:
+            for key in ("seconds_in", "clips", "seconds_out"):
+                known[key] = round(known[key] + part[key], 6)
+            known["lost"] = sum_lost([known, part])
+            known["effective_rate"] = max(e.get("effective_rate", 0) for e in (known, part))
+    for path, found in reasons.items():
+        told = [f"from {format_duration(at)}: {why}" if len(found) > 1 else why for at, why in sorted(found) if why]
+        more = [f"and {len(told) - most} slices more"] if len(told) > most else []
+        files[path]["reason"] = "; ".join(told[:most] + more)
+    return list(files.values())
+
+
+def format_duration(seconds: float) -> str:
+    """HH:MM:SS, as voice files and reports write a dataset's length."""
+    whole = int(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"

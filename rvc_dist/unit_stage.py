@@ -1,0 +1,150 @@
+"""What the stages share that make a file of each work unit.
+
+Any rank, any array task and any later run can do any unit, in any order, and be killed at any moment; whoever finishes
+last writes the report. Files are the only meeting point: a collective would time out on a long stage, and array tasks
+have no process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from rvc_dist.config import Recipe
+from rvc_dist.workspace import (
+    Shard,
+    StageError,
+    Unit,
+    Workspace,
+    changes,
+    is_done,
+    read_unit_file,
+    remove_leftovers,
+    whole_header,
+)
+
+logger = logging.getLogger(__name__)
+
+Header = TypeVar("Header")
+T = TypeVar("T")
+R = TypeVar("R")
+
+LOG_EVERY_S = 10.0
+
+
+class UnitStage(ABC, Generic[Header]):
+    """A stage that makes a file of each of `units`. A unit is done when its file has one of its fingerprints."""
+
+    name: ClassVar[str]
+    """On the command line and in messages."""
+    header: type[Header]
+    """What the header of a unit's file holds."""
+
+    def __init__(self, recipe: Recipe, units: Sequence[Unit]) -> None:
+        self.recipe, self.units = recipe, units
+        self.work = Workspace(recipe.run_dir, recipe.name)
+
+    @abstractmethod
+    def file(self, unit: Unit) -> Path:
+        """Where the unit's file is, or will be."""
+
+    @abstractmethod
+    def fingerprints(self, unit: Unit) -> Collection[str]:
+        """Of the settings and sources that the unit's file may have been made from, as `stamp` in its header."""
+
+    @abstractmethod
+    def make_units(self, units: Sequence[Unit]) -> None:
+        """Write the files of `units`, each of them atomically."""
+
+    @abstractmethod
+    def report(self, headers: list[Header]) -> None:
+        """Write the report, given the header of every unit's file."""
+
+    def is_done(self, unit: Unit) -> bool:
+        return is_done(self.file(unit), *self.fingerprints(unit))
+
+    def make(self, shard: Shard) -> None:
+        """Make the units of `shard` that are not done, and the report once all are.
+
+        Raises:
+            StageError: another job replaced units meanwhile, or a unit's file is damaged.
+        """
+        todo = [unit for unit in shard.take(self.units) if not self.is_done(unit)]
+        minutes = sum(unit.duration_s for unit in self.units) / 60
+        logger.info("%s: %d units of %.1f min, %d to do here", self.name, len(self.units), minutes, len(todo))
+        self.make_units(todo)
+        self.finish(shard)
+
+    def finish(self, shard: Shard) -> None:
+        """Write the report once every unit is done, whoever did it."""
+        files = {self.file(unit): self.fingerprints(unit) for unit in self.units}
+        folder = next(iter(files)).parent
+        left, headers = read_headers(files, self.header, self.name)
+        if left and shard.does_all:
+            raise StageError(
+                f"{self.name}: {left} of {len(files)} units in {folder} were replaced meanwhile: another job works in "
+                "this run folder with other settings or recordings;",
+                "end one, then run the stage again",
+            )
+        if left:
+            logger.info("%s: this part is done, %d units are left to others", self.name, left)
+            return
+        remove_leftovers(folder, len(files))
+        self.report(headers)
+
+
+def read_headers(files: Mapping[Path, Collection[str]], kind: type[Header], stage: str) -> tuple[int, list[Header]]:
+    """How many of `files` have none of their fingerprints; when all have, their headers, for which each is opened once.
+
+    Raises:
+        StageError: all have, and one is damaged.
+    """
+    found = {path: read_unit_file(path) for path in files}
+    left = sum(read is None or read[0].get("stamp") not in files[path] for path, read in found.items())
+    return left, [] if left else [whole_header(path, read, kind, stage) for path, read in found.items()]
+
+
+def check_settings(folder: Path, made_with: Mapping[str, Any], settings: Mapping[str, Any], remedy: str) -> None:
+    """Nothing, unless `folder` holds files of other settings than the recipe's.
+
+    Raises:
+        StageError: it does.
+    """
+    if differ := changes(made_with, settings, shared=True):
+        raise StageError(
+            f"{folder} holds {folder.name} of other settings than the recipe's:",
+            f"{remedy}, or set back what differs ({differ})",
+        )
+
+
+def in_threads(count: int, function: Callable[[T], R], items: Sequence[T], progress: str) -> list[R]:
+    """What `function` gives of each of `items`, in `count` threads, with a line on the progress now and then."""
+    results, logged_at = [], time.monotonic()
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for result in pool.map(function, items):
+                results.append(result)
+                if time.monotonic() - logged_at > LOG_EVERY_S:
+                    logged_at = time.monotonic()
+                    logger.info(progress, len(results), len(items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What `function` gives of each of `items`, in a thread that is at most one item ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        begun: deque[Future[R]] = deque()
+        for item in items:
+            begun.append(pool.submit(function, item))
+            if len(begun) > 1:
+                yield begun.popleft().result()
+        yield from (future.result() for future in begun)
