@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from rvc_dist.data.audio import Wave
-from rvc_dist.runtime.device import fixed_threads, local_device
+from rvc_dist.runtime.accelerator import fixed_threads, local_device
 from rvc_dist.workspace import StageError
 
 N_FFT = 1024

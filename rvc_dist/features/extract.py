@@ -26,7 +26,7 @@ from rvc_dist.features.feature_files import (
     write_mute,
     write_report,
 )
-from rvc_dist.runtime.device import fixed_threads
+from rvc_dist.runtime.accelerator import fixed_threads
 from rvc_dist.unit_stage import UnitStage, one_ahead
 from rvc_dist.workspace import (
     ClipsHeader,

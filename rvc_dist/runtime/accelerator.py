@@ -1,4 +1,4 @@
-"""All knowledge of Accelerate and torch.distributed: the Accelerator, ranks, wire, kernel settings, stop signals."""
+"""All knowledge of Accelerate, torch.distributed and devices: ranks, wire, kernel settings, stop signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from rvc_dist.config import TrainConfig
-from rvc_dist.runtime.launcher import asks_for_deepspeed, check_deepspeed, fill_deepspeed_settings
+from rvc_dist.runtime.launcher import asks_for, check_deepspeed, fill_deepspeed_settings
 from rvc_dist.runtime.logs import tell_launcher
 from rvc_dist.workspace import OtherRankError, StageError
 
@@ -45,7 +45,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         check_meeting_point(wanted)
     backend = None
     if not torch.cuda.is_available():
-        if asks_for_deepspeed():
+        if asks_for("DEEPSPEED"):
             # So Accelerate hands CPUs to DeepSpeed; any other way it forgets DeepSpeed, or the other ranks.
             os.environ.pop("ACCELERATE_USE_CPU", None)
             backend = "gloo"
@@ -71,7 +71,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         )
     if config.use_bf16:
         check_bf16(accelerator.device)
-    if asks_for_deepspeed():
+    if asks_for("DEEPSPEED"):
         fill_deepspeed_settings(accelerator, config)
     return accelerator
 
@@ -89,12 +89,12 @@ def check_launcher(config: TrainConfig) -> None:
             f"the launcher's mixed_precision is {precision}, the recipe's train.precision {own}: the recipe decides;",
             "say --mixed_precision no to the launcher (or in its file), or train.precision bf16 in the recipe",
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+    if asks_for("FSDP"):
         raise StageError(
             "the launcher asks for FSDP, which this program does not use: G and D fit every GPU;",
             "launch with launch/multi_gpu.yaml, or share the optimizer's state among the ranks with launch/zero1.yaml",
         )
-    if asks_for_deepspeed():
+    if asks_for("DEEPSPEED"):
         check_deepspeed(config)
 
 
@@ -166,6 +166,24 @@ def kernel_settings(device: torch.device) -> dict[str, Any]:
     }
 
 
+def local_device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@contextmanager
+def fixed_threads(count: int) -> Iterator[None]:
+    """Inside, the CPU kernels use `count` threads, whatever the launcher chose: the last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
@@ -196,12 +214,9 @@ def check_bf16(device: torch.device) -> None:
     Raises:
         StageError: a CUDA device below compute capability 8.0.
     """
-    if device.type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_BF16_CAPABILITY:
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < MIN_BF16_CAPABILITY:
         raise StageError(
-            f"train.precision: {torch.cuda.get_device_name(device)} has compute capability "
+            f"train.precision: {device_name(device)} has compute capability "
             f"{capability[0]}.{capability[1]}; bf16 needs 8.0 (Ampere) or newer and is emulated, slower than float32, "
             "below it.",
             "Set train.precision to fp32 and train.bf16_adamw to false; train.fast_train still helps",

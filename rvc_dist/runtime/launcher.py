@@ -21,14 +21,14 @@ BUCKET_ELEMENTS = 1 << 23
 """Gradients sent at a time (32 MiB); DeepSpeed's own default would reserve two gigabytes a network."""
 
 
-def asks_for_deepspeed() -> bool:
-    """The launcher's file says `distributed_type: DEEPSPEED`."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+def asks_for(kind: str) -> bool:
+    """The launcher's file says `distributed_type: KIND`, such as DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("true", "1")
 
 
 def zero_stage(accelerator: Accelerator) -> int:
     """1 or 2; 0 without DeepSpeed."""
-    if not asks_for_deepspeed():
+    if not asks_for("DEEPSPEED"):
         return 0
     return int(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
 

@@ -21,7 +21,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,44 +73,41 @@ class RankLog(logging.Handler):
     """Appends what one rank logs to its file, from INFO on.
 
     The file is opened when the run folder exists, and lines are kept until then: a command that fails before it has
-    made anything leaves nothing behind. `is_waiting`: nor is it opened before `start`, since another job may train
-    there; when this one fails before, it leaves nothing in that one's files.
+    made anything leaves nothing behind. Nor is it opened while `is_waiting`, since another job may train there; when
+    this one fails before, it leaves nothing in that one's files.
     """
 
     def __init__(self, work: Workspace, shard: Shard, is_waiting: bool = False) -> None:
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
-        self.work, self.shard = work, shard
+        self.work, self.shard, self.is_waiting = work, shard, is_waiting
         self.path = work.rank_log(shard.index)
         self._kept: list[str] = []
-        self._is_waiting = is_waiting
         self._stream: io.TextIOWrapper | None = None
-        self._given_up = False
-        self._set_faulthandler = False
-        self._old_failures: list[bytes] = []
+        self._given_up = self._set_faulthandler = False
+        self._old_failures: list[dict[str, Any]] = []
         """Of earlier runs, found at the start: no clocks need be compared."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.write(self.format(record))
-
-    def write(self, text: str) -> None:
-        """Append lines; a disk that refuses them is told once and never ends the run."""
-        self.acquire()
+        """Append lines; a disk that refuses them is reported once and never ends the run."""
+        if self._given_up:
+            return
+        self._kept.append(f"{self.format(record)}\n")
         try:
-            if self._given_up:
-                return
-            self._kept.append(text)
-            if self._stream is None and not self._is_waiting and self.work.root.is_dir():
+            if self._stream is None and not self.is_waiting and self.work.root.is_dir():
                 self._open()
             if self._stream is not None:
-                self._stream.write("".join(f"{kept}\n" for kept in self._kept))
+                self._stream.writelines(self._kept)
                 self._stream.flush()
                 self._kept = []
         except OSError as error:
             self._given_up = True
             logger.warning("%s cannot be written (%s): this rank goes on without a log file", self.path, error)
-        finally:
-            self.release()
+
+    def note(self, level: str, text: str, error: BaseException | None = None) -> None:
+        """Write into this file alone, with the traceback of `error`."""
+        trace = error and (type(error), error, error.__traceback__)
+        self.handle(logging.makeLogRecord({"levelname": level, "msg": text, "exc_info": trace}))
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +117,6 @@ class RankLog(logging.Handler):
         if not faulthandler.is_enabled():  # else somebody wants the stacks elsewhere
             faulthandler.enable(self._stream, all_threads=True)
             self._set_faulthandler = True
-
-    def start(self) -> None:
-        """The run folder is this job's: write what was kept."""
-        self._is_waiting = False
 
     def write_stacks(self) -> None:
         """Append where every thread of this process is."""
@@ -137,7 +129,7 @@ class RankLog(logging.Handler):
             faulthandler.disable()
             self._set_faulthandler = False
         if self._stream is not None:
-            with contextlib.suppress(OSError):  # of a full disk, told before
+            with contextlib.suppress(OSError):  # of a full disk, reported before
                 self._stream.close()
             self._stream = None
         super().close()
@@ -145,50 +137,43 @@ class RankLog(logging.Handler):
     def failed(self, error: BaseException, sentence: str = "") -> None:
         """Write down what ends this rank, for its own log, the other ranks and the launcher's last lines.
 
-        Where the user is told in a `sentence`, the traceback goes to the log alone. An error that another rank caused
-        is only logged.
+        Where the user reads a `sentence`, the traceback goes to the log alone. An error that another rank caused is
+        only logged.
         """
-        trace = sentence or "".join(traceback.format_exception(error))
-        if not isinstance(error, OtherRankError):
-            tell_launcher(trace)
-        ends_within(EXIT_S, "the log", partial(self._failed, error, sentence))
+        is_own = not isinstance(error, OtherRankError)
+        why = sentence or "".join(traceback.format_exception(error))
+        if is_own:
+            tell_launcher(why)
 
-    def _failed(self, error: BaseException, sentence: str) -> None:
-        full = "".join(traceback.format_exception(error))
-        trace = sentence or full
-        self.write(self.format(logging.makeLogRecord({"msg": f"{sentence}\n{full}", "levelname": "CRITICAL"})))
-        if not isinstance(error, OtherRankError):
+        def keep() -> None:
+            self.note("CRITICAL", sentence, error)
             with contextlib.suppress(OSError):  # a full disk may be what ended it
-                if self.path.parent.is_dir() and not self._is_waiting:
+                if is_own and self.path.parent.is_dir() and not self.is_waiting:
                     failure = {"rank": self.shard.index, "host": socket.gethostname(), "time": time.time()}
-                    last_line = (trace.strip() or repr(error)).splitlines()[-1]
+                    last_line = why.strip().splitlines()[-1]
                     write_json(self.work.failure_file(self.shard.index), failure | {"error": last_line})
+
+        ends_within(EXIT_S, "the log", keep)
 
     def first_failure(self, wait_s: float = CAUSE_WAIT_S) -> str | None:
         """Which other rank of this run failed first, and why; None when none has said so within `wait_s`."""
         deadline = time.monotonic() + wait_s
-        while True:
-            found = []
-            for text in self._failures():
-                with contextlib.suppress(SchemaError):  # edited, or of another program: it says nothing
-                    found += [] if text in self._old_failures else [parse_json(text, Failure)]
-            if found:
-                # Clocks of different hosts may differ; mostly only one rank is here.
-                first = min(found, key=lambda failure: failure["time"])
-                rank = first["rank"]
-                log = self.work.rank_log(rank)
-                return f"rank {rank} on {first['host']} failed first: see {log}: {first['error']}"
+        while not (found := [failure for failure in self._failures() if failure not in self._old_failures]):
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.25)
+        # Clocks of different hosts may differ; mostly only one rank is here.
+        first = min(found, key=lambda failure: float(failure["time"]))
+        who = f"rank {first['rank']} on {first['host']}"
+        return failed_first(who, self.work.rank_log(first["rank"]), first["error"])
 
-    def _failures(self) -> list[bytes]:
+    def _failures(self) -> list[dict[str, Any]]:
         """What ranks wrote that failed. One look into the folder: a look for each rank would be a million of them."""
-        texts = []
+        found = []
         for path in self.work.logs_dir.glob("failed_rank_*.json"):
-            with contextlib.suppress(OSError, SchemaError):  # its rank begins anew; no file of ours
-                texts.append(read_bounded(path, MAX_FAILURE_BYTES))
-        return texts
+            with contextlib.suppress(OSError, SchemaError):  # its rank begins anew; edited, or of another program
+                found.append(parse_json(read_bounded(path, MAX_FAILURE_BYTES), Failure))
+        return found
 
     @contextlib.contextmanager
     def first_cause(self) -> Iterator[None]:
@@ -214,12 +199,11 @@ def rank_log(work: Workspace, shard: Shard, command: list[str], is_waiting: bool
     """Inside, what this rank logs also goes to its file, and so do tracebacks that nobody catches."""
     log = RankLog(work, shard, is_waiting)
     logging.getLogger().addHandler(log)
-    log.write(log.format(logging.makeLogRecord({"levelname": "INFO", "msg": introduction(shard, command)})))
+    log.note("INFO", introduction(shard, command))
     show_thread_error = threading.excepthook
 
     def thread_failed(error: Any) -> None:
-        trace = "".join(traceback.format_exception(error.exc_type, error.exc_value, error.exc_traceback))
-        log.write(f"in thread {error.thread.name if error.thread else '?'}:\n{trace}")
+        log.note("ERROR", f"in thread {error.thread.name if error.thread else '?'}:", error.exc_value)
         if not isinstance(error.exc_value, OSError):  # which TensorBoard's thread gives to the next who writes, too
             show_thread_error(error)
 
@@ -254,6 +238,11 @@ def write_stacks() -> None:
     """Where every thread is, into this rank's log if it has one."""
     for log in rank_logs():
         log.write_stacks()
+
+
+def failed_first(who: str, log: Path, why: str) -> str:
+    """The sentence about the rank whose end ended the others."""
+    return f"{who} failed first: see {log}: {why}"
 
 
 def tell_launcher(trace: str) -> None:

@@ -64,26 +64,26 @@ class RunLock:
             try:
                 self._stream = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
-                text = _read(self.path)
-                if text is not None and not self._is_dead(text):
+                if (text := _read(self.path)) is None:
+                    continue
+                if not self._is_dead(text):
                     return False
-                if text is not None:
-                    self._remove(text)
-                continue
-            self._write()
-            return True
+                self._remove(text)
+            else:
+                self._write()
+                return True
         return False
 
     def _is_dead(self, text: str) -> bool:
         other = _parsed(text)
         if self._waiting_for is not None and self._waiting_for[0] != text:
             raise LockedError(self._refusal(other))
-        if other is not None and other["pid_space"] == self._mine["pid_space"]:
-            if other["pid"] != os.getpid() and is_alive(other) and not _is_copy(self.path, other):
+        runs = None if other is None else is_running(other, self._mine)
+        if other is not None and runs is not None:
+            if runs and other["pid"] != os.getpid() and not _is_copy(self.path, other):
                 raise LockedError(self._refusal(other))
-            return True
-        if other is not None and _is_restart(other, self._mine):
-            logger.info("going on with the run of %s", described(other))
+            if other["pid_space"] != self._mine["pid_space"]:
+                logger.info("going on with the run of %s", described(other))
             return True
         if self._waiting_for is None:
             self._waiting_for = text, time.monotonic()
@@ -137,14 +137,12 @@ class RunLock:
         """
         if self._stream is None:
             return
-        other = _parsed(_read(self.path) or "")
         for _ in range(10):
-            if other is not None:
+            if (other := _parsed(_read(self.path))) is not None:
                 break
             # Half of a line is being written, by this job's other thread, mostly; or one who found the lock of a dead
             # job looks whether this is still that, and puts it back.
             time.sleep(0.1)
-            other = _parsed(_read(self.path) or "")
         if self.is_lost or other is None or other["token"] != self._mine["token"]:
             self.is_lost = True
             taker = f"now {described(other)} trains there" if other else "it is gone"
@@ -170,13 +168,10 @@ def may_be_held(path: Path) -> bool:
     """Whether another job may train in the run folder of the lock file `path`; only `RunLock` can tell for sure."""
     try:
         text = _read(path)
-    except (OSError, StageError):  # of which the stage tells
+    except (OSError, StageError):  # which the stage reports
         return False
-    other = _parsed(text or "")
-    if other is None:
-        return text is not None
-    now = job()
-    return not (_is_restart(other, now) or (other["pid_space"] == now["pid_space"] and not is_alive(other)))
+    other = _parsed(text)
+    return text is not None if other is None else is_running(other, job()) is not False
 
 
 def job() -> dict[str, Any]:
@@ -202,12 +197,15 @@ def described(other: dict[str, Any] | None) -> str:
     return f"pid {other['pid']} on {other['host']}{slurm}, since {other['since']}"
 
 
-def _is_restart(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether `now` is the job `before`, started again by the one who had ended it."""
-    requeued = before["slurm_job"] is not None and before["slurm_job"] == now["slurm_job"]
-    # "none" is what launchers with a fixed address and port call every run.
-    restarted = before["elastic_run"] not in (None, "", "none") and before["elastic_run"] == now["elastic_run"]
-    return restarted or (requeued and now["slurm_restarts"] > before["slurm_restarts"])
+def is_running(other: dict[str, Any], mine: dict[str, Any]) -> bool | None:
+    """Whether the job `other` still runs, as far as it is seen from the job `mine`; None where it is not seen."""
+    if other["pid_space"] == mine["pid_space"]:
+        return is_alive(other)
+    # Who starts a job again has ended it. "none" is what launchers with a fixed address and port call every run.
+    restarted = other["elastic_run"] not in (None, "", "none") and other["elastic_run"] == mine["elastic_run"]
+    same_job = other["slurm_job"] is not None and other["slurm_job"] == mine["slurm_job"]
+    requeued = same_job and mine["slurm_restarts"] > other["slurm_restarts"]
+    return False if restarted or requeued else None
 
 
 def pid_space() -> str:
@@ -252,7 +250,7 @@ def _is_copy(path: Path, other: dict[str, Any]) -> bool:
     original = Path(other["path"])
     with contextlib.suppress(OSError, StageError):
         if not original.samefile(path):
-            there = _parsed(_read(original) or "{}")
+            there = _parsed(_read(original))
             return there is not None and there["token"] == other["token"]
     return False
 
@@ -275,10 +273,9 @@ def _read(path: Path) -> str | None:
         raise
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
-    """What a holder wrote; None while it is still writing its first line."""
-    try:
-        other: dict[str, Any] = parse_json(text.encode(), HOLDER)
-    except SchemaError:
-        return None
-    return other
+def _parsed(text: str | None) -> dict[str, Any] | None:
+    """What a holder wrote; None while it is still writing its first line, or where there is none."""
+    with contextlib.suppress(SchemaError):
+        other: dict[str, Any] = parse_json((text or "").encode(), HOLDER)
+        return other
+    return None

@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -28,7 +29,7 @@ from accelerate.utils import broadcast_object_list
 
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.heartbeat import EXEMPT, HEARTBEAT, MAX_HEARTBEAT_BYTES, Heartbeat, HeartbeatRecord
-from rvc_dist.runtime.logs import EXIT_S, ends_within, is_timeout, rank_logs, write_stacks
+from rvc_dist.runtime.logs import EXIT_S, ends_within, failed_first, is_timeout, rank_logs, write_stacks
 from rvc_dist.runtime.run_lock import RunLock
 from rvc_dist.schema import parse_json, read_bounded
 from rvc_dist.workspace import OtherRankError, StageError, Workspace
@@ -52,8 +53,9 @@ class Watch:
         self._rank, self._num_ranks = 0, 1
         self._interval_s = 1.0
         self._others: dict[int, HeartbeatRecord] = {}
-        self._told_step: int | None = None
-        self._told_at, self._told_since = float("-inf"), 0.0
+        self._slow_step: tuple[int, float] | None = None
+        """The step that was reported as slow, and when it began."""
+        self._reported_at = -math.inf
         self._given_up = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -95,7 +97,7 @@ class Watch:
             on_first_rank(accelerator, attempt)
             if broadcast_object_list([held])[0]:
                 for log in rank_logs():
-                    log.start()
+                    log.is_waiting = False
                 return
             time.sleep(0.5)
 
@@ -175,7 +177,7 @@ class Watch:
         """Which rank ends, or has ended, for a reason of its own, and why; None where none has said so."""
         for rank, beat in self._beats({}).items():
             if rank != self._rank and beat.data["failure"]:
-                return f"{beat.name} failed first: see {self.work.rank_log(rank)}: {beat.data['failure']}"
+                return failed_first(beat.name, self.work.rank_log(rank), beat.data["failure"])
         return next((told for log in rank_logs() if (told := log.first_failure(0.0))), None)
 
     def _late(self) -> tuple[list[HeartbeatRecord], list[int]]:
@@ -231,46 +233,39 @@ class Watch:
         os.fsync(self._file)  # over NFS others see it only then
 
     def _judge(self) -> None:
-        """Tell when a step takes too long, and which rank it is."""
+        """Report when a step takes too long, and which rank it is."""
         heartbeat, now = self.heartbeat, time.monotonic()
-        step, age_s, in_phase_s, median_s = (
-            heartbeat.step,
-            now - heartbeat.step_at,
-            now - heartbeat.at,
-            heartbeat.median_s,
-        )
-        if self._told_step is not None and step != self._told_step:
+        age_s, median_s = now - heartbeat.step_at, heartbeat.median_s
+        if self._slow_step is not None and heartbeat.step != self._slow_step[0]:
             if self._rank == 0:
-                logger.info("step %d went on after %.0f s", self._told_step, now - self._told_since)
-            self._told_step, self._told_at = None, float("-inf")
-        limit_s = max(SLOW_FACTOR * median_s, SLOW_S) if median_s is not None else float("inf")
-        slow = age_s > limit_s and heartbeat.phase not in EXEMPT
-        if self._rank == 0 and (age_s > limit_s / 2 or in_phase_s > SILENT_S / 2):
-            self._others = self._beats(self._others)
-        else:
-            self._others = {}
+                logger.info("step %d went on after %.0f s", self._slow_step[0], now - self._slow_step[1])
+            self._slow_step, self._reported_at = None, -math.inf
+        limit_s = max(SLOW_FACTOR * median_s, SLOW_S) if median_s is not None else math.inf
+        is_slow = age_s > limit_s and heartbeat.phase not in EXEMPT
+        looks = self._rank == 0 and (age_s > limit_s / 2 or now - heartbeat.at > SILENT_S / 2)
+        self._others = self._beats(self._others) if looks else {}
         silent = [b for b in self._others.values() if now - b.seen_at > self._silent_after_s]
-        if not (slow or silent) or now - self._told_at < REPEAT_S:
+        if not (is_slow or silent) or now - self._reported_at < REPEAT_S:
             return
-        if self._told_step is None:
-            self._told_step, self._told_since = step, heartbeat.step_at
+        if self._slow_step is None:
+            self._slow_step = heartbeat.step, heartbeat.step_at
             write_stacks()
-        self._told_at = now
+        self._reported_at = now
         if self._rank == 0:
-            self._tell(step, age_s, median_s if slow else None, silent)
+            usual = f", {age_s / median_s:.0f} times the median of {median_s:.2g} s" if is_slow and median_s else ""
+            logger.warning("step %d takes %.0f s%s: %s", heartbeat.step, age_s, usual, self._waited_for(silent))
 
-    def _tell(self, step: int, age_s: float, median_s: float | None, silent: list[HeartbeatRecord]) -> None:
-        usual = f", {age_s / median_s:.0f} times the median of {median_s:.2g} s" if median_s else ""
+    def _waited_for(self, silent: list[HeartbeatRecord]) -> str:
+        """Which ranks the others wait for, and where those are."""
         late = silent or stragglers(self._others)
-        if len(late) < self._num_ranks or silent:
-            others = [b for r, b in self._others.items() if r not in {b.data["rank"] for b in late}]
-            waiting = f"; the others wait for it (rank {others[0].data['rank']} in {others[0].where})" if others else ""
-            who = listed([self._heard(b) for b in late]) + waiting
-        else:
-            who = f"all ranks are in {late[0].where}" if late else "no rank's beat can be read"
-        missing = [str(r) for r in range(self._num_ranks) if r not in self._others]
-        unread = f"; nothing can be read of rank {listed(missing)}" if missing else ""
-        logger.warning("step %d takes %.0f s%s: %s%s", step, age_s, usual, who, unread)
+        if len(late) == self._num_ranks and not silent:
+            return f"all ranks are in {late[0].where}"
+        parts = [listed([self._heard(beat) for beat in late])] if late else []
+        if others := [beat for beat in self._others.values() if beat not in late]:
+            parts.append(f"the others wait for it (rank {others[0].data['rank']} in {others[0].where})")
+        if missing := [str(rank) for rank in range(self._num_ranks) if rank not in self._others]:
+            parts.append(f"nothing can be read of rank {listed(missing)}")
+        return "; ".join(parts)
 
     def _heard(self, beat: HeartbeatRecord) -> str:
         silent_s = time.monotonic() - beat.seen_at
@@ -286,19 +281,17 @@ class Watch:
         """Every rank's beat; one that is as it was `before` is the same object."""
         now, beats = time.monotonic(), {}
         for rank in range(self._num_ranks):
+            beat = before.get(rank)
             try:
                 text = read_bounded(self.work.beat_file(rank), MAX_HEARTBEAT_BYTES)
-                old = before.get(rank)
-                beats[rank] = (
-                    old
-                    if old is not None and old.text == text
-                    else HeartbeatRecord(text, now, parse_json(text, HEARTBEAT))
-                )
+                if beat is None or beat.text != text:
+                    beat = HeartbeatRecord(text, now, parse_json(text, HEARTBEAT))
             except FileNotFoundError:  # not begun yet, or ended
                 continue
             except (OSError, ValueError):  # half of it: next time
-                if rank in before:
-                    beats[rank] = before[rank]
+                pass
+            if beat is not None:
+                beats[rank] = beat
         return beats
 
 

@@ -28,7 +28,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.runtime.accelerator import kernel_settings, synchronize
-from rvc_dist.runtime.launcher import asks_for_deepspeed
+from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.plain_step import PlainDiscriminator, PlainTrainer
 from rvc_dist.train import losses
 from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
@@ -125,7 +125,7 @@ class MeasuredTrainer(Trainer):
 
     def __init__(self, recipe: Recipe) -> None:
         """As Trainer's; StageError under DeepSpeed, whose sending cannot be left out for comparison."""
-        if asks_for_deepspeed():
+        if asks_for("DEEPSPEED"):
             raise StageError("steps are measured with DDP:", "launch with launch/multi_gpu.yaml, not with DeepSpeed")
         super().__init__(recipe)
         self.timer = self.step.timer = self.parts = PartTimer(self.device)

@@ -30,7 +30,7 @@ from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
-from rvc_dist.runtime.device import local_device
+from rvc_dist.runtime.accelerator import local_device
 from rvc_dist.train.dataset import covered_frames, feature_frames
 from rvc_dist.workspace import Shard, StageError, Workspace
 

@@ -21,7 +21,7 @@ from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.features import index_file
 from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, device_name
-from rvc_dist.runtime.launcher import asks_for_deepspeed
+from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.doctor.findings import Result, first_line, ranks_text
 from rvc_dist.tools.doctor.team import Exam
 from rvc_dist.workspace import StageError
@@ -38,7 +38,7 @@ def check_versions(exam: Exam, result: Result) -> None:
     """Every rank has the same versions, new enough, and a torch that fits the driver."""
     del exam
     result.same |= {"rvc_dist": __version__, "python": platform.python_version()}
-    packages = (*PACKAGES, "deepspeed") if asks_for_deepspeed() else PACKAGES
+    packages = (*PACKAGES, "deepspeed") if asks_for("DEEPSPEED") else PACKAGES
     result.same |= {name: found for name in packages if (found := installed(name))}
     faiss = [f"{name} {found}" for name in FAISS if (found := installed(name))]
     if faiss:
