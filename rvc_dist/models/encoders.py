@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.models.modules import LEAKY_SLOPE, LayerNorm, WaveNet
+from rvc_dist.models.pitch import COARSE_BINS
 from rvc_dist.models.shape import GeneratorShape
 
 ATTENTION_WINDOW = 10
 """Frames to either side that have a learnt relative position."""
-COARSE_PITCHES = 256
 
 
 class RelativeAttention(nn.Module):
@@ -128,7 +128,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.scale = math.sqrt(shape.hidden_channels)
         self.emb_phone = nn.Linear(shape.content_channels, shape.hidden_channels)
-        self.emb_pitch = nn.Embedding(COARSE_PITCHES, shape.hidden_channels) if shape.pitch_guidance else None
+        self.emb_pitch = nn.Embedding(COARSE_BINS, shape.hidden_channels) if shape.pitch_guidance else None
         self.encoder = Transformer(shape)
         self.proj = nn.Conv1d(shape.hidden_channels, 2 * shape.inter_channels, 1)
 

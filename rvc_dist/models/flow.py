@@ -34,21 +34,19 @@ class Coupling(nn.Module):
         return torch.cat([kept, moved], dim=1)
 
 
-class Flip(nn.Module):
-    """Reverses the channels, so that the next coupling moves the other half."""
-
-    def forward(self, x: Tensor, mask: Tensor, speaker: Tensor, reverse: bool) -> Tensor:
-        return x.flip(1)
-
-
 class Flow(nn.Module):
-    """Posterior latents z to prior latents z_p, or back when `reverse`: [B, inter, T] to [B, inter, T]."""
+    """Posterior latents z to prior latents z_p, or back when `reverse`: [B, inter, T] to [B, inter, T].
+
+    After each coupling the channels are reversed, so that the next one moves the other half.
+    """
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__()
-        self.flows = nn.ModuleList(layer for _ in range(NUM_COUPLINGS) for layer in (Coupling(shape), Flip()))
+        # Upstream reverses the channels in layers of their own, which hold no weights but count in the keys.
+        self.flows = nn.ModuleList(layer for _ in range(NUM_COUPLINGS) for layer in (Coupling(shape), nn.Identity()))
 
     def forward(self, x: Tensor, mask: Tensor, speaker: Tensor, reverse: bool = False) -> Tensor:
-        for layer in reversed(self.flows) if reverse else self.flows:
-            x = layer(x, mask, speaker, reverse)
+        couplings = self.flows[::2]
+        for coupling in reversed(couplings) if reverse else couplings:
+            x = coupling(x.flip(1), mask, speaker, True) if reverse else coupling(x, mask, speaker, False).flip(1)
         return x

@@ -17,6 +17,9 @@ from rvc_dist.models.modules import frame_mask, slice_frames
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.vocoders import vocoder_class
 
+NOISE_SCALE = 0.66666
+"""Of the prior's deviation in conversions, as upstream."""
+
 
 class Noise(NamedTuple):
     """The random numbers of one training pass: inputs like any other, so that they do not depend on who draws when."""
@@ -103,22 +106,16 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def infer(
-        self,
-        content: Tensor,
-        lengths: Tensor,
-        coarse: Tensor | None,
-        f0: Tensor | None,
-        speaker: Tensor,
-        noise_scale: float = 0.66666,
+        self, content: Tensor, lengths: Tensor, coarse: Tensor | None, f0: Tensor | None, speaker: Tensor
     ) -> Tensor:
-        """Convert whole clips: a wave [B, 1, S], with the prior's noise scaled by `noise_scale`.
+        """Convert whole clips: a wave [B, 1, S], with the prior's noise scaled by NOISE_SCALE.
 
         Noise comes from PyTorch's own generator of the device.
         """
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)
         m_p, logs_p = self.enc_p(content, coarse, mask)
-        z_p = (m_p + torch.randn(m_p.shape, device=m_p.device) * logs_p.exp() * noise_scale) * mask
+        z_p = (m_p + torch.randn(m_p.shape, device=m_p.device) * logs_p.exp() * NOISE_SCALE) * mask
         z = self.flow(z_p, mask, voice, reverse=True)
         source = None if f0 is None else torch.randn(*f0.shape, self.shape.hop, device=f0.device)
         wave: Tensor = self.dec(z * mask, f0, voice, source)

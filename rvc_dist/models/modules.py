@@ -32,15 +32,13 @@ def slice_samples(wave: Tensor, start_frames: Tensor, segment_frames: int, hop: 
 class LayerNorm(nn.Module):
     """Layer normalisation over the channels of [B, C, T]."""
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2)
-        return F.layer_norm(x, self.gamma.shape, self.gamma, self.beta, self.eps).transpose(1, 2)
+        return F.layer_norm(x.transpose(1, 2), self.gamma.shape, self.gamma, self.beta).transpose(1, 2)
 
 
 class WaveNet(nn.Module):

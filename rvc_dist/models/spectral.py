@@ -24,15 +24,13 @@ def spectrogram(wave: Tensor, n_fft: int, hop: int) -> Tensor:
     Frame t is a Hann window of n_fft samples centred on samples t * hop .. (t + 1) * hop, with reflection at both ends;
     a window shorter than the hop sees only the middle of its hop. At least (n_fft - hop) / 2 + 1 samples are needed.
     """
-    with torch.autocast(wave.device.type, enabled=False):
-        overhang = n_fft - hop
-        left = overhang // 2
-        wave = wave.float()
-        if overhang >= 0:
-            wave = F.pad(wave.unsqueeze(1), (left, overhang - left), mode="reflect").squeeze(1)
-        else:
-            wave = wave[:, -left : wave.shape[1] + overhang - left]
-        return spectrogram_with_reach(wave, n_fft, hop)
+    overhang = n_fft - hop
+    left = overhang // 2
+    if overhang >= 0:
+        wave = F.pad(wave.float().unsqueeze(1), (left, overhang - left), mode="reflect").squeeze(1)
+    else:
+        wave = wave[:, -left : wave.shape[1] + overhang - left]
+    return spectrogram_with_reach(wave, n_fft, hop)
 
 
 def spectrogram_with_reach(wave: Tensor, n_fft: int, hop: int) -> Tensor:
@@ -73,7 +71,7 @@ def multiscale_mels(wave: Tensor, rate: int) -> list[Tensor]:
 
 def _mel_bands(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
     with torch.autocast(spec.device.type, enabled=False):
-        filters = _mel_filters(spec.device, rate, n_fft, num_mels, 0.0, rate / 2)
+        filters = _mel_filters(spec.device, rate, n_fft, num_mels)
         return (filters @ spec.float()).clamp(min=_LOG_FLOOR)
 
 
@@ -84,13 +82,13 @@ def _hann(n_fft: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _mel_filters(device: torch.device, rate: int, n_fft: int, num_mels: int, fmin: float, fmax: float) -> Tensor:
+def _mel_filters(device: torch.device, rate: int, n_fft: int, num_mels: int) -> Tensor:
     import librosa
 
     with warnings.catch_warnings(), torch.inference_mode(False):
         # The widest scale has bands narrower than a bin at low frequencies; an empty band adds nothing to a loss.
         warnings.filterwarnings("ignore", message="Empty filters")
-        bank = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=num_mels, fmin=fmin, fmax=fmax)
+        bank = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=num_mels)
         return torch.tensor(bank, dtype=torch.float32, device=device)
 
 

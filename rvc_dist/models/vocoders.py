@@ -21,44 +21,39 @@ SINE_AMPLITUDE = 0.1
 NOISE_DEVIATION = 0.003
 
 
-class SineGenerator(nn.Module):
+@torch.no_grad()
+def sine_excitation(f0: Tensor, noise: Tensor, sample_rate: int) -> Tensor:
     """Excitation of the neural source-filter model (NSF, arXiv 1904.12088): f0 [B, T] in Hz to [B, 1, S], float32.
 
     A sine of amplitude 0.1 with a little noise where f0 > 0, louder noise alone where it is 0. `noise` [B, T, hop] is
     standard normal.
     """
-
-    def __init__(self, sample_rate: int, hop: int) -> None:
-        super().__init__()
-        self.sample_rate = sample_rate
-        self.hop = hop
-
-    @torch.no_grad()
-    def forward(self, f0: Tensor, noise: Tensor) -> Tensor:
-        # The phase at a frame's start is summed in float64 and kept modulo one cycle, so that its error does not grow
-        # with the length of the recording; within a frame it stays below a few cycles, which float32 holds well.
-        cycles = f0.double() / self.sample_rate
-        start = (cycles * self.hop).cumsum(1).roll(1, 1) % 1
-        start[:, 0] = 0
-        step = torch.arange(1, self.hop + 1, device=f0.device, dtype=torch.float32)
-        phase = start.float().unsqueeze(2) + cycles.float().unsqueeze(2) * step
-        sine = SINE_AMPLITUDE * torch.sin(2 * math.pi * phase)
-        voiced = (f0 > 0).float().unsqueeze(2)
-        deviation = voiced * NOISE_DEVIATION + (1 - voiced) * SINE_AMPLITUDE / 3
-        return (sine * voiced + deviation * noise).flatten(1).unsqueeze(1)
+    # The phase at a frame's start is summed in float64 and kept modulo one cycle, so that its error does not grow
+    # with the length of the recording; within a frame it stays below a few cycles, which float32 holds well.
+    hop = noise.shape[2]
+    cycles = f0.double() / sample_rate
+    start = (cycles * hop).cumsum(1).roll(1, 1) % 1
+    start[:, 0] = 0
+    step = torch.arange(1, hop + 1, device=f0.device, dtype=torch.float32)
+    phase = start.float().unsqueeze(2) + cycles.float().unsqueeze(2) * step
+    sine = SINE_AMPLITUDE * torch.sin(2 * math.pi * phase)
+    voiced = (f0 > 0).float().unsqueeze(2)
+    deviation = voiced * NOISE_DEVIATION + (1 - voiced) * SINE_AMPLITUDE / 3
+    return (sine * voiced + deviation * noise).flatten(1).unsqueeze(1)
 
 
 class SineSource(nn.Module):
-    """`SineGenerator` with a learnt gain: f0 [B, T] in Hz to [B, 1, S], float32 also under autocast."""
+    """`sine_excitation` with a learnt gain: f0 [B, T] in Hz to [B, 1, S], float32 also under autocast."""
 
-    def __init__(self, sample_rate: int, hop: int) -> None:
+    def __init__(self, sample_rate: int) -> None:
         super().__init__()
-        self.sine = SineGenerator(sample_rate, hop)
+        self.sample_rate = sample_rate
         self.l_linear = nn.Linear(1, 1)
 
     def forward(self, f0: Tensor, noise: Tensor) -> Tensor:
         with torch.autocast(f0.device.type, enabled=False):
-            return torch.tanh(self.sine(f0, noise) * self.l_linear.weight + self.l_linear.bias)
+            sine = sine_excitation(f0, noise, self.sample_rate)
+            return torch.tanh(sine * self.l_linear.weight + self.l_linear.bias)
 
 
 class Vocoder(nn.Module):
@@ -135,7 +130,7 @@ class NSFHiFiGAN(HiFiGAN):
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__(shape)
-        self.m_source = SineSource(shape.sample_rate, shape.hop)
+        self.m_source = SineSource(shape.sample_rate)
         self.noise_convs = nn.ModuleList()
         for stage in range(len(shape.upsample_rates)):
             channels = shape.upsample_initial_channel // 2 ** (stage + 1)
