@@ -7,21 +7,25 @@ scale: 20 log10 of the root mean square, or of the peak.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.table import Column
+from safetensors import safe_open
 
 from rvc_dist.config import Recipe
 from rvc_dist.data.audio import SLICE_THRESHOLD_DB
 from rvc_dist.data.clip_files import account, sum_lost
+from rvc_dist.tools.tables import console, print_table
 from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
@@ -34,12 +38,6 @@ from rvc_dist.workspace import (
     read_header,
     unit_header,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-logger = logging.getLogger(__name__)
 
 FRAME_S = 0.02
 """Silence is counted in frames of this length: those below the level at which recordings are cut."""
@@ -73,22 +71,20 @@ class Tally:
     """Those with clips; a long one is there in slices."""
     seconds_in: float = 0.0
     seconds: float = 0.0
-    samples: int = 0
     energy: float = 0.0
-    peak: float = 0.0
+    """Of a full-scale square wave, one a second."""
+    peaks: list[float] = field(default_factory=list)
+    levels_db: list[float] = field(default_factory=list)
+    """Of each clip, as `peaks`."""
     frames: int = 0
     silent_frames: int = 0
-    levels_db: list[float] = field(default_factory=list)
-    """Of each clip."""
     f0_frames: int = 0
     cents: Counts = field(default_factory=lambda: np.zeros(NUM_CENTS, np.int64))
     """Voiced frames by their pitch in cents above C0."""
 
     def add(self, other: Tally) -> None:
-        peak = max(self.peak, other.peak)
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
-        self.peak = peak
 
 
 class Quantity(NamedTuple):
@@ -127,12 +123,19 @@ class Summary:
     speakers: dict[int, Figures]
     total: Figures
     pitch: tuple[Band, ...]
-    left_out: tuple[tuple[str, str], ...]
+    left_out: list[tuple[str, str]]
     """(recording, reason), also of recordings of which a part was left out."""
     seconds_in: float
     """Of all recordings."""
     lost: dict[str, float]
     """Seconds that are in no clip, by why."""
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "speakers": [{"speaker": speaker, **figures} for speaker, figures in self.speakers.items()],
+            "total": {"speaker": None, **self.total},
+            "left_out": [{"path": printable(path), "reason": reason} for path, reason in self.left_out],
+        }
 
 
 def run(recipe: Recipe, shard: Shard, runs: list[str] | None = None, as_json: bool = False) -> None:
@@ -145,24 +148,14 @@ def run(recipe: Recipe, shard: Shard, runs: list[str] | None = None, as_json: bo
         return
     summaries = [summarise(Path(r)) for r in runs or [recipe.run_dir]]
     if as_json:
-        text = json.dumps([to_plain(s) for s in summaries], indent=1, allow_nan=False)
+        text = json.dumps([s.to_plain() for s in summaries], indent=1, allow_nan=False)
         sys.stdout.write(text + "\n")
         return
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False)
+    out = console(PIPED_WIDTH)
     if len(summaries) > 1:
-        show_comparison(console, summaries)
+        show_comparison(out, summaries)
     for summary in summaries:
-        show(console, summary, with_pitch=len(summaries) == 1)
-
-
-def to_plain(summary: Summary) -> dict[str, Any]:
-    plain = asdict(summary)
-    plain["speakers"] = [{"speaker": speaker, **of_speaker} for speaker, of_speaker in summary.speakers.items()]
-    plain["total"] = {"speaker": None, **summary.total}
-    plain["left_out"] = [{"path": printable(path), "reason": reason} for path, reason in summary.left_out]
-    return plain
+        show(out, summary, with_pitch=len(summaries) == 1)
 
 
 def summarise(root: Path) -> Summary:
@@ -178,30 +171,26 @@ def summarise(root: Path) -> Summary:
     work_list = WorkList.load(work.work_list_file)
     if work_list is None:
         raise StageError(f"{work.clips_dir} has no clips:", "run `rvc-dist preprocess` or `import` first")
-    by_speaker: dict[int, Tally] = {}
-    left_out = [(f.path, f.reason) for f in work_list.excluded]
-    rate, bare = 0, 0
-    undone = work_list.undone(work)
+    by_speaker: dict[int, Tally] = defaultdict(Tally)
     files: list[dict[str, Any]] = []
+    undone = work_list.undone(work)
+    rate, bare = 0, 0
     for unit in work_list.units:
-        if unit in undone:
-            continue
-        header = unit_header(work.clips_file(unit.id), ClipsHeader, "preprocess")
-        rate = header["sample_rate"]
-        files += map(dict, header["files"])
-        for file in header["files"]:
-            if file["reason"]:
-                left_out.append((file["path"], file["reason"]))
-            if file["clips"]:
-                tally = by_speaker.setdefault(file["speaker"], Tally())
-                tally.recordings[file["path"]] += 1
-                tally.seconds_in += file["seconds_in"]
-        add_waves(by_speaker, work, unit, header)
-        bare += not add_pitch(by_speaker, work, unit, header)
+        if unit not in undone:
+            header = unit_header(work.clips_file(unit.id), ClipsHeader, "preprocess")
+            rate = header["sample_rate"]
+            files += map(dict, header["files"])
+            add_waves(by_speaker, work, unit, header)
+            bare += not add_pitch(by_speaker, work, unit, header)
     if not by_speaker:
         raise StageError(
             f"{work.clips_dir} has no clips yet:", "run `rvc-dist preprocess` or `import` to its end first"
         )
+    for file in files:
+        if file["clips"]:
+            by_speaker[file["speaker"]].recordings[file["path"]] += 1
+            by_speaker[file["speaker"]].seconds_in += file["seconds_in"]
+    left_out = [(f.path, f.reason) for f in work_list.excluded]
     total = Tally()
     for tally in by_speaker.values():
         total.add(tally)
@@ -211,10 +200,10 @@ def summarise(root: Path) -> Summary:
         units=len(work_list.units),
         missing_units=len(undone),
         units_without_features=bare,
-        speakers={speaker: figures(by_speaker[speaker]) for speaker in sorted(by_speaker)},
+        speakers={speaker: figures(tally) for speaker, tally in sorted(by_speaker.items())},
         total=figures(total),
         pitch=bands(total.cents),
-        left_out=tuple(left_out),
+        left_out=left_out + [(f["path"], f["reason"]) for f in files if f["reason"]],
         seconds_in=sum(f["seconds_in"] for f in files),
         lost=sum_lost(files),
     )
@@ -222,29 +211,26 @@ def summarise(root: Path) -> Summary:
 
 def add_waves(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, header: ClipsHeader) -> None:
     """Measure the clips of one unit."""
-    from safetensors import safe_open
-
     rate = header["sample_rate"]
     frame = round(FRAME_S * rate)
     silent = 10.0 ** (SLICE_THRESHOLD_DB / 10.0)
     with safe_open(work.clips_file(unit.id), framework="numpy") as file:
         for i, clip in enumerate(header["clips"]):
             tally = by_speaker[clip["speaker"]]
-            energy, samples = 0.0, 0
+            peak, energy, samples = 0.0, 0.0, 0
             for wave in blocks(file.get_slice(f"{i:05d}"), frame * BLOCK_FRAMES):
                 square = np.square(wave, dtype=np.float64)
+                peak = max(peak, float(np.abs(wave).max()))
                 energy += float(square.sum())
                 samples += len(wave)
-                tally.peak = max(tally.peak, float(np.abs(wave).max()))
-                power = np.add.reduceat(square, np.arange(0, len(wave), frame))
-                lengths = np.full(len(power), frame)
-                lengths[-1] = len(wave) - frame * (len(power) - 1)
-                tally.frames += len(power)
-                tally.silent_frames += int(np.count_nonzero(power < silent * lengths))
-            tally.samples += samples
+                starts = np.arange(0, len(wave), frame)
+                lengths = np.diff(starts, append=len(wave))
+                tally.frames += len(starts)
+                tally.silent_frames += int(np.count_nonzero(np.add.reduceat(square, starts) < silent * lengths))
             tally.seconds += samples / rate
-            tally.energy += energy
-            tally.levels_db.append(decibels(energy, samples))
+            tally.energy += energy / rate
+            tally.peaks.append(peak)
+            tally.levels_db.append(decibels(energy / samples))
 
 
 def blocks(wave: Any, length: int) -> Iterator[npt.NDArray[np.float32]]:
@@ -254,14 +240,13 @@ def blocks(wave: Any, length: int) -> Iterator[npt.NDArray[np.float32]]:
         yield wave[start : min(start + length, total)]
 
 
-def decibels(energy: float, samples: int) -> float:
-    return max(FLOOR_DB, 10.0 * math.log10(energy / samples)) if energy > 0.0 else FLOOR_DB
+def decibels(power: float) -> float:
+    """1 is that of a wave that is always at full scale."""
+    return max(FLOOR_DB, 10.0 * math.log10(power)) if power > 0.0 else FLOOR_DB
 
 
 def add_pitch(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, clips_header: ClipsHeader) -> bool:
     """Count the f0 of one unit; False when it has no features of these clips."""
-    from safetensors import safe_open
-
     path = work.features_file(unit.id)
     speakers = [c["speaker"] for c in clips_header["clips"]]
     header = unit_header(path, FeaturesHeader, "extract") if read_header(path) else None
@@ -281,11 +266,6 @@ def figures(tally: Tally) -> Figures:
     return {key: number(tally) for quantity in QUANTITIES for key, number in quantity.numbers.items()}
 
 
-def level(tally: Tally, percent: float) -> float | None:
-    """A percentile of the clips' levels in dB."""
-    return float(np.percentile(tally.levels_db, percent)) if tally.levels_db else None
-
-
 def ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
@@ -293,25 +273,19 @@ def ratio(part: int, whole: int) -> float | None:
 def percentile(cents: Counts, share: float) -> float | None:
     """The pitch in Hz below or at which `share` of the voiced frames are, to a cent; None when none is voiced."""
     total = int(cents.sum())
-    if not total:
-        return None
-    at = int(np.searchsorted(np.cumsum(cents), max(1, math.ceil(share * total))))
-    return float(LOWEST_HZ * 2.0 ** (at / 1200.0))
+    return hz_of(int(np.searchsorted(np.cumsum(cents), max(1, math.ceil(share * total))))) if total else None
+
+
+def hz_of(cents: int) -> float:
+    return float(LOWEST_HZ * 2.0 ** (cents / 1200.0))
 
 
 def bands(cents: Counts) -> tuple[Band, ...]:
     """The histogram in thirds of an octave, from the lowest band with voice to the highest."""
-    counts = cents.reshape(-1, BAND_CENTS).sum(axis=1)
-    used = np.flatnonzero(counts)
-    if not len(used):
-        return ()
-    return tuple(
-        Band(band_hz(b), band_hz(b + 1), float(counts[b] / counts.sum())) for b in range(used[0], used[-1] + 1)
-    )
-
-
-def band_hz(band: int) -> float:
-    return float(LOWEST_HZ * 2.0 ** (band * BAND_CENTS / 1200.0))
+    shares = cents.reshape(-1, BAND_CENTS).sum(axis=1) / max(1, cents.sum())
+    every = [Band(hz_of(i * BAND_CENTS), hz_of((i + 1) * BAND_CENTS), float(share)) for i, share in enumerate(shares)]
+    used = np.flatnonzero(shares)
+    return tuple(every[used[0] : used[-1] + 1]) if len(used) else ()
 
 
 def note(hz: float) -> str:
@@ -332,13 +306,16 @@ SOUND = (
     Quantity("min in", "{:.2f}".format, {"minutes_in": lambda t: t.seconds_in / 60}),
     Quantity("clips", str, {"clips": lambda t: len(t.levels_db)}),
     Quantity("min", "{:.2f}".format, {"minutes": lambda t: t.seconds / 60}),
-    Quantity("RMS dB", "{:.1f}".format, {"rms_db": lambda t: decibels(t.energy, t.samples) if t.samples else None}),
+    Quantity("RMS dB", "{:.1f}".format, {"rms_db": lambda t: decibels(t.energy / t.seconds) if t.seconds else None}),
     Quantity(
         "clips p5..p95",
         "{:.1f} .. {:.1f}".format,
-        {"clip_rms_db_p5": lambda t: level(t, 5), "clip_rms_db_p95": lambda t: level(t, 95)},
+        {
+            "clip_rms_db_p5": lambda t: float(np.percentile(t.levels_db, 5)),
+            "clip_rms_db_p95": lambda t: float(np.percentile(t.levels_db, 95)),
+        },
     ),
-    Quantity("peak dB", "{:.1f}".format, {"peak_db": lambda t: decibels(t.peak**2, 1) if t.samples else None}),
+    Quantity("peak dB", "{:.1f}".format, {"peak_db": lambda t: decibels(max(t.peaks) ** 2)}),
     Quantity("silence", "{:.1%}".format, {"silence_share": lambda t: ratio(t.silent_frames, t.frames)}),
 )
 PITCH = (
@@ -350,89 +327,73 @@ PITCH = (
 QUANTITIES = (*SOUND, *PITCH)
 
 
-def _table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
-    """The first column is the rows' names."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify=justify if i else "left")
-    return table
-
-
-def show(console: Console, summary: Summary, with_pitch: bool) -> None:
+def show(out: Console, summary: Summary, with_pitch: bool) -> None:
     """The tables of one run, a row a speaker, its pitch histogram, and what was left out."""
-    rows = {str(speaker): of_speaker for speaker, of_speaker in summary.speakers.items()}
+    rows = {str(speaker): figures for speaker, figures in summary.speakers.items()}
     if len(rows) > 1:
         rows["all"] = summary.total
     for title, quantities in (f"{printable(summary.run)}: {summary.sample_rate} Hz", SOUND), ("Pitch", PITCH):
-        if quantities is PITCH and summary.total["voiced_share"] is None:
-            continue
-        table = _table(title, "speaker", *(q.column for q in quantities))
-        for speaker, of_speaker in rows.items():
-            table.add_row(speaker, *(q.cell(of_speaker) for q in quantities))
-        console.print(table)
+        if quantities is SOUND or summary.total["voiced_share"] is not None:
+            columns = ["speaker", *(q.column for q in quantities)]
+            print_table(out, columns, ([s, *(q.cell(f) for q in quantities)] for s, f in rows.items()), title)
     if summary.missing_units:
-        console.print(
+        out.print(
             f"{summary.missing_units} of {summary.units} units are not made yet: run `rvc-dist preprocess` to its end"
         )
     if summary.units_without_features:
         made = summary.units - summary.missing_units
-        console.print(
+        out.print(
             f"{summary.units_without_features} of {made} units have no features: `rvc-dist extract` gives the pitch"
         )
     if with_pitch:
-        show_pitch(console, [summary])
-    console.print(account(summary.seconds_in, summary.lost).capitalize(), soft_wrap=True)
-    show_left_out(console, summary)
+        show_pitch(out, [summary])
+    out.print(account(summary.seconds_in, summary.lost).capitalize(), soft_wrap=True)
+    show_left_out(out, summary)
 
 
-def show_comparison(console: Console, summaries: list[Summary]) -> None:
+def show_comparison(out: Console, summaries: list[Summary]) -> None:
     """Totals of several runs side by side: a row a quantity, a column a run."""
-    names = [printable(s.run) for s in summaries]
-    table = _table("Compared, all speakers", "", *names)
-    table.add_row("sample rate", *(f"{s.sample_rate} Hz" for s in summaries))
-    table.add_row("speakers", *(str(len(s.speakers)) for s in summaries))
-    for quantity in QUANTITIES:
-        table.add_row(quantity.column, *(quantity.cell(s.total) for s in summaries))
-    table.add_row("left out, incomplete", *(str(len(s.left_out)) for s in summaries))
-    table.add_row("min in no clip", *(f"{sum(s.lost.values()) / 60:.2f}" for s in summaries))
-    console.print(table)
-    show_pitch(console, summaries)
+    rows: dict[str, Callable[[Summary], str]] = {
+        "sample rate": lambda s: f"{s.sample_rate} Hz",
+        "speakers": lambda s: str(len(s.speakers)),
+        **{q.column: partial(lambda quantity, s: quantity.cell(s.total), q) for q in QUANTITIES},
+        "left out, incomplete": lambda s: str(len(s.left_out)),
+        "min in no clip": lambda s: f"{sum(s.lost.values()) / 60:.2f}",
+    }
+    cells = ([name, *map(cell, summaries)] for name, cell in rows.items())
+    print_table(out, ["", *(printable(s.run) for s in summaries)], cells, "Compared, all speakers")
+    show_pitch(out, summaries)
 
 
-def show_pitch(console: Console, summaries: list[Summary]) -> None:
+def show_pitch(out: Console, summaries: list[Summary]) -> None:
     """The pitch histogram, a row a third of an octave, with a bar a run."""
-    by_band = [{b.from_hz: b for b in s.pitch} for s in summaries]
-    found = {hz: b for of_run in by_band for hz, b in of_run.items()}
-    if not found:
-        return
-    names = [printable(s.run) for s in summaries] if len(summaries) > 1 else ["share"]
-    table = _table("Pitch of voiced frames", "notes", "Hz", *names, justify="left")
-    table.columns[1].justify = "right"
-    highest = max(b.voiced_share for of_run in by_band for b in of_run.values())
-    for hz in sorted(found):
-        shares = [of_run[hz].voiced_share if hz in of_run else 0.0 for of_run in by_band]
-        bars = [f"{100 * share:5.1f}% {'█' * round(BAR * share / highest)}" for share in shares]
-        to_hz = found[hz].to_hz
-        table.add_row(f"{note(hz)} .. {note(to_hz)}", f"{hz:.0f} .. {to_hz:.0f}", *bars)
-    console.print(table)
+    shares = [{(b.from_hz, b.to_hz): b.voiced_share for b in s.pitch} for s in summaries]
+    found = sorted({band for of_run in shares for band in of_run})
+    highest = max((share for of_run in shares for share in of_run.values()), default=0.0)
+
+    def bar(share: float) -> str:
+        return f"{100 * share:5.1f}% {'█' * round(BAR * share / highest)}"
+
+    if found:
+        names = [printable(s.run) for s in summaries] if len(summaries) > 1 else ["share"]
+        names_of = {(low, high): [f"{note(low)} .. {note(high)}", f"{low:.0f} .. {high:.0f}"] for low, high in found}
+        rows = ([*cells, *(bar(of_run.get(band, 0.0)) for of_run in shares)] for band, cells in names_of.items())
+        print_table(out, ["notes", "Hz", *map(Column, names)], rows, "Pitch of voiced frames")
 
 
-def show_left_out(console: Console, summary: Summary) -> None:
+def show_left_out(out: Console, summary: Summary) -> None:
     """What was left out, grouped by its reason, the most frequent first."""
     by_reason: dict[str, list[str]] = {}
     for path, reason in summary.left_out:
         by_reason.setdefault(reason, []).append(printable(path))
     if not by_reason:
-        console.print("No recording was left out.")
+        out.print("No recording was left out.")
         return
-    console.print(f"Left out, or incomplete: {len(summary.left_out)}")
+    out.print(f"Left out, or incomplete: {len(summary.left_out)}")
     ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
     for reason, paths in ordered[:MAX_LINES]:
         more = ", ..." if len(paths) > MAX_NAMES else ""
-        console.print(f"  {len(paths):4d}  {reason}: {', '.join(paths[:MAX_NAMES])}{more}", soft_wrap=True)
+        out.print(f"  {len(paths):4d}  {reason}: {', '.join(paths[:MAX_NAMES])}{more}", soft_wrap=True)
     if len(ordered) > MAX_LINES:
         num_more = sum(len(paths) for _, paths in ordered[MAX_LINES:])
-        console.print(f"  and {num_more} more, for {len(ordered) - MAX_LINES} other reasons")
+        out.print(f"  and {num_more} more, for {len(ordered) - MAX_LINES} other reasons")

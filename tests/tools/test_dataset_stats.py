@@ -18,7 +18,7 @@ from rvc_dist import __main__ as cli
 from rvc_dist.config import Recipe
 from rvc_dist.files import atomic_write
 from rvc_dist.tools import dataset_stats
-from rvc_dist.tools.dataset_stats import LOWEST_HZ, NUM_CENTS, band_hz, bands, note, percentile, summarise
+from rvc_dist.tools.dataset_stats import BAND_CENTS, LOWEST_HZ, NUM_CENTS, bands, hz_of, note, percentile, summarise
 from rvc_dist.workspace import Shard, SourceFile, StageError, Unit, WorkList, Workspace, save_arrays
 
 RATE = 24000
@@ -161,7 +161,7 @@ def test_percentiles_notes_and_bands() -> None:
     assert len(found) == 7
     assert [b.voiced_share for b in found] == [0.25, 0, 0, 0.5, 0, 0, 0.25]
     assert found[0].from_hz == pytest.approx(32.703, abs=1e-3)  # C1
-    assert found[0].to_hz == pytest.approx(band_hz(4)) == pytest.approx(41.203, abs=1e-3)  # E1
+    assert found[0].to_hz == pytest.approx(hz_of(4 * BAND_CENTS)) == pytest.approx(41.203, abs=1e-3)  # E1
 
 
 def test_clips_alone_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
