@@ -867,8 +867,7 @@ def read_results(folder: Path) -> int:
         if results := plan.kept_results(recipe):
             pace, _, machine = plan.pace_of_results(results, traced)
             plan.find_cluster(recipe, pace, machine)
-            out = bench_report.console()
-            out.print(bench_report.scaling_table(results[0], bench.load_results(path), out))
+            list(bench_report.scaling_rows(results[0], bench.load_results(path)))
             bench_report.not_comparable(results[0], bench.load_results(path))
             bench.store(path, results[0])
 

@@ -28,6 +28,7 @@ from rvc_dist.files import atomic_write, write_json
 from rvc_dist.schema import Count, Positive, SchemaError, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.measuring import PARTS, MeasuredTrainer, Sample, Span
+from rvc_dist.tools.tables import console, say
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
     Shard,
@@ -84,7 +85,7 @@ def run(recipe: Recipe, shard: Shard) -> None:
         bench_report.show_parity(result)
     else:
         bench_report.show_result(result, results)
-    bench_report.say(bench_report.console(), f"written: {results_file}")
+    say(console(), f"written: {results_file}")
 
 
 class Bench:

@@ -22,7 +22,6 @@ from rvc_dist.data import clip_files, decode
 from rvc_dist.data.sources import list_sources
 from rvc_dist.files import write_json
 from rvc_dist.tools import bench
-from rvc_dist.tools.bench_report import console, empty_table, say
 from rvc_dist.tools.forecast import (
     HIDDEN_SHARE,
     WORLD_SIZES,
@@ -38,6 +37,7 @@ from rvc_dist.tools.forecast import (
     speed_limit,
 )
 from rvc_dist.tools.measuring import recipe_key
+from rvc_dist.tools.tables import console, print_table, say
 from rvc_dist.tools.tracing import TracedStep, trace
 from rvc_dist.train.dataset import ClipRef, ClipTable, cached_bytes
 from rvc_dist.workspace import ClipsHeader, Shard, StageError, Workspace, unit_files, unit_header
@@ -394,10 +394,7 @@ def show(plan: RunPlan) -> None:
         "MB sent/step": lambda f: f"{f.sent_bytes / 1e6:.1f}",
         "GB/rank": lambda f: f"{sum(plan.memory_bytes(f.ranks).values()) / 1e9:.2f}",
     }
-    table_of_ranks = empty_table(out, *columns)
-    for forecast in plan.sensible:
-        table_of_ranks.add_row(*(cell(forecast) for cell in columns.values()))
-    out.print(table_of_ranks)
+    print_table(out, [*columns], ([cell(forecast) for cell in columns.values()] for forecast in plan.sensible))
     for line in sentences(plan):
         say(out, line)
 

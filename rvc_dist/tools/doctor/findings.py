@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from rvc_dist.tools.bench_report import console
+from rvc_dist.tools.tables import console
 from rvc_dist.workspace import StageError
 
 
