@@ -63,17 +63,6 @@ def _docstrings() -> dict[tuple[str, str], str]:
     }
 
 
-def parse_recipe(stage: str, words: list[str]) -> Recipe:
-    """The recipe that options give.
-
-    Raises:
-        ConfigError: as `recipe_of` does, and for words that are no option.
-    """
-    found, others = recipe_parser(stage).parse_known_args(words)
-    check_words(stage, words, others)
-    return recipe_of(found.given)
-
-
 def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:
     """The recipe of (key, text) in their order; the key `config` stands for a file's keys.
 
@@ -83,9 +72,14 @@ def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:
     tree: dict[str, Any] = {}
     problems: list[str] = []
     for key, text in given:
-        is_file = key == "config"
-        found = as_types(_read_file(Path(text)) if is_file else _nested(key, text), Recipe)
-        where = f"{text}: " if is_file else ""
+        where = ""
+        found: Any = text
+        if key == "config":
+            where, found = f"{text}: ", _read_file(Path(text))
+        else:
+            for part in reversed(key.split(".")):
+                found = {part: found}
+        found = as_types(found, Recipe)
         problems += [where + fault.sentence for fault in faults(found, Recipe) if not fault.is_bound]
         _merge(tree, found)
     if problems:
@@ -165,11 +159,6 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict | None):
         raise ConfigError(f"--config: {path} holds a {type(tree).__name__}, expected keys such as name: and train:")
     return tree or {}
-
-
-def _nested(key: str, value: str) -> dict[str, Any]:
-    first, _, rest = key.partition(".")
-    return {first: _nested(rest, value) if rest else value}
 
 
 def _merge(tree: dict[str, Any], more: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS
-from rvc_dist.schema import Count, Positive, Rule, above, at_least, faults, multiple_of, nearest, one_of, within
+from rvc_dist.schema import UNCLEAN, Count, Positive, Rule, above, at_least, faults, multiple_of, one_of, within
 
 FEATURE_RATE = 16000
 """Sample rate of the copy that content encoders and pitch trackers hear, in Hz."""
@@ -70,9 +70,7 @@ class ConfigError(ValueError):
 
 
 _TEXT = Rule("a text", (str,))
-_CLEAN = Rule(
-    "no zero bytes and no halves of letters", (str,), lambda t: not re.search("[\0\ud800-\udc7f\udd00-\udfff]", t)
-)
+_CLEAN = Rule("no zero bytes and no halves of letters", (str,), lambda text: not UNCLEAN.search(text))
 _SOUND = Rule("a name that ends in .wav or .flac", (str,), lambda t: Path(t).suffix.lower() in (".wav", ".flac"))
 _PLAIN_NAME = Rule(
     "a file name without slashes",
@@ -149,11 +147,8 @@ def f0_method_names(text: str) -> tuple[str, ...]:
             raise ValueError(f"extract.f0_method: got {text!r}, but {where}; write hybrid[crepe+fcpe], for example")
         if name not in F0_METHODS:
             got = f"{name!r} in {text!r}" if hybrid else f"{text!r}"
-            near = nearest(name, F0_METHODS)
-            hint = f"; did you mean {near}?" if near else ""
-            raise ValueError(
-                f"extract.f0_method: got {got}, expected one of {', '.join(F0_METHODS)} or hybrid[a+b+...]{hint}"
-            )
+            choices = one_of([*F0_METHODS, "hybrid[a+b+...]"])
+            raise ValueError(f"extract.f0_method: got {got}, expected {choices.expects(name)}")
     if hybrid and len(set(names)) < max(2, len(names)):
         raise ValueError(f"extract.f0_method: got {text!r}, expected at least two methods, each named once")
     return names
@@ -470,30 +465,28 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, sentence) of every value that does not go with another."""
     cut, pitch, model, train, plan = recipe.preprocess, recipe.extract, recipe.model, recipe.train, recipe.plan
 
-    def wrong(key: str, value: object, why: str) -> tuple[str, str]:
-        return key, f"{key}: got {value}{why}"
+    def wrong(key: str, why: str) -> tuple[str, str]:
+        section, _, name = key.partition(".")
+        return key, f"{key}: got {getattr(getattr(recipe, section), name)}{why}"
 
     if cut.overlap_len > cut.chunk_len / 2:
-        why = f", expected at most half of preprocess.chunk_len ({cut.chunk_len})"
-        yield wrong("preprocess.overlap_len", cut.overlap_len, why)
+        yield wrong("preprocess.overlap_len", f", expected at most half of preprocess.chunk_len ({cut.chunk_len})")
     try:
         f0_method_names(pitch.f0_method)
     except ValueError as error:
         yield "extract.f0_method", str(error)
     if pitch.f0_max <= pitch.f0_min:
-        yield wrong("extract.f0_max", pitch.f0_max, f", expected more than extract.f0_min ({pitch.f0_min})")
+        yield wrong("extract.f0_max", f", expected more than extract.f0_min ({pitch.f0_min})")
     vocoder = VOCODERS.get(model.vocoder)
     if vocoder and (vocoder.guided if model.pitch_guidance else vocoder.plain) is None:
         why = f" with vocoder {model.vocoder}, which cannot; expected {not model.pitch_guidance}"
-        yield wrong("model.pitch_guidance", model.pitch_guidance, why)
+        yield wrong("model.pitch_guidance", why)
     if model.num_heads and model.hidden_channels % model.num_heads:
-        why = f", expected a divisor of model.hidden_channels ({model.hidden_channels})"
-        yield wrong("model.num_heads", model.num_heads, why)
+        yield wrong("model.num_heads", f", expected a divisor of model.hidden_channels ({model.hidden_channels})")
     if train.bf16_adamw and train.optimizer not in ("adamw", "anyprecision_adamw"):
-        why = " with train.bf16_adamw, which chooses anyprecision_adamw; set only one"
-        yield wrong("train.optimizer", train.optimizer, why)
+        yield wrong("train.optimizer", " with train.bf16_adamw, which chooses anyprecision_adamw; set only one")
     if train.optimizer == "prodigy" and train.learning_rate < 0.1:
         why = " with prodigy, which finds the rate by itself and multiplies it by this; expected 1.0 or near it"
-        yield wrong("train.learning_rate", train.learning_rate, why)
+        yield wrong("train.learning_rate", why)
     if plan.step_s is not None and plan.device_tflop_s is not None:
-        yield wrong("plan.device_tflop_s", plan.device_tflop_s, f" with plan.step_s {plan.step_s}; set only one")
+        yield wrong("plan.device_tflop_s", f" with plan.step_s {plan.step_s}; set only one")

@@ -118,9 +118,9 @@ Positive = Annotated[int, at_least(1), _MOST]
 SpeakerId = Annotated[int, within(0, 108)]
 """A row of the speaker table of pretrained generators."""
 Seconds = Annotated[float, Rule("seconds", (int, float), lambda value: bool(0 <= value < 1e12))]
-_NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
-OsName = Annotated[str, Rule("a name", (str,), lambda text: not _NO_NAME.search(text))]
-"""May have bytes that are no UTF-8, some lone surrogates in Python."""
+UNCLEAN = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+"""What no name of a system holds: bytes that are no UTF-8 are other lone surrogates in Python."""
+OsName = Annotated[str, Rule("a name", (str,), lambda text: not UNCLEAN.search(text))]
 FileName = Annotated[
     OsName, Rule("a file's name alone", (str,), lambda text: text > ".." and not set(text) & set("/\\"))
 ]

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rvc_dist import __main__ as cli
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
 from rvc_dist.data.audio import Wave
 from rvc_dist.features.f0 import F0Method
@@ -61,6 +62,11 @@ def narrow_recipe(folder: Path, **sections: Any) -> Recipe:
         "model": NARROW,
     }
     return Recipe(name="tiny", run_dir=str(folder / "run"), **(defaults | sections))
+
+
+def parse_recipe(stage: str, words: list[str]) -> Recipe:
+    """The recipe that a command line gives."""
+    return cli.parse(stage, words)[0]
 
 
 def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:

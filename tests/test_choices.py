@@ -9,12 +9,11 @@ import safetensors.numpy
 import soundfile
 import torch
 from accelerate.state import AcceleratorState
-from helpers import RATE, changed, make_features, narrow_recipe, tiny_recipe, tone, with_train
+from helpers import RATE, changed, make_features, narrow_recipe, parse_recipe, tiny_recipe, tone, with_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rvc_dist import schema
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS, F0Spec, OptimizerSpec, Package, VocoderSpec
-from rvc_dist.command_line import parse_recipe
 from rvc_dist.config import ConfigError, LossConfig
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract

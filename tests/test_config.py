@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import parse_recipe
 
-from rvc_dist.command_line import load_recipe, parse_recipe
+from rvc_dist.command_line import load_recipe
 from rvc_dist.config import RATES, ConfigError, EmbedderMix, Recipe
 
 NAN = math.nan

@@ -9,12 +9,11 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from helpers import SteadyPitch
+from helpers import SteadyPitch, parse_recipe
 from torch import Tensor
 
 import rvc_dist
 from rvc_dist.choices import F0_METHODS, F0Spec
-from rvc_dist.command_line import parse_recipe
 from rvc_dist.config import ConfigError, ExtractConfig, Recipe, f0_method_names
 from rvc_dist.features.f0 import (
     CrepePitch,
@@ -320,7 +319,7 @@ def test_missing_package_says_what_to_install(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("harvst", r"'harvst', expected one of rmvpe, crepe, .* or hybrid\[a\+b\+\.\.\.\]; did you mean harvest\?"),
+        ("harvst", r"'harvst', expected one of rmvpe, crepe, .*, hybrid\[a\+b\+\.\.\.\]; did you mean harvest\?"),
         ("zzz", r"'zzz', expected one of .*\]$"),
         ("", r"'', expected one of "),
         ("hybrid[crepe+fpce]", r"'fpce' in 'hybrid\[crepe\+fpce\]', expected .*; did you mean fcpe\?"),
