@@ -1,4 +1,4 @@
-"""What a recipe chooses by name: pitch trackers, vocoders and optimizers, one entry each.
+"""What a recipe chooses by name: content encoders, pitch trackers, vocoders and optimizers, one entry each.
 
 An entry says what makes the thing: a class, a function, or "module:name", which is imported when it is first made.
 Nothing heavy is imported here, so that the recipe is checked against these tables at once.
@@ -30,6 +30,47 @@ class Package(NamedTuple):
     name: str
     """As pip knows it."""
     module: str
+
+
+class EmbedderSpec(NamedTuple):
+    """A content encoder: files on the Hugging Face hub, or what makes one that needs none."""
+
+    repository: str = ""
+    revision: str = ""
+    folder: str = ""
+    """Where in the repository its files are."""
+    make: Maker | None = None
+    """Of (version, EmbedderMix, device) a `rvc_dist.features.content.Embedder`."""
+
+    def path(self, filename: str) -> str:
+        return f"{self.folder}/{filename}" if self.folder else filename
+
+    def __str__(self) -> str:
+        return f"{self.repository} (folder {self.folder})" if self.folder else self.repository
+
+
+def _of_applio(folder: str) -> EmbedderSpec:
+    """An encoder as Applio hands it out: a voice that names it means these weights, whatever their origin has since."""
+    revision = "70ed563897504c756ec94067c12c902c4fd42025"
+    return EmbedderSpec("IAHispano/Applio", revision, f"Resources/embedders/{folder}")
+
+
+EMBEDDERS: dict[str, EmbedderSpec] = {
+    # ContentVec (Qian et al. 2022, arXiv:2204.09224) in the transformers format, with the final projection that v1
+    # needs. Of this revision, pytorch_model.bin has the sha256 d8dd400e054ddf4e6be75dab5a2549db748cc99e756a097c496c099f
+    # 65a4854e: the file that Applio ships as its contentvec.
+    "contentvec": EmbedderSpec("lengyue233/content-vec-best", "ab04aa7067b99ee05cc82499bc64916b980a1967"),
+    # Speaker-invariant clustering (Chang et al. 2023, arXiv:2305.11072) on HuBERT base.
+    "spin": _of_applio("spin"),
+    "spin-v2": _of_applio("spin-v2"),
+    # HuBERT base (Hsu et al. 2021, arXiv:2106.07447) of one language. Their files are smaller than the others by the
+    # final projection: they are for v2.
+    "chinese-hubert-base": _of_applio("chinese_hubert_base"),
+    "japanese-hubert-base": _of_applio("japanese_hubert_base"),
+    "korean-hubert-base": _of_applio("korean_hubert_base"),
+    "mfcc": EmbedderSpec(make="rvc_dist.features.content:Mfcc"),
+}
+"""By the name in `extract.embedder_model`, which may be a folder or a hub id instead."""
 
 
 class F0Spec(NamedTuple):

@@ -13,16 +13,28 @@ from helpers import RATE, changed, make_features, narrow_recipe, parse_recipe, t
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rvc_dist import schema
-from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS, F0Spec, OptimizerSpec, Package, VocoderSpec
+from rvc_dist.choices import (
+    EMBEDDERS,
+    F0_METHODS,
+    OPTIMIZERS,
+    VOCODERS,
+    EmbedderSpec,
+    F0Spec,
+    OptimizerSpec,
+    Package,
+    VocoderSpec,
+)
 from rvc_dist.config import ConfigError, LossConfig
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract
+from rvc_dist.features.content import Embedder
 from rvc_dist.features.f0 import F0Method, load_f0
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.vocoders import Vocoder
 from rvc_dist.train import checkpoint, losses, trainer
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Voice
-from rvc_dist.workspace import Shard, Workspace
+from rvc_dist.workspace import Shard, Workspace, read_json
 
 CPU = torch.device("cpu")
 
@@ -118,6 +130,39 @@ def test_a_vocoder_from_outside_trains_and_is_exported_and_read(tmp_path, monkey
         changed(recipe, "model", pitch_guidance=False)
 
 
+def extracted(recipe):
+    """The features of 4 s of a tone."""
+    Path(recipe.data.audio_dir).mkdir()
+    soundfile.write(Path(recipe.data.audio_dir) / "a.wav", tone(4.0), RATE)
+    preprocess.run(recipe, Shard())
+    extract.run(recipe, Shard())
+    return safetensors.numpy.load_file(Workspace(recipe.run_dir, recipe.name).features_file(0))
+
+
+class Loudness(Embedder):
+    """An encoder that hears how loud each frame is."""
+
+    name, width, weights_hash = "loudness", 3, "0123456789abcdef"
+
+    def __init__(self, version, mix, device):
+        super().__init__(device)
+
+    def encode(self, wave):
+        return wave.unfold(1, 320, 320).abs().mean(2, keepdim=True).expand(-1, -1, self.width)
+
+
+def test_an_encoder_from_outside_extracts(tmp_path, monkeypatch):
+    assert EmbedderId("loudness").agrees_with(EmbedderId("mfcc")) is None
+    monkeypatch.setitem(EMBEDDERS, "loudness", EmbedderSpec(make="test_choices:Loudness"))
+    assert EmbedderId("loudness").agrees_with(EmbedderId("mfcc")) is False  # published now
+    recipe = changed(narrow_recipe(tmp_path), "extract", embedder_model="loudness")
+    content = extracted(recipe)["00000.content"]
+    assert content.shape[1] == 3
+    assert content.max() > 0.01
+    report = read_json(Workspace(recipe.run_dir, recipe.name).features_report_file)
+    assert report["settings"]["embedder"] == {"name": "loudness", "hash": "0123456789abcdef", "width": 3}
+
+
 class Zero(F0Method):
     """A tracker that hears 123 Hz in everything."""
 
@@ -134,12 +179,8 @@ def test_a_pitch_tracker_from_outside_extracts(tmp_path: Path, monkeypatch):
     with pytest.raises(ConfigError, match=r"extract\.f0_method: got 'flat', expected one of rmvpe, "):
         parse_recipe("extract", ["--extract.f0_method", "flat"])
     monkeypatch.setitem(F0_METHODS, "flat", F0Spec(Zero))
-    (tmp_path / "audio").mkdir()
-    soundfile.write(tmp_path / "audio" / "a.wav", tone(4.0), RATE)
     recipe = changed(narrow_recipe(tmp_path), "extract", f0_method="flat")
-    preprocess.run(recipe, Shard())
-    extract.run(recipe, Shard())
-    features = safetensors.numpy.load_file(Workspace(recipe.run_dir, recipe.name).features_file(0))
+    features = extracted(recipe)
     assert set(np.unique(features["00000.f0"])) <= {np.float32(0.0), np.float32(123.0)}
     assert features["00000.f0"].max() == 123.0
 

@@ -10,6 +10,7 @@ import logging
 import math
 import struct
 from abc import ABC, abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rvc_dist.choices import EMBEDDERS, EmbedderSpec, resolve
 from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.files import ForeignFileError, regular_size
@@ -39,42 +41,6 @@ V1_LAYER = 9
 V1_WIDTH = 256
 MFCC_WIDTH = {"v1": V1_WIDTH, "v2": 768}
 
-
-class HubEncoder(NamedTuple):
-    """A published encoder that has a name of its own here."""
-
-    repository: str
-    revision: str
-    folder: str = ""
-    """Where in the repository its files are."""
-
-    def path(self, filename: str) -> str:
-        return f"{self.folder}/{filename}" if self.folder else filename
-
-    def __str__(self) -> str:
-        return f"{self.repository} (folder {self.folder})" if self.folder else self.repository
-
-
-def _of_applio(folder: str) -> HubEncoder:
-    """An encoder as Applio hands it out: a voice that names it means these weights, whatever their origin has since."""
-    revision = "70ed563897504c756ec94067c12c902c4fd42025"
-    return HubEncoder("IAHispano/Applio", revision, f"Resources/embedders/{folder}")
-
-
-EMBEDDERS = {
-    # ContentVec (Qian et al. 2022, arXiv:2204.09224) in the transformers format, with the final projection that v1
-    # needs. Of this revision, pytorch_model.bin has the sha256 d8dd400e054ddf4e6be75dab5a2549db748cc99e756a097c496c099f
-    # 65a4854e: the file that Applio ships as its contentvec.
-    "contentvec": HubEncoder("lengyue233/content-vec-best", "ab04aa7067b99ee05cc82499bc64916b980a1967"),
-    # Speaker-invariant clustering (Chang et al. 2023, arXiv:2305.11072) on HuBERT base.
-    "spin": _of_applio("spin"),
-    "spin-v2": _of_applio("spin-v2"),
-    # HuBERT base (Hsu et al. 2021, arXiv:2106.07447) of one language. Their files are smaller than the others by the
-    # final projection: they are for v2.
-    "chinese-hubert-base": _of_applio("chinese_hubert_base"),
-    "japanese-hubert-base": _of_applio("japanese_hubert_base"),
-    "korean-hubert-base": _of_applio("korean_hubert_base"),
-}
 
 Few = Annotated[int, within(1, 256)]
 """Layers, of which the largest published encoder has 48, and bands."""
@@ -100,14 +66,13 @@ _KEYS = {
 }
 SETTINGS = record(False, **{key: kind for kind, keys in _KEYS.items() for key in keys.split()})
 """The keys of config.json and Whisper's preprocessor_config.json that count here; others are for training."""
-MODEL_CLASSES = {
-    "hubert": ("HubertConfig", "HubertModel"),
-    "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2Model"),
-    "wavlm": ("WavLMConfig", "WavLMModel"),
-    "whisper": ("WhisperConfig", "WhisperModel"),
+MODELS = {
+    "hubert": "transformers:HubertModel",
+    "wav2vec2": "transformers:Wav2Vec2Model",
+    "wavlm": "transformers:WavLMModel",
+    "whisper": "transformers.models.whisper.modeling_whisper:WhisperEncoder",
 }
-"""`model_type` of a config.json -> the classes of transformers that read it."""
-
+"""`model_type` of a config.json -> the class that reads it."""
 MAX_CONFIG_BYTES = 1 << 20
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 WITHOUT_FILES = ", or say --extract.embedder_model mfcc, which needs no files"
@@ -141,7 +106,7 @@ class Embedder(ABC):
     @torch.no_grad()
     def __call__(self, wave: Tensor) -> Tensor:
         assert wave.dim() == 2, f"expected [B, S], got {list(wave.shape)}"
-        return self.encode(wave.to(self.device, torch.float32)).float()
+        return self.encode(wave.to(self.device, torch.float32)).float().contiguous()
 
 
 class Mfcc(Embedder):
@@ -163,10 +128,15 @@ class Mfcc(Embedder):
 
     name = "mfcc"
 
-    def __init__(self, version: Version, device: torch.device) -> None:
+    def __init__(self, version: Version, mix: EmbedderMix, device: torch.device) -> None:
         super().__init__(device)
         from librosa.filters import mel
 
+        if mix.is_on:
+            raise ValueError(
+                f"extract.embedder_mix.layers: got {list(mix.layers)} with mfcc, which has no layers; leave it empty "
+                "or choose another extract.embedder_model"
+            )
         self.width = MFCC_WIDTH[version]
         constants = (self.N_FFT, FRAME_SAMPLES, self.NUM_MELS, self.NUM_CEPSTRA, self.CONTEXT, self.FLOOR, self.width)
         self.weights_hash = hashlib.sha256(repr(("mfcc", 1, *constants)).encode()).hexdigest()[:16]
@@ -222,41 +192,68 @@ def _slope(x: Tensor) -> Tensor:
     return (2.0 * (right2 - left2) + (right1 - left1)) / 10.0
 
 
-class SelfSupervised(Embedder):
+class Pretrained(Embedder):
+    """A network that others trained, in the format of transformers.
+
+    Raises:
+        ValueError: its files describe no network, or one that is of no use here.
+    """
+
+    def __init__(self, source: _Source, version: Version, mix: EmbedderMix, device: torch.device) -> None:
+        super().__init__(device)
+        self.name, self.mix = source.name, mix
+        self.weights_hash = _hash(source.tensors)
+        network = _build(source)
+        num_layers, self.width = network.config.num_hidden_layers, network.config.hidden_size
+        if mix.is_on and mix.layers[-1] > num_layers:
+            raise ValueError(
+                f"extract.embedder_mix.layers: got {list(mix.layers)}, {source.name} has {num_layers} layers: expected "
+                f"numbers from 0 (what enters the first) to {num_layers}"
+            )
+        if version == "v1":
+            if num_layers < V1_LAYER:
+                raise ValueError(
+                    f"extract.embedder_model: {source.name} has {num_layers} layers, model.version v1 takes layer "
+                    f"{V1_LAYER}"
+                )
+            num_features = max(1, source.tensors["final_proj.weight"].numel() // self.width)
+            network.final_proj = nn.Linear(self.width, num_features, device="meta")
+            self.width = num_features
+        self.network: Any = _filled(network, source).to(device)
+
+    def mixed(self, usual: Tensor, states: Sequence[Tensor]) -> Tensor:
+        """[B, T, C] of the usual layer and of all layers -> [B, T, C]."""
+        if not self.mix.is_on:
+            return usual
+        others = torch.stack([states[layer] for layer in self.mix.layers]).mean(dim=0)
+        return (1.0 - self.mix.ratio) * usual + self.mix.ratio * others
+
+
+class SelfSupervised(Pretrained):
     """HuBERT, wav2vec 2.0 or WavLM: v2 takes the last hidden state, v1 layer 9 through `final_proj`.
 
     Other layers are mixed in before the projection.
     """
 
     def __init__(self, source: _Source, version: Version, mix: EmbedderMix, device: torch.device) -> None:
-        super().__init__(device)
-        self.name = source.name
-        self.weights_hash = _hash(source.tensors)
+        super().__init__(source, version, mix, device)
         self.normalize = bool(source.preprocessor.get("do_normalize", False))
-        self.network = _build(source).to(device)
-        settings: Any = self.network.config
-        _check_frames(math.prod(settings.conv_stride), source)
-        self.mix = _checked_mix(mix, source, settings.num_hidden_layers)
-        self.projection: nn.Linear | None = None
-        self.width: int = settings.hidden_size
-        if version == "v1":
-            self.projection = _final_projection(source, self.width, settings.num_hidden_layers).to(device)
-            self.width = self.projection.out_features
+        self.is_projected = version == "v1"
+        _check_frames(math.prod(self.network.config.conv_stride), source)
 
     def encode(self, wave: Tensor) -> Tensor:
         if self.normalize:
             wave = wave - wave.mean(dim=1, keepdim=True)
             wave = wave / (wave.square().mean(dim=1, keepdim=True) + 1e-7).sqrt()
-        out = self.network(wave, output_hidden_states=self.mix.is_on or self.projection is not None)
+        out = self.network(wave, output_hidden_states=self.mix.is_on or self.is_projected)
         # hidden_states[0] is what enters the first layer.
-        hidden: Tensor = out.last_hidden_state if self.projection is None else out.hidden_states[V1_LAYER]
-        if self.mix.is_on:
-            hidden = _mixed(hidden, out.hidden_states, self.mix)
-        features: Tensor = hidden if self.projection is None else self.projection(hidden)
+        usual = out.hidden_states[V1_LAYER] if self.is_projected else out.last_hidden_state
+        hidden = self.mixed(usual, out.hidden_states)
+        features: Tensor = self.network.final_proj(hidden) if self.is_projected else hidden
         return features
 
 
-class Whisper(Embedder):
+class Whisper(Pretrained):
     """The encoder of Whisper (Radford et al. 2022, arXiv:2212.04356), v2 only.
 
     It was trained on 30 s, shorter recordings padded with zeros. Here the positional embedding is cut to the clip's
@@ -266,16 +263,11 @@ class Whisper(Embedder):
 
     TAIL_SAMPLES = FEATURE_RATE
 
-    def __init__(self, source: _Source, mix: EmbedderMix, device: torch.device) -> None:
-        super().__init__(device)
-        make_torchaudio_importable()
+    def __init__(self, source: _Source, version: Version, mix: EmbedderMix, device: torch.device) -> None:
+        super().__init__(source, version, mix, device)
         from transformers import WhisperFeatureExtractor
 
-        self.name = source.name
-        self.weights_hash = _hash(source.tensors)
-        self.network = _build(source).to(device)
-        settings: Any = self.network.config
-        self.width: int = settings.d_model
+        settings = self.network.config
         window = _settings(source.preprocessor, source.where)
         extractor: Any = WhisperFeatureExtractor(settings.num_mel_bins, **window)  # type: ignore[no-untyped-call]
         self.n_fft: int = extractor.n_fft
@@ -283,7 +275,6 @@ class Whisper(Embedder):
         _check_frames(2 * self.hop, source)
         self.window = torch.hann_window(self.n_fft, device=device)
         self.mel_filters = torch.from_numpy(extractor.mel_filters).float().T.contiguous().to(device)
-        self.mix = _checked_mix(mix, source, settings.encoder_layers)
         self.max_samples = settings.max_source_positions * 2 * self.hop
 
     def encode(self, wave: Tensor) -> Tensor:
@@ -294,7 +285,7 @@ class Whisper(Embedder):
         return torch.cat([self._encode_piece(part) for part in parts], dim=1)
 
     def _encode_piece(self, wave: Tensor) -> Tensor:
-        net: Any = self.network
+        net = self.network
         num_frames = wave.shape[1] // FRAME_SAMPLES
         wave = F.pad(wave, (0, min(self.TAIL_SAMPLES, self.max_samples - wave.shape[1])))
         x: Tensor = F.gelu(net.conv2(F.gelu(net.conv1(self._log_mel(wave))))).transpose(1, 2)
@@ -304,11 +295,8 @@ class Whisper(Embedder):
             out = layer(x, None)
             x = out[0] if isinstance(out, tuple) else out  # a tuple before transformers 5
             states.append(x)
-        features: Tensor = net.layer_norm(x)
-        states[-1] = features
-        if self.mix.is_on:
-            features = _mixed(features, states, self.mix)
-        return features[:, :num_frames]
+        states[-1] = net.layer_norm(x)
+        return self.mixed(states[-1], states)[:, :num_frames]
 
     def _log_mel(self, wave: Tensor) -> Tensor:
         """[B, S] -> [B, mels, S // hop], within about -1..1."""
@@ -318,41 +306,25 @@ class Whisper(Embedder):
         return (mel + 4.0) / 4.0
 
 
-def _mixed(usual: Tensor, states: Sequence[Tensor], mix: EmbedderMix) -> Tensor:
-    """[B, T, C] of the usual layer and of all layers -> [B, T, C]."""
-    others = torch.stack([states[layer] for layer in mix.layers]).mean(dim=0)
-    return (1.0 - mix.ratio) * usual + mix.ratio * others
-
-
-def _checked_mix(mix: EmbedderMix, source: _Source, num_layers: int) -> EmbedderMix:
-    if mix.is_on and mix.layers[-1] > num_layers:
-        raise ValueError(
-            f"extract.embedder_mix.layers: got {list(mix.layers)}, {source.name} has {num_layers} layers: expected "
-            f"numbers from 0 (what enters the first) to {num_layers}"
-        )
-    return mix
-
-
 def load_embedder(config: ExtractConfig, version: Version, device: torch.device) -> Embedder:
     """The content encoder that the recipe names, on `device`, in float32 and without gradients.
 
-    `extract.embedder_model` is mfcc, an existing folder (which wins over every other meaning), a name in EMBEDDERS or a
-    hub id. Raises StageError when the encoder cannot be had, ValueError when it is of no use here.
+    `extract.embedder_model` is an existing folder (which wins over every other meaning), a name in EMBEDDERS or a hub
+    id. Raises StageError when the encoder cannot be had, ValueError when it is of no use here.
     """
     name, mix = config.embedder_model, config.embedder_mix
-    if name == "mfcc" and not Path(name).is_dir():
-        if mix.is_on:
-            raise ValueError(
-                f"extract.embedder_mix.layers: got {list(mix.layers)} with mfcc, which has no layers; leave it empty "
-                "or choose another extract.embedder_model"
-            )
-        return Mfcc(version, device)
+    if name in EMBEDDERS and (make := EMBEDDERS[name].make) and not Path(name).is_dir():
+        embedder: Embedder = resolve(make)(version, mix, device)
+        return embedder
     source = _read_source(name)
-    if source.model_type != "whisper":
-        return SelfSupervised(source, version, mix, device)
-    if version == "v1":
-        raise ValueError(_no_projection(source))
-    return Whisper(source, mix, device)
+    is_whisper = source.model_type == "whisper"
+    if version == "v1" and (is_whisper or "final_proj.weight" not in source.tensors):
+        raise ValueError(
+            f"extract.embedder_model: {name} ({source.model_type}) has no final_proj layer, which model.version v1 "
+            f"needs to make {V1_WIDTH} features of layer {V1_LAYER}; use model.version v2, or an encoder that has one "
+            "(contentvec)"
+        )
+    return (Whisper if is_whisper else SelfSupervised)(source, version, mix, device)
 
 
 class _Source(NamedTuple):
@@ -370,45 +342,56 @@ class _Source(NamedTuple):
 
 
 def _read_source(name: str) -> _Source:
-    if Path(name).is_dir():
-        return _read_folder(name)
-    if name not in EMBEDDERS and (name.startswith((".", "~", "/")) or name.count("/") > 1):
-        raise StageError(f"extract.embedder_model: {Path(name).absolute()} is no folder")
-    encoder = EMBEDDERS.get(name, HubEncoder(name, ""))
+    folder, spec = Path(name), EMBEDDERS.get(name, EmbedderSpec(name))
+    if is_local := folder.is_dir():
+        where, file = name, partial(_folder_file, folder)
+    elif name not in EMBEDDERS and (name.startswith((".", "~", "/")) or name.count("/") > 1):
+        raise StageError(f"extract.embedder_model: {folder.absolute()} is no folder")
+    else:
+        where, file = str(spec), partial(_hub_file, spec)
     try:
-        config = _read_json(hub_file(encoder.repository, encoder.path("config.json"), encoder.revision))
-        _check_model_type(config, str(encoder))
-        weights = _hub_weights(encoder)
+        config = _read_json(file("config.json"))
+        if config.get("model_type") not in MODELS:
+            raise ValueError(
+                f"extract.embedder_model: {where}/config.json has model_type {config.get('model_type')!r}, expected "
+                f"one of {', '.join(MODELS)}"
+            )
+        weights_file = file(*WEIGHT_FILES)
     except FileNotFoundError as error:
         raise StageError(
-            f"extract.embedder_model: the encoder {name} cannot be had. {Path(name).absolute()} is no folder; {error}",
-            f"Put config.json and {' or '.join(WEIGHT_FILES)} of {encoder} into a folder and say "
+            f"extract.embedder_model: the encoder {name} cannot be had. {folder.absolute()} is no folder; {error}",
+            f"Put config.json and {' or '.join(WEIGHT_FILES)} of {spec} into a folder and say "
             f"--extract.embedder_model FOLDER{WITHOUT_FILES}",
         ) from error
-    # The named encoders are given the wave as it is, by every tool, and have no such file.
-    preprocessor = {} if name in EMBEDDERS else _hub_preprocessor(encoder.repository)
-    return _Source(name, str(encoder), config, preprocessor, _encoder_tensors(read_tensors(weights)))
+    if is_local:
+        settings = folder / "preprocessor_config.json"
+        preprocessor = _read_json(settings) if settings.is_file() else {}
+    else:  # the named encoders are given the wave as it is, by every tool, and have no such file
+        preprocessor = {} if name in EMBEDDERS else _hub_preprocessor(spec.repository)
+    return _Source(name, where, config, preprocessor, _encoder_tensors(read_tensors(weights_file)))
 
 
-def _read_folder(name: str) -> _Source:
-    folder = Path(name)
+def _folder_file(folder: Path, *filenames: str) -> Path:
+    """The first of the files that is there."""
+    for filename in filenames:
+        if (folder / filename).is_file():
+            return folder / filename
     found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"extract.embedder_model: {folder.absolute()} holds {found}; expected config.json (the transformers "
-            f"format) with {' or '.join(WEIGHT_FILES)}"
-        )
-    config = _read_json(folder / "config.json")
-    _check_model_type(config, str(folder))
-    weights = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
-    if weights is None:
-        raise ValueError(
-            f"extract.embedder_model: {folder.absolute()} holds {found}; expected {' or '.join(WEIGHT_FILES)} "
-            "(weights in one file)"
-        )
-    settings = folder / "preprocessor_config.json"
-    preprocessor = _read_json(settings) if settings.is_file() else {}
-    return _Source(name, str(folder), config, preprocessor, _encoder_tensors(read_tensors(weights)))
+    raise ValueError(
+        f"extract.embedder_model: {folder.absolute()} holds {found}; expected config.json (the transformers format) "
+        f"and {' or '.join(WEIGHT_FILES)} (weights in one file)"
+    )
+
+
+def _hub_file(spec: EmbedderSpec, *filenames: str) -> Path:
+    """The first of the files that is to be had."""
+    reasons = []
+    for filename in filenames:
+        try:
+            return hub_file(spec.repository, spec.path(filename), spec.revision)
+        except FileNotFoundError as error:
+            reasons.append(str(error))
+    raise FileNotFoundError(" ".join(reasons))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -417,14 +400,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except SchemaError as error:
         raise ValueError(f"{path} is no configuration: {error}") from error
     return content
-
-
-def _check_model_type(config: Mapping[str, Any], where: str) -> None:
-    if config.get("model_type") not in MODEL_CLASSES:
-        raise ValueError(
-            f"extract.embedder_model: {where}/config.json has model_type {config.get('model_type')!r}, expected one of "
-            f"{', '.join(MODEL_CLASSES)}"
-        )
 
 
 def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -436,31 +411,40 @@ def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     return {key: config[key] for key in SETTINGS.__annotations__ if key in config}
 
 
-def _build(source: _Source) -> nn.Module:
-    """The network of a config.json with its weights. Nothing is allocated before both are known to be of one size."""
+def _build(source: _Source) -> Any:
+    """The network of a config.json, which takes no memory yet."""
     make_torchaudio_importable()
     import huggingface_hub.errors
-    import transformers
 
-    shape = _settings(source.config, source.where)
-    config_name, model_name = MODEL_CLASSES[source.model_type]
+    shape, model = _settings(source.config, source.where), resolve(MODELS[source.model_type])
     strict: type[Exception] = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)
     wrong: Errors = (strict, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
     try:
-        settings = getattr(transformers, config_name).from_dict(shape)
+        # Without masks of training, whose embedding many published encoders lack.
+        settings = model.config_class.from_dict(shape | {"mask_time_prob": 0.0, "mask_feature_prob": 0.0})
         with torch.device("meta"):
-            if source.model_type == "whisper":
-                from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-                network: nn.Module = WhisperEncoder(settings)
-            else:
-                network = getattr(transformers, model_name)(settings)
+            return model(settings)
     except wrong as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"extract.embedder_model: {source.where}/config.json describes no network: {reason:.300}"
+            f"extract.embedder_model: {source.where}/config.json describes no network: {_short(error)}"
         ) from error
-    return _fill(network, source).eval().requires_grad_(False)
+
+
+def _filled(network: nn.Module, source: _Source) -> nn.Module:
+    """`network` with the tensors for its weights, ready for use."""
+    prefix = "encoder." if "encoder.conv1.weight" in source.tensors else ""  # of a bare WhisperModel
+    found = {key: source.tensors[prefix + key] for key in network.state_dict() if prefix + key in source.tensors}
+    try:
+        network.load_state_dict(found, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"extract.embedder_model: the weights in {source.where} are not those of its config.json: {_short(error)}"
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+def _short(error: Exception) -> str:
+    return f"{' '.join(str(error).split()):.300}"
 
 
 def _check_frames(num_samples: int, source: _Source) -> None:
@@ -485,56 +469,6 @@ def _encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = key.replace(".weight_v", ".parametrizations.weight.original1")
         renamed[key] = value.float()
     return renamed
-
-
-def _fill(network: nn.Module, source: _Source) -> nn.Module:
-    """`network`, which has no memory yet, with the tensors for its weights."""
-    tensors = source.tensors
-    if source.model_type == "whisper" and "encoder.conv1.weight" in tensors:  # a bare WhisperModel
-        tensors = {key.removeprefix("encoder."): value for key, value in tensors.items()}
-    wanted = network.state_dict()
-    # Only masked in training; many published encoders lack it.
-    missing = [key for key in wanted if key not in tensors and key != "masked_spec_embed"]
-    wrong = [
-        f"{key} {list(tensors[key].shape)}, expected {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    if missing or wrong:
-        problems = [f"{key} is missing" for key in missing] + wrong
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"extract.embedder_model: the weights in {source.where} are not those of its config.json: "
-            f"{'; '.join(problems[:5])}{more}"
-        )
-    network.load_state_dict({key: tensors[key] for key in wanted if key in tensors}, strict=False, assign=True)
-    return network
-
-
-def _no_projection(source: _Source) -> str:
-    return (
-        f"extract.embedder_model: {source.name} ({source.model_type}) has no final_proj layer, which model.version v1 "
-        f"needs to make {V1_WIDTH} features of layer {V1_LAYER}; use model.version v2, or an encoder that has one "
-        "(contentvec)"
-    )
-
-
-def _final_projection(source: _Source, width: int, num_layers: int) -> nn.Linear:
-    weight, bias = source.tensors.get("final_proj.weight"), source.tensors.get("final_proj.bias")
-    if weight is None or bias is None:
-        raise ValueError(_no_projection(source))
-    if weight.shape[1] != width or bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"extract.embedder_model: final_proj of {source.where} has weight {list(weight.shape)} and bias "
-            f"{list(bias.shape)}, expected [features, {width}] and [features]"
-        )
-    if num_layers < V1_LAYER:
-        raise ValueError(
-            f"extract.embedder_model: {source.name} has {num_layers} layers, model.version v1 takes layer {V1_LAYER}"
-        )
-    layer = nn.Linear(width, weight.shape[0])
-    layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer.eval().requires_grad_(False)
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
@@ -569,16 +503,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return weights(content, with_counters=True)
     except (ForeignFileError, SafetensorError) as error:
         raise ValueError(f"{path} is not a file of weights: {error}") from error
-
-
-def _hub_weights(encoder: HubEncoder) -> Path:
-    reasons = []
-    for filename in WEIGHT_FILES:
-        try:
-            return hub_file(encoder.repository, encoder.path(filename), encoder.revision)
-        except FileNotFoundError as error:
-            reasons.append(str(error))
-    raise FileNotFoundError(" ".join(reasons))
 
 
 def _hub_preprocessor(repository: str) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
+from rvc_dist.choices import EMBEDDERS
 from rvc_dist.config import EmbedderMix, Fraction, Layers
-from rvc_dist.features.content import EMBEDDERS
-from rvc_dist.schema import check, faults
+from rvc_dist.schema import check, record
 
-PUBLISHED = frozenset(EMBEDDERS) | {"mfcc"}
-"""Names that mean one encoder each; a folder's name says nothing of what is in it."""
+IN_VOICES = {"name": "embedder_model", "hash": "embedder_hash", "mix": "embedder_mix"}
+"""Keys of the features' headers -> those of voice files."""
+_VOICE = record(False, embedder_model=str | None, embedder_hash=str | None)
 
 
 @dataclass(frozen=True)
@@ -34,40 +35,35 @@ class EmbedderId:
         return cls(data["name"], data.get("hash") or None, _read_mix(data.get("mix")))
 
     def to_features(self) -> dict[str, Any]:
-        mix = {"mix": self._plain_mix()} if self.mix.is_on else {}
+        mix = {"mix": asdict(self.mix) | {"layers": list(self.mix.layers)}} if self.mix.is_on else {}
         return {"name": self.name, "hash": self.hash} | mix
 
     @classmethod
-    def from_voice(cls, data: Mapping[str, Any]) -> EmbedderId | None:
+    def from_voice(cls, data: dict[str, Any]) -> EmbedderId | None:
         """What a voice or another `.pth` file says at its top level; None when it says nothing.
 
         Raises:
             ValueError: the fields are there, but not as they are written.
         """
-        for fault in (f for key in ("embedder_model", "embedder_hash") for f in faults(data.get(key), str | None, key)):
-            raise ValueError(fault.sentence)
-        name, digest = data.get("embedder_model"), data.get("embedder_hash")
-        return None if name is None else cls(name, digest or None, _read_mix(data.get("embedder_mix")))
+        check(data, _VOICE)
+        fields = {key: data.get(name) for key, name in IN_VOICES.items()}
+        return None if fields["name"] is None else cls.from_features(fields)
 
     def to_voice(self) -> dict[str, Any]:
-        mix = {"embedder_mix": self._plain_mix()} if self.mix.is_on else {}
-        return {"embedder_model": self.name, "embedder_hash": self.hash} | mix
-
-    def _plain_mix(self) -> dict[str, Any]:
-        return asdict(self.mix) | {"layers": list(self.mix.layers)}
+        return {IN_VOICES[key]: value for key, value in self.to_features().items()}
 
     def agrees_with(self, other: EmbedderId) -> bool | None:
         """Whether both give the same features, or None where that cannot be told.
 
         Two hashes decide, whatever the names: a folder with the weights of contentvec is contentvec. Where one is
-        missing, the names do: two different names in PUBLISHED are two encoders. That a file without a hash says
-        nothing of a mix does not mean that there was none.
+        missing, the names do: two different names in EMBEDDERS are two encoders; a folder's says nothing of what is in
+        it. That a file without a hash says nothing of a mix does not mean that there was none.
         """
         if self.hash is not None and other.hash is not None:
             return (self.hash, self.mix) == (other.hash, other.mix)
         if self.name == other.name:
             return True if self.mix == other.mix else None
-        return False if {self.name, other.name} <= PUBLISHED else None
+        return False if {self.name, other.name} <= EMBEDDERS.keys() else None
 
     def __str__(self) -> str:
         details = [f"weights {self.hash}"] if self.hash is not None else []

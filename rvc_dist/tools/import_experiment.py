@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rvc_dist.choices import EMBEDDERS
 from rvc_dist.config import F0_PER_S, MAX_SPEAKERS, RATES, ConfigError, Recipe
 from rvc_dist.data import decode
 from rvc_dist.data.clip_files import ClipStage, clips_report, file_entry, finished, imported_clip_settings
 from rvc_dist.data.sources import check_recordings, content_by, content_of
 from rvc_dist.features.feature_files import imported_feature_settings, pack_unit, write_mute, write_report
-from rvc_dist.features.identity import PUBLISHED
 from rvc_dist.features.index_file import KMEANS_ABOVE, KMEANS_CENTRES, check_index, index_name, wanted_fingerprint
 from rvc_dist.files import ForeignFileError, atomic_write, not_regular, read_npy, write_json
 from rvc_dist.schema import SchemaError, parse_json, read_bounded
@@ -594,7 +594,7 @@ def adapt(recipe: Recipe, experiment: Experiment, rate: int) -> Recipe:
     encoder = recipe.extract.embedder_model
     if encoder == Recipe().extract.embedder_model and (named := experiment.info.get("embedder_model")):
         encoder = SAME_ENCODER.get(str(named), str(named))
-        if encoder not in PUBLISHED:  # a file of others makes no later stage fetch what it names
+        if encoder not in EMBEDDERS:  # a file of others makes no later stage fetch what it names
             own, remedy = printable(encoder[:80]), "name it with --extract.embedder_model"
             logger.warning("import: the encoder is one of the user's own (%s): %s", own, remedy)
             encoder = "custom"

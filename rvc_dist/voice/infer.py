@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rvc_dist.choices import EMBEDDERS
 from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.extractor import Extractor
-from rvc_dist.features.identity import PUBLISHED, EmbedderId
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.features.index_file import Retriever
 from rvc_dist.files import BESIDE_GLOB, ForeignFileError, beside, remove_half_written, space
 from rvc_dist.models.generator import Generator
@@ -228,7 +229,7 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
         StageError: it cannot be had, does not fit, or is not the voice's although nobody asked for another.
     """
     given, wanted = recipe.infer.embedder_model, voice.embedder
-    known = PUBLISHED | {recipe.extract.embedder_model}
+    known = {*EMBEDDERS, recipe.extract.embedder_model}
     if (
         given is None
         and wanted.name not in known
@@ -236,7 +237,7 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
     ):
         raise StageError(
             f"infer.embedder_model: the voice file names the encoder {wanted.name!a}, which is neither published (as "
-            f"{', '.join(sorted(PUBLISHED))} are) nor a folder here, and nothing is fetched because a voice file says "
+            f"{', '.join(sorted(EMBEDDERS))} are) nor a folder here, and nothing is fetched because a voice file says "
             "so:",
             "if you trust it, say --infer.embedder_model with that name, or give the folder of its encoder",
         )

@@ -17,8 +17,9 @@ from huggingface_hub import constants
 from torch import Tensor
 
 import rvc_dist
+from rvc_dist.choices import EMBEDDERS
 from rvc_dist.config import EmbedderMix, ExtractConfig
-from rvc_dist.features.content import EMBEDDERS, Embedder, Version, load_embedder
+from rvc_dist.features.content import Embedder, Version, load_embedder
 from rvc_dist.features.hub import hub_silence
 from rvc_dist.workspace import StageError
 
@@ -278,7 +279,7 @@ def test_unfit_folders_say_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_type 'bert', expected one of hubert, wav2vec2, wavlm, whisper"):
         load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
-    with pytest.raises(ValueError, match=r"expected model\.safetensors or pytorch_model\.bin"):
+    with pytest.raises(ValueError, match=r"holds config\.json, .* and model\.safetensors or pytorch_model\.bin"):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a file of weights: Error while deserializing"):
@@ -315,9 +316,21 @@ def test_numbers_of_the_size_of_the_weights_alone_take_memory(tmp_path: Path) ->
 
 def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
     make_ssl_folder(tmp_path / "enc", "Hubert", num_layers=2)
-    safetensors.torch.save_file({"encoder.layer_norm.weight": torch.zeros(3)}, tmp_path / "enc" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"are not those of its config\.json: .* is missing"):
+    file, other = tmp_path / "enc" / "model.safetensors", {"encoder.layer_norm.weight": torch.zeros(3)}
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(other, file)
+    with pytest.raises(ValueError, match=r"are not those of its config\.json: .*Missing key.*feature_extractor\."):
         load(tmp_path / "enc")
+    safetensors.torch.save_file(tensors | other, file)
+    with pytest.raises(ValueError, match=r"size mismatch for encoder\.layer_norm\.weight: .*\[3\].*\[16\]"):
+        load(tmp_path / "enc")
+    safetensors.torch.save_file(tensors | {"final_proj.bias": torch.zeros(5)}, file)
+    load(tmp_path / "enc")
+    make_ssl_folder(tmp_path / "v1", "Hubert")
+    file = tmp_path / "v1" / "model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(file) | {"final_proj.bias": torch.zeros(5)}, file)
+    with pytest.raises(ValueError, match=r"size mismatch for final_proj\.bias: .*\[5\].*\[6\]"):
+        load(tmp_path / "v1", "v1")
 
 
 @pytest.fixture
@@ -361,7 +374,7 @@ NAMED = {
 
 
 def test_each_named_encoder_is_read_from_its_place_in_the_cache(tmp_path: Path, cache: Path) -> None:
-    assert EMBEDDERS.keys() == NAMED.keys()
+    assert EMBEDDERS.keys() == {*NAMED, "mfcc"}
     for number, (name, (repository, folder)) in enumerate(NAMED.items()):
         snapshot = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / EMBEDDERS[name].revision
         place = snapshot / folder
