@@ -104,6 +104,8 @@ class Workspace:
         self.voice_dir = self.root / "voice"
         self.last_voice_file = self.voice_dir / f"{name}_last.pth"
         self.logs_dir = self.root / "logs"
+        self.hanging_file = self.logs_dir / "hanging"
+        """Which ranks of a training run are to be ended by their guards."""
         self.train_lock_file = self.root / "train.lock"
 
     def clips_file(self, unit: int) -> Path:
@@ -119,11 +121,6 @@ class Workspace:
     def beat_file(self, rank: int) -> Path:
         """Where a rank of a training run is, while it runs."""
         return self.logs_dir / f"rank_{rank:05d}.beat"
-
-    @property
-    def hanging_file(self) -> Path:
-        """Which ranks of a training run are to be ended by their guards."""
-        return self.logs_dir / "hanging"
 
     def failure_file(self, rank: int) -> Path:
         """Why a rank failed, of the last stage that it ran."""
@@ -155,12 +152,8 @@ class Workspace:
         self.check_name()
         kept = self.kept_recipe()
         if kept is not None and not reads_recordings and kept.data.audio_dir != recipe.data.audio_dir:
-            logger.warning(
-                "data.audio_dir: the clips were cut from %s, which %s keeps; for those of %s run `rvc-dist preprocess`",
-                kept.data.audio_dir,
-                self.config_file,
-                recipe.data.audio_dir,
-            )
+            told = f"{self.config_file} keeps; for those of {recipe.data.audio_dir} run `rvc-dist preprocess`"
+            logger.warning("data.audio_dir: the clips were cut from %s, which %s", kept.data.audio_dir, told)
             recipe = replace(recipe, data=replace(recipe.data, audio_dir=kept.data.audio_dir))
         atomic_write(self.config_file, recipe.to_yaml())
 
@@ -320,14 +313,10 @@ class SourceFile:
             return [self]
         step = math.ceil(self.duration_s / count)
         starts = range(0, math.ceil(self.duration_s), step)
+        ends = [*starts[1:], self.duration_s]
         return [
-            replace(
-                self,
-                start_s=float(at),
-                duration_s=min(float(step), round(self.duration_s - at, 6)),
-                is_last=at == starts[-1],
-            )
-            for at in starts
+            replace(self, start_s=float(at), duration_s=round(float(end) - at, 6), is_last=at == starts[-1])
+            for at, end in zip(starts, ends, strict=True)
         ]
 
 
@@ -382,14 +371,9 @@ class WorkList:
         return [u for u, wanted in self.fingerprints().items() if not is_done(work.clips_file(u.id), wanted)]
 
     def dumps(self) -> str:
-        data = {
-            "version": FORMAT_VERSION,
-            "listing": self.listing,
-            "settings": self.settings,
-            "units": [[asdict(f) for f in unit.files] for unit in self.units],
-            "excluded": [asdict(f) for f in self.excluded],
-        }
-        return to_json(data)
+        units = [[asdict(f) for f in unit.files] for unit in self.units]
+        data = {"version": FORMAT_VERSION, "listing": self.listing, "settings": self.settings, "units": units}
+        return to_json(data | {"excluded": [asdict(f) for f in self.excluded]})
 
     @classmethod
     def load(cls, path: Path) -> WorkList | None:
@@ -405,12 +389,8 @@ class WorkList:
             raise StageError(
                 f"{path}: not a work list of ours ({error});", "delete it and run the stage again"
             ) from error
-        return cls(
-            listing=data["listing"],
-            settings=data["settings"],
-            units=tuple(Unit(i, tuple(SourceFile(**f) for f in files)) for i, files in enumerate(data["units"])),
-            excluded=tuple(SourceFile(**f) for f in data["excluded"]),
-        )
+        units = tuple(Unit(i, tuple(SourceFile(**f) for f in files)) for i, files in enumerate(data["units"]))
+        return cls(data["listing"], data["settings"], units, tuple(SourceFile(**f) for f in data["excluded"]))
 
 
 def cut_units(files: Sequence[SourceFile]) -> tuple[Unit, ...]:
@@ -596,11 +576,7 @@ def is_done(path: Path, *wanted: str) -> bool:
 
 
 def wait_for(what: str, probe: Callable[[], T | None], poll_s: float = 0.2) -> T:
-    """Poll `probe` until it returns something.
-
-    Files are the only meeting point of the data stages: a collective would time out on a long stage, and array
-    tasks have no process group. When a rank dies, its launcher ends those that wait.
-    """
+    """Poll `probe` until it returns something. When a rank dies, its launcher ends those that wait."""
     started_at = reported_at = time.monotonic()
     while (found := probe()) is None:
         time.sleep(poll_s)

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 HEARD_RATE = 40000
 """Recordings of this rate in Hz and more lack nothing that is heard: 44100 is not below a voice of 48000."""
+TOLD_SLICES = 3
+"""Of a recording, what is said of at most so many slices."""
 
 
 class ClipStage(UnitStage[ClipsHeader]):
@@ -39,6 +41,14 @@ class ClipStage(UnitStage[ClipsHeader]):
     @abstractmethod
     def make_unit(self, unit: Unit) -> None:
         """Write the unit's clips, with what became of each of its recordings."""
+
+    def pack(
+        self, unit: Unit, clips: Sequence[tuple[dict[str, Any], audio.Wave]], files: list[dict[str, Any]]
+    ) -> tuple[dict[str, audio.Wave], dict[str, Any]]:
+        """The clips of a unit and their header, as `save_arrays` takes them; `files` are entries of its recordings."""
+        (wanted,), rate = self.fingerprints(unit), self.recipe.data.sample_rate
+        header = {"stamp": wanted, "sample_rate": rate, "clips": [clip for clip, _ in clips], "files": files}
+        return {f"{i:05d}": wave for i, (_, wave) in enumerate(clips)}, header
 
     def make_units(self, units: Sequence[Unit]) -> None:
         """Several at a time."""
@@ -120,14 +130,9 @@ def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str,
     low = [(rate, seconds) for rate, seconds in recordings if rate < min(wanted, HEARD_RATE)]
     if not low:
         return "", ""
-    lowest, low_s, all_s = min(low)[0], sum(s for _, s in low), sum(s for _, s in recordings)
-    fitting = min((r for r in RATES[recipe.model.version] if r >= lowest), default=wanted)
-    text = (
-        f"{len(low)} of {len(recordings)} recordings ({low_s / 60:.1f} of {all_s / 60:.1f} min) have a rate below "
-        f"data.sample_rate {wanted}, the lowest {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice "
-        "learns to sound as dull"
-    )
+    fitting = min((r for r in RATES[recipe.model.version] if r >= min(low)[0]), default=wanted)
     remedy = f"set data.sample_rate {fitting}, or " if fitting < wanted else ""
+    text = _dull(low, [s for _, s in recordings], f"have a rate below data.sample_rate {wanted}, the lowest")
     return text, f"{remedy}give recordings of {wanted} Hz"
 
 
@@ -137,13 +142,18 @@ def upsampled_recordings(recipe: Recipe, files: list[dict[str, Any]]) -> str:
     found = [f for f in files if 0 < f.get("effective_rate", 0) < min(f.get("sample_rate", 0), limit)]
     if not found:
         return ""
-    seconds, all_s = sum(f["seconds_in"] for f in found), sum(f["seconds_in"] for f in files)
-    lowest = min(f["effective_rate"] for f in found)
+    rates = [(f["effective_rate"], f["seconds_in"]) for f in found]
+    text = _dull(rates, [f["seconds_in"] for f in files], "were upsampled, the lowest from")
+    held = [(f["path"], f"{f['sample_rate']} Hz, holds what {f['effective_rate']} Hz do") for f in found]
+    return f"{text}; give others if there are{listed(held)}"
+
+
+def _dull(low: list[tuple[int, float]], all_s: list[float], what: str) -> str:
+    """What is to be said of recordings (Hz, seconds) of too low a rate, among those that take `all_s` seconds."""
+    lowest, low_s = min(low)[0], sum(seconds for _, seconds in low)
+    share = f"{len(low)} of {len(all_s)} recordings ({low_s / 60:.1f} of {sum(all_s) / 60:.1f} min)"
     return (
-        f"{len(found)} of {len(files)} recordings ({seconds / 60:.1f} of {all_s / 60:.1f} min) were upsampled, the "
-        f"lowest from {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice learns to sound as dull; "
-        "give others if there are"
-        + listed((f["path"], f"{f['sample_rate']} Hz, holds what {f['effective_rate']} Hz do") for f in found)
+        f"{share} {what} {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice learns to sound as dull"
     )
 
 
@@ -187,7 +197,7 @@ def file_entry(file: SourceFile, seconds_in: float = 0.0, lost: dict[str, float]
     return {"path": file.path, "speaker": file.speaker, **nothing, "reason": file.reason}
 
 
-def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str, Any]]:
+def _by_recording(slices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries of slices summed up by recording; what is said of a slice says where it begins."""
     files: dict[str, dict[str, Any]] = {}
     reasons: dict[str, list[tuple[float, str]]] = {}
@@ -202,8 +212,8 @@ def _by_recording(slices: list[dict[str, Any]], most: int = 3) -> list[dict[str,
             known["effective_rate"] = max(e.get("effective_rate", 0) for e in (known, part))
     for path, found in reasons.items():
         told = [f"from {format_duration(at)}: {why}" if len(found) > 1 else why for at, why in sorted(found) if why]
-        more = [f"and {len(told) - most} slices more"] if len(told) > most else []
-        files[path]["reason"] = "; ".join(told[:most] + more)
+        more = [f"and {len(told) - TOLD_SLICES} slices more"] if len(told) > TOLD_SLICES else []
+        files[path]["reason"] = "; ".join(told[:TOLD_SLICES] + more)
     return list(files.values())
 
 

@@ -153,21 +153,15 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
 
     old = WorkList.load(work.work_list_file)
     content = content_by(old, audio_dir)
+    progress = "preprocess: read %d of %d recordings, to know their content"
     measured = in_threads(
-        recipe.preprocess.num_workers,
-        lambda f: f if f.reason else _measure(audio_dir, f, content),
-        sources,
-        "preprocess: read %d of %d recordings, to know their content",
+        recipe.preprocess.num_workers, lambda f: f if f.reason else _measure(audio_dir, f, content), sources, progress
     )
     if all(f.reason for f in measured):  # before anything of an earlier dataset in this run folder is touched
         raise _no_clip(recipe, [(f.path, f.reason) for f in measured])
     check_recordings(work, measured, lambda f: f.content)
-    work_list = WorkList(
-        listing=listing,
-        settings=settings,
-        units=cut_units([part for f in measured if not f.reason for part in f.slices()]),
-        excluded=tuple(f for f in measured if f.reason),
-    )
+    units = cut_units([part for f in measured if not f.reason for part in f.slices()])
+    work_list = WorkList(listing, settings, units, tuple(f for f in measured if f.reason))
     if old is not None and (why := changes(old.settings, settings) or _source_changes(old, measured)):
         logger.info("preprocess: making stale clips again: %s", why)
     elif old is not None:
@@ -222,28 +216,17 @@ class Preprocess(ClipStage):
         super().make_units(units)
 
     def make_unit(self, unit: Unit) -> None:
-        arrays: dict[str, audio.Wave] = {}
-        clips: list[dict[str, Any]] = []
+        clips: list[tuple[dict[str, Any], audio.Wave]] = []
         files: list[dict[str, Any]] = []
-        rate = self.recipe.data.sample_rate
         for file in unit.files:
             outcome = self._outcome(file)
-            files.append(
-                file_entry(replace(file, reason=outcome.reason), outcome.seconds_in, outcome.lost)
-                | {
-                    "start_s": file.start_s,
-                    "clips": len(outcome.clips),
-                    "seconds_out": round(sum(len(clip.wave) for clip in outcome.clips) / rate, 3),
-                    "sample_rate": file.rate,
-                    "effective_rate": outcome.effective_rate,
-                }
-            )
-            for clip in outcome.clips:
-                arrays[f"{len(clips):05d}"] = clip.wave
-                where = {"slice_s": file.start_s, "start_s": clip.start_s, "content": file.content}
-                clips.append({"speaker": file.speaker, "source": file.path} | where)
-        header = {"stamp": self.fingerprints(unit)[0], "sample_rate": rate, "clips": clips, "files": files}
-        save_arrays(self.file(unit), arrays, header)
+            of_file = {"speaker": file.speaker, "source": file.path, "slice_s": file.start_s, "content": file.content}
+            clips += [(of_file | {"start_s": clip.start_s}, clip.wave) for clip in outcome.clips]
+            seconds_out = sum(len(clip.wave) for clip in outcome.clips) / self.recipe.data.sample_rate
+            entry = file_entry(replace(file, reason=outcome.reason), outcome.seconds_in, outcome.lost)
+            entry |= {"start_s": file.start_s, "clips": len(outcome.clips), "seconds_out": round(seconds_out, 3)}
+            files.append(entry | {"sample_rate": file.rate, "effective_rate": outcome.effective_rate})
+        save_arrays(self.file(unit), *self.pack(unit, clips, files))
 
     def _outcome(self, file: SourceFile) -> Outcome:
         try:

@@ -118,10 +118,8 @@ class Extract(UnitStage[FeaturesHeader]):
 
         While units are being made again the folder holds old and new ones, which nobody may take for a whole.
         """
-        before = read_report(self.work)
-        if before is None:
-            return
-        if before["settings"] == self.settings and before["clips"] == fingerprint(list(self.clips.values())):
+        before, present = read_report(self.work), fingerprint(list(self.clips.values()))
+        if before is None or (before["settings"], before["clips"]) == (self.settings, present):
             return
         if shard.is_first:
             what = changes(before["settings"], self.settings) or "other clips"

@@ -108,10 +108,6 @@ LAYOUTS = (
 )
 
 
-class FeatureError(ValueError):
-    """Features of a clip cannot be taken over; the message is the reason."""
-
-
 @dataclass(frozen=True)
 class Experiment:
     """An experiment's folder, read as far as its small files go."""
@@ -213,9 +209,8 @@ class Import(ClipStage):
     def make_unit(self, unit: Unit) -> None:
         """Write the clips and, when all of them have features, these."""
         rate = self.recipe.data.sample_rate
-        waves: dict[str, Array] = {}
-        found: list[tuple[int, Array, Array]] = []
-        clips: list[dict[str, Any]] = []
+        clips: list[tuple[dict[str, Any], Array]] = []
+        features: list[tuple[int, Array, Array]] = []
         files: list[dict[str, Any]] = []
         for file in unit.files:
             try:
@@ -227,19 +222,18 @@ class Import(ClipStage):
             reason = ""
             if self.experiment.content_dir:
                 try:
-                    found.append((len(waves), *read_features(self.experiment, file.path, len(wave) / rate)))
-                except FeatureError as error:
+                    features.append((len(clips), *read_features(self.experiment, file.path, len(wave) / rate)))
+                except ForeignFileError as error:
                     reason = f"features not imported: {error}"
             where = {"source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s}
-            clips.append({"speaker": file.speaker, "content": file.content} | where)
-            waves[f"{len(waves):05d}"] = wave
+            clips.append(({"speaker": file.speaker, "content": file.content} | where, wave))
             seconds = round(len(wave) / rate, 6)
             entry = file_entry(replace(file, reason=reason), seconds)
             files.append(entry | {"clips": 1, "seconds_out": round(seconds, 3)})
-        header = {"stamp": self.fingerprints(unit)[0], "sample_rate": rate, "clips": clips, "files": files}
-        if self.experiment.content_dir and len(found) == len(waves):
+        waves, header = self.pack(unit, clips, files)
+        if self.experiment.content_dir and len(features) == len(waves):
             lengths = [len(wave) for wave in waves.values()]
-            packed = pack_unit(header, lengths, found, self.embedder, self.features_fingerprint(unit))
+            packed = pack_unit(header, lengths, features, self.embedder, self.features_fingerprint(unit))
             save_arrays(self.work.features_file(unit.id), *packed)
         # After the features: a unit whose clips are there has what it could have.
         save_arrays(self.file(unit), waves, header)
@@ -425,7 +419,7 @@ def _with_arrays(folders: list[Path]) -> Path | None:
 def _width(content_dir: Path) -> int:
     """C of the first features that can be read, 0 if none can."""
     for path in sorted(content_dir.glob("*.npy")):
-        with contextlib.suppress(FeatureError):
+        with contextlib.suppress(ForeignFileError):
             return int(read_array(path, 2).shape[1])
     return 0
 
@@ -626,19 +620,19 @@ def read_features(experiment: Experiment, wave: str, seconds: float) -> tuple[Ar
     """Content [T50, C] and f0 [T100] of a clip; f0 is 0 where the experiment has no pitch.
 
     Raises:
-        FeatureError: a file is missing or is not what it should be.
+        ForeignFileError: a file is missing or is not what it should be.
     """
     content_file, f0_file = experiment.content_file(wave), experiment.f0_file(wave)
     assert content_file is not None
     content = read_array(content_file, 2)
     if content.shape[1] != experiment.width:
-        raise FeatureError(f"{content_file.parent.name}: {content.shape[1]} wide, the others {experiment.width}")
+        raise ForeignFileError(f"{content_file.parent.name}: {content.shape[1]} wide, the others {experiment.width}")
     f0 = read_array(f0_file, 1) if f0_file else np.zeros(2 * len(content), np.float32)
     if f0_file and f0.min(initial=0.0) < 0.0:
-        raise FeatureError(f"{f0_file.parent.name}: a pitch below 0 Hz")
+        raise ForeignFileError(f"{f0_file.parent.name}: a pitch below 0 Hz")
     for file, array, per_s in (content_file, content, CONTENT_PER_S), (f0_file, f0, F0_PER_S):
         if file and abs(len(array) / per_s - seconds) > LENGTH_TOLERANCE_S:
-            raise FeatureError(f"{file.parent.name}: {len(array) / per_s:.2f} s long, the clip {seconds:.2f} s")
+            raise ForeignFileError(f"{file.parent.name}: {len(array) / per_s:.2f} s long, the clip {seconds:.2f} s")
     return content, f0
 
 
@@ -646,20 +640,20 @@ def read_array(path: Path, num_dims: int) -> Array:
     """A float32 copy of what is in an .npy file; nothing in it is run.
 
     Raises:
-        FeatureError: it is missing, no array of numbers of `num_dims` dimensions, empty, or not finite.
+        ForeignFileError: it is missing, no array of numbers of `num_dims` dimensions, empty, or not finite.
     """
     try:
         data = read_npy(path)
     except FileNotFoundError:
-        raise FeatureError(f"{path.parent.name}: missing") from None
+        raise ForeignFileError(f"{path.parent.name}: missing") from None
     except (ForeignFileError, OSError) as error:
-        raise FeatureError(f"{path.parent.name}: {error}") from error
+        raise ForeignFileError(f"{path.parent.name}: {error}") from error
     if data.ndim != num_dims or data.size > MAX_NUMBERS:
         what = f"{data.dtype} {list(data.shape)}, expected at most {MAX_NUMBERS} numbers in {num_dims} dimensions"
-        raise FeatureError(f"{path.parent.name}: {what}")
+        raise ForeignFileError(f"{path.parent.name}: {what}")
     array: Array = np.ascontiguousarray(data, np.float32)
     if not np.isfinite(array).all():
-        raise FeatureError(f"{path.parent.name}: values that are not finite")
+        raise ForeignFileError(f"{path.parent.name}: values that are not finite")
     return array
 
 
@@ -682,7 +676,7 @@ def read_mute(experiment: Experiment) -> Array | None:
         if content.shape[1] == experiment.width:
             return content
         wrong = f"{content.shape[1]} wide, the clips' features {experiment.width}"
-    except FeatureError as error:
+    except ForeignFileError as error:
         wrong = str(error)
     logger.warning("import: silent clips are left out: %s: %s", path, wrong)
     return None
