@@ -26,7 +26,7 @@ class Given(argparse.Action):
         namespace.given.append((self.dest, values or self.const or ""))
 
 
-def recipe_parser(stage: str, about: str = "") -> argparse.ArgumentParser:
+def recipe_parser(stage: str, about: str) -> argparse.ArgumentParser:
     """A parser of every key of the recipe, whose help has its meaning, what it may be, and its default."""
     parser = argparse.ArgumentParser(
         prog=f"rvc-dist {stage}",

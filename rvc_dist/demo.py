@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -52,14 +53,12 @@ def with_output_in_run_dir(recipe: Recipe) -> Recipe:
 
 def report(recipe: Recipe, seconds: float) -> None:
     """Print what the run made; every number is read from its files."""
-    from rich.console import Console
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     work = Workspace(recipe.run_dir, recipe.name)
     events = EventAccumulator(str(work.tensorboard_dir), size_guidance={"scalars": 0})
     events.Reload()
-    logged = MEL_LOSS in events.Tags()["scalars"]
-    mel = [e.value for e in events.Scalars(MEL_LOSS)] if logged else []
+    mel = [e.value for e in events.Scalars(MEL_LOSS)] if MEL_LOSS in events.Tags()["scalars"] else []
     first, last = mel[:COMPARED_STEPS], mel[-COMPARED_STEPS:]
     compared = (
         f"{statistics.mean(first):.3f} over the first {len(first)} logged steps, "
@@ -67,15 +66,12 @@ def report(recipe: Recipe, seconds: float) -> None:
         if mel
         else "not logged (train.log_every_steps)"
     )
-    # Plain and unwrapped: paths are there to be copied.
-    Console(soft_wrap=True).print(
+    sys.stdout.write(
         f"\nThe demo is done in {seconds:.0f} s.\n"
         f"mel loss      {compared}\n"
         f"voice         {work.last_voice_file}\n"
         f"index         {work.index_file()}\n"
         f"converted     {recipe.infer.output}\n"
         f"  from        {recipe.infer.input}\n"
-        f"TensorBoard   tensorboard --logdir {work.tensorboard_dir}",
-        markup=False,
-        highlight=False,
+        f"TensorBoard   tensorboard --logdir {work.tensorboard_dir}\n"
     )

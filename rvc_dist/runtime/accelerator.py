@@ -113,22 +113,25 @@ def check_meeting_point(num_ranks: int) -> None:
         )
 
 
-def on_first_rank(accelerator: Accelerator, function: Callable[[], None]) -> None:
-    """Run `function` on the main rank, while the others wait; its error is every rank's.
+def on_first_rank(accelerator: Accelerator, function: Callable[[], object]) -> bool:
+    """Run `function` on the main rank, while the others wait: whether it returns something; its error is every rank's.
 
     Raises:
         Exception: that of `function` on the main rank, and an OtherRankError that points to it on the others.
     """
     error: Exception | None = None
+    outcome = 0
     if accelerator.is_main_process:
         try:
-            function()
+            outcome = int(bool(function()))
         except Exception as failed:  # noqa: BLE001 - raised below, when the others have heard of it
-            error = failed
-    if accelerator.reduce(torch.tensor([int(error is not None)], device=accelerator.device)).item():
+            error, outcome = failed, 2
+    outcome = int(accelerator.reduce(torch.tensor([outcome], device=accelerator.device)).item())
+    if outcome == 2:
         if isinstance(error, StageError):
             tell_launcher(str(error))  # which ends this rank when the others have ended: they need no time for it
         raise error or OtherRankError("rank 0 failed; its message says why")
+    return outcome == 1
 
 
 def apply_kernel_settings(config: TrainConfig) -> None:

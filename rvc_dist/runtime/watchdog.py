@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.heartbeat import EXEMPT, HEARTBEAT, MAX_HEARTBEAT_BYTES, Heartbeat, HeartbeatRecord
@@ -82,24 +81,18 @@ class Watch:
         self._thread.start()
 
     def _acquire(self, accelerator: Accelerator) -> None:
-        held = False
-
-        def attempt() -> None:
-            nonlocal held
+        def attempt() -> bool:
             try:
-                held = self.lock.try_acquire()
+                return self.lock.try_acquire()
             except OSError as error:
                 raise StageError(
                     f"{self.lock.path}: cannot be written ({error.strerror}); nothing was trained"
                 ) from error
 
-        while True:  # in short turns: the other ranks do not wait for longer than train.timeout_s
-            on_first_rank(accelerator, attempt)
-            if broadcast_object_list([held])[0]:
-                for log in rank_logs():
-                    log.is_waiting = False
-                return
+        while not on_first_rank(accelerator, attempt):  # in short turns, none longer than train.timeout_s
             time.sleep(0.5)
+        for log in rank_logs():
+            log.is_waiting = False
 
     def _start_guard(self, token: str) -> None:
         """A process that ends this one when the others ask for it."""

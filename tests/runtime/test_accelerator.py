@@ -58,9 +58,10 @@ def test_an_error_of_the_first_rank_is_told_to_the_others_whatever_its_kind(kind
 
     with pytest.raises(kind, match="its reason"):
         accelerator.on_first_rank(ranks[0], fail)
-    assert told == [1]
-    accelerator.on_first_rank(ranks[1], fail)  # not its work
-    ranks[1].reduce = torch.ones_like
+    assert told == [2]
+    assert not accelerator.on_first_rank(ranks[1], fail), "not its work"
+    assert accelerator.on_first_rank(ranks[0], lambda: "something")
+    ranks[1].reduce = lambda flag: torch.full_like(flag, 2)
     with pytest.raises(OtherRankError, match="rank 0 failed"):
         accelerator.on_first_rank(ranks[1], fail)
 
