@@ -19,14 +19,20 @@ from rvc_dist.train import checkpoint
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")
 
 
+def prepared(folder: Path, **train: object) -> Path:
+    """A recipe file of a run in `folder`/run whose features exist."""
+    recipe = tiny_recipe(folder / "run", **({"max_steps": 1000, "eval_every_steps": 999} | train))
+    make_features(recipe)
+    file = folder / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    return file
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["raise", "kill"])
 def test_a_rank_that_fails_ends_all_within_seconds_and_the_checkpoint_stays(tmp_path, monkeypatch, kind):
-    recipe = tiny_recipe(tmp_path, max_steps=1000, save_every_steps=2, eval_every_steps=1000)
-    make_features(recipe)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe.to_yaml())
+    file = prepared(tmp_path, save_every_steps=2)
     monkeypatch.setenv("FAULT", f"1:8:{kind}")
     process = start([*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)])
     assert process.stdout is not None
@@ -44,22 +50,11 @@ def test_a_rank_that_fails_ends_all_within_seconds_and_the_checkpoint_stays(tmp_
     assert cause in text.partition("Root Cause (first observed failure)")[2], "the launcher's last lines"
     if kind == "raise":
         assert text.count("Traceback (most recent call last)") == 3, "rank 1's, the launcher's own, and rank 1's again"
-        assert cause in (tmp_path / "logs" / "rank_00001.log").read_text()
-    newest = checkpoint.latest(tmp_path / "checkpoints")
+        assert cause in (tmp_path / "run" / "logs" / "rank_00001.log").read_text()
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert newest.name in ("step_00000004", "step_00000006")  # the writer of the last one may have been killed
-    checkpoint.verify(newest)
-    monkeypatch.delenv("FAULT")
-    rvc_dist(2, "train", "--config", file, "--train.max_steps", 9)
-
-
-def prepared(folder: Path, **train: object) -> Path:
-    """A recipe file of a run in `folder`/run whose features exist."""
-    recipe = tiny_recipe(folder / "run", **({"max_steps": 1000, "eval_every_steps": 999} | train))
-    make_features(recipe)
-    file = folder / "recipe.yaml"
-    file.write_text(recipe.to_yaml())
-    return file
+    checkpoint.verify(newest)  # that such a run goes on: test_resume.py
 
 
 def all_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -184,17 +179,11 @@ def small_disk(folder: Path, megabytes: int):
 @needs_root
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp_path, num_ranks):
-    recipe = tiny_recipe(
-        tmp_path / "run", max_steps=1000, save_every_steps=3, keep_checkpoints=99, eval_every_steps=999
-    )
-    make_features(recipe)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe.to_yaml())
+def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp_path):
+    file = prepared(tmp_path, save_every_steps=1, keep_checkpoints=99)
     with small_disk(tmp_path / "run" / "checkpoints", 48) as disk:
-        output = rvc_dist(num_ranks, "train", "--config", file, code=1)
-        assert output.count("a checkpoint needs") == (1 if num_ranks == 1 else 2), "a launcher says it again at the end"
+        output = rvc_dist(2, "train", "--config", file, code=1)
+        assert output.count("a checkpoint needs") == 2, "the first rank, and the launcher at the end"
         assert "earlier checkpoints are untouched" in output
         saved = checkpoint.list_checkpoints(disk)
         assert len(saved) >= 2
@@ -204,26 +193,21 @@ def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp
         for folder in saved[:-1]:
             shutil.rmtree(folder)
         last = int(saved[-1].name.removeprefix("step_"))
-        assert "continuing from step" in rvc_dist(num_ranks, "train", "--config", file, "--train.max_steps", last + 1)
+        assert "continuing from step" in rvc_dist(1, "train", "--config", file, "--train.max_steps", last + 1)
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_save_beyond_a_limit_on_the_size_of_files_is_a_failure(tmp_path, num_ranks):
+def test_a_save_beyond_a_limit_on_the_size_of_files_is_a_failure(tmp_path):
     """A real limit, as quotas are: safetensors' error for it is no OSError."""
-    recipe = tiny_recipe(tmp_path / "run", max_steps=2)
-    make_features(recipe)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe.to_yaml())
-    limited = ["bash", "-c", 'ulimit -f 256; exec "$@"', "limited", *launcher(num_ranks)]
+    file = prepared(tmp_path, max_steps=2)
+    limited = ["bash", "-c", 'ulimit -f 256; exec "$@"', "limited", *launcher(1)]
     process = start([*limited, "-m", "rvc_dist", "train", "--config", str(file)])
     output = finish(process, 120)
     assert process.returncode == 1, output[-3000:]
     reason = r"step_00000002: cannot be written \(.*File too large.*\); \d+\.\d+ MB needed, \d+ MB free, no file may "
     assert re.search(reason + r"have more than 0\.262 MB \(ulimit -f\); earlier checkpoints are untouched", output)
     assert "trained to step" not in output
-    assert num_ranks > 1 or "Traceback" not in output
+    assert "Traceback" not in output
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -231,10 +215,7 @@ def test_a_save_beyond_a_limit_on_the_size_of_files_is_a_failure(tmp_path, num_r
 @pytest.mark.distributed
 def test_a_folder_without_write_permission_is_refused_before_the_first_step(tmp_path):
     """Root may write anywhere but to a file system that is mounted read-only."""
-    recipe = tiny_recipe(tmp_path / "run")
-    make_features(recipe)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe.to_yaml())
+    file = prepared(tmp_path)
     with small_disk(tmp_path / "run" / "checkpoints", 1) as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         output = rvc_dist(2, "train", "--config", file, code=1)
