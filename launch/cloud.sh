@@ -45,8 +45,8 @@ fi
 ranks=${RANKS:-$gpus}
 run_dir=$(python - "$recipe" "$@" << 'PYTHON'
 import sys
-from rvc_dist.command_line import parse_recipe
-print(parse_recipe("run", ["--config", sys.argv[1], *sys.argv[2:]]).run_dir)
+from rvc_dist.__main__ import parse
+print(parse("run", ["--config", sys.argv[1], *sys.argv[2:]])[0].run_dir)
 PYTHON
 )
 
