@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
 import errno
 import importlib
+import inspect
 import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
-from rvc_dist import __version__
-from rvc_dist.command_line import Given, check_words, meant_by, recipe_of, recipe_parser
-from rvc_dist.config import Recipe
+from rvc_dist import __version__, config
+from rvc_dist.config import ConfigError, Recipe, recipe_of
 from rvc_dist.files import NO_SPACE, remove_half_written, space
 from rvc_dist.runtime.hang_killer import end_with_launcher
 from rvc_dist.runtime.logs import RankLog, rank_log
 from rvc_dist.runtime.run_lock import may_be_held
-from rvc_dist.schema import nearest
+from rvc_dist.schema import expected, nearest
 from rvc_dist.workspace import Shard, StageError, Stopped, Workspace, adopt_slurm_ranks
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
@@ -101,6 +106,95 @@ def set_up_logging(shard: Shard) -> None:
         level=logging.WARNING, format=f"%(asctime)s {rank}%(message)s", datefmt="%H:%M:%S", handlers=[screen]
     )
     logging.getLogger("rvc_dist").setLevel(logging.INFO)
+
+
+class Given(argparse.Action):
+    """Appends (key, text) to `given`: later options override earlier ones, those of files too."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
+        namespace.given.append((self.dest, values or self.const or ""))
+
+
+def recipe_parser(stage: str, about: str) -> argparse.ArgumentParser:
+    """A parser of every key of the recipe, whose help has its meaning, what it may be, and its default."""
+    parser = argparse.ArgumentParser(
+        prog=f"rvc-dist {stage}",
+        usage="%(prog)s [--config FILE] [--section.key VALUE ...]",
+        description=about,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=8, width=100),
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.set_defaults(given=[])
+    parser.add_argument("--config", action=Given, metavar="FILE", help="Recipe (YAML); later options override it.")
+    parser.add_argument("--print_config", action="store_true", help="Print the whole recipe, and do nothing.")
+    docs = _docstrings()
+    for prefix, kind in _sections(Recipe):
+        group = parser.add_argument_group(description=str(kind.__doc__).partition("\n\n")[0])
+        hints = get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            default = "null" if field.default is None else field.default
+            text = f"{docs.get((kind.__name__, field.name), '')} ({expected(hints[field.name])}; default: {default})"
+            is_section = field.default is dataclasses.MISSING
+            about = argparse.SUPPRESS if is_section else text.strip().replace("%", "%%")
+            group.add_argument(f"--{prefix}{field.name}", action=Given, metavar="VALUE", help=about)
+    return parser
+
+
+def _docstrings() -> dict[tuple[str, str], str]:
+    """The text below each field of the recipe, by class and field."""
+    classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
+    return {
+        (node.name, ast.unparse(field.target)): ast.literal_eval(text.value)
+        for node in classes
+        for field, text in pairwise(node.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def _sections(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
+    """Every section with its full key and a dot, the recipe itself first."""
+    yield prefix, kind
+    for name, hint in get_type_hints(kind).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _sections(hint, f"{prefix}{name}.")
+
+
+def check_words(stage: str, words: list[str], others: list[str]) -> None:
+    """Raises ConfigError where a command has words that are no option of it, with the options that were meant."""
+    unknown = [word.partition("=")[0].removeprefix("--") for word in others if word.startswith("--")]
+    if unknown:
+        hints = [f"did you mean {near}?" if (near := nearest_key(key)) else "--help lists every key" for key in unknown]
+        raise ConfigError("\n".join(f"unknown key {key}; {hint}" for key, hint in zip(unknown, hints, strict=True)))
+    if not others:
+        return
+    rest, meant = list(others), []
+    for word in words:
+        is_other = bool(rest) and word == rest[0]
+        meant += meant_by(stage, rest.pop(0)) if is_other else [word]
+    if meant != words:
+        raise ConfigError(f"{others[0]!r} is no option; did you mean: rvc-dist {stage} {shlex.join(meant)}")
+    raise ConfigError(f"{others[0]!r} is no option; expected --section.key VALUE (--help lists every key)")
+
+
+def meant_by(stage: str, word: str) -> list[str]:
+    """The options that a word which belongs to none was probably meant as."""
+    text, equals, value = word.partition("=")
+    suffix = Path(word).suffix
+    if word == "-c":  # the file's name follows
+        return []
+    if not equals and suffix in (".yaml", ".yml"):
+        return ["--config", word]
+    if not equals and stage == "infer" and suffix:
+        return [{".pth": "--infer.model", ".index": "--infer.index"}.get(suffix, "--infer.input"), word]
+    key = nearest_key(text.lstrip("-"))
+    return [f"--{key}{equals}{value}"] if key else [word]
+
+
+def nearest_key(text: str) -> str:
+    """The key of the recipe that `text` resembles most, or an empty text."""
+    keys = [f"{prefix}{field.name}" for prefix, kind in _sections(Recipe) for field in dataclasses.fields(kind)]
+    return nearest(text.replace("-", "_"), ["config", *keys])
 
 
 def shard_of(name: str, shards: list[str]) -> Shard:

@@ -1,21 +1,38 @@
 """The recipe: one tree of frozen dataclasses that every stage takes whole and reads its part of.
 
-YAML files and the command line are only data for these classes: `rvc_dist.command_line` reads them. The type of a field
+YAML files and the command line are only data for these classes, as `recipe_of` reads them. The type of a field
 says what its value may be, and `rvc_dist.schema` checks it. Nothing heavy is imported here, so that `--help` and a typo
 in a key answer at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS
-from rvc_dist.schema import UNCLEAN, Count, Positive, Rule, above, at_least, faults, multiple_of, one_of, within
+from rvc_dist.schema import (
+    MAX_YAML_BYTES,
+    UNCLEAN,
+    Count,
+    Positive,
+    Rule,
+    SchemaError,
+    above,
+    at_least,
+    faults,
+    multiple_of,
+    one_of,
+    parse_yaml,
+    read_bounded,
+    types_of,
+    within,
+)
 
 FEATURE_RATE = 16000
 """Sample rate of the copy that content encoders and pitch trackers hear, in Hz."""
@@ -490,3 +507,78 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield wrong("train.learning_rate", why)
     if plan.step_s is not None and plan.device_tflop_s is not None:
         yield wrong("plan.device_tflop_s", f" with plan.step_s {plan.step_s}; set only one")
+
+
+def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:
+    """The recipe of (key, text) in their order; the key `config` stands for a file's keys.
+
+    Raises:
+        ConfigError: unknown keys in a file, wrong types, values out of range, or a file that cannot be read.
+    """
+    tree: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, text in given:
+        where = ""
+        found: Any = text
+        if key == "config":
+            where, found = f"{text}: ", _read_file(Path(text))
+        else:
+            for part in reversed(key.split(".")):
+                found = {part: found}
+        found = as_types(found, Recipe)
+        problems += [where + fault.sentence for fault in faults(found, Recipe) if not fault.is_bound]
+        _merge(tree, found)
+    if problems:
+        problems += [fault.sentence for fault in faults(tree, Recipe) if fault.is_bound]
+        raise ConfigError("\n".join(problems))
+    recipe: Recipe = _build(Recipe, tree)
+    return recipe
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file."""
+    return recipe_of([("config", str(path))])
+
+
+def as_types(value: Any, kind: Any) -> Any:
+    """`value` with what is text read as YAML, and whole numbers made others, where `kind` says so."""
+    types = types_of(kind)
+    if isinstance(value, str) and value.strip() and str not in types:
+        with contextlib.suppress(SchemaError, UnicodeError):
+            value = parse_yaml(value.encode())
+    if value in ("null", "~") and type(None) in types:
+        return None
+    if type(value) is int and float in types:
+        return float(value)
+    if isinstance(value, list) and tuple in types:
+        return tuple(as_types(item, int) for item in value)
+    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return {k: as_types(v, hints[k]) if k in hints else v for k, v in value.items()}
+    return value
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"--config: {path} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        tree = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
+    except (SchemaError, OSError) as error:
+        raise ConfigError(f"--config: {path} is no recipe: {error}") from error
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"--config: {path} holds a {type(tree).__name__}, expected keys such as name: and train:")
+    return tree or {}
+
+
+def _merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _build(kind: type[Any], values: dict[str, Any]) -> Any:
+    """A dataclass of `kind` from nested plain data."""
+    hints = get_type_hints(kind)
+    return kind(**{k: _build(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in values.items()})

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rvc_dist import pipeline
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import Recipe
+from rvc_dist.config import Recipe, load_recipe
 from rvc_dist.workspace import DEMO_VOICE_DIR, Shard, Workspace
 
 COMPARED_STEPS = 20

@@ -23,8 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, overload
 
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import ConfigError, Recipe
+from rvc_dist.config import ConfigError, Recipe, load_recipe
 from rvc_dist.files import atomic_write, remove_half_written, to_json
 from rvc_dist.schema import (
     MAX_JSON_BYTES,

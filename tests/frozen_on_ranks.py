@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import thin_networks
 
-from rvc_dist.command_line import load_recipe
+from rvc_dist.config import load_recipe
 from rvc_dist.train import trainer
 from rvc_dist.workspace import Shard
 

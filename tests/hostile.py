@@ -58,8 +58,7 @@ from torch import Tensor
 from rvc_dist import files, workspace
 from rvc_dist.__main__ import run_stage, set_up_logging
 from rvc_dist.choices import F0_METHODS, F0Spec
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import ExtractConfig, InferConfig, Recipe
+from rvc_dist.config import ExtractConfig, InferConfig, Recipe, load_recipe
 from rvc_dist.features.content import load_embedder, read_tensors
 from rvc_dist.features.index_file import Retriever
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator

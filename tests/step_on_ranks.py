@@ -17,8 +17,7 @@ from accelerate.state import AcceleratorState
 from helpers import thin_networks
 from safetensors.torch import save_file
 
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import Recipe
+from rvc_dist.config import Recipe, load_recipe
 from rvc_dist.train import trainer
 
 

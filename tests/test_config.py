@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from helpers import parse_recipe
 
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import RATES, ConfigError, EmbedderMix, Recipe
+from rvc_dist.config import RATES, ConfigError, EmbedderMix, Recipe, load_recipe
 
 NAN = math.nan
 
@@ -264,6 +263,6 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_importing_the_recipe_loads_nothing_heavy() -> None:
-    code = "import sys, rvc_dist.command_line; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, rvc_dist.config; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,8 +13,7 @@ import soundfile
 import yaml
 
 from rvc_dist import demo
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import Recipe
+from rvc_dist.config import Recipe, load_recipe
 from rvc_dist.workspace import DEMO_VOICE_DIR
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import torch
 from launching import ROOT, rvc_dist
 
 import rvc_dist as package
-from rvc_dist.command_line import load_recipe
+from rvc_dist.config import load_recipe
 from rvc_dist.pipeline import DATA_STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

@@ -15,8 +15,7 @@ import pytest
 from helpers import EMBEDDER
 
 from rvc_dist import workspace
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import ConfigError
+from rvc_dist.config import ConfigError, load_recipe
 from rvc_dist.runtime import run_lock
 from rvc_dist.runtime.heartbeat import HEARTBEAT
 from rvc_dist.runtime.logs import Failure

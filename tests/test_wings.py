@@ -10,7 +10,7 @@ from rvc_dist.__main__ import STAGES
 
 PACKAGE = Path(rvc_dist.__file__).parent
 FLOORS = (
-    {"__init__", "choices", "command_line", "config", "workspace", "files", "schema", "unit_stage"},
+    {"__init__", "choices", "config", "workspace", "files", "schema", "unit_stage"},
     {"models", "runtime"},
     {"data"},
     {"features"},

@@ -24,8 +24,7 @@ from safetensors.numpy import load_file
 
 from rvc_dist import __main__ as cli
 from rvc_dist.choices import F0_METHODS, F0Spec
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import Recipe, TrainConfig
+from rvc_dist.config import Recipe, TrainConfig, load_recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, feature_files, index, index_file
 from rvc_dist.tools import import_experiment

@@ -14,8 +14,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import DataConfig
+from rvc_dist.config import DataConfig, load_recipe
 from rvc_dist.data import clip_files, preprocess
 from rvc_dist.features import extract, feature_files, index
 from rvc_dist.models import spectral

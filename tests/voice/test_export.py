@@ -26,8 +26,7 @@ from helpers import (
     write_features,
 )
 
-from rvc_dist.command_line import load_recipe
-from rvc_dist.config import ExportConfig, InferConfig, Recipe
+from rvc_dist.config import ExportConfig, InferConfig, Recipe, load_recipe
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.generator import Generator
 from rvc_dist.train import checkpoint
