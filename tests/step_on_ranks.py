@@ -25,16 +25,16 @@ def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> No
     AcceleratorState._reset_state()  # in which DeepSpeed's settings would be those of the recipe before
     run = trainer.Trainer(recipe)
     if short:
-        size, batches = run.sampler.global_batch_size, run.sampler.global_batches(0)
+        size, batches = run.loader.sampler.global_batch_size, run.loader.sampler.global_batches(0)
         position = next(i for i, clips in enumerate(batches) if len(clips) < size)
         if position:
             run.progress = replace(run.progress, batches_done=((size, position),))
-        run.left_in_epoch -= position
+        run.loader.left_in_epoch -= position
     tensors = {}
-    steps = run._steps()
+    steps = run.loader.steps(run.progress)
     for step in range(num_steps):
         run.train_step(next(steps))
-        run._advance()
+        run.progress = run.loader.advanced(run.progress)
         if step == 0:
             for name, network in run.networks.items():
                 gradients = {k: p.grad for k, p in network.module.named_parameters() if p.grad is not None}

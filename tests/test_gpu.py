@@ -33,10 +33,10 @@ def _fresh_state():
 def losses_of(recipe, num_steps: int) -> list[dict[str, float]]:
     AcceleratorState._reset_state(reset_partial_state=True)
     run, values = trainer.Trainer(recipe), []
-    steps = run._steps()
+    steps = run.loader.steps(run.progress)
     for _ in range(num_steps):
         run.train_step(next(steps))
-        run._advance()
+        run.progress = run.loader.advanced(run.progress)
         values.append(run.meter.read(run.accelerator))
     run.close()
     return values
@@ -86,7 +86,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, options):
     recipe = tiny_recipe(tmp_path, log_every_steps=1000, **options)
     make_features(recipe, num_clips=15)
     run = trainer.Trainer(recipe)
-    steps = run._steps()
+    steps = run.loader.steps(run.progress)
     run.train_step(next(steps))
     batches = [next(steps) for _ in range(3)]
     torch.cuda.set_sync_debug_mode("error")
@@ -119,7 +119,7 @@ def test_bad_steps_change_nothing_on_the_device(tmp_path):
         recipe = tiny_recipe(tmp_path / optimizer, optimizer=optimizer)
         make_features(recipe)
         run = trainer.Trainer(recipe)
-        steps = run._steps()
+        steps = run.loader.steps(run.progress)
         run.train_step(next(steps))
         before = {n: {k: v.clone() for k, v in net.module.state_dict().items()} for n, net in run.networks.items()}
         (batch,) = next(steps)

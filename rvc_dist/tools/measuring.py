@@ -140,11 +140,11 @@ class MeasuredTrainer(Trainer):
     @property
     def has_one_length(self) -> bool:
         """Every batch is padded to the same length."""
-        return len(set((-(-self.sampler.lengths // BUCKET_FRAMES)).tolist())) == 1
+        return len(set((-(-self.loader.sampler.lengths // BUCKET_FRAMES)).tolist())) == 1
 
     def dealt(self, count: int) -> Iterator[Sample]:
         """The next steps of the run, with the batches that the sampler deals and the wait for them."""
-        steps = self._steps()
+        steps = self.loader.steps(self.progress)
 
         def next_batches() -> list[Batch]:
             with self.timer.phase("data"):
@@ -152,7 +152,7 @@ class MeasuredTrainer(Trainer):
 
         for _ in range(count):
             yield self._sample(next_batches)
-            self._advance()
+            self.progress = self.loader.advanced(self.progress)
         self.check_recent_steps()
 
     def repeated(self, batches: list[Batch], count: int) -> Iterator[Sample]:
@@ -164,15 +164,14 @@ class MeasuredTrainer(Trainer):
     def _sample(self, next_batches: Callable[[], list[Batch]]) -> Sample:
         with stopwatch(self.device) as span:
             batches = next_batches()
-            with self._memory_advice(batches[0]):
-                self.train_step(batches)
+            self.train_step(batches)
         return Sample(span, self.audio_s(batches), self.parts.take())
 
     def longest(self) -> list[Batch]:
         """This rank's part of a full global batch of the longest clips, repeated when there are fewer."""
-        order = np.argsort(-self.sampler.lengths, kind="stable")
-        specs = self.sampler.rank_batches(np.resize(order, self.sampler.global_batch_size), epoch=0)
-        return [batch.to(self.device) for batch in self.dataset[specs]]
+        order = np.argsort(-self.loader.sampler.lengths, kind="stable")
+        specs = self.loader.sampler.rank_batches(np.resize(order, self.loader.sampler.global_batch_size), epoch=0)
+        return [batch.to(self.device) for batch in self.loader.dataset[specs]]
 
     def with_and_without_wire(self, batches: list[Batch], count: int) -> list[tuple[Span, Span]]:
         """Steps that average gradients over ranks and, in turn, steps that keep them: the ranks' weights part ways."""
@@ -201,7 +200,7 @@ class MeasuredTrainer(Trainer):
 
     def plain(self, precision: str) -> PlainTrainer:
         """The yardstick with weights like these, in `precision` fp32 or recipe; both begin without optimizer state."""
-        generator = Generator(self.shape).to(self.device)
+        generator = Generator(self.origin.shape).to(self.device)
         discriminator = MultiPeriodDiscriminator(self.recipe.model.version, self.recipe.model.discriminator_channels)
         discriminator.to(self.device)
         optimizers = []
@@ -218,7 +217,7 @@ class MeasuredTrainer(Trainer):
             d=self.accelerator.prepare_model(PlainDiscriminator(discriminator)),
             optimizers=(optimizers[0], optimizers[1]),
             mel_loss=partial(losses.recipe_mel_loss, self.recipe),
-            n_fft=self.spec.n_fft,
+            n_fft=self.recipe.rate_spec.n_fft,
             use_bf16=self.config.use_bf16 and precision == "recipe",
         )
 
@@ -249,15 +248,15 @@ class MeasuredTrainer(Trainer):
 
     def follow(self, count: int) -> tuple[list[dict[str, float]], list[Span]]:
         """The losses and the times of the next `count` steps."""
-        losses, spans, steps = [], [], self._steps()
+        losses, spans, steps = [], [], self.loader.steps(self.progress)
         for _ in range(count):
             batches = next(steps)
-            with stopwatch(self.device) as span, self._memory_advice(batches[0]):
+            with stopwatch(self.device) as span:
                 self.train_step(batches)
             losses.append(self.losses())
             spans.append(span)
             self.check_recent_steps()
-            self._advance()
+            self.progress = self.loader.advanced(self.progress)
         return losses, spans
 
     def peak_memory(self) -> dict[str, int]:

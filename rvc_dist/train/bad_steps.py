@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipRef
 from rvc_dist.train.progress import Progress
@@ -58,11 +55,10 @@ def check_recent_steps(
         if not good:
             bad = [clips[c] for micro, fine in zip(step.clips, finite, strict=True) if not fine for c in micro]
             named = ", ".join(dict.fromkeys(f"{c.source or 'silence'} (unit {c.unit}, {c.key})" for c in bad))
-            logger.warning(
-                "step %d: no update, since a gradient was not finite; %s",
-                step.number,
-                f"clips with a loss that is not finite here: {named}" if bad else "every loss of this rank was finite",
-            )
+            found = "every loss of this rank was finite"
+            if bad:
+                found = f"clips with a loss that is not finite here: {named}"
+            logger.warning(f"step {step.number}: no update, since a gradient was not finite; {found}")
     return streak, too_many
 
 
@@ -74,10 +70,7 @@ def checkpoint_from_before(
     Raises:
         StageError: there is none, or going back to it has not helped before.
     """
-    (newest,) = broadcast_object_list([checkpoint.latest(folder)])
-    if newest is not None:
-        on_first_rank(accelerator, partial(checkpoint.verify, newest, identity))
-    saved = checkpoint.load(newest) if newest is not None else None
+    _, saved = checkpoint.newest(accelerator, folder, identity) or (None, None)
     before = progress.rolled_back_at
     if saved is None or (before is not None and saved.progress.step <= before):
         raise StageError(
@@ -87,9 +80,7 @@ def checkpoint_from_before(
             f"checkpoints in {folder} are from before",
         )
     logger.warning(
-        "step %d: %d steps in a row had no finite gradients; going on from the weights of step %d",
-        progress.step,
-        most,
-        saved.progress.step,
+        f"step {progress.step}: {most} steps in a row had no finite gradients; going on from the weights of step "
+        f"{saved.progress.step}"
     )
     return saved

@@ -18,9 +18,12 @@ import stat
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError, atomic_write, space
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
+from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.schema import (
     MAX_JSON_BYTES,
     Count,
@@ -175,6 +179,17 @@ class AsyncCheckpointWriter:
                 )
             else:
                 self._thread = None
+
+    def finish(self) -> None:
+        """Return when the last checkpoint is on the disk.
+
+        Raises:
+            StageError: it is not, or this process may not write here any more.
+        """
+        self.check()
+        self.wait()
+        if self.error is not None:
+            raise self.error
 
 
 def prepare_folder(folder: Path, num_bytes: int) -> None:
@@ -326,6 +341,17 @@ def latest(folder: Path) -> Path | None:
             return path
         logger.warning("%s has no %s and is passed over: it was never whole, or is half removed", path, MANIFEST)
     return None
+
+
+def newest(
+    accelerator: Accelerator, folder: Path, identity: Mapping[str, Any] | None = None
+) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint, verified as by `verify`, the same on all ranks; None without one."""
+    (path,) = broadcast_object_list([latest(folder)])
+    if path is None:
+        return None
+    on_first_rank(accelerator, partial(verify, path, identity))
+    return path, load(path)
 
 
 def prune(folder: Path, keep: int, best_step: int) -> None:

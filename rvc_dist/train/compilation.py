@@ -111,7 +111,7 @@ def _gains(
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        reason = textwrap.shorten(str(error).split("\n\n")[0], 300) or "no reason given"
+        reason = textwrap.shorten(str(error), 300) or "no reason given"
         logger.warning(
             "compile: the %s stays eager, since compiling failed: %s: %s", name, type(error).__name__, reason
         )

@@ -6,14 +6,9 @@ Shapes: B clips, T spectrogram frames, S = T * hop samples, C content channels.
 from __future__ import annotations
 
 import logging
-import math
-import os
-import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
-from rvc_dist.runtime.hang_killer import end_with_parent
-from rvc_dist.runtime.logs import ends_within
+from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe
 from rvc_dist.train import memory
 from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by
 from rvc_dist.workspace import FeaturesHeader, MuteHeader, StageError, Workspace, read_header, unit_files, unit_header
@@ -38,10 +31,6 @@ MIN_STEPS_PER_EPOCH = 4
 """Full steps an epoch below which a run is warned of its global batch, and more ranks are said not to pay."""
 MUTE_SOURCE = ""
 """The source of the silent clips, which belong to no recording."""
-SHM = Path("/dev/shm")
-"""Where loader processes put the batches that they have ready."""
-WORKERS_S = 3.0
-"""How long a loader process may take for the clips that it reads when the loader ends."""
 CACHE_SHARE = 0.5
 """Of the device's free memory, what a cached dataset may take: the rest is for the step."""
 
@@ -478,123 +467,3 @@ def collate(clips: list[ClipData], micro: MicroBatchSpec, spec: RateSpec, seeds:
         mean_frames=micro.mean_frames,
         reach=spec.reach,
     )
-
-
-def loader_settings(config: TrainConfig, device: torch.device, cached: bool) -> dict[str, Any]:
-    """The DataLoader options of a rank.
-
-    Those of `fast_train` are the reference's: as many workers as half of the cores, at most 8, 16 batches ahead, pinned
-    memory, workers that persist. The ranks of a machine share its cores.
-    """
-    workers = 0 if cached else config.num_workers
-    if config.fast_train and workers:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = max(1, min(8, (os.cpu_count() or 1) // 2 // local_ranks))
-    return {
-        "num_workers": workers,
-        "prefetch_factor": (16 if config.fast_train else 4) if workers else None,
-        "pin_memory": device.type == "cuda" and not cached,
-        "persistent_workers": workers > 0,
-    }
-
-
-class ReadAhead(NamedTuple):
-    """How many steps each loader process may have ready in shared memory."""
-
-    wanted: int
-    fits: int
-    needed: int
-    """Bytes of shared memory, of all ranks of this host."""
-    free: int
-    what: str
-    remedy: str
-
-    @classmethod
-    def measure(cls, recipe: Recipe, table: ClipTable, settings: Mapping[str, Any], local_ranks: int) -> ReadAhead:
-        config, spec = recipe.train, recipe.rate_spec
-        frames = min(max((c.num_frames for c in table.train), default=MAX_CLIP_FRAMES), MAX_CLIP_FRAMES)
-        samples = -(-frames // BUCKET_FRAMES) * BUCKET_FRAMES * (spec.hop + table.content_channels + 1) + 2 * spec.reach
-        step_bytes = config.batch_size * config.grad_accum_steps * samples * 4
-        workers, wanted = settings["num_workers"], settings["prefetch_factor"]
-        # Besides those that are ready, two: a rank lets go of a step only when it has the next.
-        needed, free = step_bytes * (workers * wanted + 2) * local_ranks, shutil.disk_usage(SHM).free
-        return cls(
-            wanted,
-            (free // (step_bytes * local_ranks) - 2) // workers,
-            needed,
-            free,
-            f"{SHM} has {free / 1e6:.0f} MB free, the loaders of {local_ranks} rank(s) on this host need "
-            f"{needed / 1e6:.0f} MB (steps of {step_bytes / 1e6:.1f} MB, {wanted} ahead in each of {workers} "
-            "loader process(es) a rank)",
-            f"start the container with --shm-size={math.ceil(1.5 * needed / 2**30)}g, or set train.num_workers 0",
-        )
-
-
-def fit_shared_memory(recipe: Recipe, table: ClipTable, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`settings`, with fewer steps ahead where shared memory does not hold them: results do not depend on that.
-
-    Raises:
-        StageError: it does not even hold one a loader process, and the ranks would wait for ever.
-    """
-    if not settings["num_workers"] or not SHM.is_dir():
-        return settings
-    ahead = ReadAhead.measure(recipe, table, settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if ahead.fits < 1:
-        raise StageError(f"{ahead.what};", ahead.remedy)
-    if ahead.fits >= ahead.wanted:
-        return settings
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        logger.warning("%s: %d ahead fit and are read; for more, %s", ahead.what, ahead.fits, ahead.remedy)
-    return {**settings, "prefetch_factor": ahead.fits}
-
-
-def make_loader(
-    dataset: ClipDataset, sampler: BucketBatchSampler, settings: Mapping[str, Any]
-) -> DataLoader[list[Batch]]:
-    """Steps as the sampler plans them; nothing else shards or shuffles."""
-    return DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=None,
-        # A loader draws a seed for its workers; drawn from the global state it would depend on what ran before.
-        generator=torch.Generator(),
-        worker_init_fn=partial(end_with_rank, os.getpid()),
-        **settings,
-    )
-
-
-def end_loader(loaded: Any) -> list[int]:
-    """End the processes of a loader's iterator, by force where they do not; the exit codes of those that had died."""
-    workers = getattr(loaded, "_workers", ())
-    if not workers:
-        return []
-    signal.setitimer(signal.ITIMER_REAL, 0.0)  # of a wait for it that was in vain, and would end this too
-    died = [worker.exitcode for worker in workers if worker.exitcode]
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would take their end for a fault
-    if not ends_within(WORKERS_S, "the loader", loaded._shutdown_workers):
-        for worker in workers:
-            worker.kill()
-            worker.join(WORKERS_S)
-    signal.signal(signal.SIGCHLD, handler)
-    return died
-
-
-def end_with_rank(rank: int, worker: int) -> None:
-    """Let this loader process end with its rank, of process id `rank`, or when that says so, and for nobody else.
-
-    It holds the rank's connections: while it lives, the others do not notice that the rank has died. What asks a rank
-    to save and stop often goes to its loader processes too, which it still needs for a step.
-    """
-    del worker
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL, rank)
-    if hasattr(signal, "sigwaitinfo"):  # Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_asked, args=(rank,), name="end", daemon=True).start()
-
-
-def _end_when_asked(rank: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)  # nothing of it is to be kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,14 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rich.progress
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from rvc_dist.files import disk_errors
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.logs import EXIT_S, ends_within
+from rvc_dist.train.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -139,12 +144,32 @@ class Tracker:
                 getattr(self._writer, method)(*arguments, **options)
 
 
+def report_steps(
+    values: Mapping[str, float],
+    seconds: Mapping[str, float],
+    progress: Progress,
+    total: int,
+    tracker: Tracker,
+    bar: ProgressBar,
+) -> None:
+    """Write down means over the last steps and the `seconds` of a step's parts: curves, bar and log."""
+    speed = values["perf/audio_s_per_s"]
+    tracker.scalars({**values, **{f"perf/{name}_s": s for name, s in seconds.items()}}, progress.step)
+    bar.update(progress.step, f"mel {values['loss/g_mel']:.3f} d {values['loss/d']:.2f}", speed)
+    shown = ", ".join(f"{k[5:]} {values[k]:.3f}" for k in ("loss/g_mel", "loss/g_kl", "loss/g_total", "loss/d"))
+    parts = ", ".join(f"{name} {s:.2f}" for name, s in seconds.items())
+    logger.info(
+        f"step {progress.step}/{total} epoch {progress.epoch}: {shown}; {speed:.2f} s of audio a second; seconds a "
+        f"step: {parts}"
+    )
+
+
 class ProgressBar:
     """A live bar on the main rank's terminal; elsewhere the log lines are enough."""
 
     def __init__(self, total: int, done: int, enabled: bool) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True)
+        self._bar = rich.progress.Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True)
         self._bar.disable = not (enabled and self._bar.console.is_terminal)
         self._task = self._bar.add_task("", total=total, completed=done)
 

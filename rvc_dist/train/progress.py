@@ -43,6 +43,13 @@ class Progress:
         last = [(size, num_steps + 1)] if size == global_batch_size else [(size, num_steps), (global_batch_size, 1)]
         return replace(self, step=self.step + 1, batches_done=(*before, *last))
 
+    def validated(self, distance: float) -> Progress:
+        """With this validation as the best, if no other was as good."""
+        best = self.best_metric
+        if best is not None and distance >= best:  # older versions of rvc_dist kept one that is not a number
+            return self
+        return replace(self, best_metric=distance, best_step=self.step, best_epoch=self.epoch)
+
     def epochs_done(self, num_clips: int) -> float:
         return self.epoch + sum(size * num_steps for size, num_steps in self.batches_done) / num_clips
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -16,12 +17,15 @@ from rvc_dist.config import Recipe
 from rvc_dist.data import clip_files
 from rvc_dist.features import feature_files
 from rvc_dist.files import write_json
+from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, out_of_memory
-from rvc_dist.train.dataset import Batch, BucketBatchSampler, ClipTable
+from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, networks, out_of_memory
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.ddp import GradientReducer, TrainedModule
 from rvc_dist.train.deepspeed import ZeroNetwork
+from rvc_dist.train.loader import StepLoader
+from rvc_dist.train.metrics import Meter
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.progress import Progress, total_steps
 from rvc_dist.train.step import GanStep, autocast
@@ -63,76 +67,70 @@ def report_holdout(recipe: Recipe, table: ClipTable) -> None:
         logger.warning("train.overtrain_detect does nothing: no clip is held out to see overtraining on")
 
 
-def saved_before(accelerator: Accelerator, work: Workspace) -> tuple[Path, checkpoint.Checkpoint] | None:
-    """The newest checkpoint, verified, the same on all ranks; None when the run is new."""
-    (path,) = broadcast_object_list([checkpoint.latest(work.checkpoints_dir)])
-    if path is None:
-        return None
-    on_first_rank(accelerator, partial(checkpoint.verify, path))
-    return path, checkpoint.load(path)
+@dataclass(frozen=True)
+class Origin:
+    """Where a run begins: new networks, or its newest checkpoint. The same on all ranks."""
+
+    shape: GeneratorShape
+    modules: dict[str, nn.Module]
+    """By checkpoint.MODELS, on the host; `resume` gives them a checkpoint's weights."""
+    identity: dict[str, Any]
+    """What its checkpoints must agree on."""
+    data: dict[str, Any]
+    """`fingerprint.of_data`."""
+    progress: Progress
+    trained_speakers: tuple[int, ...]
 
 
-def continued(
-    accelerator: Accelerator,
-    path: Path,
-    saved: checkpoint.Checkpoint,
-    identity: dict[str, Any],
-    data: dict[str, Any],
-) -> Progress:
-    """Where to go on from the checkpoint in `path` with the data of now.
+def find_origin(
+    recipe: Recipe, accelerator: Accelerator, work: Workspace, table: ClipTable
+) -> tuple[Origin, checkpoint.Checkpoint | None]:
+    """Networks for the clips of `table`, and the run's newest checkpoint, verified, if it has one.
 
     Raises:
-        StageError: it was made with other settings, or of other recordings alone.
+        StageError: the checkpoint is damaged, was made with other settings, or of other recordings alone; or
+            pretrained weights do not fit.
     """
-    on_first_rank(accelerator, partial(checkpoint.check_identity, path, saved.identity, identity))
-    on_first_rank(accelerator, partial(fingerprint.check, path, saved.data, data))
-    return fingerprint.adjusted(saved.progress, saved.data, data)
+    path, saved = checkpoint.newest(accelerator, work.checkpoints_dir) or (None, None)
+    shape, modules = networks.build(recipe, table, saved.identity if saved else None)
+    identity, data = networks.identity(recipe, shape, table), fingerprint.of_data(recipe, table)
+    progress, speakers = Progress(), table.trained_speakers
+    if path is not None and saved is not None:
+        on_first_rank(accelerator, partial(checkpoint.check_identity, path, saved.identity, identity))
+        on_first_rank(accelerator, partial(fingerprint.check, path, saved.data, data))
+        progress = fingerprint.adjusted(saved.progress, saved.data, data)
+        speakers = tuple(sorted({*speakers, *saved.trained_speakers}))
+    return Origin(shape, modules, identity, data, progress, speakers), saved
 
 
-def budget(recipe: Recipe, table: ClipTable, sampler: BucketBatchSampler, left_in_epoch: int, done: Progress) -> int:
+def budget(recipe: Recipe, table: ClipTable, loader: StepLoader, done: Progress) -> int:
     """Steps of the whole run; the log says what that is in epochs and clips."""
-    num_clips, per_epoch = len(table.train), sampler.steps_per_epoch
-    total = total_steps(recipe.train, per_epoch, left_in_epoch, done)
+    sampler, num_clips = loader.sampler, len(table.train)
+    per_epoch, num_padding = sampler.steps_per_epoch, sampler.num_padding_clips
+    total = total_steps(recipe.train, per_epoch, loader.left_in_epoch, done)
+    epochs = total / per_epoch
     logger.info(
-        "budget: %d steps, %.1f epochs of %d steps, %d clips seen of %d (%d held out); global batch %d",
-        total,
-        total / per_epoch,
-        per_epoch,
-        round(total / per_epoch * num_clips),
-        num_clips,
-        len(table.holdout),
-        sampler.global_batch_size,
+        f"budget: {total} steps, {epochs:.1f} epochs of {per_epoch} steps, {round(epochs * num_clips)} clips seen of "
+        f"{num_clips} ({len(table.holdout)} held out); global batch {sampler.global_batch_size}"
     )
     logger.info(
-        "every clip is seen once an epoch; ranks without one in the last batch of an epoch get %d padding clips "
-        "(%.1f%%), which count for nothing",
-        sampler.num_padding_clips,
-        100 * sampler.num_padding_clips / num_clips,
+        f"every clip is seen once an epoch; ranks without one in the last batch of an epoch get {num_padding} padding "
+        f"clips ({num_padding / num_clips:.1%}), which count for nothing"
     )
     if sampler.exceeds_dataset:
         logger.warning(
-            "the global batch of %d is more than a quarter of the %d clips: an epoch has only %d steps; "
-            "fewer ranks or a smaller train.batch_size would learn more from the same data",
-            sampler.global_batch_size,
-            num_clips,
-            per_epoch,
+            f"the global batch of {sampler.global_batch_size} is more than a quarter of the {num_clips} clips: an "
+            f"epoch has only {per_epoch} steps; fewer ranks or a smaller train.batch_size would learn more from the "
+            "same data"
         )
     return total
 
 
 def choose_compiled(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    work: Workspace,
-    modules: Mapping[str, nn.Module],
-    steps: tuple[int, int],
-    next_batch: Callable[[], Batch],
+    recipe: Recipe, accelerator: Accelerator, work: Workspace, origin: Origin, total: int, loader: StepLoader
 ) -> dict[str, bool]:
-    """Which networks to compile: as the run did before, else by a trial with the next batch.
-
-    `steps` are those done and those of the whole run.
-    """
-    config, device, (done, total) = recipe.train, accelerator.device, steps
+    """Which networks to compile for a run of `total` steps: as it did before, else by a trial with its next batch."""
+    config, device, modules = recipe.train, accelerator.device, origin.modules
     if not compilation.asked_for(config):
         return dict.fromkeys(modules, False)
     key = compilation.key(config, device, total)
@@ -143,16 +141,16 @@ def choose_compiled(
         return chosen
     compiled = {name: compilation.compiled(module, device) for name, module in modules.items()}
     optimizers = {name: make_optimizer(config, module) for name, module in modules.items()}
-    batch = next_batch()
+    batch = loader.next_batch(origin.progress)
 
     def trial(which: Mapping[str, bool]) -> GanStep:
         calls = {name: compiled[name] if which.get(name) else module for name, module in modules.items()}
-        networks = {n: TrainedModule(m, calls[n], calls[n], optimizers[n]) for n, m in modules.items()}
-        return GanStep(recipe, networks)
+        return GanStep(recipe, {n: TrainedModule(m, calls[n], calls[n], optimizers[n]) for n, m in modules.items()})
 
     with out_of_memory.advice(trial({}), batch, accelerator.process_index):
+        steps_left = total - origin.progress.step
         chosen = compilation.choose(
-            config, accelerator, checkpoint.MODELS, lambda which: trial(which).local_dry_run(batch), total - done
+            config, accelerator, checkpoint.MODELS, lambda which: trial(which).local_dry_run(batch), steps_left
         )
     if accelerator.is_main_process:
         write_json(work.compile_file, {"key": key, "compiled": chosen})
@@ -174,15 +172,36 @@ def trained_module(
     return network
 
 
-def load_weights(saved: checkpoint.Checkpoint, networks: Mapping[str, TrainedModule], work: Workspace) -> None:
+def resume(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    saved: checkpoint.Checkpoint,
+    progress: Progress,
+    modules: Mapping[str, TrainedModule],
+    meter: Meter,
+) -> None:
+    """Fill the networks, their optimizers and the meter; training goes on from `progress`."""
+    num_ranks = accelerator.num_processes
+    load_weights(saved, modules, Workspace(recipe.run_dir, recipe.name))
+    meter.load(saved.meter, accelerator.process_index, num_ranks, accelerator.device)
+    logger.info(f"continuing from step {progress.step}, epoch {progress.epoch}")
+    if saved.num_ranks != num_ranks:
+        num_clips = recipe.train.batch_size * recipe.train.grad_accum_steps * num_ranks
+        logger.warning(
+            f"the checkpoint was made on {saved.num_ranks} ranks, this run has {num_ranks}: it continues from the same "
+            f"weights, optimizers and place in the data, with steps of {num_clips} clips"
+        )
+
+
+def load_weights(saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModule], work: Workspace) -> None:
     """Fill the networks and their optimizers.
 
     Raises:
         StageError: the state of an optimizer does not fit.
     """
-    for name, network in networks.items():
+    for name, module in modules.items():
         try:
-            network.load(saved.models[name], saved.optimizers[name])
+            module.load(saved.models[name], saved.optimizers[name])
         except ValueError as error:
             raise StageError(
                 f"{work.checkpoints_dir}: step {saved.progress.step} does not fit the {name}'s optimizer;",
@@ -191,9 +210,47 @@ def load_weights(saved: checkpoint.Checkpoint, networks: Mapping[str, TrainedMod
             ) from error
 
 
-def prepare_run_folder(recipe: Recipe, work: Workspace, networks: Mapping[str, TrainedModule]) -> None:
+def make_checkpoint(
+    accelerator: Accelerator,
+    origin: Origin,
+    progress: Progress,
+    modules: Mapping[str, TrainedModule],
+    meter: Meter,
+    work: Workspace,
+) -> checkpoint.Checkpoint | None:
+    """What the main rank is to write, None elsewhere; every rank has to ask for it.
+
+    Its weights share the memory of the networks.
+
+    Raises:
+        StageError: a weight is not a finite number (on every rank alike).
+    """
+    weights = [w.detach() for module in modules.values() for w in module.module.parameters()]
+    if not torch.stack([w.isfinite().all() for w in weights]).all():
+        raise StageError(
+            f"step {progress.step}: a weight is not finite;",
+            f"lower train.learning_rate or set train.max_grad_norm. The checkpoints in {work.checkpoints_dir} are from "
+            "before",
+        )
+    meter_state = meter.state(accelerator)
+    states = {name: module.optimizer_state(accelerator.is_main_process) for name, module in modules.items()}
+    if not accelerator.is_main_process:
+        return None
+    return checkpoint.Checkpoint(
+        progress=progress,
+        identity=origin.identity,
+        models={name: module.module.state_dict() for name, module in modules.items()},
+        optimizers={name: state for name, state in states.items() if state is not None},
+        meter=meter_state,
+        num_ranks=accelerator.num_processes,
+        trained_speakers=origin.trained_speakers,
+        data=origin.data,
+    )
+
+
+def prepare_run_folder(recipe: Recipe, work: Workspace, modules: Mapping[str, TrainedModule]) -> None:
     """Make sure that checkpoints can be written, and keep the recipe."""
-    weights = sum(p.nbytes for n in networks.values() for p in n.module.parameters())
+    weights = sum(p.nbytes for m in modules.values() for p in m.module.parameters())
     checkpoint.prepare_folder(work.checkpoints_dir, 3 * weights)  # and two moments of each
     work.requeue_file.unlink(missing_ok=True)
     work.save_recipe(recipe)

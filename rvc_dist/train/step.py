@@ -43,7 +43,7 @@ class GanStep:
         self.networks = dict(networks)
         self.g, self.d = self.networks["generator"], self.networks["discriminator"]
         assert isinstance(self.g.module, Generator)
-        self.shape = self.g.module.shape
+        self.generator, self.shape = self.g.module, self.g.module.shape
         self.device = next(self.g.module.parameters()).device
         self.timer = timer or PhaseTimer(self.device)
 

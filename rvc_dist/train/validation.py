@@ -5,6 +5,8 @@ S samples, M mel bands, T frames.
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,9 @@ from rvc_dist.models.spectral import log_mel
 from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
 from rvc_dist.train.holdout import validated
 from rvc_dist.train.metrics import Tracker
+from rvc_dist.train.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,6 +35,22 @@ class Validation:
     dataset: ClipDataset
     accelerator: Accelerator
     tracker: Tracker
+
+    def judge(self, generator: Generator, progress: Progress) -> Progress:
+        """`progress`, and what is best in it where the mel distance is the smallest so far."""
+        step, distance = progress.step, self.mel_distance(generator, progress.step)
+        if distance is None:
+            return progress
+        self.tracker.scalars({"eval/mel_distance": distance}, step)
+        if not math.isfinite(distance):
+            logger.warning(f"validation at step {step}: the mel distance is {distance}, which is never the best")
+            return progress
+        after = progress.validated(distance)
+        logger.info(
+            f"validation at step {step}: mel distance {distance:.4f} (best {after.best_metric:.4f} at step "
+            f"{after.best_step})"
+        )
+        return after
 
     @torch.no_grad()
     def mel_distance(self, generator: Generator, step: int) -> float | None:

@@ -97,7 +97,7 @@ def test_operations_of_a_step_by_part(tmp_path):
     batches = run.longest()
     flops = run.count_flops(batches)
     run.close()
-    spec = run.spec
+    spec = run.recipe.rate_spec
     sliced = (2 * len(batches[0].clips), 1, spec.segment)  # real and generated slices in one pass
     assert flops["d_step"] == sum(conv_flops(d, sliced) for d in run.step.d.module.discriminators)
     assert set(flops) == {"g_forward", "d_step", "g_step"}

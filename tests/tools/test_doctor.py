@@ -46,7 +46,7 @@ from rvc_dist.tools import doctor
 from rvc_dist.tools.doctor import ahead, disk, findings, machine, team, training, wire
 from rvc_dist.tools.doctor.findings import Problem, Result, Severity
 from rvc_dist.tools.doctor.team import Exam, Team
-from rvc_dist.train import checkpoint, dataset, fingerprint, networks
+from rvc_dist.train import checkpoint, fingerprint, loader, networks
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
@@ -423,14 +423,14 @@ def test_a_small_shared_memory_names_the_size_that_it_needs(recipe, monkeypatch)
     # reach beyond; four steps a worker, and two besides.
     step = 2 * (100 * (240 + 16 + 1) + 2 * exam.recipe.rate_spec.reach) * 4
     needed = step * (2 * 4 + 2)
-    monkeypatch.setattr(dataset.shutil, "disk_usage", full(needed))
+    monkeypatch.setattr(loader.shutil, "disk_usage", full(needed))
     result = examined(training.check_shared_memory, exam)
     assert result.problems == []
     assert result.measured["needed"] == (needed / 1e6, "MB")
-    monkeypatch.setattr(dataset.shutil, "disk_usage", full(needed - 1))
+    monkeypatch.setattr(loader.shutil, "disk_usage", full(needed - 1))
     problem = the_problem(examined(training.check_shared_memory, exam), Severity.WARNING)
     assert "3 ahead fit" in problem.what
-    monkeypatch.setattr(dataset.shutil, "disk_usage", full(4 * step - 1))
+    monkeypatch.setattr(loader.shutil, "disk_usage", full(4 * step - 1))
     problem = the_problem(examined(training.check_shared_memory, exam), Severity.ERROR)
     assert "--shm-size=1g" in problem.remedy
     assert "train.num_workers 0" in problem.remedy

@@ -109,14 +109,14 @@ def test_compiled_networks_train_as_eager_ones_without_a_graph_break(tmp_path, m
         AcceleratorState._reset_state(reset_partial_state=True)
         run = trainer.Trainer(recipe)
         assert run.compiled == dict.fromkeys(MODELS, mode == "always")
-        shapes, steps = set(), run._steps()
+        shapes, steps = set(), run.loader.steps(run.progress)
         for _ in range(4):
             (batch,) = next(steps)
             shapes.add((len(batch.clips), batch.content.shape[1]))
             with compilation.eager_unless(len(batch.clips) == 2):
                 run.train_step([batch])
             losses.append(run.meter.read(run.accelerator))
-            run._advance()
+            run.progress = run.loader.advanced(run.progress)
         run.validate()
         weights.append({name: network.module.state_dict() for name, network in run.networks.items()})
         run.save()

@@ -15,7 +15,7 @@ from helpers import EMBEDDER, WIDTH, make_features, tiny_recipe, workspace_of
 
 from rvc_dist.config import RATES, RateSpec
 from rvc_dist.models.spectral import spectrogram_with_reach
-from rvc_dist.train import dataset
+from rvc_dist.train import loader
 from rvc_dist.train.dataset import (
     BucketBatchSampler,
     CachedClips,
@@ -27,7 +27,6 @@ from rvc_dist.train.dataset import (
     collate,
     covered_frames,
     feature_frames,
-    make_loader,
 )
 from rvc_dist.workspace import save_arrays
 
@@ -275,7 +274,7 @@ for number in 3 * (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
 @pytest.mark.parametrize("stuck", [False, True])
 def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path, monkeypatch, stuck):
     """A launcher's signals come from another process, and more than once."""
-    monkeypatch.setattr(dataset, "WORKERS_S", 0.2)
+    monkeypatch.setattr(loader, "WORKERS_S", 0.2)
     if stuck:
         monkeypatch.setattr(ClipDataset, "read_batch", lambda *_: time.sleep(60))
     recipe = tiny_recipe(tmp_path)
@@ -284,11 +283,11 @@ def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path,
     sampler = BucketBatchSampler([c.num_frames for c in table.train], 2, 1, 0, 7)
     settings = {"num_workers": 1, "prefetch_factor": 2, "persistent_workers": True}
     before = set(psutil.Process().children())
-    steps = iter(make_loader(ClipDataset(recipe, table.train), sampler, settings))
+    steps = iter(loader.make_loader(ClipDataset(recipe, table.train), sampler, settings))
     (worker,) = set(psutil.Process().children()) - before
     if not stuck:
         next(steps)
         subprocess.run([sys.executable, "-c", SIGNALLER, str(worker.pid)], check=True)
         assert len([next(steps) for _ in range(10)]) == 10
-    assert dataset.end_loader(steps) == []
+    assert loader.end_loader(steps) == []
     assert not worker.is_running()

@@ -16,6 +16,7 @@ from launching import ROOT, environment, rvc_dist
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime import accelerator
 from rvc_dist.train import compilation, dataset
+from rvc_dist.train.loader import loader_settings, make_loader
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FAST = TrainConfig(fast_train=True)
@@ -112,21 +113,21 @@ def test_row_5_both_networks_are_compiled_with_cuda_graphs_on_cuda(monkeypatch):
 
 def test_row_6_the_loader(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    settings = dataset.loader_settings(FAST, CUDA, cached=False)
+    settings = loader_settings(FAST, CUDA, cached=False)
     assert settings == {"num_workers": 6, "prefetch_factor": 16, "pin_memory": True, "persistent_workers": True}
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert dataset.loader_settings(FAST, CUDA, cached=False)["num_workers"] == 8
+    assert loader_settings(FAST, CUDA, cached=False)["num_workers"] == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert dataset.loader_settings(FAST, CUDA, cached=False)["num_workers"] == 4, "the ranks share the machine's cores"
-    assert dataset.loader_settings(TrainConfig(), CUDA, cached=False)["num_workers"] == 1
+    assert loader_settings(FAST, CUDA, cached=False)["num_workers"] == 4, "the ranks share the machine's cores"
+    assert loader_settings(TrainConfig(), CUDA, cached=False)["num_workers"] == 1
     cached = {"num_workers": 0, "prefetch_factor": None, "pin_memory": False, "persistent_workers": False}
-    assert dataset.loader_settings(FAST, CUDA, cached=True) == cached
+    assert loader_settings(FAST, CUDA, cached=True) == cached
     settings |= {"num_workers": 1}  # so many as this machine has
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     its_dataset = dataset.ClipDataset(recipe, dataset.ClipTable.load(recipe).train)
     sampler = dataset.BucketBatchSampler([80] * len(its_dataset.clips), 2, 1, 0, seed=1)
-    loader = dataset.make_loader(its_dataset, sampler, settings)
+    loader = make_loader(its_dataset, sampler, settings)
     assert {name: getattr(loader, name) for name in settings} == settings
 
 

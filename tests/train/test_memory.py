@@ -30,7 +30,7 @@ def first_step(recipe) -> tuple[trainer.Trainer, int]:
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batches = next(run._steps())
+    batches = next(run.loader.steps(run.progress))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out, real = run.step.generate(batches[0])
         sum(score.sum() for score in run.step.d.compiled(torch.cat([real, out.wave])).scores).backward()
@@ -94,7 +94,7 @@ def syncs(recipe, num_steps: int) -> list[str]:
     """What made the host wait in as many steps."""
     AcceleratorState._reset_state(reset_partial_state=True)
     run = trainer.Trainer(recipe)
-    steps = run._steps()
+    steps = run.loader.steps(run.progress)
     run.train_step(next(steps))  # fills the caches of windows and mel filters, and makes the optimizers' state
     batches = [next(steps) for _ in range(num_steps)]
     states = (state for n in run.networks.values() for state in n.optimizer.state.values())

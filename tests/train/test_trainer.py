@@ -19,9 +19,10 @@ from rvc_dist.data import clip_files, preprocess
 from rvc_dist.features import extract, feature_files, index
 from rvc_dist.models import spectral
 from rvc_dist.models.state_dict import to_upstream
-from rvc_dist.train import checkpoint, losses, memory, trainer, validation
+from rvc_dist.train import checkpoint, fingerprint, losses, memory, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.ddp import TrainedModule, frozen
+from rvc_dist.train.step import GanStep
 from rvc_dist.voice import export
 from rvc_dist.voice.infer import Voice
 from rvc_dist.workspace import Shard, StageError, Stopped, WorkList, Workspace
@@ -181,7 +182,7 @@ def test_the_generator_step_gives_the_discriminator_no_gradients(tmp_path):
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     train_one = trainer.Trainer(recipe)
-    (batch,) = next(train_one._steps())
+    (batch,) = next(train_one.loader.steps(train_one.progress))
     before = {k: v.clone() for k, v in train_one.step.d.module.state_dict().items()}
     train_one.train_step([batch])
     after_d_step = {k: p.grad.clone() for k, p in train_one.step.d.module.named_parameters()}
@@ -199,7 +200,7 @@ def test_a_step_sees_the_whole_files_spectrogram(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     net = trainer.Trainer(recipe)
-    (batch,) = next(net._steps())
+    (batch,) = next(net.loader.steps(net.progress))
 
     def of_whole_files(wave, n_fft, hop):
         rows = torch.zeros(len(batch.clips), n_fft // 2 + 1, batch.content.shape[1])
@@ -279,7 +280,7 @@ def test_changed_recordings_are_told_and_the_best_begins_anew_with_other_validat
 def test_a_checkpoint_that_does_not_know_its_data_goes_on_with_a_line(tmp_path, monkeypatch, caplog):
     recipe = tiny_recipe(tmp_path, max_steps=1)
     make_features(recipe)
-    monkeypatch.setattr(trainer.fingerprint, "of_data", lambda *_: {})
+    monkeypatch.setattr(fingerprint, "of_data", lambda *_: {})
     train(recipe)
     monkeypatch.undo()
     make_features(recipe, voice="any")
@@ -472,7 +473,7 @@ def test_no_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
     make_features(recipe)
     used = []
 
-    def out_of_memory(self, batches):
+    def out_of_memory(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def peak_of(work, device):
@@ -480,7 +481,7 @@ def test_no_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
         used.append(1)
         return 1000 + 1000 * len(used)  # 1000 bytes, and 1000 a clip
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", out_of_memory)
+    monkeypatch.setattr(GanStep, "__call__", out_of_memory)
     monkeypatch.setattr(memory, "peak_of", peak_of)
     net = trainer.Trainer(recipe)
     weights = sum(p.nbytes for n in net.networks.values() for p in n.module.parameters())
@@ -596,7 +597,7 @@ def test_clipping_bounds_the_gradient_norm(tmp_path):
     recipe = tiny_recipe(tmp_path, max_grad_norm=0.1)
     make_features(recipe)
     bounded = trainer.Trainer(recipe)
-    bounded.train_step(next(bounded._steps()))
+    bounded.train_step(next(bounded.loader.steps(bounded.progress)))
     for network in bounded.networks.values():
         norm = nn.utils.get_total_norm([p.grad for p in network.module.parameters() if p.grad is not None])
         assert norm <= 0.1001

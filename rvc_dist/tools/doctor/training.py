@@ -30,18 +30,16 @@ from rvc_dist.tools.doctor.team import Exam
 from rvc_dist.train import checkpoint, compilation, networks, out_of_memory
 from rvc_dist.train.dataset import (
     BUCKET_FRAMES,
-    SHM,
     Batch,
     BucketBatchSampler,
     ClipData,
     ClipDataset,
     ClipTable,
     MicroBatchSpec,
-    ReadAhead,
     collate,
-    loader_settings,
 )
 from rvc_dist.train.ddp import TrainedModule
+from rvc_dist.train.loader import SHM, ReadAhead, loader_settings
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.step import GanStep
 from rvc_dist.workspace import StageError, WorkList, read_header
