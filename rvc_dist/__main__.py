@@ -316,10 +316,10 @@ def run_stage(name: str, recipe: Recipe, shard: Shard, options: dict[str, Any], 
         logging.getLogger("rvc_dist").warning("%s", stopped)
         return stopped_code()
     except (StageError, OSError) as error:
-        told = str(error) if isinstance(error, StageError) else disk_sentence(error, recipe)
-        if told is None:
+        reason = str(error) if isinstance(error, StageError) else disk_sentence(error, recipe)
+        if reason is None:
             raise
-        message = f"rvc-dist {name}: {told}"
+        message = f"rvc-dist {name}: {reason}"
         print(message, file=sys.stderr, flush=True)
         if log is not None:
             log.failed(error, message)

@@ -27,7 +27,7 @@ from rvc_dist.files import ForeignFileError, regular_size
 T = TypeVar("T")
 
 MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_JSON_DEPTH = 1 << 26, 2_300_000, 32
-"""The plan of 200,000 recordings is within them, and whatever is within them takes well below 1 GB."""
+"""The work list of 200,000 recordings is within them, and whatever is within them takes well below 1 GB."""
 MAX_YAML_BYTES, MAX_YAML_VALUES, MAX_YAML_DEPTH = 1 << 17, 10_000, 20
 """A value counts as often as aliases repeat it."""
 MAX_YAML_PLAIN = 3000

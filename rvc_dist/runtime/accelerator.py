@@ -232,7 +232,7 @@ class StopSignal:
     The handler only sets a flag. Each step takes the maximum of the flags of all ranks over gloo on the host, without
     waiting: the maximum of one step is read at the next, so the device is never waited for. A signal that comes again
     after a while acts as it would have; at once, launcher and batch system mean the same. FAILED, which is more than
-    any signal, tells the others that a rank cannot go on. The end of a launcher is a SIGTERM too: see `guard`.
+    any signal, tells the others that a rank cannot go on. The end of a launcher is a SIGTERM too: see `hang_killer`.
     """
 
     FAILED = 1000

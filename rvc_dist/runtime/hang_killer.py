@@ -4,7 +4,7 @@
 
 This process beside a rank ends it as soon as TOKEN is a line of FILE, since one that is stopped or waits in a driver
 cannot end itself. A rank whose collective waited too long writes there the tokens of those that it waited for (see
-`watch.Watch`): they may be on other hosts, where only their launcher could end them, and it is patient. Nobody waits
+`watchdog.Watch`): they may be on other hosts, where only their launcher could end them, and it is patient. Nobody waits
 for the end of a pipe: every process that is forked later would hold its other end. Of Python's own modules alone, to
 be small.
 """

@@ -1,6 +1,6 @@
 """One training job a run folder: a lock file that its holder keeps alive, on any file system that all hosts share.
 
-Whether a holder on another host is alive is told by its file changing while one looks at it, by one's own clock: the
+Whether a holder on another host is alive is known by its file changing while one looks at it, by one's own clock: the
 clocks of two hosts are never compared, and no lock of the file system is relied on.
 """
 
@@ -55,7 +55,7 @@ class RunLock:
         self._refreshed_at = time.monotonic()
 
     def try_acquire(self) -> bool:
-        """Take the lock if it is free or its holder is dead; False while that cannot be told yet: call again soon.
+        """Take the lock if it is free or its holder is dead; False while that is not known yet: call again soon.
 
         Raises:
             LockedError: another job that is alive holds it.
@@ -220,7 +220,7 @@ def pid_space() -> str:
 def started_at(pid: int) -> float:
     """When a process started: process ids are used again. 0 for one that does not run, or nobody has waited for.
 
-    In clock ticks since the boot on Linux, since setting the clock changes all that is told in seconds of the day.
+    In clock ticks since the boot on Linux, since setting the clock changes all that is given in seconds of the day.
     """
     try:
         # Behind the name, which may hold anything, are the state and 18 fields before the start (proc(5)).

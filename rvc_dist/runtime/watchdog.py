@@ -59,7 +59,7 @@ class Watch:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._file: int | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._killer: subprocess.Popen[bytes] | None = None
         self._me: dict[str, Any] = {}
 
     def start(self, accelerator: Accelerator) -> None:
@@ -76,7 +76,7 @@ class Watch:
         # The interpreter's own end waits for threads, processes and connections of libraries.
         atexit.register(faulthandler.dump_traceback_later, 3 * EXIT_S, exit=True, file=2)
         if self._num_ranks > 1:
-            self._start_guard(token)
+            self._start_killer(token)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -94,7 +94,7 @@ class Watch:
         for log in rank_logs():
             log.is_waiting = False
 
-    def _start_guard(self, token: str) -> None:
+    def _start_killer(self, token: str) -> None:
         """A process that ends this one when the others ask for it."""
         file = self.work.hanging_file
         try:
@@ -105,7 +105,7 @@ class Watch:
             return
         script = str(Path(__file__).with_name("hang_killer.py"))
         command = [sys.executable, "-E", "-S", script, str(file), token, str(self._interval_s), str(os.getpid())]
-        self._guard = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._killer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     def __enter__(self) -> Watch:
         return self
@@ -119,15 +119,15 @@ class Watch:
                 raise
             logger.warning("%s: cannot be removed (%s)", self.lock.path, error)  # the first error is what ends the run
         finally:
-            if self._guard is not None:
-                self._guard.kill()
+            if self._killer is not None:
+                self._killer.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._guard.wait(EXIT_S)
+                    self._killer.wait(EXIT_S)
 
     def _leave(self, failed: bool) -> None:
         if self._thread is not None:
             self._thread.join()
-        if self._guard is not None and not failed:  # else other guards may still have to read it
+        if self._killer is not None and not failed:  # else other killers may still have to read it
             with contextlib.suppress(OSError):
                 self.work.hanging_file.unlink()
         if self._file is not None:
@@ -138,7 +138,7 @@ class Watch:
 
     @contextlib.contextmanager
     def explain_timeouts(self, timeout_s: float) -> Iterator[None]:
-        """Inside, a collective that waited too long names the ranks that it waited for, and has their guards end them.
+        """Inside, a collective that waited too long names the ranks that it waited for, and has them ended.
 
         A process that is stopped or hangs would not hear the launcher ask it to end, and the job would outlive its
         timeout by the launcher's patience.
@@ -152,13 +152,12 @@ class Watch:
         except RuntimeError as error:
             if self._thread is None or not is_timeout(error):
                 raise
-            late, gone = self._late()
-            if told := self._failure_of_another():
-                raise OtherRankError(told) from error
+            beats, late = self._late()
+            if reason := self._failure_of_another(beats):
+                raise OtherRankError(reason) from error
             self._end(late)
-            names = listed(
-                [f"{b.name}, last in {b.where}" for b in late] + [f"rank {rank}, which has ended" for rank in gone]
-            )
+            gone = [f"rank {rank}, which has ended" for rank in range(self._num_ranks) if rank not in beats]
+            names = listed([f"{beat.name}, last in {beat.where}" for beat in late] + gone)
             raise StageError(
                 f"rank {self._rank} waited for train.timeout_s = {timeout_s:g} s, in {self.heartbeat.phase} of step "
                 f"{self.heartbeat.step}, for {names or 'the others, all of which did the same'}. Where each rank was "
@@ -166,27 +165,27 @@ class Watch:
                 "the same command continues from the last checkpoint",
             ) from error
 
-    def _failure_of_another(self) -> str | None:
+    def _failure_of_another(self, beats: dict[int, HeartbeatRecord]) -> str | None:
         """Which rank ends, or has ended, for a reason of its own, and why; None where none has said so."""
-        for rank, beat in self._beats({}).items():
+        for rank, beat in beats.items():
             if rank != self._rank and beat.data["failure"]:
                 return failed_first(beat.name, self.work.rank_log(rank), beat.data["failure"])
-        return next((told for log in rank_logs() if (told := log.first_failure(0.0))), None)
+        return next((reason for log in rank_logs() if (reason := log.first_failure(0.0))), None)
 
-    def _late(self) -> tuple[list[HeartbeatRecord], list[int]]:
-        """The ranks that give no sign of life, else those that have done least, and those that have ended.
+    def _late(self) -> tuple[dict[int, HeartbeatRecord], list[HeartbeatRecord]]:
+        """All ranks that have not ended; of them those that give no sign of life, else those that have done least.
 
-        The first is empty when all that are there have done the same.
+        The second is empty when all have done the same.
         """
         first = self._beats({})
         wait_s = min(1.5 * self._interval_s, 5.0)
         time.sleep(wait_s)
         beats = self._beats(first)
-        still = [b for rank, b in beats.items() if rank != self._rank and b is first.get(rank)]
-        silent = still if wait_s > self._interval_s else []  # else they may be between two beats
+        silent = [b for rank, b in beats.items() if rank != self._rank and b is first.get(rank)]
+        if silent and wait_s > self._interval_s:  # else they may be between two beats
+            return beats, silent
         behind = stragglers(beats)
-        gone = [rank for rank in range(self._num_ranks) if rank not in beats]
-        return silent or (behind if len(behind) < len(beats) else []), gone
+        return beats, behind if len(behind) < len(beats) else []
 
     def _end(self, beats: list[HeartbeatRecord]) -> None:
         file = self.work.hanging_file
