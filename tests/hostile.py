@@ -185,7 +185,7 @@ def with_pickle(data: bytes, pickled: Callable[[bytes], bytes]) -> bytes:
 def pickle_bomb(rng: Random) -> bytes:
     """A pickle that costs more than its bytes, or does more than to hold plain data."""
     nested = b"]" * int(rng.choice([10, 1000, 100_000]))
-    doubled = b")q\0" + b"h\0h\0\x86q\0" * 60  # a tuple of itself twice, sixty times over
+    doubled = b")" + b"q\0h\0\x86" * 60  # a tuple of itself twice, sixty times over
     choices = (
         b"\x80\2" + nested + b"a" * (len(nested) - 1) + b".",
         b"\x80\2]r\xff\xff\xff\x7f.",

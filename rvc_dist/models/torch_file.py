@@ -1,7 +1,8 @@
 """Torch files that others made: a zip of stored tensors, and a pickle of the plain data that holds them.
 
-No pickle machine runs: the few instructions that torch.save writes for plain data are followed here, within the limits
-below. Tensors are views of the mapped file, copied where they are written to, so that reading one costs no memory.
+Of the pickle machine only the few instructions are left that torch.save writes for plain data. torch.load with
+weights_only would not do: a file can make it hash a key without end, or give it a tensor of more numbers than bytes.
+Tensors are views of the mapped file, copied where they are written to, so that reading one costs no memory.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import io
 import math
 import mmap
+import pickle
 import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,18 +30,16 @@ MAX_BYTES = 1 << 34
 DTYPES = {"Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64}
 _DAMAGED = (
     *(zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError),
-    *(LookupError, OverflowError, TypeError, ValueError),
+    *(AttributeError, LookupError, OverflowError, TypeError, ValueError, pickle.UnpicklingError),
 )
 """What reading raises on damaged files and on files of another kind."""
-_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
+_INSTRUCTIONS = {ord(op.code): op.name for op in pickletools.opcodes}
+_PLAIN = {
+    *("PROTO", "STOP", "MARK", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "BINPERSID", "REDUCE"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT"),
 }
+"""What torch.save writes for plain data, besides SETITEM, SETITEMS and BUILD."""
 
 
 def load_pth(path: Path) -> Any:
@@ -56,7 +56,7 @@ def load_pth(path: Path) -> Any:
             raise ForeignFileError("damaged, no torch file, or one of torch before 1.6: save it again with a newer one")
         buffer = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
-        return _Reader(buffer, _entries(path, buffer)).run()
+        return _Reader(buffer, _entries(path, buffer)).load()
     except ForeignFileError:
         raise
     except _DAMAGED as error:
@@ -116,11 +116,25 @@ class _Storage(NamedTuple):
     """Numbers, from byte `first` on."""
 
 
-class _Reader:
+class _Dispatch(dict[int, Callable[[Any], None]]):
+    """What follows an instruction, by its byte."""
+
+    def __missing__(self, code: int) -> NoReturn:
+        raise ForeignFileError(f"with more in it than tensors and plain data: {_INSTRUCTIONS[code]}")
+
+
+class _Reader(pickle._Unpickler):
+    """The standard library's pickle machine in Python, without the instructions that torch.save does not write for
+    plain data, nor any that looks for methods in what it read.
+    """
+
+    stack: list[Any]
+
     def __init__(self, buffer: mmap.mmap, entries: Mapping[str, tuple[int, int]]) -> None:
         self.buffer, self.entries, self.left = buffer, entries, len(buffer)
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
+        if "byteorder" in entries and self.bytes_of("byteorder") != b"little":
+            raise ForeignFileError("its numbers are big-endian, expected little-endian")
+        super().__init__(io.BytesIO(self.bytes_of("data.pkl")), fix_imports=False)
         self.tensors: dict[Any, Tensor] = {}
         storages = {f"torch {name}Storage": dtype for name, dtype in (DTYPES | {"Long": torch.int64}).items()}
         self.names: dict[str, Any] = storages | {
@@ -136,69 +150,29 @@ class _Reader:
             raise ForeignFileError(f"its {name} has {size} bytes, expected at most {MAX_PICKLE}")
         return self.buffer[first : first + size]
 
-    def run(self) -> Any:
-        if "byteorder" in self.entries and self.bytes_of("byteorder") != b"little":
-            raise ForeignFileError("its numbers are big-endian, expected little-endian")
-        memo: dict[Any, Any] = {}
-        for op, argument, _ in pickletools.genops(self.bytes_of("data.pkl")):
-            name = op.name
-            if name in _VALUES:
-                self.stack.append(argument)
-            elif name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = self.stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                self.stack.append(memo[argument])
-            elif name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name]())
-            elif name == "GLOBAL":
-                if str(argument) not in self.names:
-                    raise ForeignFileError(f"with more in it than floating numbers and plain data: {argument!s:.80}")
-                self.stack.append(self.names[str(argument)])
-            elif name not in ("PROTO", "STOP"):
-                self.combine(name)
-        return self.stack.pop()
+    def find_class(self, module: str, name: str) -> Any:
+        """Only these put anything on the stack that can be called."""
+        if f"{module} {name}" not in self.names:
+            raise ForeignFileError(f"with more in it than floating numbers and plain data: {f'{module} {name}':.80}")
+        return self.names[f"{module} {name}"]
 
-    def combine(self, name: str) -> None:
-        if name == "MARK":
-            self.marks.append(len(self.stack))
-        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            self.stack.append(tuple(self.popped(int(name[5:] or 0))))
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self.popped(2 * (name == "SETITEM"))
-            keys, target = items[::2], self.stack[-1]
-            if type(target) is not dict or any(type(key) not in (str, int) for key in keys):
-                raise TypeError  # other keys may take forever to hash
-            target.update(zip(keys, items[1::2], strict=True))
-        elif name in ("APPEND", "APPENDS"):
-            items = self.popped(int(name == "APPEND"))
-            if type(self.stack[-1]) is not list:
-                raise TypeError
-            self.stack[-1].extend(items)
-        else:
-            self.call(name)
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, num = pid
+        first, size = self.entries[f"data/{key}"]
+        if kind != "storage" or type(num) is not int or not 0 <= num * dtype.itemsize <= size:
+            raise TypeError
+        return _Storage(dtype, first, num)
 
-    def call(self, name: str) -> None:
-        pop, push = self.stack.pop, self.stack.append
-        if name == "BINPERSID":
-            kind, dtype, key, _, num = pop()
-            first, size = self.entries[f"data/{key}"]
-            if kind != "storage" or type(num) is not int or not 0 <= num * dtype.itemsize <= size:
-                raise TypeError
-            push(_Storage(dtype, first, num))
-        elif name == "REDUCE":
-            arguments = pop()
-            push(pop()(*arguments))  # only `names` put anything on the stack that can be called
-        elif name == "BUILD":
-            pop()  # of a state dict, the versions of its modules
-        else:
-            raise ForeignFileError(f"with more in it than tensors and plain data: {name}")
+    def set_items(self, items: list[Any]) -> None:
+        keys, target = items[::2], self.stack[-1]
+        if type(target) is not dict or any(type(key) not in (str, int) for key in keys):
+            raise TypeError  # other keys may take forever to hash
+        target.update(zip(keys, items[1::2], strict=True))
 
-    def popped(self, num: int) -> list[Any]:
-        """The last `num` things on the stack; for 0, those since the last mark."""
-        at = len(self.stack) - num if num else self.marks.pop()
-        found = self.stack[at:]
-        del self.stack[at:]
-        return found
+    dispatch = _Dispatch({c: pickle._Unpickler.dispatch[c] for c, name in _INSTRUCTIONS.items() if name in _PLAIN})
+    dispatch[ord(pickle.SETITEM)] = lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()])
+    dispatch[ord(pickle.SETITEMS)] = lambda self: self.set_items(self.pop_mark())
+    dispatch[ord(pickle.BUILD)] = lambda self: self.stack.pop()  # of a state dict, the versions of its modules
 
     def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
         """A dense tensor. Those that share numbers share memory, and all together have no more bytes than the file."""
