@@ -184,23 +184,26 @@ class SndfileRecording(Recording):
     def _open(self) -> Iterator[Any]:
         import soundfile
 
-        with contextlib.ExitStack() as stack:
-            source: Any = os.fsencode(self.path)  # since soundfile refuses a name that is no UTF-8
-            if sys.platform == "win32":
-                source = str(self.path)
-            if self.part.begin or self.part.patch[1] or self.part.end < self.path.stat().st_size:
-                source = stack.enter_context(_Bytes(self.path, self.part))
-            yield stack.enter_context(soundfile.SoundFile(source))
+        try:
+            with contextlib.ExitStack() as stack:
+                # In bytes, since soundfile refuses a name that is no UTF-8.
+                source: Any = str(self.path) if sys.platform == "win32" else os.fsencode(self.path)
+                if self.part.begin or self.part.patch[1] or self.part.end < self.path.stat().st_size:
+                    source = stack.enter_context(_Bytes(self.path, self.part))
+                yield stack.enter_context(soundfile.SoundFile(source))
+        except soundfile.LibsndfileError as error:
+            why = error.error_string.removeprefix("Error : ").rstrip(".")
+            if "not a regular file" in why and self.path.is_file():  # what libsndfile says of any mp3 that is none
+                why = "Format not recognised"
+            raise AudioError(f"not readable as audio ({why})") from error
 
     def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
-        import soundfile
-
         at, given = round(start_s * self.rate), 0
         try:
             for block in self._good_blocks(at, num_samples):
                 yield block
                 given += len(block)
-        except soundfile.LibsndfileError:  # it stops where ffmpeg goes on after the damage
+        except AudioError:  # it stops where ffmpeg goes on after the damage
             rest = AvRecording(self.path, self.part)
             yield from rest.blocks((at + given) / self.rate, None if num_samples is None else num_samples - given)
             self.lost += rest.lost
@@ -297,12 +300,14 @@ class AvRecording(Recording):
 
     def _length(self, container: Any, stream: Any) -> float:
         """Seconds, by the header or, where it does not say or only guesses, by a walk through the packets."""
-        is_raw = container.format.name in ("aac", "ac3", "eac3", "mp3", "amr")
-        if stream.duration and not is_raw:
-            return float(stream.duration * stream.time_base)
-        if container.duration and not is_raw:
-            return float(container.duration) / 1e6  # AV_TIME_BASE
-        return _walked(container, stream)
+        if container.format.name not in ",".join(RAW_STREAMS.values()).split(","):
+            if stream.duration:
+                return float(stream.duration * stream.time_base)
+            if container.duration:
+                return float(container.duration) / 1e6  # AV_TIME_BASE
+        begin = int(stream.start_time or 0)
+        ends = (packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None)
+        return float((max(0, max(ends, default=0)) - begin) * stream.time_base)
 
     def _blocks(self, start_s: float, num_samples: int | None) -> Generator[Samples, None, None]:
         """Samples have the places that their frames' time stamps say, so every part meets the next one.
@@ -387,8 +392,7 @@ class JoinedRecording(Recording):
         unread = []
         for number, part in enumerate(parts, 1):
             try:
-                with _reasons(path):
-                    recording = _open_first(path, part)
+                recording = _open_first(path, part)
             except MissingDecoderError:
                 raise
             except AudioError as error:
@@ -416,15 +420,6 @@ class JoinedRecording(Recording):
                 self.lost += part.lost
             elif low < high:
                 self.lost.append(((high - low) / self.rate, f"joined at another sample rate ({part.rate} Hz)"))
-
-
-def _walked(container: Any, stream: Any) -> float:
-    """Seconds up to the end of the last packet."""
-    begin, end = int(stream.start_time or 0), 0
-    for packet in container.demux(stream):
-        if packet.pts is not None:
-            end = max(end, packet.pts + (packet.duration or 0))
-    return float((end - begin) * stream.time_base)
 
 
 def _to_float(frame: Any) -> Samples:
@@ -458,25 +453,24 @@ def opened(path: Path) -> Iterator[Recording]:
         AudioError: it is damaged, empty, no audio, or of a kind that needs a package which is not installed; also
             later, while it is read.
     """
-    with _reasons(path):
-        try:
-            path.open("rb").close()  # libsndfile does not say what is wrong
-            status = path.stat()
-        except OSError as error:
-            raise AudioError(f"cannot be read ({error.strerror})") from error
-        with _LOCKS[status.st_ino % len(_LOCKS)]:  # threads that ask for slices of one recording look at it once
-            recording = copy.copy(_known(path, status.st_size, status.st_mtime_ns, status.st_ino))
-        if not MIN_RATE <= recording.rate <= MAX_RATE:
-            raise AudioError(f"sample rate of {recording.rate} Hz, expected {MIN_RATE} to {MAX_RATE}")
-        if recording.duration_s <= 0:
-            raise AudioError("holds no samples")
-        if recording.duration_s > MAX_HOURS * 3600:
-            raise AudioError("a damaged header or a stream of unknown length; write it again (ffmpeg -i OLD NEW)")
-        if recording.duration_s > BOMB_SECONDS and path.stat().st_size < BOMB_BYTES_PER_S * recording.duration_s:
-            raise AudioError(
-                f"{recording.duration_s / 3600:.1f} hours in {path.stat().st_size} bytes: silence, or a damaged header"
-            )
-        yield recording
+    try:
+        path.open("rb").close()  # libsndfile does not say what is wrong
+        status = path.stat()
+    except OSError as error:
+        raise AudioError(f"cannot be read ({error.strerror})") from error
+    with _LOCKS[status.st_ino % len(_LOCKS)]:  # threads that ask for slices of one recording look at it once
+        recording = copy.copy(_known(path, status.st_size, status.st_mtime_ns, status.st_ino))
+    if not MIN_RATE <= recording.rate <= MAX_RATE:
+        raise AudioError(f"sample rate of {recording.rate} Hz, expected {MIN_RATE} to {MAX_RATE}")
+    if recording.duration_s <= 0:
+        raise AudioError("holds no samples")
+    if recording.duration_s > MAX_HOURS * 3600:
+        raise AudioError("a damaged header or a stream of unknown length; write it again (ffmpeg -i OLD NEW)")
+    if recording.duration_s > BOMB_SECONDS and path.stat().st_size < BOMB_BYTES_PER_S * recording.duration_s:
+        raise AudioError(
+            f"{recording.duration_s / 3600:.1f} hours in {path.stat().st_size} bytes: silence, or a damaged header"
+        )
+    yield recording
 
 
 def duration(path: Path) -> float:
@@ -518,22 +512,18 @@ def _known(path: Path, size: int, mtime_ns: int, inode: int) -> Recording:
 
 
 def _open_first(path: Path, part: Part) -> Recording:
-    """The first of the two libraries, by the file's name, that recognises it."""
-    import soundfile
-
+    """By the first of the two libraries, in the order that the file's name says, that recognises it."""
+    kinds: list[type[AvRecording | SndfileRecording]] = [SndfileRecording, AvRecording]
     if path.suffix.lower() in AV_SUFFIXES:
-        try:
-            return AvRecording(path, part)
-        except AudioError:
-            with contextlib.suppress(soundfile.LibsndfileError):
-                return SndfileRecording(path, part)
-            raise
+        kinds.reverse()
     try:
-        recording = SndfileRecording(path, part)
-    except soundfile.LibsndfileError:
+        recording = kinds[0](path, part)
+    except AudioError:
         with contextlib.suppress(AudioError):
-            return AvRecording(path, part)
+            return kinds[1](path, part)
         raise
+    if isinstance(recording, AvRecording):
+        return recording
     if part.patch[1]:
         plain = SndfileRecording(path, part._replace(patch=(0, b"")))
         if _is_junk(recording, plain.duration_s):
@@ -568,19 +558,3 @@ def _is_junk(recording: Recording, after_s: float) -> bool:
         return True
     energy = np.square(wave).mean()
     return bool(energy > MAX_RMS**2 and (np.square(np.diff(wave)).mean() > energy or abs(wave.mean()) > 0.2))
-
-
-@contextlib.contextmanager
-def _reasons(path: Path) -> Iterator[None]:
-    """Turn whatever the libraries raise for a bad file into an AudioError."""
-    import soundfile
-
-    try:
-        yield
-    except AudioError:
-        raise
-    except soundfile.LibsndfileError as error:
-        why = error.error_string.removeprefix("Error : ").rstrip(".")
-        if "not a regular file" in why and path.is_file():  # what libsndfile says of any mp3 that is none
-            why = "Format not recognised"
-        raise AudioError(f"not readable as audio ({why})") from error

@@ -5,6 +5,7 @@ B clips, T frames at 100 per second, C channels. Key names and shapes are those 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -49,45 +50,9 @@ def _blocks(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(*(_Residual(a, b) for a, b in pairwise(widths)))
 
 
-class _Level(nn.Module):
-    """One level of the encoder, or one stage of the middle, without the pooling."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.conv = _blocks(channels_in, channels_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        return out
-
-
-class _Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(1)
-        widths = [1] + [TOP_CHANNELS * 2**level for level in range(DEPTH)]
-        self.layers = nn.ModuleList(_Level(a, b) for a, b in pairwise(widths))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x = self.bn(x)
-        skips = []
-        for layer in self.layers:
-            x = layer(x)
-            skips.append(x)
-            x = F.avg_pool2d(x, 2)
-        return x, skips
-
-
-class _Middle(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        wide = TOP_CHANNELS * 2**DEPTH
-        self.layers = nn.ModuleList(_Level(wide if stage else wide // 2, wide) for stage in range(BLOCKS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def _levels(*widths: int) -> list[nn.Sequential]:
+    """Levels of the encoder, or stages of the middle, each from one width to the next, without the pooling."""
+    return [nn.Sequential(OrderedDict(conv=_blocks(a, b))) for a, b in pairwise(widths)]
 
 
 class _Up(nn.Module):
@@ -107,29 +72,26 @@ class _Up(nn.Module):
         return out
 
 
-class _Decoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        widths = [TOP_CHANNELS * 2**level for level in range(DEPTH, -1, -1)]
-        self.layers = nn.ModuleList(_Up(a, b) for a, b in pairwise(widths))
-
-    def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
-        for layer, skip in zip(self.layers, reversed(skips), strict=True):
-            x = layer(x, skip)
-        return x
-
-
 class _UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = _Encoder()
-        self.intermediate = _Middle()
-        self.decoder = _Decoder()
+        *narrow, wide = widths = [TOP_CHANNELS * 2**level for level in range(DEPTH + 1)]
+        self.encoder = nn.ModuleDict({"bn": nn.BatchNorm2d(1), "layers": nn.ModuleList(_levels(1, *narrow))})
+        middle = nn.Sequential(*_levels(narrow[-1], *[wide] * BLOCKS))
+        self.intermediate = nn.Sequential(OrderedDict(layers=middle))
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(_Up(a, b) for a, b in pairwise(reversed(widths)))})
 
     def forward(self, x: Tensor) -> Tensor:
-        x, skips = self.encoder(x)
-        out: Tensor = self.decoder(self.intermediate(x), skips)
-        return out
+        x = self.encoder["bn"](x)
+        skips = []
+        for level in self.encoder["layers"].children():
+            x = level(x)
+            skips.append(x)
+            x = F.avg_pool2d(x, 2)
+        x = self.intermediate(x)
+        for up, skip in zip(self.decoder["layers"].children(), reversed(skips), strict=True):
+            x = up(x, skip)
+        return x
 
 
 class _BiGRU(nn.Module):
