@@ -9,18 +9,20 @@ import contextlib
 import io
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rvc_dist.choices import F0_METHODS, resolve
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig, f0_method_names
+from rvc_dist.features.content import read_tensors
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.workspace import StageError
 
@@ -38,6 +40,7 @@ CENTS_OFFSET = 1997.3794084376191
 PITCH_BINS = 360
 
 A4_HZ = 440.0
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class F0Method(ABC):
@@ -67,6 +70,16 @@ class F0Method(ABC):
 
         Unvoiced frames may be 0 or NaN, values may be out of range, and the length may be off by a frame or two.
         """
+
+    def with_yin(self, f0: Tensor, wave: Tensor, below: bool) -> Tensor:
+        """f0 [T] of a wave [S]; of voiced frames YIN's where it hears a pitch below (or else above) the range."""
+        from rvc_dist.features.f0_signal import yin
+
+        true_f0 = torch.from_numpy(yin(wave.cpu().numpy(), self.f0_min, self.f0_max)).to(f0)
+        num_frames = min(len(f0), len(true_f0))
+        f0, true_f0 = f0[:num_frames], true_f0[:num_frames]
+        beyond = (true_f0 > 0) & (true_f0 < self.f0_min) if below else true_f0 > self.f0_max
+        return torch.where((f0 > 0) & beyond, true_f0, f0)
 
     @torch.no_grad()
     def __call__(self, wave: Tensor) -> Tensor:
@@ -186,7 +199,7 @@ class FcpePitch(F0Method):
         wave = wave / wave.abs().max().clamp_min(1.0)
         f0: Tensor = self.network(wave[None, :, None], FEATURE_RATE, "local_argmax", self.THRESHOLD)[0, :, 0]
         # Of a tone below the range it takes some frames for its lowest pitch.
-        return _with_yin_below(f0, wave, self) if ((f0 > 0) & (f0 < self.f0_min)).any() else f0
+        return self.with_yin(f0, wave, below=True) if ((f0 > 0) & (f0 < self.f0_min)).any() else f0
 
 
 class PestoPitch(F0Method):
@@ -213,17 +226,7 @@ class PestoPitch(F0Method):
         wave = F.pad(wave, (0, max(0, self.MIN_SAMPLES - wave.shape[0])))
         f0, confidence, _ = self.network(wave, convert_to_freq=True, return_activations=False)
         # It is sure that a tone of 40 Hz is one of 120.
-        return _with_yin_below(torch.where(confidence >= self.MIN_CONFIDENCE, f0, 0.0), wave, self)
-
-
-def _with_yin_below(f0: Tensor, wave: Tensor, method: F0Method) -> Tensor:
-    """f0 [T] of a wave [S], where YIN hears a pitch below the range with that, which no network of `method` sees."""
-    from rvc_dist.features.f0_signal import yin
-
-    true_f0 = torch.from_numpy(yin(wave.cpu().numpy(), method.f0_min, method.f0_max)).to(f0)
-    num_frames = min(len(f0), len(true_f0))
-    f0, true_f0 = f0[:num_frames], true_f0[:num_frames]
-    return torch.where((f0 > 0) & (true_f0 > 0) & (true_f0 < method.f0_min), true_f0, f0)
+        return self.with_yin(torch.where(confidence >= self.MIN_CONFIDENCE, f0, 0.0), wave, below=True)
 
 
 class SwiftPitch(F0Method):
@@ -321,6 +324,22 @@ def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
             "(it comes with the extra: pip install 'rvc_dist[f0]')"
         ) from error
     return method
+
+
+def load_network(make: Callable[[], Network], key: str, name: str, method: str, title: str) -> Network:
+    """The network of a method, with the weights that the recipe names under `key`, in float32.
+
+    Raises FileNotFoundError when they cannot be had, ValueError when they are not those of `title`.
+    """
+    path = find_weights(key, name, method)
+    tensors = {key: t.float() if t.is_floating_point() else t for key, t in read_tensors(path).items()}
+    with torch.device("meta"):  # weights need not be drawn to be overwritten
+        network = make()
+    try:
+        network.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{key}: {path} does not hold the weights of {title}: {error}") from error
+    return network.eval().requires_grad_(False)
 
 
 def find_weights(key: str, name: str, method: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,19 @@ MAX_YIN_APERIODICITY = 0.4
 class SignalMethod(F0Method):
     """A tracker that a NumPy library computes within the range alone, so that yin says what lies above it."""
 
+    LIBRARY = "librosa"
+
+    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.library: Any = import_module(self.LIBRARY)
+
     @abstractmethod
     def analyse(self, wave: Samples) -> Hertz:
         """`track` in NumPy: [S] -> about [S // 160]."""
 
     def track(self, wave: Tensor) -> Tensor:
-        samples = wave.cpu().numpy()
-        f0, true_f0 = self.analyse(samples), yin(samples, self.f0_min, self.f0_max)
-        num_frames = min(len(f0), len(true_f0))
-        f0, true_f0 = f0[:num_frames], true_f0[:num_frames]
-        return torch.from_numpy(np.where((f0 > 0) & (true_f0 > self.f0_max), true_f0, f0))
+        f0 = torch.from_numpy(self.analyse(wave.cpu().numpy())).double()
+        return self.with_yin(f0, wave, below=False)
 
 
 def window_of(f0_min: float) -> int:
@@ -67,15 +71,9 @@ class PyinPitch(SignalMethod):
     """Probabilistic YIN (Mauch and Dixon 2014) by librosa: slow."""
 
     def analyse(self, wave: Samples) -> Hertz:
-        import librosa
-
-        f0: Hertz = librosa.pyin(
-            wave,
-            fmin=self.f0_min,
-            fmax=self.f0_max,
-            sr=FEATURE_RATE,
-            frame_length=window_of(self.f0_min),
-            hop_length=F0_HOP,
+        window = window_of(self.f0_min)
+        f0: Hertz = self.library.pyin(
+            wave, fmin=self.f0_min, fmax=self.f0_max, sr=FEATURE_RATE, frame_length=window, hop_length=F0_HOP
         )[0]
         return np.where(f0 > self.f0_min, f0, 0.0)  # the lowest is given to all that has no period within the range
 
@@ -137,14 +135,12 @@ class PiptrackPitch(SignalMethod):
     MAX_APERIODICITY = 0.6
 
     def analyse(self, wave: Samples) -> Hertz:
-        import librosa
-
         window = window_of(self.f0_min)
         # Filled with zeros to n_fft: the finer the bins, the nearer the parabola to the true peak.
         n_fft = max(window, self.N_FFT)
         padded = np.pad(wave, n_fft // 2)
-        spectrum = np.abs(librosa.stft(padded, n_fft=n_fft, win_length=window, hop_length=F0_HOP, center=False))
-        pitches, _ = librosa.piptrack(
+        spectrum = np.abs(self.library.stft(padded, n_fft=n_fft, win_length=window, hop_length=F0_HOP, center=False))
+        pitches, _ = self.library.piptrack(
             S=spectrum, sr=FEATURE_RATE, n_fft=n_fft, fmin=self.f0_min, fmax=self.f0_max, threshold=self.PEAK
         )
         lowest = (pitches > 0).argmax(axis=0)[None]
@@ -155,11 +151,7 @@ class PiptrackPitch(SignalMethod):
 class PraatPitch(SignalMethod):
     """Praat's autocorrelation method (Boersma 1993) by praat-parselmouth, with Praat's own thresholds."""
 
-    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
-        super().__init__(config, device)
-        import parselmouth
-
-        self.parselmouth: Any = parselmouth
+    LIBRARY = "parselmouth"
 
     def analyse(self, wave: Samples) -> Hertz:
         # Praat puts as many windows as fit into the middle of the recording. With half a window before the first frame
@@ -169,7 +161,7 @@ class PraatPitch(SignalMethod):
         before = round(half_window) + F0_HOP // 4
         num_samples = round(2 * half_window) + (num_frames - 1) * F0_HOP + F0_HOP // 2
         padded = np.pad(wave, (before, num_samples))[:num_samples].astype(np.float64)
-        pitch = self.parselmouth.Sound(padded, FEATURE_RATE).to_pitch_ac(
+        pitch = self.library.Sound(padded, FEATURE_RATE).to_pitch_ac(
             time_step=F0_HOP / FEATURE_RATE, pitch_floor=self.f0_min, pitch_ceiling=self.f0_max
         )
         return np.asarray(pitch.selected_array["frequency"])
@@ -178,20 +170,15 @@ class PraatPitch(SignalMethod):
 class DioPitch(SignalMethod):
     """DIO (Morise et al. 2009) of WORLD by pyworld, refined with StoneMask, with WORLD's own idea of what is voiced."""
 
+    LIBRARY = "pyworld"
     NAME = "dio"
-
-    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
-        super().__init__(config, device)
-        import pyworld
-
-        self.pyworld: Any = pyworld
 
     def analyse(self, wave: Samples) -> Hertz:
         samples = wave.astype(np.float64)
-        f0, seconds = getattr(self.pyworld, self.NAME)(
+        f0, seconds = getattr(self.library, self.NAME)(
             samples, FEATURE_RATE, f0_floor=self.f0_min, f0_ceil=self.f0_max, frame_period=1000.0 / F0_PER_S
         )
-        return np.asarray(self.pyworld.stonemask(samples, f0, seconds, FEATURE_RATE))[: len(wave) // F0_HOP]
+        return np.asarray(self.library.stonemask(samples, f0, seconds, FEATURE_RATE))[: len(wave) // F0_HOP]
 
 
 class HarvestPitch(DioPitch):

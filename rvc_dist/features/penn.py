@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import F0_PER_S, FEATURE_RATE, ExtractConfig
-from rvc_dist.features.content import read_tensors
-from rvc_dist.features.f0 import F0Method, check_range, find_weights, viterbi
+from rvc_dist.features.f0 import F0Method, check_range, load_network, viterbi
 from rvc_dist.features.hub import make_torchaudio_importable
 
 RATE = 8000
@@ -74,14 +73,8 @@ class PennPitch(F0Method):
         from torchaudio.transforms import Resample
 
         check_range(config, "penn", LOWEST_HZ, LOWEST_HZ * 2.0 ** (NUM_BINS * CENTS_PER_BIN / 1200.0))
-        path = find_weights("extract.f0_penn_model", config.f0_penn_model, "penn")
-        with torch.device("meta"):
-            self.network = FCNF0()
-        try:
-            self.network.load_state_dict(read_tensors(path), assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"extract.f0_penn_model: {path} does not hold the weights of FCNF0++: {error}") from error
-        self.network.eval().requires_grad_(False).to(device)
+        network = load_network(FCNF0, "extract.f0_penn_model", config.f0_penn_model, "penn", "FCNF0++")
+        self.network = network.to(device)
         self.resample = Resample(FEATURE_RATE, RATE).to(device)
         self.allowed = torch.zeros(NUM_BINS, dtype=torch.bool, device=device)
         self.allowed[max(0, math.floor(_bin_of(self.f0_min))) : math.ceil(_bin_of(self.f0_max))] = True

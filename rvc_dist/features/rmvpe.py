@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig
-from rvc_dist.features.content import read_tensors
-from rvc_dist.features.f0 import PITCH_BINS, F0Method, find_weights, local_average_hz
+from rvc_dist.features.f0 import PITCH_BINS, F0Method, load_network, local_average_hz
 
 NUM_MELS = 128
 N_FFT = 1024
@@ -129,15 +128,7 @@ class RmvpePitch(F0Method):
         super().__init__(config, device)
         from librosa.filters import mel
 
-        path = find_weights("extract.f0_model", config.f0_model, "rmvpe")
-        tensors = {key: t.float() if t.is_floating_point() else t for key, t in read_tensors(path).items()}
-        with torch.device("meta"):  # 90 million weights need not be drawn to be overwritten
-            self.network = RMVPE()
-        try:
-            self.network.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"extract.f0_model: {path} does not hold the weights of RMVPE: {error}") from error
-        self.network.eval().requires_grad_(False).to(device)
+        self.network = load_network(RMVPE, "extract.f0_model", config.f0_model, "rmvpe", "RMVPE").to(device)
         self.window = torch.hann_window(N_FFT, device=device)
         filters = mel(sr=FEATURE_RATE, n_fft=N_FFT, n_mels=NUM_MELS, fmin=30.0, fmax=8000.0, htk=True, norm="slaney")
         self.mel_filters = torch.from_numpy(filters).to(device)
