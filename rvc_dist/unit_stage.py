@@ -26,7 +26,7 @@ from rvc_dist.workspace import (
     is_done,
     read_unit_file,
     remove_leftovers,
-    whole_header,
+    unit_header,
 )
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def read_headers(files: Mapping[Path, Collection[str]], kind: type[Header], stag
     """
     found = {path: read_unit_file(path) for path in files}
     left = sum(read is None or read[0].get("stamp") not in files[path] for path, read in found.items())
-    return left, [] if left else [whole_header(path, read, kind, stage) for path, read in found.items()]
+    return left, [] if left else [unit_header(path, kind, stage, read) for path, read in found.items()]
 
 
 def check_settings(folder: Path, made_with: Mapping[str, Any], settings: Mapping[str, Any], remedy: str) -> None:

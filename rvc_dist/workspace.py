@@ -194,12 +194,8 @@ class TrainedOn(TypedDict, total=False):
     held_from_s: dict[str, Seconds]
 
 
-class KnowingState(TypedDict, total=False):
-    """Of a checkpoint's STATE, what is read without its networks."""
-
-    data: TrainedOn
-
-
+KnowingState = record(False, data=TrainedOn)
+"""Of a checkpoint's STATE, what is read without its networks."""
 IndexReport = record(stamp=str, file=FileName)
 """RUN/index/report.json, as far as it is read."""
 ClipsReport = record(total_dataset_duration=str)
@@ -334,14 +330,10 @@ class Unit:
         return fingerprint(settings, [f.identity for f in self.files])
 
 
-class WorkListFile(TypedDict):
-    """RUN/clips/plan.json."""
-
-    version: int
-    listing: str
-    settings: dict[str, Any]
-    units: list[list[SourceFile]]
-    excluded: list[SourceFile]
+WorkListFile = record(
+    version=int, listing=str, settings=dict[str, Any], units=list[list[SourceFile]], excluded=list[SourceFile]
+)
+"""RUN/clips/plan.json."""
 
 
 @dataclass(frozen=True)
@@ -543,19 +535,16 @@ def read_unit_file(path: Path) -> UnitFile | None:
         return None
 
 
-def unit_header(path: Path, kind: type[T], stage: str) -> T:
-    """The header of a unit's file or of the silent clip's, as `whole_header` checks it."""
-    return whole_header(path, read_unit_file(path), kind, stage)
+def unit_header(path: Path, kind: type[T], stage: str, found: UnitFile | None = None) -> T:
+    """The header of a unit's file or of the silent clip's, whose arrays are as long as it says.
 
-
-def whole_header(path: Path, found: UnitFile | None, kind: type[T], stage: str) -> T:
-    """The header of the file in `path`, in which `found` was, when its arrays are as long as it says.
+    `found` is what was read of the file, where that was done before.
 
     Raises:
         StageError: it is no whole file of `stage`.
     """
     try:
-        if found is None:
+        if (found := found or read_unit_file(path)) is None:
             raise SchemaError("no header of rvc_dist")
         (values, shapes), header = found, check(found[0], kind)
         for i, clip in enumerate(values.get("clips", [values])):

@@ -13,6 +13,7 @@ from rvc_dist.data.decode import AUDIO_SUFFIXES
 from rvc_dist.files import not_regular
 from rvc_dist.workspace import SourceFile, StageError, WorkList, Workspace, listed, printable
 
+KINDS = " ".join(suffix[1:] for suffix in AUDIO_SUFFIXES)
 NAMED = 3
 """Recordings of either side that a refusal names."""
 
@@ -34,7 +35,7 @@ def list_sources(audio_dir: Path, run_dir: Path | None = None) -> list[SourceFil
     if all(f.reason for f in found):
         raise StageError(
             f"data.audio_dir: {audio_dir} holds no usable recording;",
-            f"expected files of the kinds {_kinds()}, or sub-folders of them named by speaker id (0, 1, ...)",
+            f"expected files of the kinds {KINDS}, or sub-folders of them named by speaker id (0, 1, ...)",
             listed((f.path, f.reason) for f in found),
         )
     return found
@@ -80,7 +81,7 @@ def _source(path: Path, audio_dir: Path) -> SourceFile:
     elif told := not_regular(status.st_mode):
         reason = told
     elif suffix and suffix not in AUDIO_SUFFIXES:  # a name without one is judged by its content
-        reason = f"not one of {_kinds()}"
+        reason = f"not one of {KINDS}"
     elif not status.st_size:
         reason = "empty file (0 bytes)"
     return SourceFile(str(relative), speaker, status.st_size, status.st_mtime_ns, reason=reason)
@@ -165,7 +166,3 @@ def _speaker_of(relative: Path) -> tuple[int, str]:
         speaker = int(top)
         return (speaker, "") if speaker < MAX_SPEAKERS else (0, f"speaker id {top} is above {MAX_SPEAKERS - 1}")
     return 0, f"folder {top!r} is not named by an integer speaker id"
-
-
-def _kinds() -> str:
-    return " ".join(suffix[1:] for suffix in AUDIO_SUFFIXES)
