@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import Annotated, Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from rvc_dist.config import F0_PER_S, Recipe
+from rvc_dist.config import F0_PER_S, BenchConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.feature_files import pack_unit
 from rvc_dist.files import atomic_write, write_json
 from rvc_dist.schema import Count, Positive, SchemaError, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
-from rvc_dist.tools.measuring import PARTS, MeasuredTrainer, Sample, Span
+from rvc_dist.tools.measuring import PARTS, MeasuredRun, Span
 from rvc_dist.tools.tables import console, say
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
@@ -205,57 +204,57 @@ def _link(link: Path, target: Path) -> None:
 
 def measured_result(recipe: Recipe) -> dict[str, Any]:
     """Measure the recipe's steps on the ranks that the launcher started; plain data, the same on all ranks."""
-    with closing(MeasuredTrainer(recipe)) as trainer:
-        mine = _measure(trainer, recipe)
-        ranks = gather_object([mine])
-        key = trainer.key()
-        weights = {name: list(network.module.parameters()) for name, network in trainer.networks.items()}
-        gradient_bytes = {name: sum(p.nbytes for p in ps if p.requires_grad) for name, ps in weights.items()}
-        parameters = {name: sum(p.numel() for p in ps) for name, ps in weights.items()}
-        machine, on_cuda = trainer.machine(), trainer.device.type == "cuda"
-    summary = summarise(ranks, on_cuda, key["precision"])
-    summary |= {"parameters": parameters, "gradient_bytes": gradient_bytes}
+    run = MeasuredRun(recipe)
+    ranks = gather_object([_measure(run, recipe.bench)])
+    key, machine = run.key(), run.machine()
+    weights = {name: list(network.module.parameters()) for name, network in run.step.networks.items()}
+    summary = summarise(ranks, run.device.type == "cuda", key["precision"])
+    summary["parameters"] = {name: sum(p.numel() for p in ps) for name, ps in weights.items()}
+    summary["gradient_bytes"] = {name: sum(p.nbytes for p in ps if p.requires_grad) for name, ps in weights.items()}
     return {"key": key, "machine": machine, "summary": summary, "ranks": ranks}
 
 
-def _measure(trainer: MeasuredTrainer, recipe: Recipe) -> dict[str, Any]:
+def _measure(run: MeasuredRun, config: BenchConfig) -> dict[str, Any]:
     """The raw numbers of this rank. Last what lets the weights of the ranks part ways."""
-    config = recipe.bench
     warmup, count = config.warmup_steps, config.steps
-    longest = trainer.longest()
-    trainer.forget_peak_memory()
+    longest = run.longest()
+    run.forget_peak_memory()
     logger.info("bench: %d + %d steps as the sampler deals them", warmup, count)
-    steps = trainer.dealt(warmup + count)
+    steps = run.sampled(warmup + count)
     for _ in range(warmup):
         next(steps)
-    sent = trainer.reducer.num_bytes
-    dealt = list(steps)
-    sent = trainer.reducer.num_bytes - sent
-    samples: dict[str, list[Sample]] = {"dealt": dealt, "longest": dealt}
-    if not trainer.has_one_length:
+    sent = run.reducer.num_bytes
+    samples = {"dealt": list(steps)}
+    sent = run.reducer.num_bytes - sent
+    if run.has_one_length:
+        samples["longest"] = samples["dealt"]
+    else:
         logger.info("bench: %d + %d steps on the longest clips", warmup, count)
-        samples["longest"] = list(trainer.repeated(longest, warmup + count))[warmup:]
+        samples["longest"] = [run.measure(lambda: longest) for _ in range(warmup + count)][warmup:]
     mine: dict[str, Any] = {
         "samples": {name: [s.to_dict() for s in steps] for name, steps in samples.items()},
         "longest_frames": longest[0].content.shape[1],
         "wire_bytes_per_step": sent / count,
-        "memory": trainer.peak_memory(),
-        "peak_flops": trainer.peak_flops(),
+        "memory": run.peak_memory(),
+        "peak_flops": run.peak_flops(),
     }
     if config.plain:
         logger.info("bench: %d + %d steps in turn with the plain step", warmup, count)
-        pairs, losses = trainer.against_plain(trainer.plain(config.plain_precision), longest, warmup + count)
-        mine["plain"] = {"pairs": _pairs(pairs[warmup:]), "losses": losses, "precision": config.plain_precision}
-    if trainer.num_ranks > 1:
+        plain = run.plain(config.plain_precision)
+        losses = run.compare_losses(plain, longest)  # the first steps of the warm-up
+        pairs = run.in_turn(warmup - 1 + count, lambda: run.train_step(longest), lambda: run.plain_step(plain, longest))
+        mine["plain"] = {"pairs": _plain(pairs[warmup - 1 :]), "losses": losses, "precision": config.plain_precision}
+    if run.num_ranks > 1:
         logger.info("bench: %d steps with and without communication", count)
-        mine["with_and_without_wire"] = _pairs(trainer.with_and_without_wire(longest, count))
-    mine["flops"] = trainer.count_flops(longest)
+        pairs = run.in_turn(1 + count, lambda: run.train_step(longest), lambda: run.step_alone(longest))
+        mine["with_and_without_wire"] = _plain(pairs[1:])
+    mine["flops"] = run.count_flops(longest)
     rounded: dict[str, Any] = json.loads(json.dumps(mine), parse_float=lambda text: float(f"{float(text):.9g}"))
     return rounded
 
 
-def _pairs(pairs: Iterable[tuple[Span, Span]]) -> list[list[dict[str, float]]]:
-    return [[asdict(a), asdict(b)] for a, b in pairs]
+def _plain(rounds: Sequence[Sequence[Span]]) -> list[list[dict[str, float]]]:
+    return [[asdict(span) for span in spans] for spans in rounds]
 
 
 def summarise(ranks: Sequence[dict[str, Any]], on_cuda: bool, precision: str) -> dict[str, Any]:
@@ -292,22 +291,22 @@ def medians(spans: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _series(ranks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Of each rank's samples, which are as many."""
-    steps = list(zip(*ranks, strict=True))
-    walls = [max(s["wall_s"] for s in step) for step in steps]
-    every = [s for step in steps for s in step]
-    speeds = [step[0]["audio_s"] / wall for step, wall in zip(steps, walls, strict=True)]
+    walls = np.array([[sample["wall_s"] for sample in samples] for samples in ranks]).max(axis=0)
+    audio_s = [sample["audio_s"] for sample in ranks[0]]
+    every = [sample for samples in ranks for sample in samples]
     return {
-        "wall_s": statistics.median(walls),
+        "wall_s": float(np.median(walls)),
         "cpu_s": medians(every)["cpu_s"],
-        "audio_s_per_s": statistics.median(speeds),
+        "audio_s_per_s": float(np.median(audio_s / walls)),
         "parts": {name: medians([s["parts"][name] for s in every]) for name in PARTS if name in every[0]["parts"]},
     }
 
 
 def _communication(ranks: Sequence[Sequence[Sequence[dict[str, float]]]]) -> dict[str, Any]:
-    alone = [statistics.median(without["wall_s"] for _, without in pairs) for pairs in ranks]
-    together = statistics.median(max(pair[0]["wall_s"] for pair in step) for step in zip(*ranks, strict=True))
-    without = statistics.median(max(pair[1]["wall_s"] for pair in step) for step in zip(*ranks, strict=True))
+    """Of each rank's pairs of steps, with and without it."""
+    walls = np.array([[[span["wall_s"] for span in pair] for pair in pairs] for pairs in ranks])
+    together, without = np.median(walls.max(axis=0), axis=0).tolist()
+    alone = np.median(walls[:, :, 1], axis=1).tolist()
     slowest, fastest = alone.index(max(alone)), alone.index(min(alone))
     return {
         "with_s": together,

@@ -1,4 +1,4 @@
-"""A trainer whose steps can be measured: seconds and CPU-seconds by part, floating-point operations, memory, the wire.
+"""The steps of a run, measured: seconds and CPU-seconds by part, floating-point operations, memory, the wire.
 
 Times are those of steps after which the host waits for the device, which training does only to log.
 """
@@ -13,29 +13,34 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from rvc_dist import __version__
 from rvc_dist.config import Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
-from rvc_dist.runtime.accelerator import kernel_settings, synchronize
+from rvc_dist.runtime.accelerator import check_same_settings, kernel_settings, make_accelerator, synchronize
+from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.plain_step import PlainDiscriminator, PlainTrainer
-from rvc_dist.train import losses
+from rvc_dist.train import bad_steps, compilation, out_of_memory, setup
+from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
-from rvc_dist.train.metrics import PhaseTimer
+from rvc_dist.train.ddp import GradientReducer
+from rvc_dist.train.loader import StepLoader
+from rvc_dist.train.metrics import Meter, PhaseTimer
+from rvc_dist.train.optimizers import learning_rate
 from rvc_dist.train.progress import kl_warmup
-from rvc_dist.train.trainer import Trainer
-from rvc_dist.workspace import StageError
+from rvc_dist.train.step import GanStep, StepResult
+from rvc_dist.workspace import StageError, Workspace
 
 PARTS = ("data", "g_forward", "d_step", "g_step")
 """Of a step, in their order; all but the first are the trainer's."""
@@ -114,79 +119,117 @@ class Sample:
     span: Span
     audio_s: float
     """Of real clips, over all ranks."""
-    parts: dict[str, Span] = field(default_factory=dict)
+    parts: dict[str, Span]
+    losses: dict[str, float]
+    """And gradient norms, over all ranks; empty when they were not finite."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"audio_s": self.audio_s, **asdict(self.span), "parts": {k: asdict(v) for k, v in self.parts.items()}}
 
 
-class MeasuredTrainer(Trainer):
-    """The trainer itself, on a run folder that is only for measuring: nothing is saved, validated or logged."""
+class MeasuredRun:
+    """The steps that training would begin with, on the ranks that the launcher started; nothing of them is kept.
+
+    The recipe's run folder holds features, and is there for measuring only.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
-        """As Trainer's; StageError under DeepSpeed, whose sending cannot be left out for comparison."""
+        """Raises: StageError: as training does, and under DeepSpeed, whose sending cannot be left out to compare."""
         if asks_for("DEEPSPEED"):
             raise StageError("steps are measured with DDP:", "launch with launch/multi_gpu.yaml, not with DeepSpeed")
-        super().__init__(recipe)
-        self.timer = self.step.timer = self.parts = PartTimer(self.device)
-
-    def _prepare_run_folder(self) -> None:
-        """No checkpoint will be written and no recipe kept."""
-
-    @property
-    def num_ranks(self) -> int:
-        return int(self.accelerator.num_processes)
+        self.recipe, self.config = recipe, recipe.train
+        self.work = Workspace(recipe.run_dir, recipe.name)
+        self.table = setup.load_clips(recipe, self.work)
+        self.accelerator = accelerator = make_accelerator(self.config)
+        self.device, self.num_ranks = accelerator.device, int(accelerator.num_processes)
+        if accelerator.is_main_process:
+            setup.report_holdout(recipe, self.table)
+        origin, _ = setup.find_origin(recipe, accelerator, self.work, self.table)
+        self.progress, self.shape = origin.progress, origin.shape
+        self.loader = StepLoader(recipe, self.table, accelerator, Heartbeat(), self.progress)
+        self.total_steps = setup.budget(recipe, self.table, self.loader, self.progress)
+        modules = {name: module.to(self.device) for name, module in origin.modules.items()}
+        self.compiled = setup.choose_compiled(recipe, accelerator, self.work, origin, self.total_steps, self.loader)
+        check_same_settings(accelerator, {f"compiled {name}": yes for name, yes in self.compiled.items()})
+        self.reducer = GradientReducer(self.config.grad_compression == "bf16")
+        networks = {
+            name: setup.trained_module(recipe, accelerator, module, self.compiled[name], self.reducer)
+            for name, module in modules.items()
+        }
+        self.timer, self.meter = PartTimer(self.device), Meter()
+        self.step = GanStep(recipe, networks, self.timer)
 
     @property
     def has_one_length(self) -> bool:
         """Every batch is padded to the same length."""
         return len(set((-(-self.loader.sampler.lengths // BUCKET_FRAMES)).tolist())) == 1
 
-    def dealt(self, count: int) -> Iterator[Sample]:
+    def sampled(self, count: int) -> Iterator[Sample]:
         """The next steps of the run, with the batches that the sampler deals and the wait for them."""
-        steps = self.loader.steps(self.progress)
+        with self.loader.loading(self.progress) as steps:
 
-        def next_batches() -> list[Batch]:
-            with self.timer.phase("data"):
-                return next(steps)
+            def next_batches() -> list[Batch]:
+                with self.timer.phase("data"):
+                    return next(steps)
 
-        for _ in range(count):
-            yield self._sample(next_batches)
-            self.progress = self.loader.advanced(self.progress)
-        self.check_recent_steps()
+            for _ in range(count):
+                yield self.measure(next_batches)
+                self.progress = self.loader.advanced(self.progress)
 
-    def repeated(self, batches: list[Batch], count: int) -> Iterator[Sample]:
-        """Steps on the same batches again and again."""
-        for _ in range(count):
-            yield self._sample(lambda: batches)
-        self.check_recent_steps()
+    def measure(self, next_batches: Callable[[], list[Batch]]) -> Sample:
+        """One step.
 
-    def _sample(self, next_batches: Callable[[], list[Batch]]) -> Sample:
+        Raises:
+            StageError: the last train.max_bad_steps had no finite gradients, or the memory does not suffice.
+        """
         with stopwatch(self.device) as span:
             batches = next_batches()
-            self.train_step(batches)
-        return Sample(span, self.audio_s(batches), self.parts.take())
+            result = self.train_step(batches)
+        self.meter.update(result.values, result.good)
+        seen = RecentStep(self.progress.step + 1, [b.clips for b in batches], result.good, result.finite)
+        most, before = self.config.max_bad_steps, self.progress.bad_streak
+        streak, too_many = bad_steps.check_recent_steps([seen], before, most, self.table.train)
+        self.progress = replace(self.progress, bad_streak=streak)
+        if too_many:
+            bad_steps.checkpoint_from_before(self.accelerator, self.work.checkpoints_dir, {}, self.progress, most)
+        frames = batches[0].mean_frames * self.num_ranks
+        audio_s = frames * self.recipe.rate_spec.hop / self.recipe.data.sample_rate
+        return Sample(span, audio_s, self.timer.take(), self.meter.read(self.accelerator))
+
+    def train_step(self, batches: list[Batch]) -> StepResult:
+        """As the trainer takes it at this place of the run."""
+        config, done = self.config, self.progress
+        self.step.set_learning_rate(learning_rate(config, done.step, done.epoch, self.total_steps, self.num_ranks))
+        full = all(len(batch.clips) == config.batch_size for batch in batches)
+        advice = out_of_memory.advice(self.step, batches[0], self.accelerator.process_index)
+        with advice, compilation.eager_unless(full):
+            return self.step(batches, kl_warmup(config, done))
+
+    def in_turn(self, count: int, *ways: Callable[[], object]) -> list[list[Span]]:
+        """The times of `count` rounds of different steps, which all ranks begin together."""
+        rounds = []
+        for _ in range(count):
+            spans = []
+            for way in ways:
+                self.accelerator.wait_for_everyone()
+                with stopwatch(self.device) as span:
+                    way()
+                spans.append(span)
+            rounds.append(spans)
+        self.timer.take()
+        return rounds
 
     def longest(self) -> list[Batch]:
         """This rank's part of a full global batch of the longest clips, repeated when there are fewer."""
-        order = np.argsort(-self.loader.sampler.lengths, kind="stable")
-        specs = self.loader.sampler.rank_batches(np.resize(order, self.loader.sampler.global_batch_size), epoch=0)
+        sampler = self.loader.sampler
+        order = np.argsort(-sampler.lengths, kind="stable")
+        specs = sampler.rank_batches(np.resize(order, sampler.global_batch_size), epoch=0)
         return [batch.to(self.device) for batch in self.loader.dataset[specs]]
 
-    def with_and_without_wire(self, batches: list[Batch], count: int) -> list[tuple[Span, Span]]:
-        """Steps that average gradients over ranks and, in turn, steps that keep them: the ranks' weights part ways."""
-        pairs = []
-        for _ in range(1 + count):  # the first pair warms up
-            spans = []
-            for alone in (False, True):
-                self.accelerator.wait_for_everyone()
-                with stopwatch(self.device) as span, self.step.g.no_sync(alone), self.step.d.no_sync(alone):
-                    self.train_step(batches)
-                self.parts.take()
-                spans.append(span)
-            pairs.append((spans[0], spans[1]))
-        self.recent.clear()
-        return pairs[1:]
+    def step_alone(self, batches: list[Batch]) -> None:
+        """A step that keeps its gradients to itself: the ranks' weights part ways."""
+        with self.step.g.no_sync(), self.step.d.no_sync():
+            self.train_step(batches)
 
     def count_flops(self, batches: list[Batch]) -> dict[str, int]:
         """Operations of one step by part, as executed: with activation checkpointing, the second forward passes too.
@@ -200,64 +243,28 @@ class MeasuredTrainer(Trainer):
 
     def plain(self, precision: str) -> PlainTrainer:
         """The yardstick with weights like these, in `precision` fp32 or recipe; both begin without optimizer state."""
-        generator = Generator(self.origin.shape).to(self.device)
-        discriminator = MultiPeriodDiscriminator(self.recipe.model.version, self.recipe.model.discriminator_channels)
-        discriminator.to(self.device)
+        model, optim = self.recipe.model, self.config.optim
+        generator = Generator(self.shape)
+        discriminator = MultiPeriodDiscriminator(model.version, model.discriminator_channels)
         optimizers = []
-        for network, copy in zip(self.networks.values(), (generator, discriminator), strict=True):
-            copy.load_state_dict(network.module.state_dict())
+        for network, copy in (self.step.g, generator), (self.step.d, discriminator):
+            copy.to(self.device).load_state_dict(network.module.state_dict())
             network.optimizer.state.clear()
-            optim, rate = self.config.optim, network.optimizer.param_groups[0]["lr"]
-            betas = (optim.beta1, optim.beta2)
+            rate, betas = network.optimizer.param_groups[0]["lr"], (optim.beta1, optim.beta2)
             optimizers.append(torch.optim.AdamW(copy.parameters(), rate, betas, optim.eps, optim.weight_decay))
-        return PlainTrainer(
-            config=self.config,
-            generator=generator,
-            g=self.accelerator.prepare_model(generator),
-            d=self.accelerator.prepare_model(PlainDiscriminator(discriminator)),
-            optimizers=(optimizers[0], optimizers[1]),
-            mel_loss=partial(losses.recipe_mel_loss, self.recipe),
-            n_fft=self.recipe.rate_spec.n_fft,
-            use_bf16=self.config.use_bf16 and precision == "recipe",
-        )
+        g, d = (self.accelerator.prepare_model(m) for m in (generator, PlainDiscriminator(discriminator)))
+        use_bf16 = self.config.use_bf16 and precision == "recipe"
+        return PlainTrainer(self.recipe, generator, g, d, (optimizers[0], optimizers[1]), use_bf16)
 
-    def against_plain(
-        self, plain: PlainTrainer, batches: list[Batch], count: int
-    ) -> tuple[list[tuple[Span, Span]], dict[str, tuple[float, float]]]:
-        """Steps in turn with the yardstick's: the times, and the losses of the first two, which begin alike."""
+    def plain_step(self, plain: PlainTrainer, batches: list[Batch]) -> dict[str, Tensor]:
         (batch,) = batches
-        self.losses()
-        pairs, compared = [], {}
-        for i in range(count):
-            with stopwatch(self.device) as mine:
-                self.train_step(batches)
-            with stopwatch(self.device) as its:
-                values = plain.step(batch, kl_warmup(self.config, self.progress))
-            pairs.append((mine, its))
-            if i == 0:
-                losses = self.losses()
-                means = self.accelerator.reduce(torch.stack(list(values.values())), reduction="mean").tolist()
-                compared = {name: (losses[name], mean) for name, mean in zip(values, means, strict=True)}
-        self.parts.take()
-        self.check_recent_steps()
-        return pairs, compared
+        return plain.step(batch, kl_warmup(self.config, self.progress))
 
-    def losses(self) -> dict[str, float]:
-        """Losses and gradient norms of the steps since the last call, over all ranks; empty when none was finite."""
-        return self.meter.read(self.accelerator)
-
-    def follow(self, count: int) -> tuple[list[dict[str, float]], list[Span]]:
-        """The losses and the times of the next `count` steps."""
-        losses, spans, steps = [], [], self.loader.steps(self.progress)
-        for _ in range(count):
-            batches = next(steps)
-            with stopwatch(self.device) as span:
-                self.train_step(batches)
-            losses.append(self.losses())
-            spans.append(span)
-            self.check_recent_steps()
-            self.progress = self.loader.advanced(self.progress)
-        return losses, spans
+    def compare_losses(self, plain: PlainTrainer, batches: list[Batch]) -> dict[str, tuple[float, float]]:
+        """Of a step and the yardstick's, over all ranks: where it is the first of both, they begin alike."""
+        ours, theirs = self.measure(lambda: batches).losses, self.plain_step(plain, batches)
+        means = self.accelerator.reduce(torch.stack(list(theirs.values())), reduction="mean").tolist()
+        return {name: (ours[name], mean) for name, mean in zip(theirs, means, strict=True)}
 
     def peak_memory(self) -> dict[str, int]:
         """Bytes: of a CUDA device since `forget_peak_memory`, of a CPU the process's largest resident set so far."""

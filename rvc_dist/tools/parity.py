@@ -9,14 +9,14 @@ import gc
 import os
 import statistics
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rvc_dist.config import Recipe, TrainConfig
-from rvc_dist.tools.measuring import MeasuredTrainer
+from rvc_dist.tools.measuring import MeasuredRun
 from rvc_dist.workspace import StageError
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
@@ -93,13 +93,14 @@ def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
 
 
 def _follow(recipe: Recipe) -> dict[str, Any]:
-    with kept_kernel_settings(), closing(MeasuredTrainer(recipe)) as trainer:
-        losses, spans = trainer.follow(recipe.bench.steps)
-        key, machine = trainer.key(), trainer.machine()
-    del trainer
+    with kept_kernel_settings():
+        run = MeasuredRun(recipe)
+        samples = list(run.sampled(recipe.bench.steps))
+        key, machine = run.key(), run.machine()
+    del run
     gc.collect()  # of networks and optimizers that refer to one another: the other side needs their memory
-    seconds = statistics.median(span.wall_s for span in spans[1:] or spans)
-    return {"losses": losses, "step_s": seconds, "key": key, "machine": machine}
+    seconds = statistics.median(s.span.wall_s - s.parts["data"].wall_s for s in samples[1:] or samples)
+    return {"losses": [s.losses for s in samples], "step_s": seconds, "key": key, "machine": machine}
 
 
 def _compare(ours: list[float | None], theirs: list[float | None]) -> dict[str, Any] | None:

@@ -7,14 +7,13 @@ of the real step, so that both compute the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rvc_dist.config import TrainConfig
+from rvc_dist.config import Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import LEAKY_SLOPE, slice_samples
@@ -54,21 +53,19 @@ def look(discriminator: nn.Module, wave: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 class PlainTrainer(NamedTuple):
-    config: TrainConfig
+    recipe: Recipe
     generator: Generator
     g: nn.Module
     """`generator` or, on several ranks, DDP around it; `d` likewise is or wraps a PlainDiscriminator."""
     d: nn.Module
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
     """Of G and of D."""
-    mel_loss: Callable[[Tensor, Tensor], Tensor]
-    n_fft: int
     use_bf16: bool
 
     def step(self, batch: Batch, kl_warmup: float) -> dict[str, Tensor]:
         """One update of D and one of G; the losses, named as the trainer names them."""
         shape, device = self.generator.shape, batch.f0.device
-        spec = spectrogram_with_reach(batch.wave_with_reach.squeeze(1), self.n_fft, shape.hop)
+        spec = spectrogram_with_reach(batch.wave_with_reach.squeeze(1), self.recipe.rate_spec.n_fft, shape.hop)
         pitch = (coarse_pitch(batch.f0), batch.f0) if shape.pitch_guidance else (None, None)
         noise = Noise.draw(shape, batch.seeds, batch.content.shape[1], device)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.use_bf16)
@@ -83,12 +80,12 @@ class PlainTrainer(NamedTuple):
             on_real, on_fake = self.d(real, out.wave)
         pairs = [(r, f) for (_, rs), (_, fs) in zip(on_real, on_fake, strict=True) for r, f in zip(rs, fs, strict=True)]
         terms = {
-            "mel": self.mel_loss(real, out.wave),
+            "mel": losses.recipe_mel_loss(self.recipe, real, out.wave),
             "fm": 2 * torch.stack([F.l1_loss(fake.float(), real.float()) for real, fake in pairs]).sum(),
             "adv": losses.generator_adversarial_loss([s for s, _ in on_fake]),
             "kl": losses.kl_loss(out.z_p, out.logs_q, out.m_p, out.logs_p, out.mask, batch.mean_frames),
         }
-        total = losses.weighted_sum(terms, self.config.loss, kl_warmup)
+        total = losses.weighted_sum(terms, self.recipe.train.loss, kl_warmup)
         self._update(self.optimizers[0], total)
         values = {f"loss/g_{name}": term for name, term in terms.items()} | {"loss/g_total": total, "loss/d": loss_d}
         return {name: value.detach() for name, value in values.items()}

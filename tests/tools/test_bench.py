@@ -40,11 +40,11 @@ def bench_recipe(folder, seconds=0.6, options=None, **train) -> Recipe:
     return replace(recipe, bench=BenchConfig(**({"warmup_steps": 1, "steps": 2} | (options or {}))))
 
 
-def trainer_of(recipe) -> measuring.MeasuredTrainer:
+def run_of(recipe) -> measuring.MeasuredRun:
     AcceleratorState._reset_state(reset_partial_state=True)
     stage = bench.Bench(recipe, Shard())
     stage.prepare()
-    return measuring.MeasuredTrainer(stage.recipe())
+    return measuring.MeasuredRun(stage.recipe())
 
 
 def results(recipe, name="results.json"):
@@ -93,10 +93,9 @@ def test_operations_of_a_transposed_convolution():
 
 
 def test_operations_of_a_step_by_part(tmp_path):
-    run = trainer_of(bench_recipe(tmp_path))
+    run = run_of(bench_recipe(tmp_path))
     batches = run.longest()
     flops = run.count_flops(batches)
-    run.close()
     spec = run.recipe.rate_spec
     sliced = (2 * len(batches[0].clips), 1, spec.segment)  # real and generated slices in one pass
     assert flops["d_step"] == sum(conv_flops(d, sliced) for d in run.step.d.module.discriminators)
@@ -109,17 +108,15 @@ def test_micro_batches_cost_a_second_forward_pass_of_g(tmp_path):
     once, twice = (bench_recipe(tmp_path / str(n), batch_size=1, grad_accum_steps=n) for n in (1, 2))
     counts = []
     for recipe in (once, twice):
-        run = trainer_of(recipe)
+        run = run_of(recipe)
         counts.append(run.count_flops(run.longest()))
-        run.close()
     assert counts[1]["g_forward"] == 3 * counts[0]["g_forward"]
     assert counts[1]["d_step"] == 2 * counts[0]["d_step"]
 
 
 def test_the_longest_batch_is_full_and_as_long_as_the_longest_clip(tmp_path):
-    run = trainer_of(bench_recipe(tmp_path, batch_size=20))
+    run = run_of(bench_recipe(tmp_path, batch_size=20))
     (batch,) = run.longest()
-    run.close()
     assert len(batch.clips) == 20
     assert set(batch.clips) == set(range(len(run.table.train)))
     assert batch.loss_scale == 1.0
@@ -293,16 +290,14 @@ def test_a_moved_run_folder_keeps_its_links(tmp_path):
 
 def test_the_plain_step_computes_the_same_losses_and_gradients(tmp_path):
     # So low a rate that D, whose update comes before G's losses, is the same in both to float32 rounding.
-    run = trainer_of(bench_recipe(tmp_path, learning_rate=1e-9))
+    run = run_of(bench_recipe(tmp_path, learning_rate=1e-9))
     batches = run.longest()
     run.train_step(batches)
     plain = run.plain("recipe")
-    pairs, losses = run.against_plain(plain, batches, 1)
-    run.close()
+    losses = run.compare_losses(plain, batches)
     assert set(losses) == LOSSES
     for name, (ours, theirs) in losses.items():
         assert theirs == pytest.approx(ours, rel=1e-5), name
-    assert len(pairs) == 1
     mine, its = (dict(m.named_parameters()) for m in (run.step.g.module, plain.generator))
     for name, parameter in mine.items():
         if parameter.grad is not None:
@@ -311,13 +306,12 @@ def test_the_plain_step_computes_the_same_losses_and_gradients(tmp_path):
 
 
 def test_the_plain_step_costs_ds_gradients_once_more(tmp_path):
-    run = trainer_of(bench_recipe(tmp_path))
+    run = run_of(bench_recipe(tmp_path))
     plain = run.plain("recipe")
     (batch,) = run.longest()
     with measuring.flop_counter() as counter:
         plain.step(batch, 1.0)
     flops = run.count_flops([batch])
-    run.close()
     assert all(p.grad is not None for p in plain.d.parameters())
     # In the G step: D's gradients from real and generated slices, and the way back through the real ones. The D step
     # has as many operations for these, and as many again forward and on the way back through the generated ones.

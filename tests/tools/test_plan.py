@@ -192,20 +192,19 @@ def test_a_traced_step_counts_what_a_real_one_counts(tmp_path, monkeypatch):
     thin_networks(monkeypatch.setattr)
     recipe = with_train(tiny_recipe(tmp_path, batch_size=3), optimizer="adamw", grad_accum_steps=2)
     make_features(recipe)
-    trainer = measuring.MeasuredTrainer(recipe)
-    batches = trainer.longest()
+    run = measuring.MeasuredRun(recipe)
+    batches = run.longest()
     frames = batches[0].content.shape[1]
-    parameters = [p for n in trainer.networks.values() for p in n.module.parameters()]
-    traced = trace(recipe, trainer.table.content_channels, trainer.table.num_speakers, frames)
-    assert traced.flops == sum(trainer.count_flops(batches).values())
+    parameters = [p for n in run.step.networks.values() for p in n.module.parameters()]
+    traced = trace(recipe, run.table.content_channels, run.table.num_speakers, frames)
+    assert traced.flops == sum(run.count_flops(batches).values())
     assert traced.weight_bytes == sum(p.nbytes for p in parameters)
     assert traced.gradient_bytes == {
-        name: sum(p.nbytes for p in n.module.parameters() if p.requires_grad) for name, n in trainer.networks.items()
+        name: sum(p.nbytes for p in n.module.parameters() if p.requires_grad) for name, n in run.step.networks.items()
     }
-    trainer.train_step(batches)
-    state = [n.optimizer.state_dict()["state"] for n in trainer.networks.values()]
+    run.train_step(batches)
+    state = [n.optimizer.state_dict()["state"] for n in run.step.networks.values()]
     assert traced.optimizer_bytes == tensor_bytes(state)
-    trainer.close()
 
 
 def test_a_traced_step_holds_as_many_bytes_as_the_same_step_on_real_tensors(tmp_path, monkeypatch):
