@@ -19,14 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from rvc_dist.config import Recipe
 from rvc_dist.models import spectral
-from rvc_dist.models.discriminator import MultiPeriodDiscriminator
-from rvc_dist.models.generator import Generator
-from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.tools.measuring import flop_counter
-from rvc_dist.train import checkpoint, memory
-from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
+from rvc_dist.train import networks
+from rvc_dist.train.dataset import BUCKET_FRAMES, Batch, ClipTable
 from rvc_dist.train.ddp import TrainedModule
-from rvc_dist.train.networks import RECOMPUTED
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.step import GanStep
 
@@ -73,20 +69,24 @@ def trace(recipe: Recipe, content_channels: int, num_speakers: int, frames: int)
             # An optimizer compares addresses, which changes where its state lies but not how much it is.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             step = traced_step(recipe, content_channels, num_speakers)
-            networks = step.networks
-            weights = sum(p.nbytes for n in networks.values() for p in n.module.parameters())
-            state = sum(tensor_bytes(list(n.optimizer.state.values())) for n in networks.values())
+            weights = sum(p.nbytes for n in step.networks.values() for p in n.module.parameters())
+            state = sum(tensor_bytes(list(n.optimizer.state.values())) for n in step.networks.values())
             allocated.peak_bytes = allocated.num_bytes
             flops = count(step, frames)
             peak = allocated.peak_bytes
             gradients = {
-                name: sum(p.nbytes for p in n.module.parameters() if p.requires_grad) for name, n in networks.items()
+                name: sum(p.nbytes for p in n.module.parameters() if p.requires_grad)
+                for name, n in step.networks.items()
             }
             shorter = -(-frames // 2 // BUCKET_FRAMES) * BUCKET_FRAMES
             slope = (flops - count(step, shorter)) / (frames - shorter) if shorter < frames else 0.0
     finally:
         spectral.forget_constants()  # the fake ones
     return TracedStep(frames, weights, gradients, state, peak, flops, slope)
+
+
+def gradient_bytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def tensor_bytes(tree: Any) -> int:
@@ -117,35 +117,20 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_bytes -= num_bytes
 
 
-class TracedModule(TrainedModule):
-    """Its update asks not whether the gradients are finite, which fake ones cannot answer."""
-
-    def update(self, max_norm: float | None) -> tuple[Tensor, Tensor]:
-        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-        self.optimizer.step()
-        return norm, norm.isfinite()
-
-
 def traced_step(recipe: Recipe, content_channels: int, num_speakers: int) -> GanStep:
     """The recipe's step without ranks, clips or a run folder; its optimizers have their state already.
 
     They have it by an update from zero gradients, which stay as those of a step do.
     """
-    config = recipe.train
-    modules: tuple[nn.Module, ...] = (
-        Generator(GeneratorShape.from_recipe(recipe, content_channels, num_speakers)),
-        MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
-    )
-    networks = {}
-    for name, module in zip(checkpoint.MODELS, modules, strict=True):
-        if config.activation_checkpointing:
-            memory.apply_activation_checkpointing(module, RECOMPUTED)
-        networks[name] = TracedModule(module, module, module, make_optimizer(config, module))
-    for network in networks.values():
+    table = ClipTable((), (), content_channels, {}, num_speakers)
+    # As when a checkpoint will fill them: whatever the first weights are, they need as much.
+    _, modules = networks.build(recipe, table, {"generator.num_speakers": num_speakers})
+    traced = {name: TrainedModule.alone(m, make_optimizer(recipe.train, m)) for name, m in modules.items()}
+    for network in traced.values():
         for parameter in network.module.parameters():
             parameter.grad = torch.zeros_like(parameter)
         network.optimizer.step()
-    return GanStep(recipe, networks)
+    return GanStep(recipe, traced)
 
 
 def count(step: GanStep, frames: int) -> float:
