@@ -79,12 +79,8 @@ class Downmix:
 
 
 def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
-    """`wave` at `new_rate`, by soxr in its very high quality (as librosa's soxr_vhq)."""
-    import soxr
-
-    if rate == new_rate:
-        return wave
-    return np.ascontiguousarray(soxr.resample(wave, rate, new_rate, quality="VHQ"), dtype=np.float32)
+    """A whole wave at `new_rate`, by a `Resampler`."""
+    return Resampler(rate, new_rate)(wave, last=True)
 
 
 @cache
@@ -122,25 +118,20 @@ def effective_rate(wave: Wave, rate: int, own_rate: int) -> int:
     if len(wave) < SPECTRUM_SAMPLES:
         return own_rate
     starts = np.linspace(0, len(wave) - SPECTRUM_SAMPLES, NUM_SPECTRA).astype(np.int64)
-    spectra = np.fft.rfft(wave[starts[:, None] + np.arange(SPECTRUM_SAMPLES)] * _hann(), axis=1)[:, :-1]
+    window = np.hanning(SPECTRUM_SAMPLES).astype(np.float32)
+    spectra = np.fft.rfft(wave[starts[:, None] + np.arange(SPECTRUM_SAMPLES)] * window, axis=1)[:, :-1]
     power = np.einsum("ij,ij->j", spectra.real, spectra.real) + np.einsum("ij,ij->j", spectra.imag, spectra.imag)
     bands = power.reshape(-1, BAND).mean(axis=1)
     loudest_above = np.maximum.accumulate(bands[::-1])[::-1]
+    share_above = 10.0 ** (-UPSAMPLED_DB / 10.0)
     for low in UPSAMPLED_FROM:
         if low >= 0.75 * min(rate, own_rate):
             break
         edge = low / 2 * SPECTRUM_SAMPLES / rate
         below = power[int(0.8 * edge) : int(0.94 * edge)].mean()
-        if loudest_above[math.ceil(1.15 * edge / BAND)] < below * 10.0 ** (
-            -UPSAMPLED_DB / 10.0
-        ):  # no resampler is steep
+        if loudest_above[math.ceil(1.15 * edge / BAND)] < below * share_above:  # no resampler is steep
             return low
     return own_rate
-
-
-@cache
-def _hann() -> Wave:
-    return np.hanning(SPECTRUM_SAMPLES).astype(np.float32)
 
 
 def _window_samples(rate: int, chunk_s: float, overlap_s: float) -> tuple[int, int]:

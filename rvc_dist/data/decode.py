@@ -243,7 +243,6 @@ class SndfileRecording(Recording):
 class AvRecording(Recording):
     def __init__(self, path: Path, part: Part) -> None:
         self.path, self.part, self.notes, self.skipped, self.track = path, part, part.notes, part.skipped, -1
-        self.slack_s, self.gap = SLACK_S, GAP
         self.demuxers = ",".join(filter(None, [CONTAINERS, RAW_STREAMS.get(path.suffix.lower() or part.kind)]))
         with self._open() as (container, stream):
             self.rate = int(stream.rate or 0)
@@ -252,10 +251,9 @@ class AvRecording(Recording):
                 self.duration_s *= part.claim
             # ffmpeg counts damage otherwise when it seeks over it; of amr it is not known here.
             self.can_seek = not part.has_holes and container.format.name != "amr"
-            if container.format.name == "flac" or part.has_holes:
-                self.gap = UNREADABLE
-            if container.format.name == "flac":  # its places are exact; those of vorbis are some 10 ms off
-                self.slack_s = 0.01
+            is_flac = container.format.name == "flac"  # its places are exact; those of vorbis are some 10 ms off
+            self.slack_s = 0.01 if is_flac else SLACK_S
+            self.gap = UNREADABLE if is_flac or part.has_holes else GAP
             known = [(t.index, int(t.rate or 0)) for t in container.streams.audio if t.codec_context]
             tracks = sorted(known, key=lambda track: track[0] != stream.index)
         if len(tracks) > 1:

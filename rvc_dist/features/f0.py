@@ -297,10 +297,8 @@ class HybridPitch(F0Method):
 def majority_median(f0: Tensor) -> Tensor:
     """[methods, T] in Hz, 0 where unvoiced -> [T], by the rule of `HybridPitch`."""
     voiced = f0 > 0
-    count = voiced.sum(dim=0)
-    ascending = torch.where(voiced, f0, torch.inf).sort(dim=0).values
-    median = ascending.gather(0, ((count - 1).clamp_min(0) // 2)[None])[0]
-    return torch.where(2 * count > f0.shape[0], median, 0.0)
+    median = torch.where(voiced, f0, torch.nan).nanmedian(dim=0).values  # of an even number the lower
+    return torch.where(2 * voiced.sum(dim=0) > f0.shape[0], median, 0.0)
 
 
 def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
