@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -127,14 +128,9 @@ def run(recipe: Recipe, shard: Shard) -> None:
     }
     write_json(work.index_report_file, report)
     logger.info(
-        "index: %d of %d frames in %d cells, nprobe %d, recall@%d %.3f; %s",
-        len(vectors),
-        len(frames),
-        index.nlist,
-        index.nprobe,
-        NUM_NEIGHBOURS,
-        found,
-        file,
+        "index: %(vectors)d of %(frames)d frames in %(cells)d cells, nprobe %(nprobe)d, recall@%(of)d %(recall).3f; "
+        "%(file)s",
+        report | {"of": NUM_NEIGHBOURS, "file": file},
     )
     size = file.stat().st_size
     if size > MAX_IN_MEMORY:
@@ -208,15 +204,12 @@ class Frames:
                     for i, length in enumerate(lengths):
                         content = file.get_tensor(f"{i:05d}.content")
                         if content.shape != (length, self.width) and length:
-                            raise _damaged(path)
+                            raise _unfit(path, "is damaged")
                         if not np.isfinite(content).all():
-                            raise StageError(
-                                f"{path} holds numbers that are not finite:",
-                                "delete it and run `rvc-dist extract` again",
-                            )
+                            raise _unfit(path, "holds numbers that are not finite")
                         yield np.ascontiguousarray(content, dtype=np.float32)
             except SafetensorError as error:
-                raise _damaged(path) from error
+                raise _unfit(path, "is damaged") from error
 
     def sample(self, copy: BinaryIO | None = None) -> Queries:
         """At most MAX_SAMPLE frames, evenly spread, with their positions; all frames are written to `copy`."""
@@ -232,8 +225,8 @@ class Frames:
         return Queries(vectors, chosen)
 
 
-def _damaged(path: Path) -> StageError:
-    return StageError(f"{path} is damaged:", "delete it and run `rvc-dist extract` again")
+def _unfit(path: Path, why: str) -> StageError:
+    return StageError(f"{path} {why}:", "delete it and run `rvc-dist extract` again")
 
 
 def save_vectors(recipe: Recipe, frames: Frames, path: Path) -> tuple[Vectors, Queries]:
@@ -288,32 +281,25 @@ def train(vectors: Vectors, cells: int) -> Any:
 
 
 class VectorFile:
-    """The vectors of a .npy file of float32, read and not mapped: mapped pages would count as this process's memory."""
+    """The vectors of a .npy file of float32 [N, C].
+
+    Mapped only while rows are taken out of it: what stays mapped counts as this process's memory.
+    """
 
     def __init__(self, path: Path) -> None:
-        mapped = np.load(path, mmap_mode="r")
-        self.path, self.offset = path, mapped.offset
-        self.num, self.width = mapped.shape
+        self.path = path
+        self.num, self.width = np.load(path, mmap_mode="r").shape
 
     def __len__(self) -> int:
         return int(self.num)
 
+    def rows(self, which: slice | Numbers) -> Vectors:
+        return np.array(np.load(self.path, mmap_mode="r")[which])
+
     def chunks(self) -> Iterator[tuple[int, Vectors]]:
         """All vectors in order: the position of the first of each chunk, and the chunk."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            for first in range(0, len(self), CHUNK):
-                count = min(CHUNK, len(self) - first)
-                yield first, np.fromfile(file, np.float32, count * self.width).reshape(count, self.width)
-
-    def rows(self, numbers: Numbers) -> Vectors:
-        """The vectors at `numbers` [N], [N, C]."""
-        found = np.empty((len(numbers), self.width), np.float32)
-        with self.path.open("rb", buffering=0) as file:
-            for row, number in zip(found, numbers.tolist(), strict=True):
-                file.seek(self.offset + number * row.nbytes)
-                file.readinto(row)
-        return found
+        for first in range(0, len(self), CHUNK):
+            yield first, self.rows(slice(first, first + CHUNK))
 
 
 def write_index(index: Any, vectors: VectorFile, path: Path) -> None:
@@ -363,19 +349,16 @@ class Recall:
     """
 
     def __init__(self, vectors: VectorFile, queries: Queries) -> None:
+        faiss = load_faiss()
         self.queries, self.num = queries, min(NUM_NEIGHBOURS, len(vectors) - 1)
-        flat = _on_gpus(load_faiss().IndexFlatL2(vectors.width))
-        distances = np.empty((len(queries.own), 0), np.float32)
-        numbers = np.empty((len(queries.own), 0), np.int64)
+        flat, best = _on_gpus(faiss.IndexFlatL2(vectors.width)), faiss.ResultHeap(len(queries.own), self.num + 1)
         for first, chunk in vectors.chunks():
             flat.add(chunk)
-            more, where = flat.search(queries.vectors, min(self.num + 1, len(chunk)))
+            distances, numbers = flat.search(queries.vectors, min(self.num + 1, len(chunk)))
+            best.add_result(distances, first + numbers)
             flat.reset()
-            distances = np.concatenate([distances, more], axis=1)
-            numbers = np.concatenate([numbers, first + where], axis=1)
-            best = np.argsort(distances, axis=1, kind="stable")[:, : self.num + 1]
-            distances, numbers = np.take_along_axis(distances, best, 1), np.take_along_axis(numbers, best, 1)
-        _, numbers = self._others(distances, numbers)
+        best.finalize()
+        _, numbers = self._others(best.D, best.I)
         # That search is quick, but rounds like the vectors' norms instead of their distances: only its order counts.
         nearest = vectors.rows(numbers.ravel()).reshape(*numbers.shape, vectors.width)
         squares = np.square(nearest - queries.vectors[:, None]).sum(axis=2, dtype=np.float64)
@@ -418,18 +401,11 @@ def raised(recall: Callable[[int], float], nprobe: int, cells: int, wanted: floa
 
     All `cells` are an exact search. More cells never find less, so the number is doubled, then bisected.
     """
-    found = recall(nprobe)
     if wanted is None:
-        return nprobe, found
-    short = nprobe
-    while found < wanted and nprobe < cells:
+        return nprobe, recall(nprobe)
+    recall, short = cache(recall), nprobe
+    while recall(nprobe) < wanted and nprobe < cells:
         short, nprobe = nprobe, min(2 * nprobe, cells)
-        found = recall(nprobe)
-    while nprobe - short > 1:
-        middle = (short + nprobe) // 2
-        reached = recall(middle)
-        if reached < wanted:
-            short = middle
-        else:
-            nprobe, found = middle, reached
-    return nprobe, found
+    if nprobe > short:
+        nprobe = bisect_left(range(nprobe), wanted, lo=short + 1, key=recall)
+    return nprobe, recall(nprobe)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -73,15 +73,13 @@ def check_index(path: Path, width: int) -> IndexSize:
         ForeignFileError: it is not.
         OSError: it cannot be opened.
     """
-    size = regular_size(path)
-    with path.open("rb") as stream:
-        file = _File(stream, size)
-        kind, num = file.head(width)
-        if kind == FLAT:
-            file.vectors(num, width)
-            cells = 0
-        else:
-            cells = _check_cells(file, num, width)
+    file = _File(path)
+    kind, num = file.head(width)
+    if kind == FLAT:
+        file.vectors(num, width)
+        cells = 0
+    else:
+        cells = _check_cells(file, num, width)
     if file.left:
         raise ForeignFileError(f"it has {file.left} bytes after its end")
     return IndexSize(num, cells)
@@ -109,11 +107,9 @@ def _check_cells(file: _File, num: int, width: int) -> int:
         raise ForeignFileError("the sizes of its lists do not fit its cells, its vectors or the file")
     is_there = np.zeros(num, bool)
     for length in sizes[sizes > 0].tolist():
-        if file.is_large:  # a search looks at what it takes of it
-            file.take(4 * length * width)
-            file.stream.seek(4 * length * width, 1)
-        else:
-            file.finite(length * width)
+        vectors = file.numbers("<f4", length * width)
+        if not file.is_large:  # a search looks at what it takes of a large one
+            _check_finite(vectors)
         numbers = file.numbers("<u8", length)
         if numbers.max() >= num:
             raise ForeignFileError(f"it numbers a vector {numbers.max()} of {num}")
@@ -124,21 +120,23 @@ def _check_cells(file: _File, num: int, width: int) -> int:
 
 
 class _File:
-    def __init__(self, stream: BinaryIO, size: int) -> None:
-        self.stream, self.left, self.is_large = stream, size, size > MAX_IN_MEMORY
+    """An index file, mapped and read from its beginning on; nothing beyond its end is."""
 
-    def take(self, size: int) -> None:
-        self.left -= size
-        if self.left < 0:
-            raise ForeignFileError("it is cut short")
-
-    def unpack(self, form: str) -> tuple[Any, ...]:
-        self.take(struct.calcsize(form))
-        return struct.unpack(form, self.stream.read(struct.calcsize(form)))
+    def __init__(self, path: Path) -> None:
+        self.left = regular_size(path)
+        self.is_large = self.left > MAX_IN_MEMORY
+        self.bytes = np.memmap(path, np.uint8, "r") if self.left else np.zeros(0, np.uint8)
 
     def numbers(self, dtype: str, count: int) -> npt.NDArray[Any]:
-        self.take(count * np.dtype(dtype).itemsize)
-        return np.fromfile(self.stream, dtype, count)
+        """The next `count` numbers."""
+        first, size = len(self.bytes) - self.left, count * np.dtype(dtype).itemsize
+        if size > self.left:
+            raise ForeignFileError("it is cut short")
+        self.left -= size
+        return self.bytes[first : first + size].view(dtype)
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack(form, self.numbers("u1", struct.calcsize(form)).tobytes())
 
     def head(self, width: int) -> tuple[bytes, int]:
         """(kind, number of vectors) of what begins here."""
@@ -157,13 +155,13 @@ class _File:
         (count,) = self.unpack("<Q")
         if count != num * width:
             raise ForeignFileError(f"it has {count} numbers for {num} vectors {width} wide")
-        self.finite(count)
+        _check_finite(self.numbers("<f4", count))
 
-    def finite(self, count: int) -> None:
-        """Pass over `count` numbers, all of which are looked at."""
-        for first in range(0, count, CHUNK):
-            if not np.isfinite(self.numbers("<f4", min(CHUNK, count - first))).all():
-                raise ForeignFileError("it holds numbers that are not finite")
+
+def _check_finite(numbers: npt.NDArray[Any]) -> None:
+    for first in range(0, len(numbers), CHUNK):
+        if not np.isfinite(numbers[first : first + CHUNK]).all():
+            raise ForeignFileError("it holds numbers that are not finite")
 
 
 def load_faiss() -> Any:
