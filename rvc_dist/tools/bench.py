@@ -26,6 +26,7 @@ from rvc_dist.features.feature_files import pack_unit
 from rvc_dist.files import atomic_write, write_json
 from rvc_dist.schema import Count, Positive, SchemaError, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
+from rvc_dist.tools.made_up import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.tools.measuring import PARTS, MeasuredRun, Span
 from rvc_dist.tools.tables import console, say
 from rvc_dist.workspace import (
@@ -48,7 +49,6 @@ FORMAT = 1
 CLIP_S = 3.0
 NUM_GLOBAL_BATCHES = 4
 """An epoch of the demo voice has at least so many."""
-CONTENT_WIDTH = {"v1": 256, "v2": 768}
 
 
 def run(recipe: Recipe, shard: Shard) -> None:
@@ -182,13 +182,6 @@ def _windows() -> list[tuple[Path, float]]:
     """Recordings of the demo voice, and where in them clips begin, in seconds."""
     files = sorted((DEMO_VOICE_DIR / "voice").glob("*.flac"))
     return [(file, i * CLIP_S) for file in files for i in range(int(decode.duration(file) // CLIP_S))]
-
-
-def made_up_pitch(num_frames: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """A contour [T100] in Hz between 80 and 300, 0 in every fourth stretch of 0.2 s."""
-    frames = np.arange(num_frames)
-    contour = 190 + 110 * np.sin(2 * np.pi * frames / 150)
-    return np.where(frames // 20 % 4 == 3, 0.0, contour).astype(np.float32)
 
 
 def _link(link: Path, target: Path) -> None:

@@ -36,6 +36,7 @@ from rvc_dist.tools.forecast import (
     sampler_on,
     speed_limit,
 )
+from rvc_dist.tools.made_up import CONTENT_WIDTH
 from rvc_dist.tools.measuring import recipe_key
 from rvc_dist.tools.tables import console, print_table, say
 from rvc_dist.tools.tracing import TracedStep, trace
@@ -213,7 +214,7 @@ def training_clips(recipe: Recipe) -> tuple[ClipTable, str]:
         recipe,
         clips,
         lambda speaker: [ClipRef(-1, "00000", speaker, "", silence)] * recipe.extract.include_mutes,
-        {"width": bench.CONTENT_WIDTH[recipe.model.version]},
+        {"width": CONTENT_WIDTH[recipe.model.version]},
     )
     return table, source
 

@@ -145,8 +145,8 @@ class ReadAhead(NamedTuple):
     remedy: str
 
     @classmethod
-    def measure(cls, recipe: Recipe, table: ClipTable, settings: Mapping[str, Any], local_ranks: int) -> ReadAhead:
-        config, spec = recipe.train, recipe.rate_spec
+    def measure(cls, recipe: Recipe, table: ClipTable, settings: Mapping[str, Any]) -> ReadAhead:
+        config, spec, local_ranks = recipe.train, recipe.rate_spec, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         frames = min(max((c.num_frames for c in table.train), default=MAX_CLIP_FRAMES), MAX_CLIP_FRAMES)
         samples = -(-frames // BUCKET_FRAMES) * BUCKET_FRAMES * (spec.hop + table.content_channels + 1) + 2 * spec.reach
         step_bytes = config.batch_size * config.grad_accum_steps * samples * 4
@@ -173,7 +173,7 @@ def fit_shared_memory(recipe: Recipe, table: ClipTable, settings: Mapping[str, A
     """
     if not settings["num_workers"] or not SHM.is_dir():
         return settings
-    ahead = ReadAhead.measure(recipe, table, settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ahead = ReadAhead.measure(recipe, table, settings)
     if ahead.fits < 1:
         raise StageError(f"{ahead.what};", ahead.remedy)
     if ahead.fits >= ahead.wanted:

@@ -19,9 +19,9 @@ from torch import nn
 from rvc_dist.choices import OPTIMIZERS
 from rvc_dist.config import Recipe, TrainConfig
 from rvc_dist.runtime.launcher import ZERO_STAGES, check_deepspeed, fill_deepspeed_settings
-from rvc_dist.tools.doctor.findings import Result
+from rvc_dist.tools.doctor.findings import Fact
 from rvc_dist.tools.doctor.machine import check_versions
-from rvc_dist.tools.doctor.team import Exam, Team
+from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.workspace import StageError
@@ -199,9 +199,8 @@ def test_settings_that_do_not_fit_are_all_named() -> None:
 
 def test_the_doctor_compares_the_versions_of_deepspeed_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def versions() -> dict[str, str]:
-        result = Result()
-        check_versions(Exam(Recipe(), Team()), result)
-        return result.same
+        found = check_versions(DoctorContext(Recipe()))
+        return {fact.name: str(fact.value) for fact in found if isinstance(fact, Fact)}
 
     assert "deepspeed" not in versions()
     for name, value in as_zero(1).items():

@@ -8,13 +8,19 @@ import secrets
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from rvc_dist.config import F0_PER_S
+from rvc_dist.features import index_file
 from rvc_dist.files import atomic_write
-from rvc_dist.tools.doctor.findings import Result, ranks_text
-from rvc_dist.tools.doctor.team import SAME_FOLDER, Exam, Team
+from rvc_dist.tools.doctor.data import recorded_seconds
+from rvc_dist.tools.doctor.findings import Fact, Findings, error, ranks_text, same, warning
+from rvc_dist.tools.doctor.ranks import DoctorContext, RankGroup
+from rvc_dist.train import checkpoint
 from rvc_dist.workspace import StageError
 
+SAME_FOLDER = "every rank must see the same run folder and be given the same recipe: put run_dir on a shared filesystem"
 MAX_FSYNC_S = 0.1
 SEEN_WITHIN_S = 5.0
 """A file of another node may take so long to appear: NFS keeps listings for some seconds."""
@@ -22,84 +28,97 @@ WRITTEN_BYTES = 32 << 20
 """Size of the file whose writing is timed."""
 
 
-def existing_parent(path: Path) -> Path:
-    """`path` itself, or the nearest folder above it that exists."""
-    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+def check_disk(context: DoctorContext) -> Findings:
+    """The run's disk holds clips, features, index, checkpoints and voice files that are still to come."""
+    config, work = context.recipe.train, context.work
+    weights = {name: sum(p.nbytes for p in module.parameters()) for name, module in context.modules.items()}
+    one = 3 * sum(weights.values()) + checkpoint.SPARE_BYTES  # weights, and two moments of each
+    kept = sum(f.stat().st_size for p in checkpoint.list_checkpoints(work.checkpoints_dir) for f in p.glob("*"))
+    folders = (work.clips_dir, work.features_dir, work.index_dir)
+    there = sum(f.stat().st_size for folder in folders for f in folder.glob("*"))
+    data = max(0, round(sum(data_bytes(context))) - there) if context.has_features_to_make else 0
+    voices = 3 * (weights.get("generator", 0) // 2)
+    yield Fact("for the data stages", data / 1e9, "GB")
+    # The newest ones, the best, and the one being written before the oldest goes.
+    total = data + (config.keep_checkpoints + 2) * one + voices - kept
+    folder = next(p for p in (work.root, *work.root.absolute().parents) if p.is_dir())
+    yield from room(folder, data + one, total)
 
 
-def judge_disk(folder: Path, one: int, total: int, result: Result) -> None:
+def data_bytes(context: DoctorContext) -> Iterator[float]:
+    """Bytes of clips, features and index when no recording is silent anywhere."""
+    recipe, width = context.recipe, (context.embedder or {}).get("width", 768)
+    seconds = recorded_seconds(context)
+    if recipe.preprocess.cut_method != "skip":
+        seconds *= recipe.preprocess.chunk_len / (recipe.preprocess.chunk_len - recipe.preprocess.overlap_len)
+    frames = seconds * F0_PER_S / 2
+    vectors = frames if recipe.index.algorithm == "faiss" else min(frames, index_file.KMEANS_ABOVE)
+    yield seconds * recipe.data.sample_rate * 4
+    yield frames * (width + 2) * 4
+    yield 2 * vectors * width * 4  # total_fea.npy and the index file
+
+
+def room(folder: Path, one: int, total: int) -> Findings:
     """Bytes of what is made of the data and of one checkpoint, and of all that is to come."""
     free = shutil.disk_usage(folder).free
-    result.measured |= {"free": (free / 1e9, "GB"), "for the run": (max(0, total) / 1e9, "GB")}
+    yield from (Fact("free", free / 1e9, "GB"), Fact("for the run", max(0, total) / 1e9, "GB"))
     remedy = f"free space on the disk of {folder}, choose another run_dir, or lower train.keep_checkpoints"
     if free < one:
-        result.fail(
+        yield error(
             f"the disk has {free / 1e6:.0f} MB free, the run needs {one / 1e6:.0f} MB to its first checkpoint", remedy
         )
     elif free < total:
-        result.warn(f"the disk has {free / 1e9:.2f} GB free, the run may need {total / 1e9:.2f} GB", remedy)
+        yield warning(f"the disk has {free / 1e9:.2f} GB free, the run may need {total / 1e9:.2f} GB", remedy)
 
 
-def check_run_folder(exam: Exam, result: Result) -> None:
+def check_run_folder(context: DoctorContext) -> Findings:
     """Every rank can write to the run folder, sees what the others write there, and files are synced and renamed."""
-    team, root = exam.team, exam.work.root
-    made: list[Path] = []
-    (token, *_) = team.gather(f".doctor_{secrets.token_hex(8)}")
-    mine = root / f"{token}_{team.rank}"
+    group, root = context.group, context.work.root
+    made = [p for p in (root, *root.parents) if not p.exists()] if group.is_first else []
+    if group.is_first:
+        with contextlib.suppress(OSError):  # writing into it will fail, and say why
+            root.mkdir(parents=True, exist_ok=True)
     try:
-        if team.is_first:
-            made = make_folders(root)
-        if _all_wrote(exam, result, mine):
-            _look_for(team, root, token, result)
-            team.gather(None)  # nobody removes what another still looks for
+        yield from write_and_look(group, root)
     finally:
-        remove_traces(mine)
-        with contextlib.suppress(StageError):  # an exchange that failed was told
-            team.gather(None)
-        for folder in reversed(made):
-            with contextlib.suppress(OSError):  # another program may use it meanwhile
+        for folder in made:
+            with contextlib.suppress(OSError):  # it was not made, or another program uses it meanwhile
                 folder.rmdir()
 
 
-def remove_traces(path: Path) -> None:
-    """Remove what `measure_folder` made, also when it failed halfway."""
-    with contextlib.suppress(OSError):  # there is nothing, or a file is in the place of the folder
-        path.unlink()
-    for folder in _renamed_folder(path):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _renamed_folder(path: Path) -> tuple[Path, Path]:
-    """A folder's name before and after."""
-    return path.with_name(f"{path.name}.before"), path.with_name(f"{path.name}.after")
-
-
-def make_folders(root: Path) -> list[Path]:
-    """Make `root` and what is above it; returns the new ones, outermost first. Unlike `mkdir`, tells no error."""
-    new = [p for p in reversed([root, *root.parents]) if not p.exists()]
-    with contextlib.suppress(OSError):  # writing into it will fail, and say why
-        root.mkdir(parents=True, exist_ok=True)
-    return [p for p in new if p.is_dir()]
-
-
-def _all_wrote(exam: Exam, result: Result, mine: Path) -> bool:
-    """Write and measure on every rank; whether it worked on all of them."""
-    team, root = exam.team, mine.parent
-    (there, *_) = team.gather(root.is_dir())
-    worked = False
+def write_and_look(group: RankGroup, root: Path) -> Findings:
+    """Each rank makes a folder of its own in `root`, and looks for that of others once all are there."""
+    (token, there), *_ = group.gather((f".doctor_{secrets.token_hex(8)}", root.is_dir()))
+    mine = root / f"{token}_{group.rank}"
+    problem = None
     try:
         if there and not _appears(root):
-            result.fail(f"{root}, which rank 0 has, does not exist here", SAME_FOLDER)
+            problem = error(f"{root}, which rank 0 has, does not exist here", SAME_FOLDER)
         else:
-            measure_folder(mine, result, with_speed=team.is_first)
-            worked = True
-    except OSError as error:
-        result.fail(
-            f"run_dir: {root} cannot be written to ({error.strerror}: {error.filename or root})",
+            yield from measure_folder(mine, with_speed=group.is_first)
+    except OSError as failed:
+        problem = error(
+            f"run_dir: {root} cannot be written to ({failed.strerror}: {failed.filename or root})",
             "make it writable, remove what is in the way, or choose another run_dir",
         )
-    return all(team.gather(worked))
+    try:
+        if problem is not None:
+            yield problem
+        if all(group.gather(problem is None)):
+            # The first rank looks for the folders of all others, the others for the first rank's.
+            others = [] if group.count == 1 else range(group.count) if group.is_first else [0]
+            unseen = [rank for rank in others if not _appears(root / f"{token}_{rank}")]
+            if unseen:
+                what = f"what rank(s) {ranks_text(unseen)} wrote in {root} is not to be seen here"
+                yield error(what, SAME_FOLDER)
+            elif group.count > 1:
+                yield from same({"shared": "yes"})
+            group.gather(None)  # nobody removes what another still looks for
+    finally:
+        for folder in (mine, _unfinished(mine)):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(StageError):  # an exchange that failed was reported
+            group.gather(None)
 
 
 def _appears(path: Path) -> bool:
@@ -112,23 +131,21 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _look_for(team: Team, root: Path, token: str, result: Result) -> None:
-    """The first rank looks for the files of all others, the others for the first rank's."""
-    others = [] if team.count == 1 else range(team.count) if team.is_first else [0]
-    unseen = [rank for rank in others if not _appears(root / f"{token}_{rank}")]
-    if unseen:
-        result.fail(f"what rank(s) {ranks_text(unseen)} wrote in {root} is not to be seen here", SAME_FOLDER)
-    elif team.count > 1:
-        result.same["shared"] = "yes"
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.before")
 
 
-def measure_folder(path: Path, result: Result, with_speed: bool) -> None:
-    """Write `path` several times as all files of a run are written, which must replace it whole; time that.
+def measure_folder(final: Path, with_speed: bool) -> Findings:
+    """Write a file several times as all files of a run are written, which must replace it whole; time that.
+
+    It lies in a folder that gets the name `final` in the end, as a checkpoint does.
 
     Raises:
-        OSError: the folder refuses.
+        OSError: the disk refuses.
     """
-    seconds = []
+    root, folder, seconds = final.parent, _unfinished(final), []
+    path = folder / "file"
+    folder.mkdir()
     for i in range(5):
         began_at = time.monotonic()
         atomic_write(path, f"{i}" * 4096)
@@ -136,22 +153,19 @@ def measure_folder(path: Path, result: Result, with_speed: bool) -> None:
     with path.open() as before:
         atomic_write(path, "new")
         whole = before.read() == "4" * 4096 and path.read_text() == "new"
-    folder, renamed = _renamed_folder(path)
-    folder.mkdir()
-    folder.rename(renamed)
-    if not whole or folder.exists() or not renamed.is_dir():
-        result.fail(
-            f"renaming in {path.parent} is not atomic",
-            "choose a run_dir on a POSIX filesystem (ext4, xfs, NFS, Lustre)",
+    folder.rename(final)
+    if not whole or folder.exists() or not final.is_dir():
+        yield error(
+            f"renaming in {root} is not atomic", "choose a run_dir on a POSIX filesystem (ext4, xfs, NFS, Lustre)"
         )
     fsync_s = statistics.median(seconds)
-    result.measured["write, sync, rename"] = (fsync_s * 1000, "ms")
+    yield Fact("write, sync, rename", fsync_s * 1000, "ms")
     if fsync_s > MAX_FSYNC_S:
-        result.warn(
-            f"writing and syncing a small file in {path.parent} takes more than {MAX_FSYNC_S * 1000:.0f} ms",
+        yield warning(
+            f"writing and syncing a small file in {root} takes more than {MAX_FSYNC_S * 1000:.0f} ms",
             "choose a faster filesystem for run_dir, or write less often: a larger train.save_every_steps",
         )
-    if with_speed and shutil.disk_usage(path.parent).free > 4 * WRITTEN_BYTES:
+    if with_speed and shutil.disk_usage(root).free > 4 * WRITTEN_BYTES:
         began_at = time.monotonic()
-        atomic_write(path, os.urandom(1 << 20) * (WRITTEN_BYTES >> 20))
-        result.measured["writes"] = (WRITTEN_BYTES / 1e6 / (time.monotonic() - began_at), "MB/s")
+        atomic_write(final / path.name, os.urandom(1 << 20) * (WRITTEN_BYTES >> 20))
+        yield Fact("writes", WRITTEN_BYTES / 1e6 / (time.monotonic() - began_at), "MB/s")

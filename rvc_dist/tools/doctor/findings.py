@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from rich.table import Table
 from rich.text import Text
@@ -21,8 +20,9 @@ class Severity(IntEnum):
     ERROR = 3
 
 
-MEND = "mend what it names, then run the same command again"
 EXIT_CODES = {Severity.OK: 0, Severity.SKIPPED: 0, Severity.WARNING: 3, Severity.ERROR: 1}
+STYLES = {Severity.OK: "green", Severity.SKIPPED: "dim", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
+MEND = "mend what it names, then run the same command again"
 
 
 class Problem(NamedTuple):
@@ -30,30 +30,43 @@ class Problem(NamedTuple):
     what: str
     remedy: str
 
+    @classmethod
+    def of(cls, error: StageError, severity: Severity = Severity.ERROR, remedy: str = MEND) -> Problem:
+        """What a stage would end with; `remedy` where the error names none."""
+        return cls(severity, error.what, error.remedy or remedy)
 
-@dataclass
-class Result:
-    """What one rank found in one check: plain data, which the ranks exchange."""
 
-    same: dict[str, str] = field(default_factory=dict)
+class Fact(NamedTuple):
+    name: str
+    value: str | float
+    unit: str = ""
+    """Of a number; the ranks' lowest and highest are shown."""
+    alike: bool = False
+    """Whether every rank should find the same."""
+
+
+class Skipped(NamedTuple):
+    """There was nothing to check."""
+
+    why: str
+
+
+Finding: TypeAlias = Problem | Fact | Skipped
+Findings: TypeAlias = Iterator[Finding]
+"""What a check yields on one rank: plain data, which the ranks exchange."""
+
+
+def warning(what: str, remedy: str) -> Problem:
+    return Problem(Severity.WARNING, what, remedy)
+
+
+def error(what: str, remedy: str) -> Problem:
+    return Problem(Severity.ERROR, what, remedy)
+
+
+def same(facts: Mapping[str, str]) -> Iterator[Fact]:
     """Facts that every rank should find alike."""
-    own: dict[str, str] = field(default_factory=dict)
-    """Facts in which ranks may differ."""
-    measured: dict[str, tuple[float, str]] = field(default_factory=dict)
-    """(value, unit)"""
-    problems: list[Problem] = field(default_factory=list)
-    skipped: str = ""
-    """Why there was nothing to check."""
-
-    def warn(self, what: str, remedy: str) -> None:
-        self.problems.append(Problem(Severity.WARNING, what, remedy))
-
-    def fail(self, what: str, remedy: str) -> None:
-        self.problems.append(Problem(Severity.ERROR, what, remedy))
-
-    def add(self, error: StageError, severity: Severity = Severity.ERROR, remedy: str = MEND) -> None:
-        """What a stage would end with; `remedy` where it names none."""
-        self.problems.append(Problem(severity, error.what, error.remedy or remedy))
+    return (Fact(name, value, alike=True) for name, value in facts.items())
 
 
 def first_line(error: BaseException) -> str:
@@ -70,49 +83,47 @@ class Verdict(NamedTuple):
     problems: tuple[Problem, ...]
 
 
-def verdict(name: str, alike: str, results: Sequence[Result]) -> Verdict:
-    """Of check `name`; `results` are those of every rank in order, `alike` is the remedy when ranks differ."""
-    problems: dict[Problem, list[int]] = {}
-    for rank, result in enumerate(results):
-        for problem in result.problems:
-            problems.setdefault(problem, []).append(rank)
-    told = [
-        Problem(p.severity, p.what if len(ranks) == len(results) else f"{_ranks(ranks)}: {p.what}", p.remedy)
-        for p, ranks in problems.items()
+def verdict(name: str, remedy: str, ranks: Sequence[Sequence[Finding]]) -> Verdict:
+    """Of check `name`; `ranks` has what each rank found, `remedy` is for ranks that differ."""
+    found_by: dict[Problem, list[int]] = {}
+    facts: dict[str, dict[int, Fact]] = {}
+    shown: list[str] = []
+    differ: list[str] = []
+    for rank, findings in enumerate(ranks):
+        for finding in findings:
+            if isinstance(finding, Problem):
+                found_by.setdefault(finding, []).append(rank)
+            elif isinstance(finding, Fact):
+                facts.setdefault(finding.name, {})[rank] = finding
+            elif finding.why not in shown:
+                shown.append(finding.why)
+    skipped = bool(shown)
+    failed = {rank for problem, theirs in found_by.items() if problem.severity == Severity.ERROR for rank in theirs}
+    for fact, found in facts.items():
+        alike = any(f.alike for f in found.values())
+        if alike and failed - found.keys():  # it had no chance to find this
+            continue
+        values = _values(found, len(ranks), "missing" if alike else "unknown")
+        text = values[0] if len(set(values)) == 1 else f"({side_by_side(values)})"
+        (differ if alike and len(set(values)) > 1 else shown).append(f"{fact} {text}".strip())
+    problems = [
+        p._replace(what=p.what if len(theirs) == len(ranks) else f"{_ranks(theirs)}: {p.what}")
+        for p, theirs in found_by.items()
     ]
-    differ = {name: values for name, values in _same_facts(results).items() if len(set(values)) > 1}
     if differ:
-        listed = "; ".join(f"{name} ({side_by_side(values)})" for name, values in differ.items())
-        told.append(Problem(Severity.ERROR, f"ranks differ in {listed}", alike))
-    skipped = next((r.skipped for r in results if r.skipped), "")
-    severity = max((p.severity for p in told), default=Severity.SKIPPED if skipped else Severity.OK)
-    facts = [fact for fact in (skipped, *_facts(results)) if fact]
-    return Verdict(name, severity, ", ".join(facts), tuple(sorted(told, key=lambda p: -p.severity)))
+        problems.append(error(f"ranks differ in {'; '.join(differ)}", remedy))
+    problems.sort(key=lambda p: -p.severity)
+    severity = problems[0].severity if problems else Severity.SKIPPED if skipped else Severity.OK
+    return Verdict(name, severity, ", ".join(shown), tuple(problems))
 
 
-def _same_facts(results: Sequence[Result]) -> dict[str, list[str]]:
-    """Of every fact that should be the same, what each rank found; without those that a rank had no chance to find."""
-    names = dict.fromkeys(name for r in results for name in r.same)
-    failed = [any(p.severity == Severity.ERROR for p in r.problems) for r in results]
-    found = {name: [r.same.get(name, "missing") for r in results] for name in names}
-    return {
-        name: values
-        for name, values in found.items()
-        if not any(fail and name not in r.same for r, fail in zip(results, failed, strict=True))
-    }
-
-
-def _facts(results: Sequence[Result]) -> Iterator[str]:
-    for name, values in _same_facts(results).items():
-        if len(set(values)) == 1:  # else it is a problem
-            yield f"{name} {values[0]}"
-    for name in dict.fromkeys(name for r in results for name in r.own):
-        values = [r.own.get(name, "unknown") for r in results]
-        yield f"{name} {values[0]}" if len(set(values)) == 1 else f"{name} ({side_by_side(values)})"
-    for name in dict.fromkeys(name for r in results for name in r.measured):
-        numbers = [r.measured[name] for r in results if name in r.measured]
-        low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v, _ in (min(numbers), max(numbers)))
-        yield f"{name} {low if low == high else f'{low} to {high}'} {numbers[0][1]}".strip()
+def _values(found: Mapping[int, Fact], num_ranks: int, lacking: str) -> list[str]:
+    """A fact as each rank has it, by `lacking` where it has not; of numbers, one text for all."""
+    if numbers := [f.value for f in found.values() if not isinstance(f.value, str)]:
+        low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in (min(numbers), max(numbers)))
+        unit = next(iter(found.values())).unit
+        return [f"{low if low == high else f'{low} to {high}'} {unit}".strip()]
+    return [str(found[rank].value) if rank in found else lacking for rank in range(num_ranks)]
 
 
 def side_by_side(values: Sequence[str]) -> str:
@@ -138,27 +149,23 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-STYLES = {Severity.OK: "green", Severity.SKIPPED: "dim", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
-
-
 def show(title: str, verdicts: Sequence[Verdict], seconds: float) -> None:
     """Print a line a check, and below it each problem with its remedy."""
     out = console()
     out.print(Text(f"rvc-dist doctor: {title}"), soft_wrap=True)
     widths = len(Severity.WARNING.name), max(len(v.name) for v in verdicts)
+    indent = " " * (sum(widths) + 4)
     for verdict in verdicts:
         line = Table.grid(padding=(0, 2))
         for width in widths:
             line.add_column(width=width, no_wrap=True)
-        state = Text(verdict.severity.name.lower(), STYLES[verdict.severity])
-        line.add_row(state, Text(verdict.name), Text(verdict.facts))
+        line.add_row(Text(verdict.severity.name.lower(), STYLES[verdict.severity]), verdict.name, Text(verdict.facts))
         out.print(line)
-        indent = " " * (sum(widths) + 4)
         for problem in verdict.problems:  # not wrapped: remedies are there to be copied
             what = Text(f"{indent}{problem.severity.name}: {problem.what}", STYLES[problem.severity])
             out.print(what, soft_wrap=True)
             out.print(Text(f"{indent}remedy: {problem.remedy}"), soft_wrap=True)
     found = [p.severity for v in verdicts for p in v.problems]
     counts = {"error": found.count(Severity.ERROR), "warning": found.count(Severity.WARNING)}
-    told = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-    out.print(Text(f"{told}; {seconds:.1f} s"))
+    listed = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
+    out.print(Text(f"{listed}; {seconds:.1f} s"))

@@ -22,11 +22,10 @@ from rvc_dist.data.sources import list_sources
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import local_device, make_accelerator
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.tools.doctor.findings import Result, Severity, first_line
+from rvc_dist.tools.doctor.findings import Findings, Problem, error, first_line, same, warning
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Shard, SourceFile, StageError, WorkList, Workspace
 
-SAME_FOLDER = "every rank must see the same run folder and be given the same recipe: put run_dir on a shared filesystem"
 ANSWER_TIMEOUT_S = 60
 """A rank that says nothing for so long is taken for lost."""
 MAX_CLOCK_SKEW_S = 5.0
@@ -41,7 +40,7 @@ NETWORK = (
 T = TypeVar("T")
 
 
-class Team:
+class RankGroup:
     """The ranks that joined, and an exchange of plain data that does not need the network of the GPUs."""
 
     def __init__(self, rank: int = 0, accelerator: Accelerator | None = None) -> None:
@@ -79,15 +78,13 @@ class Team:
 
 
 @dataclass
-class Exam:
+class DoctorContext:
     """What is looked at, and what earlier checks leave for later ones."""
 
     recipe: Recipe
-    team: Team
-    joined: Result = field(default_factory=Result)
-    """How the ranks found each other."""
-    hosts: list[str] = field(default_factory=list)
-    """Of every rank."""
+    group: RankGroup = field(default_factory=RankGroup)
+    not_joined: Problem | None = None
+    """Why this rank did not find the others."""
     table: ClipTable | None = None
     """None when there are no features that fit the recipe."""
     data_stages_done: bool = False
@@ -103,11 +100,14 @@ class Exam:
     def work(self) -> Workspace:
         return Workspace(self.recipe.run_dir, self.recipe.name)
 
+    @cached_property
+    def work_list(self) -> WorkList | None:
+        return WorkList.load(self.work.work_list_file)
+
     @property
     def is_imported(self) -> bool:
         """Whether the clips are another tool's, and no recordings are looked for."""
-        work_list = WorkList.load(self.work.work_list_file)
-        return work_list is not None and "imported" in work_list.settings
+        return self.work_list is not None and self.work_list.imported_from is not None
 
     @cached_property
     def sources(self) -> list[SourceFile]:
@@ -121,87 +121,68 @@ class Exam:
     @property
     def has_features_to_make(self) -> bool:
         """Whether there are recordings, or clips, without the recipe's features."""
-        return not self.data_stages_done and (
-            Path(self.recipe.data.audio_dir).exists() or self.work.work_list_file.is_file()
-        )
-
-    @property
-    def local_ranks(self) -> int:
-        """Ranks on this host."""
-        return max(1, self.hosts.count(socket.gethostname()))
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(p.nbytes for module in self.modules.values() for p in module.parameters())
-
-    @property
-    def ready(self) -> bool:
-        """Whether this rank has found each of the others."""
-        return not any(p.severity == Severity.ERROR for p in self.joined.problems)
+        there = Path(self.recipe.data.audio_dir).exists() or self.work.work_list_file.is_file()
+        return there and not self.data_stages_done
 
 
-def join(recipe: Recipe) -> Exam:
-    """Find the other ranks as training does; what goes wrong becomes a problem, and this rank goes on alone."""
-    joined = Result()
+def join(recipe: Recipe) -> DoctorContext:
+    """Find the other ranks as training does; where that fails this rank goes on alone."""
     rank = Shard.from_environment().index
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if 0 < num_gpus <= local_rank:
-        joined.fail(
+        problem = error(
             f"rank {rank} is number {local_rank} on its host but sees {num_gpus} GPU(s)",
             "start no more ranks than GPUs, and let every task see all GPUs of its node (--gpus-per-node without "
             "--gpus-per-task or --gpu-bind; no CUDA_VISIBLE_DEVICES of its own)",
         )
-        return Exam(recipe, Team(rank), joined)
+        return DoctorContext(recipe, RankGroup(rank), problem)
     try:
         # What the hardware cannot do is a finding of its own, no reason to stop here.
         plain = replace(recipe.train, precision="fp32", bf16_adamw=False)
         accelerator = make_accelerator(plain, ANSWER_TIMEOUT_S)
-        team = Team(accelerator.process_index, accelerator)
-    except StageError as error:
-        joined.add(error)
-        return Exam(recipe, Team(rank), joined)
-    except (RuntimeError, ValueError, OSError) as error:  # what torch.distributed raises when ranks do not meet
-        joined.fail(f"the ranks did not find each other: {first_line(error)}", f"{MEETING}; {NETWORK}")
-        return Exam(recipe, Team(rank), joined)
-    return Exam(recipe, team, joined)
+        return DoctorContext(recipe, RankGroup(accelerator.process_index, accelerator))
+    except StageError as failed:
+        problem = Problem.of(failed)
+    except (RuntimeError, ValueError, OSError) as failed:  # what torch.distributed raises when ranks do not meet
+        problem = error(f"the ranks did not find each other: {first_line(failed)}", f"{MEETING}; {NETWORK}")
+    return DoctorContext(recipe, RankGroup(rank), problem)
 
 
-def check_ranks(exam: Exam, result: Result) -> None:
+def check_ranks(context: DoctorContext) -> Findings:
     """The launcher's ranks are all there, were given one recipe, and have clocks that agree."""
-    team = exam.team
-    result.problems += exam.joined.problems
-    exam.hosts = team.gather(socket.gethostname())
-    result.same |= {"ranks": str(team.count), "hosts": str(len(set(exam.hosts)))}
-    if team.count > 1:
-        result.same["backend"] = dist.get_backend()
-    if team.accelerator is not None and (stage := zero_stage(team.accelerator)):
-        result.same["ZeRO stage"] = str(stage)
-    recipes = team.gather(dict(_settings(exam.recipe)))
-    for key in recipes[0]:
-        values = [str(settings[key]) for settings in recipes]
-        if len(set(values)) > 1:
-            result.same[key] = values[team.rank]
-    team.gather(None)  # so that all read their clocks at one moment
-    clocks = team.gather(time.time())
-    if team.is_first:
-        skewed_clocks(clocks, result)
+    group = context.group
+    if context.not_joined is not None:
+        yield context.not_joined
+    group.gather(None)  # so that all read their clocks at one moment
+    ranks = group.gather((socket.gethostname(), dict(_settings(context.recipe)), time.time()))
+    hosts, recipes, clocks = zip(*ranks, strict=True)
+    yield from same({"ranks": str(group.count), "hosts": str(len(set(hosts)))})
+    if group.count > 1:
+        yield from same({"backend": dist.get_backend()})
+    if group.accelerator is not None and (stage := zero_stage(group.accelerator)):
+        yield from same({"ZeRO stage": str(stage)})
+    for key, value in _settings(context.recipe):
+        if any(settings[key] != recipes[0][key] for settings in recipes):
+            yield from same({key: value})
+    if group.is_first:
+        yield from skewed_clocks(clocks)
 
 
-def _settings(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+def _settings(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """`section.key` and its value."""
     for section, values in recipe.to_dict().items():
         if isinstance(values, dict):
-            yield from ((f"{section}.{key}", value) for key, value in values.items())
+            yield from ((f"{section}.{key}", str(value)) for key, value in values.items())
         else:
-            yield section, values
+            yield section, str(values)
 
 
-def skewed_clocks(clocks: Sequence[float], result: Result) -> None:
+def skewed_clocks(clocks: Sequence[float]) -> Findings:
     """Seconds since the epoch of every rank, read at one moment."""
     spread = max(clocks) - min(clocks)
     if spread > MAX_CLOCK_SKEW_S:
         late, early = clocks.index(max(clocks)), clocks.index(min(clocks))
-        result.warn(
+        yield warning(
             f"the clock of rank {late} is {spread:.0f} s ahead of rank {early}'s",
             "let a time service (chrony, ntpd) set the clocks; until then the logs of the ranks are out of step",
         )

@@ -1,0 +1,213 @@
+"""Checks of the data: recordings, clips and features, and what the stages that make them need."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from rvc_dist.choices import F0_METHODS
+from rvc_dist.config import DataConfig, f0_method_names
+from rvc_dist.data import clip_files, decode, sources
+from rvc_dist.features import feature_files
+from rvc_dist.features.content import load_embedder
+from rvc_dist.features.f0 import load_f0
+from rvc_dist.features.identity import EmbedderId
+from rvc_dist.runtime.accelerator import check_bf16, check_launcher
+from rvc_dist.tools.doctor.findings import Finding, Findings, Problem, Severity, Skipped, error, same, warning
+from rvc_dist.tools.doctor.ranks import DoctorContext
+from rvc_dist.tools.made_up import CONTENT_WIDTH
+from rvc_dist.train.dataset import ClipTable
+from rvc_dist.workspace import SourceFile, StageError, read_header
+
+CPU = torch.device("cpu")
+MAX_MEASURED = 200
+"""Recordings whose headers are read where no work list tells of them."""
+NOT_TO_BE_HAD = (StageError, ValueError, OSError)
+"""What loading an encoder or a pitch tracker raises, besides ImportError."""
+
+
+def check_data(context: DoctorContext) -> Findings:
+    """The run's features fit the recipe, or what is there for the data stages to begin with."""
+    recipe, work, work_list = context.recipe, context.work, context.work_list
+    with contextlib.suppress(StageError):  # of a dataset that is missing; it is reported below
+        low, remedy = clip_files.low_rates(recipe, recording_rates(context))
+        if low:
+            yield warning(low, remedy)
+    if not work.features_report_file.is_file():
+        if work_list is not None:
+            yield from same({"units": str(len(work_list.units))})
+            yield warning(f"{work.features_dir} holds no finished features", "rvc-dist run or extract makes them")
+        elif recipe.data.audio_dir == DataConfig().audio_dir and not Path(recipe.data.audio_dir).exists():
+            yield Skipped("no recipe with data was given (--config)")
+        else:
+            left_out = sum(bool(f.reason) for f in context.sources)
+            yield Skipped(f"no features in {work.root} yet: rvc-dist run makes them")
+            yield from same({"recordings": str(len(context.sources) - left_out), "left out": str(left_out)})
+        return
+    context.table = table = ClipTable.load(recipe)
+    yield from features_of_clips(context, table)
+    config, num_clips = recipe.train, len(table.train)
+    global_batch = config.batch_size * config.grad_accum_steps * context.group.count
+    hours = sum(c.num_frames for c in table.train) * recipe.rate_spec.hop / recipe.data.sample_rate / 3600
+    facts = {
+        "clips": num_clips,
+        "hours": f"{hours:.2f}",
+        "held out": len(table.holdout),
+        "speakers": table.num_speakers,
+        "features of": table.embedder["name"],
+        "global batch": global_batch,
+        "steps an epoch": -(-num_clips // global_batch),
+    }
+    yield from same({name: str(value) for name, value in facts.items()})
+    if global_batch * 4 > num_clips:
+        yield warning(
+            f"the global batch of {global_batch} is more than a quarter of the {num_clips} clips",
+            "start fewer ranks, lower train.batch_size, or record more",
+        )
+
+
+def recording_rates(context: DoctorContext) -> list[tuple[int, float]]:
+    """(Hz, seconds) of each recording in the work list; without one, of some of the dataset."""
+    if context.work_list is None:
+        return [(rate, length_s) for _, rate, length_s in measured(context)]
+    seconds: dict[tuple[str, int], float] = defaultdict(float)
+    for part in (f for unit in context.work_list.units for f in unit.files):
+        seconds[part.path, part.rate] += part.duration_s
+    return [(rate, length_s) for (_, rate), length_s in seconds.items() if rate]  # an import does not tell it
+
+
+def measured(context: DoctorContext) -> list[tuple[SourceFile, int, float]]:
+    """Of at most MAX_MEASURED usable recordings of the dataset the rate in Hz and the seconds.
+
+    Raises:
+        StageError: there is none.
+    """
+    usable, found = [s for s in context.sources if not s.reason], []
+    for source in usable[:: -(-len(usable) // MAX_MEASURED)]:
+        path = Path(context.recipe.data.audio_dir) / source.path
+        with contextlib.suppress(decode.AudioError), decode.opened(path) as recording:
+            found.append((source, recording.rate, recording.duration_s))  # preprocess leaves the others out
+    return found
+
+
+def features_of_clips(context: DoctorContext, table: ClipTable) -> Findings:
+    """Clips and features belong together, and every file is there."""
+    work = context.work
+    units = sorted({c.unit for c in table.train + table.holdout if c.unit >= 0})
+    if missing := [work.clips_file(unit).name for unit in units if read_header(work.clips_file(unit)) is None]:
+        yield error(
+            f"{work.clips_dir}: {len(missing)} of {len(units)} clips files are missing or damaged "
+            f"({', '.join(missing[:5])})",
+            "run rvc-dist preprocess again: it makes those that are missing",
+        )
+    elif context.work_list is not None:
+        try:
+            feature_files.clip_fingerprints(work)
+        except StageError as stale:
+            yield Problem.of(stale, Severity.WARNING)
+            return
+        context.data_stages_done = feature_files.complete(context.recipe) is True
+        if not context.data_stages_done:
+            yield warning(
+                f"the features in {work.features_dir} were made with other settings, or of other clips, than the "
+                "recipe's",
+                "run rvc-dist extract, which makes those that are stale, or set extract.* back",
+            )
+
+
+def features_done(context: DoctorContext) -> bool:
+    """Whether clips and features are those of this recipe and of the recordings that are there now."""
+    work_list = context.work_list
+    if work_list is None or clip_files.complete(context.recipe) is None:
+        return False
+    if not context.is_imported:
+        planned = {f.path: f for f in (*(f for u in work_list.units for f in u.files), *work_list.excluded)}
+        if {(f.path, f.size) for f in planned.values()} != {(f.path, f.size) for f in context.sources}:
+            return False
+        content = sources.content_by(work_list, Path(context.recipe.data.audio_dir))
+        used = (f for f in context.sources if not (f.reason or planned[f.path].reason))
+        if any(content(f) != planned[f.path].content for f in used):
+            return False
+    return feature_files.complete(context.recipe) is True
+
+
+def check_start(context: DoctorContext) -> Findings:
+    """Of a run alone: what training refuses at its start, and the recordings."""
+    check_launcher(context.recipe.train)
+    if context.recipe.train.use_bf16:
+        check_bf16(context.group.device)
+    if not context.is_imported:
+        _ = context.sources  # some
+    yield from ()
+
+
+def check_recordings(context: DoctorContext) -> Findings:
+    """A run that was trained goes on with one at least of the recordings that it knows."""
+    audio_dir = Path(context.recipe.data.audio_dir)
+    if context.is_imported or not audio_dir.exists():
+        yield Skipped("imported clips" if context.is_imported else f"{audio_dir} does not exist")
+    elif context.group.is_first:
+        content = sources.content_by(context.work_list, audio_dir)
+        sources.check_recordings(context.work, context.sources, content)
+
+
+def check_encoder(context: DoctorContext) -> Findings:
+    """The content encoder can be loaded: where it is missing the first rank fetches it."""
+    recipe, found = context.recipe, None
+    if context.has_features_to_make and context.group.is_first:
+        try:
+            embedder = load_embedder(recipe.extract, recipe.model.version, CPU)
+            found = EmbedderId(embedder.name, embedder.weights_hash, embedder.mix).to_features()
+            found["width"] = embedder.width
+        except (*NOT_TO_BE_HAD, ImportError) as failed:
+            yield not_loaded(failed, "extract.embedder_model")
+    (context.embedder, *_) = context.group.gather(found)
+    yield is_needed(context, recipe.extract.embedder_model)
+
+
+def check_pitch_tracker(context: DoctorContext) -> Findings:
+    """So can the pitch tracker; a package of it that is missing is reported with the other packages."""
+    config = context.recipe.extract
+    yield is_needed(context, config.f0_method)
+    if context.has_features_to_make and context.group.is_first:
+        try:
+            load_f0(config, CPU)
+        except NOT_TO_BE_HAD as failed:
+            yield not_loaded(failed, "extract.f0_method")
+        except ImportError as failed:
+            if not any(F0_METHODS[name].package for name in f0_method_names(config.f0_method)):
+                yield not_loaded(failed, "extract.f0_method")
+
+
+def is_needed(context: DoctorContext, name: str) -> Finding:
+    return next(same({name: "needed" if context.has_features_to_make else "not needed any more"}))
+
+
+def not_loaded(failed: Exception, key: str) -> Problem:
+    known = failed if isinstance(failed, StageError) else StageError(str(failed))
+    return Problem.of(known, remedy=f"mend what it names, or choose another {key}")
+
+
+def recorded_seconds(context: DoctorContext) -> float:
+    """Of the dataset, estimated from those recordings that are measured."""
+    if context.work_list is not None and context.is_imported:
+        return sum(unit.duration_s for unit in context.work_list.units)
+    with contextlib.suppress(StageError):  # another check reports it
+        found = measured(context)
+        share = sum(source.size for source, *_ in found) / sum(s.size for s in context.sources if not s.reason)
+        return sum(seconds for *_, seconds in found) / share if share else 0.0
+    return 0.0
+
+
+def stand_in_table(context: DoctorContext) -> ClipTable:
+    """Where there are no features: what they will be like, of the encoder that `check_encoder` found."""
+    recipe = context.recipe
+    embedder, num_speakers = context.embedder, 1
+    if embedder is None:
+        embedder = {"name": recipe.extract.embedder_model, "width": CONTENT_WIDTH[recipe.model.version]}
+    with contextlib.suppress(StageError):  # another check reports it
+        num_speakers += max(s.speaker for s in context.sources if not s.reason)
+    return ClipTable((), (), embedder["width"], embedder, num_speakers)
