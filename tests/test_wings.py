@@ -19,8 +19,8 @@ FLOORS = (
     {"tools"},
     {"__main__", "pipeline", "demo"},
 )
-LOANS = {("rvc_dist.tools.doctor", "rvc_dist.tools.bench"), ("rvc_dist.tools.plan", "rvc_dist.tools.bench")}
-"""Stages that import another: plan measures with the means of bench, and both know its made-up clips."""
+LOANS = {("rvc_dist.tools.plan", "rvc_dist.tools.bench")}
+"""Stages that import another: plan measures with the means of bench."""
 
 
 def wing(module: str) -> str:
