@@ -35,12 +35,11 @@ from helpers import (
 )
 from huggingface_hub import constants
 from launching import ROOT, finish, launcher, start
-from rvc_dist.command_line import load_recipe
 
 from rvc_dist import __main__ as cli
 from rvc_dist import pipeline
 from rvc_dist.choices import F0_METHODS, F0Spec
-from rvc_dist.config import DataConfig, ExtractConfig, PreprocessConfig, Recipe
+from rvc_dist.config import DataConfig, ExtractConfig, PreprocessConfig, Recipe, load_recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract
 from rvc_dist.pipeline import DATA_STAGES
