@@ -33,7 +33,7 @@ from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.vocoders import Vocoder
 from rvc_dist.train import checkpoint, losses, trainer
 from rvc_dist.voice import export
-from rvc_dist.voice.infer import Voice
+from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, Workspace, read_json
 
 CPU = torch.device("cpu")

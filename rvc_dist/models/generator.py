@@ -69,15 +69,16 @@ class Generator(nn.Module):
     """VITS (arXiv 2106.06103) with content features and pitch in place of text.
 
     Inputs: content [B, T, C]; lengths [B] in frames; coarse [B, T] int64 in 1..255 and f0 [B, T] in Hz (0 = unvoiced),
-    both None without pitch guidance; spec [B, F, T] linear magnitude; speaker [B] int64.
+    both None without pitch guidance; spec [B, F, T] linear magnitude; speaker [B] int64. Only training hears recordings
+    through the posterior encoder: one made to convert is `without_posterior`.
     """
 
-    def __init__(self, shape: GeneratorShape) -> None:
+    def __init__(self, shape: GeneratorShape, without_posterior: bool = False) -> None:
         super().__init__()
         self.shape = shape
         self.enc_p = TextEncoder(shape)
         self.dec = vocoder_class(shape)(shape)
-        self.enc_q = PosteriorEncoder(shape)
+        self.enc_q = None if without_posterior else PosteriorEncoder(shape)
         self.flow = Flow(shape)
         self.emb_g = nn.Embedding(shape.num_speakers, shape.gin_channels)
 
@@ -92,6 +93,7 @@ class Generator(nn.Module):
         noise: Noise,
     ) -> GeneratorOutput:
         """Decode a random slice of every clip from its spectrogram. Clips are padded to T >= segment_frames."""
+        assert self.enc_q is not None
         segment = self.shape.segment_frames
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypedDict
 
 from rvc_dist.choices import vocoder_of_voice
-from rvc_dist.config import RATES, Recipe
+from rvc_dist.config import RATES, Fraction, Recipe
+from rvc_dist.schema import Rule, check, multiple_of, within
 
-_EXPORT_ENTRIES = 18
+_Width = Annotated[int, within(1, 1 << 17)]
+_Kernel = Annotated[int, within(1, 31)]
+_UpTo64 = Annotated[int, within(1, 64)]
+
+
+class VoiceConfig(TypedDict):
+    """The entries of a voice file's `config` in their order: it is a list that other tools read by position."""
+
+    spec_channels: _Width
+    segment: Any
+    inter_channels: Annotated[int, multiple_of(2), within(1, 1 << 17)]
+    hidden_channels: _Width
+    filter_channels: _Width
+    num_heads: _Width
+    num_layers: _UpTo64
+    kernel_size: _Kernel
+    dropout: Fraction
+    resblock: Annotated[str, Rule('"1"', (int, str), lambda value: str(value) == "1")]
+    resblock_kernels: list[_Kernel]
+    resblock_dilations: list[list[_UpTo64]]
+    upsample_rates: list[_UpTo64]
+    upsample_initial_channel: _Width
+    upsample_kernels: list[Annotated[int, within(1, 128)]]
+    num_speakers: _Width
+    gin_channels: _Width
+    sample_rate: _Width
+
+
+_POSITIONS = tuple(VoiceConfig.__annotations__)
+_FIXED = {"segment": 32, "resblock": "1"}
+"""Entries that are no fields of a GeneratorShape: no reader uses the length of a segment."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +84,13 @@ class GeneratorShape:
     def segment_samples(self) -> int:
         return self.segment_frames * self.hop
 
-    @property
-    def least_weights(self) -> int:
-        """Numbers that a voice file of this shape holds at the least: those of its largest layers."""
-        from rvc_dist.models.vocoders import vocoder_class  # whose constructors take this class
-
-        hidden = self.hidden_channels
-        count = self.num_layers * hidden * (4 * hidden + 2 * self.filter_channels * self.kernel_size)
-        count += 12 * hidden * (10 * hidden + 2 * self.gin_channels)
-        return count + vocoder_class(self).least_weights(self)
-
     @classmethod
     def from_recipe(cls, recipe: Recipe, content_channels: int, num_speakers: int) -> GeneratorShape:
         """The generator that a recipe asks for, given what the features and the dataset turned out to be."""
-        model, rate = recipe.model, recipe.rate_spec
+        rate = recipe.rate_spec
+        widths = {name: value for name, value in asdict(recipe.model).items() if name in cls.__dataclass_fields__}
         return cls(
+            **widths,
             content_channels=content_channels,
             spec_channels=rate.n_fft // 2 + 1,
             segment_frames=rate.segment // rate.hop,
@@ -75,39 +98,19 @@ class GeneratorShape:
             upsample_kernels=rate.upsample_kernels,
             num_speakers=num_speakers,
             sample_rate=recipe.data.sample_rate,
-            inter_channels=model.inter_channels,
-            hidden_channels=model.hidden_channels,
-            filter_channels=model.filter_channels,
-            num_heads=model.num_heads,
-            num_layers=model.num_layers,
-            upsample_initial_channel=model.upsample_initial_channel,
-            gin_channels=model.gin_channels,
-            pitch_guidance=model.pitch_guidance,
-            vocoder=model.vocoder,
         )
 
+    @classmethod
+    def from_identity(cls, identity: Mapping[str, Any]) -> GeneratorShape:
+        """The generator of a checkpoint's identity; ValueError when it says something else."""
+        fields = {k.removeprefix("generator."): v for k, v in identity.items() if k.startswith("generator.")}
+        check(fields, cls)
+        return cls(**fields)
+
     def to_export_config(self) -> list[Any]:
-        """The `config` list of a voice file, which other tools read by position."""
-        return [
-            self.spec_channels,
-            32,  # a segment length that no reader uses
-            self.inter_channels,
-            self.hidden_channels,
-            self.filter_channels,
-            self.num_heads,
-            self.num_layers,
-            self.kernel_size,
-            self.dropout,
-            "1",
-            list(self.resblock_kernels),
-            [list(dilations) for dilations in self.resblock_dilations],
-            list(self.upsample_rates),
-            self.upsample_initial_channel,
-            list(self.upsample_kernels),
-            self.num_speakers,
-            self.gin_channels,
-            self.sample_rate,
-        ]
+        """The `config` list of a voice file."""
+        fields = asdict(self) | _FIXED
+        return [_nested(list, fields[name]) for name in _POSITIONS]
 
     @classmethod
     def from_export_config(
@@ -118,66 +121,46 @@ class GeneratorShape:
         Raises ValueError for a list of another length, an entry that no network can have, or a rate that `version`
         lacks or that the upsampling does not give.
         """
-        if len(config) != _EXPORT_ENTRIES:
-            raise ValueError(f"config of the voice: got {len(config)} entries, expected {_EXPORT_ENTRIES}")
-        for name, got, is_fit in _export_checks(config):
-            if not is_fit:
-                raise ValueError(f"config of the voice: got {name} {reprlib.repr(got)}, which no network of RVC has")
-        rate = config[17]
+        if len(config) != len(_POSITIONS):
+            raise ValueError(f"config: got {len(config)} entries, expected {len(_POSITIONS)}")
+        entries = check(dict(zip(_POSITIONS, config, strict=True)), VoiceConfig, "config")
+        if misfit := _misfit(entries):
+            got = reprlib.repr(dict(entries)[misfit])
+            raise ValueError(f"config.{misfit}: got {got}, which no network of RVC has beside the other entries")
+        rate, rates = entries["sample_rate"], entries["upsample_rates"]
         if rate not in RATES.get(version, {}):
-            raise ValueError(f"config of the voice: got version {version!r} at {rate} Hz, which RVC does not have")
+            raise ValueError(f"config: got version {version!r} at {rate} Hz, which RVC does not have")
         rate_spec = RATES[version][rate]
-        if math.prod(config[12]) != rate_spec.hop:
+        if math.prod(rates) != rate_spec.hop:
             raise ValueError(
-                f"config of the voice: its upsample_rates {list(config[12])} give {math.prod(config[12])} samples a "
-                f"frame, {rate} Hz needs {rate_spec.hop}"
+                f"config: its upsample_rates {list(rates)} give {math.prod(rates)} samples a frame, {rate} Hz needs "
+                f"{rate_spec.hop}"
             )
+        fields: dict[str, Any] = {name: _nested(tuple, v) for name, v in entries.items() if name not in _FIXED}
         return cls(
+            **fields,
             content_channels=content_channels,
-            spec_channels=config[0],
             segment_frames=rate_spec.segment // rate_spec.hop,
-            upsample_rates=tuple(config[12]),
-            upsample_kernels=tuple(config[14]),
-            num_speakers=config[15],
-            sample_rate=rate,
-            inter_channels=config[2],
-            hidden_channels=config[3],
-            filter_channels=config[4],
-            num_heads=config[5],
-            num_layers=config[6],
-            kernel_size=config[7],
-            dropout=config[8],
-            resblock_kernels=tuple(config[10]),
-            resblock_dilations=tuple(tuple(dilations) for dilations in config[11]),
-            upsample_initial_channel=config[13],
-            gin_channels=config[16],
             pitch_guidance=f0,
             vocoder=vocoder_of_voice(vocoder),
         )
 
 
-def _export_checks(config: Sequence[Any]) -> Iterator[tuple[str, Any, bool]]:
-    """(what, its value, whether it is one) of each entry; a later one is only asked for when the earlier ones are."""
+def _nested(kind: type[list[Any]] | type[tuple[Any, ...]], value: Any) -> Any:
+    """`value`, with lists and tuples in it turned into `kind`."""
+    return kind(_nested(kind, item) for item in value) if isinstance(value, (list, tuple)) else value
 
-    def counts(value: Any, most: int) -> bool:
-        return type(value) in (list, tuple) and 0 < len(value) <= 8 and all(count(v, most) for v in value)
 
-    def count(value: Any, most: int = 1 << 15) -> bool:
-        return type(value) is int and 0 < value <= most
-
-    widths = {0: "spec_channels", 2: "inter_channels", 3: "hidden_channels", 4: "filter_channels", 5: "num_heads"}
-    widths |= {13: "upsample_initial_channel", 15: "num_speakers", 16: "gin_channels", 17: "sample rate"}
-    for at, name in widths.items():
-        yield name, config[at], count(config[at], 1 << 17)
-    yield "num_layers", config[6], count(config[6], 64)
-    yield "kernel_size", config[7], count(config[7], 31)
-    yield "num_heads", config[5], config[3] % config[5] == 0 and config[2] % 2 == 0
-    yield "dropout", config[8], type(config[8]) in (int, float) and 0 <= config[8] <= 1
-    yield "resblock", config[9], type(config[9]) in (int, str) and str(config[9]) == "1"
-    kernels, dilations, rates, ups = config[10], config[11], config[12], config[14]
-    yield "resblock_kernels", kernels, counts(kernels, 31) and all(k % 2 for k in kernels)
-    is_fit = type(dilations) in (list, tuple) and len(dilations) == len(kernels)
-    yield "resblock_dilations", dilations, is_fit and all(counts(d, 64) for d in dilations)
-    yield "upsample_rates", rates, counts(rates, 64) and config[13] % 2 ** len(rates) == 0
-    is_fit = counts(ups, 128) and len(ups) == len(rates)
-    yield "upsample_kernels", ups, is_fit and all(k >= r and (k - r) % 2 == 0 for k, r in zip(ups, rates, strict=True))
+def _misfit(entries: VoiceConfig) -> str | None:
+    """The first entry that does not go with the others."""
+    kernels, dilations = entries["resblock_kernels"], entries["resblock_dilations"]
+    rates, ups = entries["upsample_rates"], entries["upsample_kernels"]
+    fits = {
+        "num_heads": entries["hidden_channels"] % entries["num_heads"] == 0,
+        "resblock_kernels": 0 < len(kernels) <= 8 and all(k % 2 for k in kernels),
+        "resblock_dilations": len(dilations) == len(kernels) and all(0 < len(d) <= 8 for d in dilations),
+        "upsample_rates": 0 < len(rates) <= 8 and entries["upsample_initial_channel"] % 2 ** len(rates) == 0,
+        "upsample_kernels": len(ups) == len(rates)
+        and all(k >= rate and (k - rate) % 2 == 0 for k, rate in zip(ups, rates, strict=True)),
+    }
+    return next((name for name, fit in fits.items() if not fit), None)

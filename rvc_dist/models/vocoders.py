@@ -63,11 +63,6 @@ class Vocoder(nn.Module):
     without pitch guidance.
     """
 
-    @classmethod
-    def least_weights(cls, shape: GeneratorShape) -> int:
-        """Numbers that it has at the least: a voice file that holds fewer is not built."""
-        return 0
-
 
 class HiFiGAN(Vocoder):
     """HiFi-GAN decoder (arXiv 2010.05646).
@@ -75,16 +70,6 @@ class HiFiGAN(Vocoder):
     Weights start from PyTorch's defaults, as in effect upstream: its normal(0, 0.01) is written to a tensor that weight
     norm recomputes.
     """
-
-    @classmethod
-    def least_weights(cls, shape: GeneratorShape) -> int:
-        width = shape.upsample_initial_channel
-        count = 7 * shape.inter_channels * width
-        blocks = sum(k * len(d) for k, d in zip(shape.resblock_kernels, shape.resblock_dilations, strict=True))
-        for kernel in shape.upsample_kernels:
-            count += width * (width // 2) * kernel + 2 * (width // 2) ** 2 * blocks
-            width //= 2
-        return count
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import reprlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +22,12 @@ from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.extractor import Extractor
-from rvc_dist.features.identity import EmbedderId
 from rvc_dist.features.index_file import Retriever
-from rvc_dist.files import BESIDE_GLOB, ForeignFileError, beside, remove_half_written, space
-from rvc_dist.models.generator import Generator
+from rvc_dist.files import BESIDE_GLOB, beside, remove_half_written, space
 from rvc_dist.models.pitch import coarse_pitch
-from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.models.state_dict import from_upstream
-from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.runtime.accelerator import local_device
 from rvc_dist.train.dataset import covered_frames, feature_frames
+from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, StageError, Workspace
 
 logger = logging.getLogger(__name__)
@@ -44,108 +39,6 @@ FADE = 4
 SEARCH_SHARE = 0.25
 """The join is put at the quietest place of this last part of a window."""
 MAX_PEAK = 0.99
-
-
-@dataclass(frozen=True)
-class Voice:
-    """A voice file, ready to use."""
-
-    generator: Generator
-    embedder: EmbedderId
-    """contentvec where the file says nothing."""
-    version: Literal["v1", "v2"]
-    trained_speakers: tuple[int, ...] = ()
-    """Rows of the speaker table that were trained; none where the file does not say, as those of other tools."""
-
-    def speaker(self, asked: int | None) -> int:
-        """The row to speak with: `asked`, or the voice's only one, or the lowest of several, which is logged.
-
-        Raises:
-            StageError: `asked` was never trained.
-        """
-        known = self.trained_speakers or range(self.generator.shape.num_speakers)
-        ids = ", ".join(map(str, self.trained_speakers)) or f"0 to {len(known) - 1}"
-        if asked is None:
-            if len(self.trained_speakers) > 1:
-                logger.info("infer: speaker %d of those trained (%s); infer.speaker chooses another", known[0], ids)
-            return known[0]
-        if asked not in known:
-            what = "was trained on" if self.trained_speakers else "has"
-            raise StageError(f"infer.speaker: got {asked}, this voice {what} speaker{'s' * (len(known) > 1)} {ids}")
-        return asked
-
-    @property
-    def rate(self) -> int:
-        return self.generator.shape.sample_rate
-
-    @classmethod
-    def load(cls, path: Path, device: torch.device) -> Voice:
-        """A voice of ours or of another RVC tool.
-
-        Raises:
-            StageError: no such file, or not a voice that this package can build.
-        """
-        data = _read_voice_file(path)
-        version, vocoder = data.get("version", "v1"), data.get("vocoder") or "HiFi-GAN"
-        try:
-            if type(vocoder) is not str or version not in ("v1", "v2"):
-                raise ValueError(f"vocoder {reprlib.repr(vocoder)}, version {reprlib.repr(version)}")
-            # Only training hears recordings through the posterior encoder.
-            state = {k: v for k, v in from_upstream(weights(data["weight"])).items() if not k.startswith("enc_q.")}
-            shape = GeneratorShape.from_export_config(
-                data["config"],
-                version=version,
-                f0=bool(int(data.get("f0", 1))),
-                content_channels=state["enc_p.emb_phone.weight"].shape[1],
-                vocoder=vocoder,
-            )
-            # Not built on `meta`, for whose weight norms PyTorch imports its compiler: 4 s and 300 MB.
-            if shape.least_weights > (held := sum(v.numel() for v in state.values())):
-                raise ValueError(f"its config asks for {shape.least_weights} weights, it holds {held}")
-            # The list carries one row a speaker of the network it was made from; the table itself is what counts.
-            generator = Generator(replace(shape, num_speakers=state["emb_g.weight"].shape[0]))
-            embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
-            trained = _trained_speakers(data.get("trained_speakers", []), generator.shape.num_speakers)
-        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:300]
-            raise StageError(f"infer.model: {path} holds no voice that can be built here ({reason})") from error
-        del generator.enc_q
-        wanted = {k: v.shape for k, v in generator.state_dict().items()}
-        got = {k: v.shape for k, v in state.items()}
-        if wanted != got:
-            differ = sorted(k[:80] for k in {**wanted, **got} if wanted.get(k) != got.get(k))
-            raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
-        generator.load_state_dict(state)
-        return cls(generator.to(device).eval(), embedder, version, trained)
-
-
-def _trained_speakers(ids: Any, num_speakers: int) -> tuple[int, ...]:
-    """The `trained_speakers` of a voice file, rising.
-
-    Raises:
-        ValueError: they are no rows of its speaker table.
-    """
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_speakers for i in ids):
-        raise ValueError(f"its trained_speakers are no list of ids below {num_speakers}, its number of speakers")
-    return tuple(sorted(set(ids)))
-
-
-def _read_voice_file(path: Path) -> dict[str, Any]:
-    """The contents of a voice file; nothing in it is run.
-
-    Raises:
-        StageError: no such file, or not one with `weight` and `config`.
-    """
-    try:
-        data = load_pth(path)
-    except FileNotFoundError as error:
-        raise StageError(f"infer.model: {path} does not exist;", "train one, or say --infer.model VOICE.pth") from error
-    except ForeignFileError as error:
-        raise StageError(f"infer.model: {path} is not a voice file ({error})") from error
-    if isinstance(data, dict) and {"weight", "config"} <= data.keys():
-        return data
-    hint = "; it looks like a training checkpoint" if isinstance(data, dict) and "model" in data else ""
-    raise StageError(f"infer.model: {path} is not a voice file: expected `weight` and `config` in it{hint}")
 
 
 @dataclass(frozen=True)

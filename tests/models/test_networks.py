@@ -156,7 +156,7 @@ def test_export_config_round_trip() -> None:
     assert GeneratorShape.from_export_config(config, **keywords) == shape
     with pytest.raises(ValueError, match="17 entries, expected 18"):
         GeneratorShape.from_export_config(config[:-1], **keywords)
-    with pytest.raises(ValueError, match="resblock '2'"):
+    with pytest.raises(ValueError, match=r"config\.resblock: got '2', expected .1."):
         GeneratorShape.from_export_config([*config[:9], "2", *config[10:]], **keywords)
     with pytest.raises(ValueError, match="22050"):
         GeneratorShape.from_export_config([*config[:-1], 22050], **keywords)

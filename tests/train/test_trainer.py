@@ -24,7 +24,7 @@ from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.ddp import TrainedModule, frozen
 from rvc_dist.train.step import GanStep
 from rvc_dist.voice import export
-from rvc_dist.voice.infer import Voice
+from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, StageError, Stopped, WorkList, Workspace
 
 

@@ -43,7 +43,7 @@ from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.voice import infer
-from rvc_dist.voice.export import write_voice
+from rvc_dist.voice.file import write_voice
 from rvc_dist.workspace import Shard, StageError
 
 ALONE = Shard(0, 1)
@@ -546,10 +546,10 @@ def test_the_speaker_counts(recipe: Recipe) -> None:
         (None, None, 0),  # of another tool
         (None, 108, 108),
         (None, 109, "infer.speaker: got 109, this voice has speakers 0 to 108"),
-        ([109], None, "its trained_speakers are no list of ids below 109"),
-        ([-1], None, "its trained_speakers are no list"),
-        ([True], None, "its trained_speakers are no list"),
-        ("0", None, "its trained_speakers are no list"),
+        ([109], None, "trained_speakers[0]: got 109, expected 0 to 108"),
+        ([-1], None, "trained_speakers[0]: got -1, expected 0 to 108"),
+        ([True], None, "trained_speakers[0]: got True, expected a whole number"),
+        ("0", None, "trained_speakers: got '0', expected a list"),
     ],
 )
 def test_only_trained_speakers_speak(
@@ -580,17 +580,17 @@ def damaged(contents: dict[str, Any], **values: Any) -> dict[str, Any]:
         ({"weight": 3}, "holds no voice that can be built here"),
         ({"config": [1, 2]}, r"got 2 entries, expected 18"),
         ({"config": 3}, "holds no voice that can be built here"),
-        ({"config": {6: 10**9}}, "got num_layers 1000000000, which no network"),
-        ({"config": {4: 10**5}}, r"its config asks for \d+ weights, it holds \d+"),
-        ({"config": {3: True}}, "got hidden_channels True"),
-        ({"config": {5: 3}}, "got num_heads 3"),
-        ({"config": {10: [3, 7, 10]}}, "got resblock_kernels"),
-        ({"config": {11: [[1, 10**9]] * 3}}, "got resblock_dilations"),
+        ({"config": {6: 10**9}}, "config.num_layers: got 1000000000, expected 1 to 64"),
+        ({"config": {4: 10**5}}, r"its config asks for more weights than the \d+ that it holds"),
+        ({"config": {3: True}}, "config.hidden_channels: got True"),
+        ({"config": {5: 3}}, "config.num_heads: got 3, which no network"),
+        ({"config": {10: [3, 7, 10]}}, r"config.resblock_kernels: got \[3, 7, 10\], which"),
+        ({"config": {11: [[1, 10**9]] * 3}}, r"config.resblock_dilations\[0\]\[1\]: got 1000000000"),
         ({"config": {12: [6, 10, 2, 2]}}, r"does not fit its own config: .*noise_convs"),
         ({"config": {12: [10, 6, 2, 4]}}, "give 480 samples a frame, 24000 Hz needs 240"),
-        ({"config": {14: [20, 12, 4, 3]}}, "got upsample_kernels"),
-        ({"config": {17: 2**70}}, "got sample rate"),
-        ({"version": "v9"}, "version 'v9'"),
+        ({"config": {14: [20, 12, 4, 3]}}, r"config.upsample_kernels: got \[20, 12, 4, 3\], which"),
+        ({"config": {17: 2**70}}, "config.sample_rate: got"),
+        ({"version": "v9"}, "version: got 'v9', expected one of v1, v2"),
         ({"f0": 0}, r"does not fit its own config: .*(emb_pitch|noise_convs|m_source)"),
         ({"vocoder": "RefineGAN"}, "refinegan"),
     ],

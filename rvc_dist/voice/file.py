@@ -1,0 +1,221 @@
+"""The voice file, both ways: a `.pth` whose fields the tools of RVC read."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from rvc_dist.choices import VOCODERS
+from rvc_dist.config import Recipe
+from rvc_dist.features.identity import EmbedderId
+from rvc_dist.files import ForeignFileError, atomic_write
+from rvc_dist.models.generator import Generator
+from rvc_dist.models.shape import GeneratorShape
+from rvc_dist.models.state_dict import from_upstream, to_upstream
+from rvc_dist.models.torch_file import load_pth, weights
+from rvc_dist.schema import check, within
+from rvc_dist.train.checkpoint import Checkpoint
+from rvc_dist.workspace import StageError, Workspace
+
+logger = logging.getLogger(__name__)
+
+
+class _Fields(TypedDict, total=False):
+    """What is read of a voice file besides its weights and what `GeneratorShape` and `EmbedderId` read."""
+
+    version: Literal["v1", "v2"]
+    vocoder: str | None
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A voice file, ready to use."""
+
+    generator: Generator
+    """Without its posterior encoder."""
+    embedder: EmbedderId
+    """contentvec where the file says nothing."""
+    version: Literal["v1", "v2"]
+    trained_speakers: tuple[int, ...] = ()
+    """Rising rows of the speaker table that were trained; none where the file does not say, as those of other tools."""
+
+    def speaker(self, asked: int | None) -> int:
+        """The row to speak with: `asked`, or the voice's only one, or the lowest of several, which is logged.
+
+        Raises:
+            StageError: `asked` was never trained.
+        """
+        known = self.trained_speakers or range(self.generator.shape.num_speakers)
+        ids = ", ".join(map(str, self.trained_speakers)) or f"0 to {len(known) - 1}"
+        if asked is None:
+            if len(self.trained_speakers) > 1:
+                logger.info("infer: speaker %d of those trained (%s); infer.speaker chooses another", known[0], ids)
+            return known[0]
+        if asked not in known:
+            what = "was trained on" if self.trained_speakers else "has"
+            raise StageError(f"infer.speaker: got {asked}, this voice {what} speaker{'s' * (len(known) > 1)} {ids}")
+        return asked
+
+    @property
+    def rate(self) -> int:
+        return self.generator.shape.sample_rate
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Voice:
+        """A voice of ours or of another RVC tool; nothing in its file is run.
+
+        Raises:
+            StageError: no such file, or not a voice that this package can build.
+        """
+        data = _read(path)
+        try:
+            fields = check(data, _Fields)
+            version = fields.get("version", "v1")
+            state = {k: v for k, v in from_upstream(weights(data["weight"])).items() if not k.startswith("enc_q.")}
+            shape = GeneratorShape.from_export_config(
+                data["config"],
+                version=version,
+                f0=bool(int(data.get("f0", 1))),
+                content_channels=state["enc_p.emb_phone.weight"].shape[1],
+                vocoder=fields.get("vocoder") or "HiFi-GAN",
+            )
+            # The list carries one row a speaker of the network it was made from; the table itself is what counts.
+            num_speakers = state["emb_g.weight"].shape[0]
+            with _numbers_of_at_most(sum(v.numel() for v in state.values())):
+                generator = Generator(replace(shape, num_speakers=num_speakers), without_posterior=True)
+            embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
+            rows: Any = list[Annotated[int, within(0, num_speakers - 1)]]
+            trained: list[int] = check(data.get("trained_speakers", []), rows, "trained_speakers")
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:300]
+            raise StageError(f"infer.model: {path} holds no voice that can be built here ({reason})") from error
+        wanted = {k: v.shape for k, v in generator.state_dict().items()}
+        got = {k: v.shape for k, v in state.items()}
+        if wanted != got:
+            differ = sorted(k[:80] for k in {**wanted, **got} if wanted.get(k) != got.get(k))
+            raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
+        generator.load_state_dict(state)
+        return cls(generator.to(device).eval(), embedder, version, tuple(sorted(set(trained))))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The contents of a voice file.
+
+    Raises:
+        StageError: no such file, or not one with `weight` and `config`.
+    """
+    try:
+        data = load_pth(path)
+    except FileNotFoundError as error:
+        raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth") from error
+    except ForeignFileError as error:
+        raise StageError(f"infer.model: {path} is not a voice file ({error})") from error
+    if isinstance(data, dict) and {"weight", "config"} <= data.keys():
+        return data
+    hint = "; it looks like a training checkpoint" if isinstance(data, dict) and "model" in data else ""
+    raise StageError(f"infer.model: {path} is not a voice file: expected `weight` and `config` in it{hint}")
+
+
+@contextmanager
+def _numbers_of_at_most(count: int) -> Iterator[None]:
+    """Inside, a network that would take more memory than twice its file's `count` numbers is not built.
+
+    Twice, since a weight that is normed is registered once as itself and then in two parts.
+
+    Raises:
+        ValueError: a layer is too much; its memory was not touched yet.
+    """
+    left = 2 * count
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= parameter.numel() if parameter is not None else 0
+        if left < 0:
+            raise ValueError(f"its config asks for more weights than the {count} that it holds")
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def voice_dict(recipe: Recipe, saved: Checkpoint, dataset_length: str, num_speakers: int) -> dict[str, Any]:
+    """The contents of a voice file: float16 weights without the posterior encoder, in the old weight-norm spelling.
+
+    Raises:
+        StageError: a weight is not a finite number of float16.
+    """
+    weight = {
+        k: v.half().contiguous()
+        for k, v in to_upstream(saved.models["generator"]).items()
+        if not k.startswith("enc_q.")
+    }
+    progress = saved.progress
+    wrong = [k for k, v in weight.items() if not v.isfinite().all()]
+    if wrong:
+        raise StageError(
+            f"the checkpoint of step {progress.step} has weights that are not finite numbers of 16 bits "
+            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}): remove it, and train on with a lower "
+            "train.learning_rate or train.max_grad_norm set"
+        )
+    trained_with = Workspace(recipe.run_dir, recipe.name).config_file
+    try:
+        shape = GeneratorShape.from_identity(saved.identity)
+        embedder, vocoder = EmbedderId.from_features(saved.identity["embedder"]), VOCODERS[shape.vocoder]
+        version = saved.identity["discriminator.version"]
+    except (KeyError, ValueError) as error:
+        raise StageError(f"the checkpoint of step {progress.step} is of no network of ours ({error})") from error
+    overtrain_info = "not measured"
+    if progress.best_metric is not None:
+        best = f"{progress.best_metric:.4f} at step {progress.best_step}, epoch {progress.best_epoch}"
+        overtrain_info = f"best validation mel distance {best}"
+    return {
+        "weight": weight,
+        "config": shape.to_export_config(),
+        "epoch": f"{progress.epoch}epoch",
+        "step": progress.step,
+        "sr": shape.sample_rate,
+        "f0": int(shape.pitch_guidance),
+        "version": version,
+        "info": f"{recipe.name}: {progress.epoch} epochs, {progress.step} steps of rvc_dist",
+        "creation_date": datetime.datetime.now().isoformat(),
+        "model_hash": model_hash(weight),
+        "model_name": recipe.name,
+        "author": recipe.export.author,
+        "vocoder": vocoder.voice_name,
+        "energy": False,
+        "speakers_id": num_speakers,
+        "trained_speakers": list(saved.trained_speakers),
+        "architecture": "RVC",
+        **embedder.to_voice(),
+        "dataset_length": dataset_length,
+        "overtrain_info": overtrain_info,
+        "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
+    }
+
+
+def model_hash(weight: dict[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of the weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weight):
+        digest.update(name.encode())
+        digest.update(weight[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_voice(path: Path, voice: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(voice, buffer)
+    atomic_write(path, buffer.getvalue())
