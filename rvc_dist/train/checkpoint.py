@@ -537,22 +537,16 @@ def check_embedder(path: Path, trained_with: EmbedderId | None, features: Embedd
     if trained_with is None:
         if features.name != "contentvec":
             logger.warning(
-                "%s: %s does not say which content encoder it was trained with; those of RVC were trained with "
-                "contentvec, and the features are of %s",
-                key,
-                path,
-                features,
+                f"{key}: {path} does not say which content encoder it was trained with; those of RVC were trained with "
+                f"contentvec, and the features are of {features}"
             )
         return
     agrees = features.agrees_with(trained_with)
     if agrees is None:
         logger.warning(
-            "%s: %s was trained with %s, the features are of %s: whether these are the same cannot be told, since the "
-            "file has no hash of the encoder's weights. If they are not, use other weights or extract again",
-            key,
-            path,
-            trained_with,
-            features,
+            f"{key}: {path} was trained with {trained_with}, the features are of {features}: whether these are the "
+            "same cannot be told, since the file has no hash of the encoder's weights. If they are not, use other "
+            "weights or extract again"
         )
     elif not agrees:
         raise StageError(

@@ -87,11 +87,8 @@ def choose(
     best_s = steps_left * seconds * BEST_SAVING
     if config.compile == "auto" and best_s < COMPILE_S * len(names):
         logger.info(
-            "compile: not for %d steps of %.2f s, which it could shorten by %.0f s in all; compiling takes %.0f s",
-            steps_left,
-            seconds,
-            best_s,
-            COMPILE_S * len(names),
+            f"compile: not for {steps_left} steps of {seconds:.2f} s, which it could shorten by {best_s:.0f} s in all; "
+            f"compiling takes {COMPILE_S * len(names):.0f} s"
         )
         return eager
     return {name: _gains(config, accelerator, name, eager, step, seconds) for name in names}
@@ -111,10 +108,9 @@ def _gains(
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        reason = textwrap.shorten(str(error), 300) or "no reason given"
-        logger.warning(
-            "compile: the %s stays eager, since compiling failed: %s: %s", name, type(error).__name__, reason
-        )
+        reason = textwrap.shorten(str(error).split("\n\n")[0], 300) or "no reason given"
+        kind = type(error).__name__
+        logger.warning(f"compile: the {name} stays eager, since compiling failed: {kind}: {reason}")
         compiled_s = float("inf")
     compiled_s = _slowest(accelerator, compiled_s)
     if compiled_s == float("inf"):
@@ -124,34 +120,29 @@ def _gains(
         logger.info("compile: the %s is compiled (%.0f s)", name, spent_s)
         return True
     gains = compiled_s <= WORTH_IT * eager_s
+    chosen = "compiled" if gains else "not compiled"
     logger.info(
-        "compile: the %s is %s: a step takes %.3f s with it compiled, %.3f s without (%.0f s to compile)",
-        name,
-        "compiled" if gains else "not compiled",
-        compiled_s,
-        eager_s,
-        spent_s,
+        f"compile: the {name} is {chosen}: a step takes {compiled_s:.3f} s with it compiled, {eager_s:.3f} s without "
+        f"({spent_s:.0f} s to compile)"
     )
     return gains
 
 
 def _median_s(step: Callable[[], None], device: torch.device) -> float:
     """Seconds of a step, the first one not counted."""
-    step()
-    return statistics.median(_timed(step, device) for _ in range(TIMED_STEPS))
+    seconds = []
+    for _ in range(1 + TIMED_STEPS):
+        synchronize(device)
+        began_at = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began_at)
+    return statistics.median(seconds[1:])
 
 
 def _slowest(accelerator: Accelerator, seconds: float) -> float:
     """Of all ranks, which then decide alike."""
     return float(accelerator.gather(torch.tensor([seconds], device=accelerator.device)).max())
-
-
-def _timed(step: Callable[[], None], device: torch.device) -> float:
-    synchronize(device)
-    began_at = time.perf_counter()
-    step()
-    synchronize(device)
-    return time.perf_counter() - began_at
 
 
 def key(config: TrainConfig, device: torch.device, total_steps: int) -> dict[str, Any]:

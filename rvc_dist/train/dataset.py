@@ -433,12 +433,8 @@ def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device) -> Clip
     needed, free = cached_bytes(recipe, table.train, table.content_channels), memory.free_memory(device)
     if needed > free * CACHE_SHARE:
         logger.warning(
-            "train.cache_on_device: the dataset needs %.1f GB, %s has %.1f GB free of which it may take %.0f%%; "
-            "it is read from the disk instead",
-            needed / 1e9,
-            device,
-            free / 1e9,
-            100 * CACHE_SHARE,
+            f"train.cache_on_device: the dataset needs {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free of "
+            f"which it may take {CACHE_SHARE:.0%}; it is read from the disk instead"
         )
         return ClipDataset(recipe, table.train)
     logger.info("the dataset lies in the memory of %s: %.2f GB", device, needed / 1e9)
