@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 CUT = "cut off"
 """Why seconds are missing that a header promises."""
@@ -116,7 +116,8 @@ def _after_tags(data: mmap.mmap, at: int) -> int:
 
 def _ogg_parts(data: mmap.mmap, at: int) -> list[Part]:
     """A page that begins streams after others have run begins another recording; one of a wrong sum is damaged."""
-    starts, holes, ends, was_first = [0], [False], [False], True
+    cut = ("cut off: its last page is missing",)
+    parts, part, was_first = list[Part](), Part(0, len(data), notes=cut), True
     while at >= 0:
         head = data[at : at + 27]
         table = data[at + 27 : at + 27 + head[26]] if len(head) == 27 else b""
@@ -126,19 +127,16 @@ def _ogg_parts(data: mmap.mmap, at: int) -> list[Part]:
         summed = page[:22] + bytes(4) + page[26:]
         crc = zlib.crc32(summed.translate(_BITS_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
         if head[:4] != b"OggS" or head[22:26] != crc.to_bytes(4, "big").translate(_BITS_REVERSED):
-            holes[-1] = True
+            part = part._replace(has_holes=True)
             at = data.find(b"OggS", at + 1)
             continue
-        is_first = bool(head[5] & 2)
+        is_first, is_last = bool(head[5] & 2), bool(head[5] & 4)
         if is_first and not was_first:
-            starts, holes, ends = [*starts, at], [*holes, False], [*ends, False]
-        was_first, ends[-1] = is_first, bool(head[5] & 4)
+            parts.append(part._replace(end=at))
+            part = Part(at, len(data))
+        was_first, part = is_first, part._replace(notes=() if is_last else cut)
         at += len(page)
-    cut = ("cut off: its last page is missing",)
-    return [
-        Part(a, b, has_holes=bad, notes=() if done else cut)
-        for a, b, bad, done in zip(starts, [*starts[1:], len(data)], holes, ends, strict=True)
-    ]
+    return [*parts, part]
 
 
 def _chunked_parts(data: mmap.mmap, begin: int) -> list[Part]:
@@ -195,6 +193,9 @@ class Frame(NamedTuple):
     rate: int
     is_tag: bool = False
     """It tells a length and holds no sound."""
+
+
+FrameReader: TypeAlias = Callable[[mmap.mmap, int], Frame | None]
 
 
 def _mp3_frame(data: mmap.mmap, at: int) -> Frame | None:
@@ -274,7 +275,7 @@ class _Count:
         )
 
 
-def _framed_parts(data: mmap.mmap, first_byte: bytes, frame_at: Callable[[mmap.mmap, int], Frame | None]) -> list[Part]:
+def _framed_parts(data: mmap.mmap, first_byte: bytes, frame_at: FrameReader) -> list[Part]:
     """The recordings in a stream of frames, counted one by one; a tag that tells a length begins another."""
     parts, count, frame, end = [], _Count(0), None, 0
     for at, found, num_skipped in _frames(data, first_byte, frame_at):
@@ -292,9 +293,7 @@ def _framed_parts(data: mmap.mmap, first_byte: bytes, frame_at: Callable[[mmap.m
     return [*parts, count.part(len(data), frame, end <= len(data))]
 
 
-def _frames(
-    data: mmap.mmap, first_byte: bytes, frame_at: Callable[[mmap.mmap, int], Frame | None]
-) -> Iterator[tuple[int, Frame, int]]:
+def _frames(data: mmap.mmap, first_byte: bytes, frame_at: FrameReader) -> Iterator[tuple[int, Frame, int]]:
     """Where frames begin, the frames, and the bytes right before each that are neither frame nor tag."""
     at = end = _after_tags(data, 0)
     while at < len(data):

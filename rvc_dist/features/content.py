@@ -23,7 +23,7 @@ from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.files import ForeignFileError, regular_size
 from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
-from rvc_dist.schema import Rule, SchemaError, check, parse_json, read_bounded, record, within
+from rvc_dist.schema import Rule, SchemaError, parse_json, read_bounded, record, within
 from rvc_dist.workspace import StageError
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ _KEYS = {
     "num_buckets max_bucket_distance d_model encoder_attention_heads encoder_ffn_dim max_source_positions "
     "n_fft hop_length",
     Size | None: "adapter_attn_dim",
-    bool: "conv_bias conv_pos_batch_norm do_stable_layer_norm feat_proj_layer_norm scale_embedding",
+    bool: "do_normalize conv_bias conv_pos_batch_norm do_stable_layer_norm feat_proj_layer_norm scale_embedding",
     float: "layer_norm_eps",
-    str: "hidden_act feat_extract_activation feat_extract_norm activation_function",
+    str: "model_type hidden_act feat_extract_activation feat_extract_norm activation_function",
 }
 SETTINGS = record(False, **{key: kind for kind, keys in _KEYS.items() for key in keys.split()})
 """The keys of config.json and Whisper's preprocessor_config.json that count here; others are for training."""
@@ -237,7 +237,7 @@ class SelfSupervised(Pretrained):
 
     def __init__(self, source: _Source, version: Version, mix: EmbedderMix, device: torch.device) -> None:
         super().__init__(source, version, mix, device)
-        self.normalize = bool(source.preprocessor.get("do_normalize", False))
+        self.normalize = source.preprocessor.get("do_normalize", False)
         self.is_projected = version == "v1"
         _check_frames(math.prod(self.network.config.conv_stride), source)
 
@@ -268,8 +268,8 @@ class Whisper(Pretrained):
         from transformers import WhisperFeatureExtractor
 
         settings = self.network.config
-        window = _settings(source.preprocessor, source.where)
-        extractor: Any = WhisperFeatureExtractor(settings.num_mel_bins, **window)  # type: ignore[no-untyped-call]
+        make: Any = WhisperFeatureExtractor
+        extractor = make(settings.num_mel_bins, **source.preprocessor)
         self.n_fft: int = extractor.n_fft
         self.hop: int = extractor.hop_length
         _check_frames(2 * self.hop, source)
@@ -350,7 +350,7 @@ def _read_source(name: str) -> _Source:
     else:
         where, file = str(spec), partial(_hub_file, spec)
     try:
-        config = _read_json(file("config.json"))
+        config = _read_settings(file("config.json"))
         if config.get("model_type") not in MODELS:
             raise ValueError(
                 f"extract.embedder_model: {where}/config.json has model_type {config.get('model_type')!r}, expected "
@@ -365,7 +365,7 @@ def _read_source(name: str) -> _Source:
         ) from error
     if is_local:
         settings = folder / "preprocessor_config.json"
-        preprocessor = _read_json(settings) if settings.is_file() else {}
+        preprocessor = _read_settings(settings) if settings.is_file() else {}
     else:  # the named encoders are given the wave as it is, by every tool, and have no such file
         preprocessor = {} if name in EMBEDDERS else _hub_preprocessor(spec.repository)
     return _Source(name, where, config, preprocessor, _encoder_tensors(read_tensors(weights_file)))
@@ -394,20 +394,12 @@ def _hub_file(spec: EmbedderSpec, *filenames: str) -> Path:
     raise FileNotFoundError(" ".join(reasons))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = parse_json(read_bounded(path, MAX_CONFIG_BYTES), dict)
-    except SchemaError as error:
-        raise ValueError(f"{path} is no configuration: {error}") from error
-    return content
-
-
-def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     """The SETTINGS that are in a configuration."""
     try:
-        check(config, SETTINGS)
+        config = parse_json(read_bounded(path, MAX_CONFIG_BYTES), SETTINGS)
     except SchemaError as error:
-        raise ValueError(f"extract.embedder_model: the configuration in {where}: {error}") from error
+        raise ValueError(f"extract.embedder_model: {path} is no configuration: {error}") from error
     return {key: config[key] for key in SETTINGS.__annotations__ if key in config}
 
 
@@ -416,12 +408,12 @@ def _build(source: _Source) -> Any:
     make_torchaudio_importable()
     import huggingface_hub.errors
 
-    shape, model = _settings(source.config, source.where), resolve(MODELS[source.model_type])
+    model = resolve(MODELS[source.model_type])
     strict: type[Exception] = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)
     wrong: Errors = (strict, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
     try:
         # Without masks of training, whose embedding many published encoders lack.
-        settings = model.config_class.from_dict(shape | {"mask_time_prob": 0.0, "mask_feature_prob": 0.0})
+        settings = model.config_class.from_dict(source.config | {"mask_time_prob": 0.0, "mask_feature_prob": 0.0})
         with torch.device("meta"):
             return model(settings)
     except wrong as error:
@@ -511,7 +503,7 @@ def _hub_preprocessor(repository: str) -> dict[str, Any]:
 
     filename = "preprocessor_config.json"
     try:
-        return _read_json(hub_file(repository, filename))
+        return _read_settings(hub_file(repository, filename))
     except FileNotFoundError as error:
         unknown = isinstance(error.__cause__, LocalEntryNotFoundError)
         if unknown and try_to_load_from_cache(repository, filename) is None:

@@ -278,6 +278,9 @@ def test_unfit_folders_say_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="model_type 'bert', expected one of hubert, wav2vec2, wavlm, whisper"):
         load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": ["hubert"]}))
+    with pytest.raises(ValueError, match=r"no configuration: model_type: got \['hubert'\], expected a text"):
+        load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
     with pytest.raises(ValueError, match=r"holds config\.json, .* and model\.safetensors or pytorch_model\.bin"):
         load(tmp_path)
