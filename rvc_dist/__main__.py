@@ -225,6 +225,8 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
         parser.add_argument(
             "--parity", action=Given, dest="bench.parity", nargs=0, const="true", help=argparse.SUPPRESS
         )
+    if name == "run":
+        parser.add_argument("--look-ahead", action="store_true", help="Begin nothing: look for what a stage will need.")
     found, others = parser.parse_known_args(words)
     folders = [word for word in others if stage.folders and not word.startswith("-")]
     check_words(name, words, [word for word in others if word not in folders])
@@ -233,6 +235,8 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
         from rvc_dist.demo import demo_options
 
         given = demo_options() + given
+    if name == "run":
+        more = {"only_look": found.look_ahead}
     if name == "dataset":
         more = {"runs": folders, "as_json": found.json}
     if name == "import":

@@ -12,15 +12,17 @@ from rvc_dist.workspace import Shard, wait_for
 DATA_STAGES = ("data.preprocess", "features.extract", "features.index")
 
 
-def run(recipe: Recipe, shard: Shard) -> None:
-    """preprocess, extract, index, train, export.
+def run(recipe: Recipe, shard: Shard, only_look: bool = False) -> None:
+    """preprocess, extract, index, train, export; with `only_look` none of them, and training is elsewhere.
 
     Raises:
         StageError: something that a stage needs is missing, before the first of them; and as the stages do.
         Stopped: as training does.
     """
     if shard.is_first or os.environ.get("LOCAL_RANK") == "0":  # the others begin: those that wait for it end with it
-        importlib.import_module("rvc_dist.tools.doctor").look_ahead(recipe, shard.is_first)
+        importlib.import_module("rvc_dist.tools.doctor").look_ahead(recipe, shard.is_first, trains_here=not only_look)
+    if only_look:
+        return
     for name in DATA_STAGES:
         stage = importlib.import_module(f"rvc_dist.{name}")
         stage.run(recipe, shard)

@@ -7,6 +7,7 @@
 #   RANKS             ranks a node (default: one a GPU; 1 without GPU)
 #   MAX_RESTARTS      how often a launcher starts its ranks again after a failure (default 3)
 #   MAX_REQUEUES      how often a job goes back into the queue (default 100)
+#   LOOK_AHEAD        not empty: preprocess ends before it begins if a later stage would miss something (pipeline.sh sets it)
 #   SRUN_OPTIONS      more options of srun: "--network=... --mpi=none"
 # shellcheck shell=bash
 
@@ -67,6 +68,11 @@ shard() {
   else
     fail "--array: $count tasks between $first and $last leave gaps; to do some shards of N again, set SHARDS=N"
   fi
+}
+
+# look_ahead --config RECIPE ...: fails, and says why, when a stage of the recipe would miss something only after hours.
+look_ahead() {
+  "${srun[@]}" --nodes=1 --ntasks=1 "${inside[@]}" python -m rvc_dist run "$@" --look-ahead
 }
 
 # run_stage STAGE --config RECIPE ...: one launcher on every node. Ends the script; back in the queue, if that is right.

@@ -8,7 +8,8 @@
 # Options of sbatch after -- are for all jobs (--partition, --account, ...); those of one stage come from
 # PREPROCESS_SBATCH, EXTRACT_SBATCH, INDEX_SBATCH, TRAIN_SBATCH, EXPORT_SBATCH: TRAIN_SBATCH="--cpus-per-task=16 --time=2-0".
 # What a cluster needs besides (modules, a container, ...) comes from the variables in slurm/common.sh.
-# Prints a job id for each stage. A stage that fails cancels those after it; the same command does what is left to do.
+# Prints a job id for each stage. The first job looks for all that the later ones need, but for what only the machines that
+# train have, before it begins. A stage that fails cancels those after it; the same command does what is left to do.
 set -euo pipefail
 
 fail() {
@@ -87,7 +88,7 @@ submit() {
   printf '%-12s%s\n' "$stage" "$before"
 }
 
-export SHARDS=$shards STAGE=train
+export SHARDS=$shards STAGE=train LOOK_AHEAD=yes
 array=--array=0-$((shards - 1))$at_a_time
 (( gpus > 0 )) && one_gpu=(--gpus-per-node=1) all_gpus=(--gpus-per-node="$gpus") || one_gpu=() all_gpus=()
 (( nodes > 1 )) && train=train_multinode || train=train

@@ -294,6 +294,29 @@ def test_a_chain_that_is_refused_halfway_leaves_no_job(stand_in) -> None:
     assert "refused the job of the index stage" in output
 
 
+def test_the_first_job_of_a_chain_says_what_a_later_one_would_miss(stand_in, tmp_path) -> None:
+    """The training's pretrained weights are missing: no task of preprocess begins."""
+    recipe = tiny_recipe(tmp_path / "run", pretrained_g=str(tmp_path / "G.pth"))
+    recipe = replace(recipe, data=replace(recipe.data, audio_dir=str(DEMO_VOICE_DIR / "voice")))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    stand_in("sbatch", 'if [[ $* == *preprocess.sbatch* ]]; then echo "LOOK_AHEAD=$LOOK_AHEAD" >&2; fi; echo 7')
+    stand_in("scontrol", '[[ $2 == hostnames ]] && echo n1 || echo "NodeName=n1 NodeAddr=10.0.0.1 Port=1"')
+    run = 'while [[ $1 == -* ]]; do shift; done; [[ $1 != bash ]] || exec echo "begins: ${*: -2}"; exec "$@"'
+    path = stand_in("srun", run)
+    assert "LOOK_AHEAD=yes\n" in pipeline(str(file), PATH=path)
+    job = {**JOB, **array(1, 0, 1, 1, 2), "VENV": Path(sys.executable).parents[1], "PATH": path}
+    output = bash(f"bash slurm/preprocess.sbatch {file}", code=1, LOOK_AHEAD="yes", **job)
+    assert "rvc-dist run: nothing was begun, since the run would fail later for want of 1 thing(s):" in output
+    assert "train.pretrained_g: " in output
+    assert "begins" not in output
+    stand_in("python", 'echo "looks: $*"')
+    looked = f"looks: -m rvc_dist run --config {file} --look-ahead\n"
+    for asked, output in (("yes", looked), ("", "")):
+        begun = bash(f"bash slurm/preprocess.sbatch {file}", LOOK_AHEAD=asked, **job | {"VENV": ""})
+        assert begun == f"{output}begins: --shard 1/2\n"
+
+
 # On a real cluster
 
 HAS_SLURM = shutil.which("slurmctld") is not None and os.geteuid() == 0

@@ -867,12 +867,20 @@ def test_the_dataset_is_walked_once(new_run, monkeypatch):
 @pytest.mark.parametrize(("rank", "local_rank", "looks"), [(0, "0", [True]), (2, "0", [False]), (3, "1", [])])
 def test_the_first_rank_of_each_host_looks(new_run, monkeypatch, rank, local_rank, looks):
     looked = []
-    stage = SimpleNamespace(run=lambda *_: None, look_ahead=lambda _recipe, is_first: looked.append(is_first))
+    stage = SimpleNamespace(run=lambda *_: None, look_ahead=lambda _, is_first, trains_here: looked.append(is_first))
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(pipeline, "DATA_STAGES", ())
     monkeypatch.setattr(pipeline.importlib, "import_module", lambda _name: stage)
     pipeline.run(new_run, Shard(rank, 4))
     assert looked == looks
+
+
+def test_who_only_looks_begins_nothing_and_does_not_judge_the_machine_for_those_that_train(new_run, monkeypatch):
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: Usage(1, 1, 1 if path == loader.SHM else 10**12))
+    with pytest.raises(StageError, match="/dev/shm has 0 MB free"):
+        pipeline.run(new_run, Shard())
+    pipeline.run(new_run, Shard(), only_look=True)
+    assert not Path(new_run.run_dir).exists()
 
 
 def test_another_host_that_lacks_the_encoder_is_named_and_its_disk_is_not_looked_at(new_run, tmp_path, monkeypatch):
