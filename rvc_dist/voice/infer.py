@@ -5,6 +5,7 @@ Shapes: S samples, T frames, C channels. Positions in the input are counted in f
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import tempfile
@@ -229,30 +230,29 @@ def convert(converter: Converter, blocks: Iterator[audio.Wave], num_samples: int
     Each window is converted with a second of context on both sides; windows meet where the input is quietest and are
     cross-faded there, so that no join clicks. At most two windows are in memory.
     """
-    per_frame = converter.voice.rate // F0_PER_S
-    window = int(converter.recipe.infer.window_s * F0_PER_S)
-    ramp = (0.5 - 0.5 * np.cos(np.pi * (np.arange(FADE * per_frame) + 0.5) / (FADE * per_frame))).astype(np.float32)
-    tail = np.zeros(FADE * per_frame, dtype=np.float32)
-    joined, done = False, 0
-    for piece, length, last in windows(blocks, window):
-        # piece spans CONTEXT frames before and after the `length` samples that it stands for.
-        made = converter(piece)
-        begin = CONTEXT * per_frame
-        size = length * converter.voice.rate // FEATURE_RATE
+    rate = converter.voice.rate
+    per_frame = rate // F0_PER_S
+    context, fade = CONTEXT * per_frame, FADE * per_frame
+    half = fade // 2
+    ramp = (0.5 - 0.5 * np.cos(np.pi * (np.arange(fade) + 0.5) / fade)).astype(np.float32)
+    tail: audio.Wave | None = None
+    done = 0
+    for piece, length, last in windows(blocks, int(converter.recipe.infer.window_s * F0_PER_S)):
+        size = length * rate // FEATURE_RATE
         if last and num_samples is not None and abs(num_samples - done - size) < per_frame:
             size = num_samples - done
-        end = begin + size
         done += size
-        half = FADE // 2 * per_frame
-        if joined:
-            head = made[begin - half : begin + half]
-            yield tail * (1 - ramp) + head * ramp
-            begin += half
-        if last:
-            yield made[begin:end]
+        made = converter(piece)[context - half : context + size + half]  # a half fade more on either side
+        if tail is None:
+            made = made[half:]
         else:
-            yield made[begin : end - half]
-            tail, joined = made[end - half : end + half], True
+            yield tail * (1 - ramp) + made[:fade] * ramp
+            made = made[fade:]
+        if last:
+            yield made[:-half]
+        else:
+            yield made[:-fade]
+            tail = made[-fade:]
 
 
 def windows(blocks: Iterator[audio.Wave], window: int) -> Iterator[tuple[audio.Wave, int, bool]]:
@@ -261,27 +261,15 @@ def windows(blocks: Iterator[audio.Wave], window: int) -> Iterator[tuple[audio.W
     Yields (piece with CONTEXT frames of context on both sides, silence beyond the ends; samples that it stands for;
     whether it is the last).
     """
-    context = CONTEXT * F0_HOP
-    # buffer[0] is always `context` samples before the next window.
-    buffer = np.zeros(context, dtype=np.float32)
-    more = True
-    while more:
-        parts, have = [buffer], len(buffer)
-        while have < 2 * context + window * F0_HOP and more:
-            block = next(blocks, None)
-            if block is None:
-                more = False
-                parts.append(np.zeros(context, dtype=np.float32))
-            else:
-                parts.append(block)
-                have += len(block)
-        buffer = np.concatenate(parts)
-        left = len(buffer) - 2 * context
-        while left > window * F0_HOP or (more and left >= window * F0_HOP):
-            cut = quietest_frame(buffer[context : context + window * F0_HOP]) * F0_HOP
+    context, most = CONTEXT * F0_HOP, window * F0_HOP
+    buffer = silence = np.zeros(context, dtype=np.float32)
+    for block in itertools.chain(blocks, [silence]):
+        # buffer[0] is always `context` samples before the next window.
+        buffer = np.concatenate([buffer, block])
+        while len(buffer) - 2 * context > most:
+            cut = quietest_frame(buffer[context : context + most]) * F0_HOP
             yield buffer[: cut + 2 * context], cut, False
             buffer = buffer[cut:]
-            left -= cut
     # Whole frames: the encoders and the pitch tracker count in them.
     length = len(buffer) - 2 * context
     yield np.pad(buffer, (0, -len(buffer) % F0_HOP)), length, True
