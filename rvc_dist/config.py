@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS
+from rvc_dist.files import ForeignFileError, read_bounded
 from rvc_dist.schema import (
     MAX_YAML_BYTES,
     UNCLEAN,
     Count,
     Positive,
     Rule,
-    SchemaError,
     above,
     at_least,
     faults,
     multiple_of,
     one_of,
     parse_yaml,
-    read_bounded,
     types_of,
     within,
 )
@@ -544,7 +543,7 @@ def as_types(value: Any, kind: Any) -> Any:
     """`value` with what is text read as YAML, and whole numbers made others, where `kind` says so."""
     types = types_of(kind)
     if isinstance(value, str) and value.strip() and str not in types:
-        with contextlib.suppress(SchemaError, UnicodeError):
+        with contextlib.suppress(ForeignFileError, UnicodeError):
             value = parse_yaml(value.encode())
     if value in ("null", "~") and type(None) in types:
         return None
@@ -563,7 +562,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config: {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
         tree = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
-    except (SchemaError, OSError) as error:
+    except (ForeignFileError, OSError) as error:
         raise ConfigError(f"--config: {path} is no recipe: {error}") from error
     if not isinstance(tree, dict | None):
         raise ConfigError(f"--config: {path} holds a {type(tree).__name__}, expected keys such as name: and train:")

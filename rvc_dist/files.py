@@ -62,6 +62,20 @@ def regular_size(path: Path) -> int:
     return status.st_size
 
 
+def read_bounded(path: Path, most: int) -> bytes:
+    """All of a regular file.
+
+    Raises:
+        ForeignFileError: it is something else, or larger than `most` bytes.
+        OSError: it cannot be read.
+    """
+    size = regular_size(path)
+    if size > most:
+        raise ForeignFileError(f"{size} bytes, expected at most {most}")
+    with path.open("rb") as stream:
+        return stream.read(size)
+
+
 def not_regular(mode: int) -> str:
     """Why something of that mode is not opened, or nothing."""
     kind = "folder" if stat.S_ISDIR(mode) else "FIFO, socket or device"

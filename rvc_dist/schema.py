@@ -16,13 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from rvc_dist.files import ForeignFileError, regular_size
+from rvc_dist.files import ForeignFileError
 
 T = TypeVar("T")
 
@@ -32,10 +31,6 @@ MAX_YAML_BYTES, MAX_YAML_VALUES, MAX_YAML_DEPTH = 1 << 17, 10_000, 20
 """A value counts as often as aliases repeat it."""
 MAX_YAML_PLAIN = 3000
 """Letters of a text without quotes, which may be a number: of a longer one Python does not write the digits."""
-
-
-class SchemaError(ValueError):
-    """A text is not what it should be; the message is the reason and does not name the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +143,10 @@ def check(value: Any, kind: type[T], key: str = "") -> T:
     """`value`, if it is what `kind` says; `key` is its own.
 
     Raises:
-        SchemaError: it is not; says the first key at fault, what is there, and what was expected.
+        ForeignFileError: it is not; says the first key at fault, what is there, and what was expected.
     """
     for fault in faults(value, kind, key):
-        raise SchemaError(fault.sentence)
+        raise ForeignFileError(fault.sentence)
     found: T = value
     return found
 
@@ -235,46 +230,29 @@ def types_of(kind: Any) -> frozenset[type]:
     return frozenset(t for rule in rules for t in rule.types).union(*inside)
 
 
-def read_bounded(path: Path, most: int) -> bytes:
-    """All of a regular file.
-
-    Raises:
-        SchemaError: it is something else (a FIFO may never answer, a device never end), or larger than `most` bytes.
-        OSError: it cannot be read.
-    """
-    try:
-        size = regular_size(path)
-    except ForeignFileError as error:
-        raise SchemaError(str(error)) from error
-    if size > most:
-        raise SchemaError(f"{size} bytes, expected at most {most}")
-    with path.open("rb") as stream:
-        return stream.read(size)
-
-
 def parse_json(data: bytes, kind: type[T]) -> T:
     """The `kind` that a JSON text holds.
 
     Raises:
-        SchemaError: it is no JSON, out of bounds, or something else is in it.
+        ForeignFileError: it is no JSON, out of bounds, or something else is in it.
     """
     if len(data) > MAX_JSON_BYTES or data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_VALUES:
-        raise SchemaError(f"more than {MAX_JSON_BYTES} bytes or {MAX_JSON_VALUES} values")
+        raise ForeignFileError(f"more than {MAX_JSON_BYTES} bytes or {MAX_JSON_VALUES} values")
     try:
         text = data.decode()
         del data  # the caller's, mostly, is gone too
         if sys.getsizeof(text) > 2 * MAX_JSON_BYTES:  # one letter beyond U+FFFF makes four bytes of each
-            raise SchemaError(f"more than {2 * MAX_JSON_BYTES} bytes in memory")
+            raise ForeignFileError(f"more than {2 * MAX_JSON_BYTES} bytes in memory")
         value = json.loads(text, object_pairs_hook=_unique)
-    except SchemaError:
+    except ForeignFileError:
         raise
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"not valid JSON ({error})") from error
+        raise ForeignFileError(f"not valid JSON ({error})") from error
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [v for c in level if isinstance(c, (dict, list)) for v in (c.values() if isinstance(c, dict) else c)]
     if level:
-        raise SchemaError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+        raise ForeignFileError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     return check(value, kind)
 
 
@@ -282,7 +260,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise SchemaError(f"the key {reprlib.repr(twice)} is there twice")
+        raise ForeignFileError(f"the key {reprlib.repr(twice)} is there twice")
     return found
 
 
@@ -310,7 +288,7 @@ def parse_yaml(data: bytes) -> Any:
     """What is in a YAML text, once its events alone have shown how much that is.
 
     Raises:
-        SchemaError: it is no YAML, or out of bounds.
+        ForeignFileError: it is no YAML, or out of bounds.
     """
     sizes: dict[str, int] = {}
     opened: list[tuple[str, int]] = []
@@ -320,7 +298,7 @@ def parse_yaml(data: bytes) -> Any:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor in {anchor for anchor, _ in opened}:
-                    raise SchemaError(f"{event.anchor} holds itself")
+                    raise ForeignFileError(f"{event.anchor} holds itself")
                 total += sizes.get(str(event.anchor), 0)
             elif isinstance(event, yaml.CollectionStartEvent):
                 opened.append((event.anchor or "", total))
@@ -328,12 +306,12 @@ def parse_yaml(data: bytes) -> Any:
                 anchor, before = opened.pop()
                 sizes[anchor] = total - before
             elif isinstance(event, yaml.ScalarEvent) and not event.style and len(event.value) > MAX_YAML_PLAIN:
-                raise SchemaError(f"{reprlib.repr(event.value)} has {len(event.value)} letters without quotes")
+                raise ForeignFileError(f"{reprlib.repr(event.value)} has {len(event.value)} letters without quotes")
             total += isinstance(event, yaml.NodeEvent)
             if total > MAX_YAML_VALUES or len(opened) > MAX_YAML_DEPTH:
-                raise SchemaError(f"more than {MAX_YAML_VALUES} values, or {MAX_YAML_DEPTH} levels")
+                raise ForeignFileError(f"more than {MAX_YAML_VALUES} values, or {MAX_YAML_DEPTH} levels")
         return yaml.load(text, _Loader)
-    except SchemaError:
+    except ForeignFileError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SchemaError(f"not valid YAML ({error})") from error
+        raise ForeignFileError(f"not valid YAML ({error})") from error

@@ -24,19 +24,17 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, overload
 
 from rvc_dist.config import ConfigError, Recipe, load_recipe
-from rvc_dist.files import atomic_write, remove_half_written, to_json
+from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, remove_half_written, to_json
 from rvc_dist.schema import (
     MAX_JSON_BYTES,
     Count,
     FileName,
     OsName,
     Positive,
-    SchemaError,
     Seconds,
     SpeakerId,
     check,
     parse_json,
-    read_bounded,
     record,
 )
 
@@ -376,7 +374,7 @@ class WorkList:
             return None
         try:
             check(data, WorkListFile)
-        except SchemaError as error:
+        except ForeignFileError as error:
             raise StageError(
                 f"{path}: not a work list of ours ({error});", "delete it and run the stage again"
             ) from error
@@ -498,7 +496,7 @@ def read_json(path: Path, kind: Any = dict, remedy: str = "delete it and run the
     """
     try:
         return parse_json(read_bounded(path, MAX_JSON_BYTES), kind)
-    except SchemaError as error:
+    except ForeignFileError as error:
         raise StageError(f"{path}: {error};", remedy) from error
 
 
@@ -531,7 +529,7 @@ def read_unit_file(path: Path) -> UnitFile | None:
             metadata = file.metadata() or {}
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         return parse_json(metadata[HEADER_KEY].encode(), dict), shapes
-    except (FileNotFoundError, SafetensorError, KeyError, SchemaError):
+    except (FileNotFoundError, SafetensorError, KeyError, ForeignFileError):
         return None
 
 
@@ -545,14 +543,14 @@ def unit_header(path: Path, kind: type[T], stage: str, found: UnitFile | None = 
     """
     try:
         if (found := found or read_unit_file(path)) is None:
-            raise SchemaError("no header of rvc_dist")
+            raise ForeignFileError("no header of rvc_dist")
         (values, shapes), header = found, check(found[0], kind)
         for i, clip in enumerate(values.get("clips", [values])):
             wave, *features = (shapes.get(f"{i:05d}{part}", []) for part in ("", ".content", ".f0"))
             sizes = [] if kind is ClipsHeader else [clip["num_content"], clip["num_f0"]]
             if [shape[0] for shape in features if shape] != sizes or len(wave) != (not sizes):
-                raise SchemaError(f"clips[{i}]: other arrays than it says")
-    except SchemaError as error:
+                raise ForeignFileError(f"clips[{i}]: other arrays than it says")
+    except ForeignFileError as error:
         raise StageError(f"{path} is damaged ({error}):", f"delete it and run `rvc-dist {stage}` again") from error
     return header
 

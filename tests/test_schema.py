@@ -16,11 +16,12 @@ from helpers import EMBEDDER
 
 from rvc_dist import workspace
 from rvc_dist.config import ConfigError, load_recipe
+from rvc_dist.files import ForeignFileError
 from rvc_dist.runtime import run_lock
 from rvc_dist.runtime.heartbeat import HEARTBEAT
 from rvc_dist.runtime.logs import Failure
 from rvc_dist.runtime.run_lock import HOLDER
-from rvc_dist.schema import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_YAML_BYTES, SchemaError, check, parse_json, parse_yaml
+from rvc_dist.schema import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_YAML_BYTES, check, parse_json, parse_yaml
 from rvc_dist.tools import bench
 from rvc_dist.train import checkpoint
 from rvc_dist.train.progress import Progress
@@ -96,7 +97,7 @@ def test_a_wrong_value_anywhere_is_a_sentence_with_its_key(kind: Any) -> None:
 def reason(text: bytes, kind: Any) -> str:
     try:
         parse_json(text, kind)
-    except SchemaError as error:
+    except ForeignFileError as error:
         return str(error)
     return ""
 
@@ -121,7 +122,7 @@ def paths(value: Any) -> list[tuple[Any, ...]]:
     ],
 )
 def test_json_has_bounds(text: bytes, expected: str) -> None:
-    with pytest.raises(SchemaError, match=expected):
+    with pytest.raises(ForeignFileError, match=expected):
         parse_json(text, dict)
 
 
@@ -169,5 +170,5 @@ def test_random_edits_of_a_recipe_are_sentences() -> None:
     for _ in range(300):
         text = np.frombuffer(good, np.uint8).copy()
         text[rng.integers(len(text), size=4)] = rng.choice(letters, 4)
-        with contextlib.suppress(SchemaError):
+        with contextlib.suppress(ForeignFileError):
             parse_yaml(text.tobytes())

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from rvc_dist.choices import EMBEDDERS, EmbedderSpec, resolve
 from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
-from rvc_dist.files import ForeignFileError, regular_size
+from rvc_dist.files import ForeignFileError, read_bounded, regular_size
 from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
-from rvc_dist.schema import Rule, SchemaError, parse_json, read_bounded, record, within
+from rvc_dist.schema import Rule, parse_json, record, within
 from rvc_dist.workspace import StageError
 
 if TYPE_CHECKING:
@@ -398,7 +398,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """The SETTINGS that are in a configuration."""
     try:
         config = parse_json(read_bounded(path, MAX_CONFIG_BYTES), SETTINGS)
-    except SchemaError as error:
+    except ForeignFileError as error:
         raise ValueError(f"extract.embedder_model: {path} is no configuration: {error}") from error
     return {key: config[key] for key in SETTINGS.__annotations__ if key in config}
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from rvc_dist import __version__
-from rvc_dist.files import atomic_write, write_json
-from rvc_dist.schema import Count, SchemaError, Word, parse_json, read_bounded, record
+from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, write_json
+from rvc_dist.schema import Count, Word, parse_json, record
 from rvc_dist.workspace import OtherRankError, Shard, Workspace
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class RankLog(logging.Handler):
         """What ranks wrote that failed. One look into the folder: a look for each rank would be a million of them."""
         found = []
         for path in self.work.logs_dir.glob("failed_rank_*.json"):
-            with contextlib.suppress(OSError, SchemaError):  # its rank begins anew; edited, or of another program
+            with contextlib.suppress(OSError, ForeignFileError):  # its rank begins anew; edited, or of another program
                 found.append(parse_json(read_bounded(path, MAX_FAILURE_BYTES), Failure))
         return found
 

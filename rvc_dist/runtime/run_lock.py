@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from rvc_dist.schema import Count, OsName, SchemaError, Seconds, Token, Word, parse_json, read_bounded, record, within
+from rvc_dist.files import ForeignFileError, read_bounded
+from rvc_dist.schema import Count, OsName, Seconds, Token, Word, parse_json, record, within
 from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
@@ -263,9 +264,9 @@ def _read(path: Path) -> str | None:
     """
     try:
         if path.is_symlink():  # nobody makes one; where it leads nowhere, it would look taken and free at once
-            raise SchemaError("it is a link, expected a file")
+            raise ForeignFileError("it is a link, expected a file")
         return read_bounded(path, MAX_BYTES).decode(errors="replace")
-    except SchemaError as error:
+    except ForeignFileError as error:
         raise StageError(f"{path}: {error};", "remove it, if no job trains there") from error
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # over NFS, a file that was removed meanwhile
@@ -275,7 +276,7 @@ def _read(path: Path) -> str | None:
 
 def _parsed(text: str | None) -> dict[str, Any] | None:
     """What a holder wrote; None while it is still writing its first line, or where there is none."""
-    with contextlib.suppress(SchemaError):
+    with contextlib.suppress(ForeignFileError):
         other: dict[str, Any] = parse_json((text or "").encode(), HOLDER)
         return other
     return None

@@ -26,11 +26,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from rvc_dist.files import read_bounded
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.heartbeat import EXEMPT, HEARTBEAT, MAX_HEARTBEAT_BYTES, Heartbeat, HeartbeatRecord
 from rvc_dist.runtime.logs import EXIT_S, ends_within, failed_first, is_timeout, rank_logs, write_stacks
 from rvc_dist.runtime.run_lock import RunLock
-from rvc_dist.schema import parse_json, read_bounded
+from rvc_dist.schema import parse_json
 from rvc_dist.workspace import OtherRankError, StageError, Workspace
 
 logger = logging.getLogger(__name__)

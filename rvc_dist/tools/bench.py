@@ -23,8 +23,8 @@ from accelerate.utils import gather_object
 from rvc_dist.config import F0_PER_S, BenchConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.feature_files import pack_unit
-from rvc_dist.files import atomic_write, write_json
-from rvc_dist.schema import Count, Positive, SchemaError, Seconds, Word, above, check, record
+from rvc_dist.files import ForeignFileError, atomic_write, write_json
+from rvc_dist.schema import Count, Positive, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.made_up import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.tools.measuring import PARTS, MeasuredRun, Span
@@ -350,7 +350,7 @@ def load_results(path: Path) -> list[dict[str, Any]]:
     try:
         data = read_json(path)
         if data.get("format") != FORMAT:
-            raise SchemaError(f"not results of this version of rvc_dist (format {FORMAT})")
+            raise ForeignFileError(f"not results of this version of rvc_dist (format {FORMAT})")
         results: list[dict[str, Any]] = check(data.get("results"), list[dict[str, Any]])
         for result in results:
             check(result, WITH_KEY)
@@ -358,7 +358,7 @@ def load_results(path: Path) -> list[dict[str, Any]]:
                 summary = check(result, MEASURED)["summary"]
                 if result["key"]["ranks"] > 1 or "communication" in summary:
                     check(summary, ON_RANKS)
-    except SchemaError as error:
+    except ForeignFileError as error:
         raise StageError(f"{path}: {error};", "move it away") from error
     return results
 

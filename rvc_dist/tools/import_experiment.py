@@ -27,8 +27,8 @@ from rvc_dist.data.clip_files import ClipStage, clips_report, file_entry, finish
 from rvc_dist.data.sources import check_recordings, content_by, content_of
 from rvc_dist.features.feature_files import imported_feature_settings, pack_unit, write_mute, write_report
 from rvc_dist.features.index_file import KMEANS_ABOVE, KMEANS_CENTRES, check_index, index_name, wanted_fingerprint
-from rvc_dist.files import ForeignFileError, atomic_write, not_regular, read_npy, write_json
-from rvc_dist.schema import SchemaError, parse_json, read_bounded
+from rvc_dist.files import ForeignFileError, atomic_write, not_regular, read_bounded, read_npy, write_json
+from rvc_dist.schema import parse_json
 from rvc_dist.unit_stage import in_threads, read_headers
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -428,7 +428,7 @@ def _json(path: Path) -> dict[str, Any]:
     """A JSON file of another tool: {} when there is none or it holds something else, which is said."""
     try:
         return parse_json(read_bounded(path, MAX_CONFIG_BYTES), dict) if path.is_file() else {}
-    except (SchemaError, OSError):
+    except (ForeignFileError, OSError):
         logger.warning("import: %s is not what its name says and is left out", path)
         return {}
 
@@ -445,8 +445,8 @@ def read_filelist(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     try:
         text = read_bounded(path, MAX_LIST_BYTES)
         if text.count(b"\n") > MAX_LIST_LINES:
-            raise SchemaError(f"more than {MAX_LIST_LINES} lines")
-    except SchemaError as error:
+            raise ForeignFileError(f"more than {MAX_LIST_LINES} lines")
+    except ForeignFileError as error:
         raise StageError(f"{path}: {error};", "leave the list out, or shorten it to the experiment's clips") from error
     wrong = []
     for number, line in enumerate(map(os.fsdecode, text.splitlines()), 1):

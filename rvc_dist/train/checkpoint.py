@@ -29,23 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rvc_dist.features.identity import EmbedderId
-from rvc_dist.files import ForeignFileError, atomic_write, space
+from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, space
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.runtime.accelerator import on_first_rank
-from rvc_dist.schema import (
-    MAX_JSON_BYTES,
-    Count,
-    FileName,
-    Positive,
-    SchemaError,
-    SpeakerId,
-    Word,
-    check,
-    parse_json,
-    read_bounded,
-    record,
-)
+from rvc_dist.schema import MAX_JSON_BYTES, Count, FileName, Positive, SpeakerId, Word, check, parse_json, record
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
@@ -368,7 +356,7 @@ def find_corruption(path: Path) -> list[str]:
         return [f"{MANIFEST} is missing"]
     try:
         wanted_files = parse_json(read_bounded(path / MANIFEST, MAX_JSON_BYTES), dict[FileName, WrittenFile])
-    except SchemaError as error:
+    except ForeignFileError as error:
         return [f"{MANIFEST} is not what was written ({error})"]
     problems = [f"{name} is not in {MANIFEST}" for name in FILES if name not in wanted_files]
     for name in set(FILES) & wanted_files.keys():
@@ -521,9 +509,11 @@ def read_pretrained(path: Path, key: str) -> Pretrained:
             f"give the {kind}_*.pth of the training that it came from, or pretrained weights such as f0{kind}48k.pth",
         )
     try:
-        return Pretrained(from_upstream(weights(state)), EmbedderId.from_voice(data))
+        network = from_upstream(weights(state))
     except ForeignFileError as error:
         raise StageError(f"{key}: {path} cannot be trained on from: {error};", "give another file") from error
+    try:
+        return Pretrained(network, EmbedderId.from_voice(data))
     except ValueError as error:
         raise StageError(f"{key}: {path} does not say what it was trained with: {error}") from error
 
