@@ -118,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = load_pth(path)
     except FileNotFoundError as error:
-        raise StageError(f"infer.model: {path} does not exist; train one, or say --infer.model VOICE.pth") from error
+        raise StageError(f"infer.model: {path} does not exist;", "train one, or say --infer.model VOICE.pth") from error
     except ForeignFileError as error:
         raise StageError(f"infer.model: {path} is not a voice file ({error})") from error
     if isinstance(data, dict) and {"weight", "config"} <= data.keys():
@@ -167,8 +167,8 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset_length: str, num_speak
     if wrong:
         raise StageError(
             f"the checkpoint of step {progress.step} has weights that are not finite numbers of 16 bits "
-            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}): remove it, and train on with a lower "
-            "train.learning_rate or train.max_grad_norm set"
+            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}):",
+            "remove it, and train on with a lower train.learning_rate or train.max_grad_norm set",
         )
     trained_with = Workspace(recipe.run_dir, recipe.name).config_file
     try:
