@@ -43,16 +43,14 @@ class UnitStage(ABC, Generic[Header]):
 
     name: ClassVar[str]
     """On the command line and in messages."""
+    folder: ClassVar[str]
+    """Of the run, where the files are."""
     header: type[Header]
     """What the header of a unit's file holds."""
 
     def __init__(self, recipe: Recipe, units: Sequence[Unit]) -> None:
         self.recipe, self.units = recipe, units
         self.work = Workspace(recipe.run_dir, recipe.name)
-
-    @abstractmethod
-    def file(self, unit: Unit) -> Path:
-        """Where the unit's file is, or will be."""
 
     @abstractmethod
     def fingerprints(self, unit: Unit) -> Collection[str]:
@@ -65,6 +63,10 @@ class UnitStage(ABC, Generic[Header]):
     @abstractmethod
     def report(self, headers: list[Header]) -> None:
         """Write the report, given the header of every unit's file."""
+
+    def file(self, unit: Unit) -> Path:
+        """Where the unit's file is, or will be."""
+        return self.work.unit_file(self.folder, unit.id)
 
     def is_done(self, unit: Unit) -> bool:
         return is_done(self.file(unit), *self.fingerprints(unit))
@@ -83,8 +85,8 @@ class UnitStage(ABC, Generic[Header]):
 
     def finish(self, shard: Shard) -> None:
         """Write the report once every unit is done, whoever did it."""
+        folder = self.work.root / self.folder
         files = {self.file(unit): self.fingerprints(unit) for unit in self.units}
-        folder = next(iter(files)).parent
         left, headers = read_headers(files, self.header, self.name)
         if left and shard.does_all:
             raise StageError(

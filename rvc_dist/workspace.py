@@ -105,11 +105,14 @@ class Workspace:
         """Which ranks of a training run are to be ended by their guards."""
         self.train_lock_file = self.root / "train.lock"
 
+    def unit_file(self, folder: str, unit: int) -> Path:
+        return self.root / folder / f"{unit:05d}.safetensors"
+
     def clips_file(self, unit: int) -> Path:
-        return self.clips_dir / f"{unit:05d}.safetensors"
+        return self.unit_file("clips", unit)
 
     def features_file(self, unit: int) -> Path:
-        return self.features_dir / f"{unit:05d}.safetensors"
+        return self.unit_file("features", unit)
 
     def rank_log(self, rank: int) -> Path:
         """All that a rank logged, of every stage."""

@@ -24,14 +24,12 @@ class Lengths(UnitStage[dict[str, int]]):
     """Adds up how long the names of a unit's recordings are."""
 
     name = "lengths"
+    folder = "lengths"
     header = Header
 
-    def __init__(self, folder: Path, factor: int = 1) -> None:
-        super().__init__(Recipe(run_dir=str(folder)), UNITS)
+    def __init__(self, run_dir: Path, factor: int = 1, units: Sequence[Unit] = UNITS) -> None:
+        super().__init__(Recipe(run_dir=str(run_dir)), units)
         self.factor, self.made = factor, list[int]()
-
-    def file(self, unit: Unit) -> Path:
-        return self.work.root / "lengths" / f"{unit.id:05d}.safetensors"
 
     def fingerprints(self, unit: Unit) -> list[str]:
         return [fingerprint(self.factor, unit.id)]
@@ -82,6 +80,10 @@ def test_a_stage_from_outside_is_sharded_resumed_and_reported(
     assert read_json(other.total_file) == {"total": 30}
     with pytest.raises(StageError, match=r"lengths: 3 of 3 units in .*/lengths were replaced meanwhile"):
         again.finish(Shard())
+
+    none = Lengths(tmp_path / "none", units=[])  # a work list that somebody emptied
+    none.make(Shard())
+    assert read_json(none.total_file) == {"total": 0}
 
 
 def test_one_ahead_is_one_ahead() -> None:

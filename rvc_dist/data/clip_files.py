@@ -6,7 +6,6 @@ import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rvc_dist.config import RATES, Recipe
@@ -26,14 +25,12 @@ TOLD_SLICES = 3
 class ClipStage(UnitStage[ClipsHeader]):
     """A stage that makes the clips of a work list."""
 
+    folder = "clips"
     header = ClipsHeader
 
     def __init__(self, recipe: Recipe, work_list: WorkList) -> None:
         super().__init__(recipe, work_list.units)
         self.work_list = work_list
-
-    def file(self, unit: Unit) -> Path:
-        return self.work.clips_file(unit.id)
 
     def fingerprints(self, unit: Unit) -> tuple[str]:
         return (unit.fingerprint(self.work_list.settings),)

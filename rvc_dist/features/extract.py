@@ -98,6 +98,7 @@ class Extract(UnitStage[FeaturesHeader]):
     """Computes the features of `clips`, whose files have these fingerprints."""
 
     name = "extract"
+    folder = "features"
     header = FeaturesHeader
 
     def __init__(self, recipe: Recipe, clips: dict[Unit, str], extractor: Extractor) -> None:
@@ -105,9 +106,6 @@ class Extract(UnitStage[FeaturesHeader]):
         self.clips, self.extractor = clips, extractor
         self.settings = feature_settings(recipe) | {"embedder": extractor.describe()}
         self.imported = imported_feature_settings(recipe, extractor.describe())
-
-    def file(self, unit: Unit) -> Path:
-        return self.work.features_file(unit.id)
 
     def fingerprints(self, unit: Unit) -> tuple[str, str]:
         """Those of features that were imported as the same encoder's are as good."""
