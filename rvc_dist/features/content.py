@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rvc_dist.choices import EMBEDDERS, EmbedderSpec, resolve
 from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError, read_bounded, regular_size
 from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
 from rvc_dist.schema import Rule, parse_json, record, within
@@ -102,6 +103,14 @@ class Embedder(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    @property
+    def identity(self) -> EmbedderId:
+        return EmbedderId(self.name, self.weights_hash, self.mix)
+
+    def describe(self) -> dict[str, Any]:
+        """What the features were made with; training and export carry it along."""
+        return self.identity.to_features() | {"width": self.width}
 
     @torch.no_grad()
     def __call__(self, wave: Tensor) -> Tensor:

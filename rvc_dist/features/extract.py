@@ -104,8 +104,8 @@ class Extract(UnitStage[FeaturesHeader]):
     def __init__(self, recipe: Recipe, clips: dict[Unit, str], extractor: Extractor) -> None:
         super().__init__(recipe, list(clips))
         self.clips, self.extractor = clips, extractor
-        self.settings = feature_settings(recipe) | {"embedder": extractor.describe()}
-        self.imported = imported_feature_settings(recipe, extractor.describe())
+        self.settings = feature_settings(recipe) | {"embedder": extractor.embedder.describe()}
+        self.imported = imported_feature_settings(recipe, extractor.embedder.describe())
 
     def fingerprints(self, unit: Unit) -> tuple[str, str]:
         """Those of features that were imported as the same encoder's are as good."""

@@ -17,7 +17,6 @@ from rvc_dist.config import F0_HOP, Recipe
 from rvc_dist.data.audio import Wave
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0Method, load_f0
-from rvc_dist.features.identity import EmbedderId
 from rvc_dist.runtime.accelerator import local_device
 from rvc_dist.workspace import StageError
 
@@ -52,14 +51,6 @@ class Extractor(NamedTuple):
             )
         except (ValueError, OSError, ImportError) as error:
             raise StageError(str(error)) from error
-
-    @property
-    def embedder_id(self) -> EmbedderId:
-        return EmbedderId(self.embedder.name, self.embedder.weights_hash, self.embedder.mix)
-
-    def describe(self) -> dict[str, Any]:
-        """What the features were made with; training and export carry it along."""
-        return self.embedder_id.to_features() | {"width": self.embedder.width}
 
     def __call__(self, waves: list[Wave]) -> Iterator[tuple[int, Any, Any]]:
         """Yield (index, content [T50, C], f0 [T100]) for 16 kHz waves [S], batched by equal length.

@@ -153,8 +153,8 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
             f"infer.embedder_model: {extractor.embedder.name} gives features {found} wide, the voice was trained on "
             f"{width} ({wanted})"
         )
-    if extractor.embedder_id.agrees_with(wanted) is False:
-        problem = f"infer.embedder_model: the voice was trained with {wanted}, not with {extractor.embedder_id}"
+    if extractor.embedder.identity.agrees_with(wanted) is False:
+        problem = f"infer.embedder_model: the voice was trained with {wanted}, not with {extractor.embedder.identity}"
         if given is None:
             raise StageError(
                 f"{problem};",

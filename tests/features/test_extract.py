@@ -393,7 +393,7 @@ def test_a_missing_package_is_told_with_the_command_that_helps(recipe: Recipe, m
 def test_an_extractor_describes_its_encoder_and_can_do_without_pitch(tmp_path: Path) -> None:
     recipe = narrow_recipe(tmp_path)
     extractor = Extractor.load(recipe)
-    described = extractor.describe()
+    described = extractor.embedder.describe()
     assert (described["name"], described["width"]) == ("mfcc", 768)
     assert len(described["hash"]) == 16
     without = Extractor.load(recipe, with_pitch=False)

@@ -14,7 +14,6 @@ from rvc_dist.data import clip_files, decode, sources
 from rvc_dist.features import feature_files
 from rvc_dist.features.content import load_embedder
 from rvc_dist.features.f0 import load_f0
-from rvc_dist.features.identity import EmbedderId
 from rvc_dist.runtime.accelerator import check_bf16, check_launcher
 from rvc_dist.tools.doctor.findings import Finding, Findings, Problem, Severity, Skipped, error, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
@@ -159,9 +158,7 @@ def check_encoder(context: DoctorContext) -> Findings:
     recipe, found = context.recipe, None
     if context.has_features_to_make and context.group.is_first:
         try:
-            embedder = load_embedder(recipe.extract, recipe.model.version, CPU)
-            found = EmbedderId(embedder.name, embedder.weights_hash, embedder.mix).to_features()
-            found["width"] = embedder.width
+            found = load_embedder(recipe.extract, recipe.model.version, CPU).describe()
         except (*NOT_TO_BE_HAD, ImportError) as failed:
             yield not_loaded(failed, "extract.embedder_model")
     (context.embedder, *_) = context.group.gather(found)
