@@ -57,17 +57,15 @@ def kept_kernel_settings() -> Iterator[None]:
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     flags = (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    variables = {name: os.environ.get(name) for name in ALLOCATOR_VARIABLES}
+    variables = {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
     try:
         yield
     finally:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = flags
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-        for name, value in variables.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in ALLOCATOR_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(variables)
 
 
 def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
