@@ -181,6 +181,7 @@ def test_a_job_that_was_started_again_goes_on_at_once(tmp_path, monkeypatch, bef
     for name, value in now.items():
         monkeypatch.setenv(name, value)
     held_by(tmp_path / "train.lock", **before)
+    assert run_lock.may_be_held(tmp_path / "train.lock") is not at_once
     assert RunLock(tmp_path / "train.lock").try_acquire() is at_once
 
 

@@ -121,6 +121,17 @@ def test_a_rank_that_is_slow_within_a_phase_is_told_by_the_gradients_that_it_has
     assert "all ranks are in d_step of step 13 (gradients sent)" in warnings(caplog)[1]
 
 
+def test_a_slow_step_without_readable_beats_says_that(tmp_path, clock, caplog, monkeypatch):
+    ranks = Ranks(tmp_path, 2, clock)
+    for number in range(1, 13):
+        ranks.step(number, 0.1)
+    monkeypatch.setattr(Watch, "_beats", lambda *_: {})
+    ranks.all[0].heartbeat.begin_step(13, "other")
+    ranks.wait(6)
+    (reported,) = warnings(caplog)
+    assert reported.endswith("times the median of 0.1 s: nothing can be read of rank 0, 1")
+
+
 def test_a_stopped_rank_is_not_heard_of_whatever_the_phase(tmp_path, clock, caplog):
     ranks = Ranks(tmp_path, 2, clock)
     for each in ranks.all:
