@@ -36,13 +36,13 @@ class Extractor(NamedTuple):
     batch_clips: int
 
     @classmethod
-    def load(cls, recipe: Recipe, with_pitch: bool = True) -> Extractor:
-        """Load the encoder and the pitch tracker of the recipe.
+    def load(cls, recipe: Recipe, with_pitch: bool = True, device: torch.device | None = None) -> Extractor:
+        """Load the encoder and the pitch tracker of the recipe, on this rank's device if none is given.
 
         Raises:
             StageError: one of them is unknown, or its weights or package are not to be had.
         """
-        device = local_device()
+        device = device or local_device()
         try:
             return cls(
                 load_embedder(recipe.extract, recipe.model.version, device),

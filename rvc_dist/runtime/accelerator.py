@@ -222,7 +222,7 @@ def check_bf16(device: torch.device) -> None:
             f"train.precision: {device_name(device)} has compute capability "
             f"{capability[0]}.{capability[1]}; bf16 needs 8.0 (Ampere) or newer and is emulated, slower than float32, "
             "below it.",
-            "Set train.precision to fp32 and train.bf16_adamw to false; train.fast_train still helps",
+            "Set train.precision fp32 and train.bf16_adamw false (configs/t4.yaml); train.fast_train still helps",
         )
 
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ from rvc_dist.runtime.accelerator import check_same_settings, kernel_settings, m
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.plain_step import PlainDiscriminator, PlainTrainer
-from rvc_dist.train import bad_steps, compilation, out_of_memory, setup
+from rvc_dist.train import bad_steps, compilation, memory, out_of_memory, setup
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
 from rvc_dist.train.ddp import GradientReducer
@@ -269,12 +267,9 @@ class MeasuredRun:
     def peak_memory(self) -> dict[str, int]:
         """Bytes: of a CUDA device since `forget_peak_memory`, of a CPU the process's largest resident set so far."""
         if self.device.type == "cuda":
-            return {
-                "allocated": torch.cuda.max_memory_allocated(self.device),
-                "reserved": torch.cuda.max_memory_reserved(self.device),
-            }
-        unit = 1 if sys.platform == "darwin" else 1024
-        return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            return {"allocated": memory.peak_bytes(self.device), "reserved": reserved}
+        return {"resident": memory.peak_bytes(self.device)}
 
     def forget_peak_memory(self) -> None:
         if self.device.type == "cuda":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import resource
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -39,7 +41,15 @@ def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
         work()
     except torch.OutOfMemoryError:
         return None
-    return int(torch.cuda.max_memory_allocated(device))
+    return peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes of a CUDA device's tensors since its count was reset; of a CPU, of the whole process so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def largest_batch(peak_of_one: int, peak_of_two: int, more: int, available: int) -> int:

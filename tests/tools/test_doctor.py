@@ -404,7 +404,7 @@ def test_an_old_gpu_has_no_bf16(recipe, monkeypatch):
     gpu.device = torch.device("cuda", 0)
     result = examined(machine.check_precision, DoctorContext(with_train(recipe, bf16_adamw=True), gpu))
     problem = the_problem(result, Severity.ERROR)
-    assert "Tesla T4 (compute capability 7.5)" in problem.what
+    assert "Tesla T4 has compute capability 7.5" in problem.what
     assert "train.precision fp32" in problem.remedy
     assert result.facts["TF32"] == "no"
     result = examined(machine.check_precision, DoctorContext(with_train(recipe, fast_train=True), gpu))

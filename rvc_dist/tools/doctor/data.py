@@ -12,7 +12,7 @@ from rvc_dist.choices import F0_METHODS
 from rvc_dist.config import DataConfig, f0_method_names
 from rvc_dist.data import clip_files, decode, sources
 from rvc_dist.features import feature_files
-from rvc_dist.features.content import load_embedder
+from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.runtime.accelerator import check_bf16, check_launcher
 from rvc_dist.tools.doctor.findings import Finding, Findings, Problem, Severity, Skipped, error, same, warning
@@ -24,8 +24,7 @@ from rvc_dist.workspace import SourceFile, StageError, read_header
 CPU = torch.device("cpu")
 MAX_MEASURED = 200
 """Recordings whose headers are read where no work list tells of them."""
-NOT_TO_BE_HAD = (StageError, ValueError, OSError)
-"""What loading an encoder or a pitch tracker raises, besides ImportError."""
+OR_CHOOSE = "mend what it names, or choose another"
 
 
 def check_data(context: DoctorContext) -> Findings:
@@ -155,37 +154,34 @@ def check_recordings(context: DoctorContext) -> Findings:
 
 def check_encoder(context: DoctorContext) -> Findings:
     """The content encoder can be loaded: where it is missing the first rank fetches it."""
-    recipe, found = context.recipe, None
+    found = None
     if context.has_features_to_make and context.group.is_first:
         try:
-            found = load_embedder(recipe.extract, recipe.model.version, CPU).describe()
-        except (*NOT_TO_BE_HAD, ImportError) as failed:
-            yield not_loaded(failed, "extract.embedder_model")
+            found = Extractor.load(context.recipe, with_pitch=False, device=CPU).embedder.describe()
+        except StageError as failed:
+            yield Problem.of(failed, remedy=f"{OR_CHOOSE} extract.embedder_model")
     (context.embedder, *_) = context.group.gather(found)
-    yield is_needed(context, recipe.extract.embedder_model)
+    yield is_needed(context, context.recipe.extract.embedder_model)
 
 
 def check_pitch_tracker(context: DoctorContext) -> Findings:
     """So can the pitch tracker; a package of it that is missing is reported with the other packages."""
     config = context.recipe.extract
     yield is_needed(context, config.f0_method)
-    if context.has_features_to_make and context.group.is_first:
-        try:
-            load_f0(config, CPU)
-        except NOT_TO_BE_HAD as failed:
-            yield not_loaded(failed, "extract.f0_method")
-        except ImportError as failed:
-            if not any(F0_METHODS[name].package for name in f0_method_names(config.f0_method)):
-                yield not_loaded(failed, "extract.f0_method")
+    if not (context.has_features_to_make and context.group.is_first):
+        return
+    try:
+        load_f0(config, CPU)
+    except StageError as failed:
+        yield Problem.of(failed)
+    except (ValueError, OSError, ImportError) as failed:
+        packaged = any(F0_METHODS[name].package for name in f0_method_names(config.f0_method))
+        if not (packaged and isinstance(failed, ImportError)):
+            yield error(str(failed), f"{OR_CHOOSE} extract.f0_method")
 
 
 def is_needed(context: DoctorContext, name: str) -> Finding:
     return next(same({name: "needed" if context.has_features_to_make else "not needed any more"}))
-
-
-def not_loaded(failed: Exception, key: str) -> Problem:
-    known = failed if isinstance(failed, StageError) else StageError(str(failed))
-    return Problem.of(known, remedy=f"mend what it names, or choose another {key}")
 
 
 def recorded_seconds(context: DoctorContext) -> float:

@@ -20,7 +20,7 @@ from rvc_dist.choices import F0_METHODS, OPTIMIZERS
 from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.features import index_file
-from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, device_name
+from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, check_bf16, device_name
 from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.doctor.findings import Fact, Findings, error, first_line, ranks_text, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
@@ -194,9 +194,5 @@ def check_precision(context: DoctorContext) -> Findings:
     capable, version = capability >= MIN_BF16_CAPABILITY, ".".join(map(str, capability))
     tf32 = ("used" if train.fast_train else "off without train.fast_train") if capable else "no"
     yield from same({"compute capability": version, "bf16": "yes" if capable else "no", "TF32": tf32})
-    if train.use_bf16 and not capable:
-        yield error(
-            f"the recipe asks for bf16, which {device_name(device)} (compute capability {version}) has not: it needs "
-            "8.0 (Ampere) or newer",
-            "set train.precision fp32 and train.bf16_adamw false (configs/t4.yaml); train.fast_train still helps",
-        )
+    if train.use_bf16:
+        check_bf16(device)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import resource
-import sys
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -21,7 +19,7 @@ from rvc_dist.tools.doctor.data import stand_in_table
 from rvc_dist.tools.doctor.findings import Fact, Findings, Problem, Skipped, error, first_line, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.tools.made_up import made_up_pitch
-from rvc_dist.train import checkpoint, compilation, networks, out_of_memory
+from rvc_dist.train import checkpoint, compilation, memory, networks, out_of_memory
 from rvc_dist.train.dataset import (
     BUCKET_FRAMES,
     Batch,
@@ -124,7 +122,7 @@ def check_dry_step(context: DoctorContext) -> Findings:
         context.modules.clear()
     # The recipe's batch would take longer in proportion, nearly.
     context.step_s = seconds * config.grad_accum_steps * config.batch_size / len(batch.clips)
-    yield from (Fact("took", seconds, "s"), Fact("peak memory", peak_memory(device) / 1e9, "GB"))
+    yield from (Fact("took", seconds, "s"), Fact("peak memory", memory.peak_bytes(device) / 1e9, "GB"))
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad or not values["finite gradients"]:
         yield error(
@@ -185,11 +183,3 @@ def made_up_batch(recipe: Recipe, shape: GeneratorShape, device: torch.device) -
     padded, clips = -(-frames // BUCKET_FRAMES) * BUCKET_FRAMES, tuple(range(size))
     micro = MicroBatchSpec(clips, 0, padded, loss_scale=1.0, mean_frames=float(frames * size))
     return collate([clip] * size, micro, spec, clips)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's tensors, or of the whole process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
