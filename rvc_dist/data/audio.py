@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -83,18 +82,11 @@ def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
     return Resampler(rate, new_rate)(wave, last=True)
 
 
-@cache
-def _highpass_sections(rate: int) -> Any:
-    from scipy.signal import butter
-
-    return butter(5, HIGHPASS_HZ, btype="highpass", fs=rate, output="sos")
-
-
 def highpass(wave: Wave, rate: int) -> Wave:
     """Remove rumble and offset: a causal 5th-order Butterworth high-pass at 48 Hz."""
-    from scipy.signal import sosfilt
+    from scipy.signal import butter, sosfilt
 
-    sections = _highpass_sections(rate)
+    sections: Any = butter(5, HIGHPASS_HZ, btype="highpass", fs=rate, output="sos")
     state = np.zeros((len(sections), 2))
     filtered = np.empty_like(wave)
     for start in range(0, len(wave), FILTER_BLOCK):  # by blocks, since the filter works in float64

@@ -454,20 +454,19 @@ def opened(path: Path) -> Iterator[Recording]:
     try:
         path.open("rb").close()  # libsndfile does not say what is wrong
         status = path.stat()
+        size = status.st_size
     except OSError as error:
         raise AudioError(f"cannot be read ({error.strerror})") from error
     with _LOCKS[status.st_ino % len(_LOCKS)]:  # threads that ask for slices of one recording look at it once
-        recording = copy.copy(_known(path, status.st_size, status.st_mtime_ns, status.st_ino))
+        recording = copy.copy(_known(path, size, status.st_mtime_ns, status.st_ino))
     if not MIN_RATE <= recording.rate <= MAX_RATE:
         raise AudioError(f"sample rate of {recording.rate} Hz, expected {MIN_RATE} to {MAX_RATE}")
     if recording.duration_s <= 0:
         raise AudioError("holds no samples")
     if recording.duration_s > MAX_HOURS * 3600:
         raise AudioError("a damaged header or a stream of unknown length; write it again (ffmpeg -i OLD NEW)")
-    if recording.duration_s > BOMB_SECONDS and path.stat().st_size < BOMB_BYTES_PER_S * recording.duration_s:
-        raise AudioError(
-            f"{recording.duration_s / 3600:.1f} hours in {path.stat().st_size} bytes: silence, or a damaged header"
-        )
+    if recording.duration_s > BOMB_SECONDS and size < BOMB_BYTES_PER_S * recording.duration_s:
+        raise AudioError(f"{recording.duration_s / 3600:.1f} hours in {size} bytes: silence, or a damaged header")
     yield recording
 
 

@@ -93,9 +93,8 @@ class F0Method(ABC):
         sounding = power > SILENCE_RMS**2
         if not sounding.any():
             return wave.new_zeros(num_frames)
-        f0 = self.track(wave).to(self.device, torch.float32)[:num_frames]
-        if f0.shape[0] < num_frames:
-            f0 = torch.cat([f0, f0[-1:].expand(num_frames - f0.shape[0])])
+        f0 = self.track(wave).to(self.device, torch.float32)
+        f0 = F.pad(f0[None], (0, max(0, num_frames - len(f0))), mode="replicate")[0, :num_frames]
         near = 2.0 ** (AT_EDGE_CENTS / 1200.0)
         found = torch.stack([f0 > 0, (f0 > 0) & (f0 <= self.f0_min * near), f0 >= self.f0_max / near])
         self.counts += (found & sounding).sum(dim=1)
@@ -327,7 +326,7 @@ def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
 def load_network(make: Callable[[], Network], key: str, name: str, method: str, title: str) -> Network:
     """The network of a method, with the weights that the recipe names under `key`, in float32.
 
-    Raises FileNotFoundError when they cannot be had, ValueError when they are not those of `title`.
+    Raises StageError when they cannot be had, ValueError when they are not those of `title`.
     """
     path = find_weights(key, name, method)
     tensors = {key: t.float() if t.is_floating_point() else t for key, t in read_tensors(path).items()}
