@@ -27,7 +27,7 @@ from rvc_dist.files import ForeignFileError, atomic_write, write_json
 from rvc_dist.schema import Count, Positive, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.made_up import CONTENT_WIDTH, made_up_pitch
-from rvc_dist.tools.measuring import PARTS, MeasuredRun, Span
+from rvc_dist.tools.measuring import PARTS, MeasuredRun, Span, gradient_bytes
 from rvc_dist.tools.tables import console, say
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
@@ -71,11 +71,9 @@ def run(recipe: Recipe, shard: Shard) -> None:
     if shard.is_first:
         bench.prepare()
         load_results(results_file)  # a damaged file is an error before anything is measured
-    recipe = bench.recipe()
-    result = parity.measure(recipe, shard.count) if config.parity else measured_result(recipe)
+    result = bench.measured()
     if not shard.is_first:
         return
-    result["key"]["data"] = bench.data
     try:
         results = store(results_file, result)
     except OSError as error:
@@ -107,6 +105,13 @@ class Bench:
         wait_for("the clips of the demo voice", self._is_cut)
         # Every clip counts, and speed does not depend on which ones are left out.
         return replace(recipe, data=replace(recipe.data, holdout=0.0))
+
+    def measured(self) -> dict[str, Any]:
+        """The benchmark, or the comparison if that is asked for: plain data, the same on all ranks."""
+        recipe = self.recipe()
+        result = parity.measure(recipe, self._shard.count) if recipe.bench.parity else measured_result(recipe)
+        result["key"]["data"] = self.data
+        return result
 
     def prepare(self) -> None:
         """Links to the run's features, or else clips of the demo voice.
@@ -200,10 +205,10 @@ def measured_result(recipe: Recipe) -> dict[str, Any]:
     run = MeasuredRun(recipe)
     ranks = gather_object([_measure(run, recipe.bench)])
     key, machine = run.key(), run.machine()
-    weights = {name: list(network.module.parameters()) for name, network in run.step.networks.items()}
+    modules = {name: network.module for name, network in run.step.networks.items()}
     summary = summarise(ranks, run.device.type == "cuda", key["precision"])
-    summary["parameters"] = {name: sum(p.numel() for p in ps) for name, ps in weights.items()}
-    summary["gradient_bytes"] = {name: sum(p.nbytes for p in ps if p.requires_grad) for name, ps in weights.items()}
+    summary["parameters"] = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    summary["gradient_bytes"] = {name: gradient_bytes(module) for name, module in modules.items()}
     return {"key": key, "machine": machine, "summary": summary, "ranks": ranks}
 
 

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from rvc_dist import __version__
@@ -331,14 +330,18 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device).to(dtype) for _ in range(2))
     # On a GPU a product takes microseconds: many of them, so that launching and waiting do not count.
     products = 100 if device.type == "cuda" else 1
-    rates = []
+    spans = []
     for _ in range(1 + PEAK_REPEATS):
         with stopwatch(device) as span:
             for _ in range(products):
                 torch.mm(a, b)
-        seconds = span.wall_s if device.type == "cuda" else span.cpu_s
-        rates.append(products * 2 * prod(a.shape) * PEAK_SIZE / max(seconds, 1e-9))
-    return statistics.median(rates[1:])
+        spans.append(span)
+    seconds = statistics.median(span.wall_s if device.type == "cuda" else span.cpu_s for span in spans[1:])
+    return products * 2 * PEAK_SIZE**3 / max(seconds, 1e-9)
+
+
+def gradient_bytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def cpu_model() -> str:

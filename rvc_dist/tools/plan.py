@@ -298,22 +298,19 @@ def measure_now(recipe: Recipe) -> None:
     Raises:
         StageError: it cannot be done; the message says what to set instead.
     """
+    options = replace(recipe.bench, warmup_steps=WARMUP_STEPS, steps=STEPS, plain=False, parity=False)
+    stage = bench.Bench(replace(recipe, bench=options), Shard())
     logger.info(
-        "plan: no benchmark of this recipe in %s: measuring %d steps on this machine (plan.step_s or "
-        "plan.device_tflop_s spare that)",
-        Path(recipe.run_dir) / "bench",
-        STEPS,
+        f"plan: no benchmark of this recipe in {stage.folder}: measuring {STEPS} steps on this machine (plan.step_s or "
+        "plan.device_tflop_s spare that)"
     )
-    short = replace(recipe, bench=replace(recipe.bench, warmup_steps=WARMUP_STEPS, steps=STEPS, plain=False))
     try:
-        stage = bench.Bench(short, Shard())
         stage.prepare()
-        result = bench.measured_result(stage.recipe())
+        result = stage.measured()
     except StageError as error:
         raise StageError(
             f"{error}\nplan: a step cannot be measured here;", "set plan.step_s or plan.device_tflop_s"
         ) from error
-    result["key"]["data"] = stage.data
     bench.store(stage.folder / "results.json", result)
 
 

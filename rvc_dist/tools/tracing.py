@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -83,10 +83,6 @@ def trace(recipe: Recipe, content_channels: int, num_speakers: int, frames: int)
     finally:
         spectral.forget_constants()  # the fake ones
     return TracedStep(frames, weights, gradients, state, peak, flops, slope)
-
-
-def gradient_bytes(module: nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def tensor_bytes(tree: Any) -> int:
