@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from rvc_dist.files import ForeignFileError, atomic_write, write_json
 from rvc_dist.schema import Count, Positive, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.made_up import CONTENT_WIDTH, made_up_pitch
-from rvc_dist.tools.measuring import PARTS, MeasuredRun, Span, gradient_bytes
+from rvc_dist.tools.measuring import MADE_UP, PARTS, MeasuredRun, Span, gradient_bytes
 from rvc_dist.tools.tables import console, say
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
@@ -47,8 +46,6 @@ PARITY_FILE = "parity.json"
 FORMAT = 1
 """Of results.json and parity.json."""
 CLIP_S = 3.0
-NUM_GLOBAL_BATCHES = 4
-"""An epoch of the demo voice has at least so many."""
 
 
 def run(recipe: Recipe, shard: Shard) -> None:
@@ -140,21 +137,12 @@ class Bench:
         return (all(f.is_file() for f in files) and read_json(files[0]) == self._report()) or None
 
     def _report(self) -> dict[str, Any]:
-        """What the clips of the demo voice depend on. As few units as give whole global batches."""
-        train, rate = self._recipe.train, self._recipe.data.sample_rate
-        global_batch = train.batch_size * train.grad_accum_steps * self._shard.count
-        per_unit = len(_windows())
-        step = global_batch // math.gcd(global_batch, per_unit)  # so many units are whole global batches
-        units = step * -(-NUM_GLOBAL_BATCHES * global_batch // (per_unit * step))
-        width = CONTENT_WIDTH[self._recipe.model.version]
-        made_of = {"stamp": fingerprint("bench", rate, width, CLIP_S), "units": units}
-        return made_of | {"settings": {}, "clips": made_of["stamp"], "content_frames": 0}  # as extract's report
+        """As extract's; the clips of the demo voice depend on the rate and the width of the content."""
+        stamp = fingerprint("bench", self._recipe.data.sample_rate, CONTENT_WIDTH[self._recipe.model.version], CLIP_S)
+        return {"stamp": stamp, "settings": {}, "clips": stamp, "content_frames": 0}
 
     def _cut(self) -> None:
-        """Write what preprocess and extract would: clips of 3 s, with made-up content and pitch.
-
-        All units after the first are links to it: a large global batch needs many clips, but no different ones.
-        """
+        """Write what preprocess and extract would: a unit of clips of 3 s, with made-up content and pitch."""
         rate, width = self._recipe.data.sample_rate, CONTENT_WIDTH[self._recipe.model.version]
         report, rng = self._report(), np.random.default_rng(0)
         num_f0 = round(CLIP_S * F0_PER_S)
@@ -169,18 +157,15 @@ class Bench:
             content = rng.standard_normal((num_f0 // 2, width), dtype=np.float32)
             features.append((number, content, made_up_pitch(num_f0)))
         header = {"stamp": report["stamp"], "sample_rate": rate, "clips": clips}
-        embedder = {"name": "random", "width": width, "hash": report["stamp"]}
+        embedder = {"name": MADE_UP, "width": width, "hash": report["stamp"]}
         packed = pack_unit(header, [len(wave) for wave in waves], features, embedder, report["stamp"])
         self.work.features_report_file.unlink(missing_ok=True)
         save_arrays(self.work.clips_file(0), {f"{i:05d}": wave for i, wave in enumerate(waves)}, header)
         save_arrays(self.work.features_file(0), *packed)
-        for unit in range(1, report["units"]):
-            for path in (self.work.clips_file, self.work.features_file):
-                _link(path(unit), path(0))
         for folder in (self.work.clips_dir, self.work.features_dir):
-            remove_leftovers(folder, report["units"])
+            remove_leftovers(folder, 1)
         write_json(self.work.features_report_file, report)
-        logger.info("%d clips of the demo voice in %s", len(clips) * report["units"], self.work.root)
+        logger.info("%d clips of the demo voice in %s", len(clips), self.work.root)
 
 
 def _windows() -> list[tuple[Path, float]]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ from rvc_dist.workspace import StageError, Workspace
 
 PARTS = ("data", "g_forward", "d_step", "g_step")
 """Of a step, in their order; all but the first are the trainer's."""
+MADE_UP = "random"
+"""The embedder of clips that are there for measuring alone: an epoch repeats them."""
+NUM_GLOBAL_BATCHES = 4
+"""Of such an epoch, at least."""
 PEAK_SIZE = 2048
 """Rows and columns of the matrices whose product is the measure of what a device can do."""
 PEAK_REPEATS = 5
@@ -139,6 +144,10 @@ class MeasuredRun:
         self.table = setup.load_clips(recipe, self.work)
         self.accelerator = accelerator = make_accelerator(self.config)
         self.device, self.num_ranks = accelerator.device, int(accelerator.num_processes)
+        if self.table.embedder["name"] == MADE_UP:  # a large global batch needs many clips, but no different ones
+            clips, whole = self.table.train, self.config.batch_size * self.config.grad_accum_steps * self.num_ranks
+            num_batches = max(NUM_GLOBAL_BATCHES, -(-len(clips) // whole))
+            self.table = replace(self.table, train=tuple(islice(cycle(clips), num_batches * whole)))
         if accelerator.is_main_process:
             setup.report_holdout(recipe, self.table)
         origin, _ = setup.find_origin(recipe, accelerator, self.work, self.table)
