@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, verified before they are used; pretrained weights.
+"""Checkpoints: saved whole or not at all, verified before they are used.
 
 A checkpoint is a directory of safetensors and JSON files, written beside its final name and renamed. `manifest.json`,
 written last, lists every file's size and SHA-256. Nothing is pickled.
@@ -20,18 +20,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, space
-from rvc_dist.models.state_dict import from_upstream
-from rvc_dist.models.torch_file import load_pth, weights
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.schema import MAX_JSON_BYTES, Count, FileName, Positive, SpeakerId, Word, check, parse_json, record
 from rvc_dist.train.optimizers import OptimizerState
@@ -450,97 +448,3 @@ def load(path: Path) -> Checkpoint:
         trained_speakers=tuple(state.get("trained_speakers", ())),
         data=state.get("data", {}),
     )
-
-
-def load_pretrained(path: Path, state: Mapping[str, Tensor], module: nn.Module, key: str) -> None:
-    """Fill `module` with `state`, which `read_pretrained` found in `path`.
-
-    Raises:
-        StageError: keys or shapes do not fit, all of them listed.
-    """
-    wanted = module.state_dict()
-    problems = [f"{k}: missing" for k in wanted if k not in state]
-    problems += [f"{k}: not part of this network" for k in state if k not in wanted]
-    problems += [
-        f"{k}: {list(v.shape)}, this network has {list(wanted[k].shape)}"
-        for k, v in state.items()
-        if k in wanted and v.shape != wanted[k].shape
-    ]
-    if problems:
-        shown = "".join(f"\n  {p}" for p in problems[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise StageError(
-            f"{key}: {path} does not fit this recipe's network (version, sample rate, pitch guidance, widths and the "
-            f"encoder's width must be those it was trained with):{shown}{more}"
-        )
-    module.load_state_dict({k: v.float() for k, v in state.items()})
-    logger.info("%s: %s", key, path)
-
-
-class Pretrained(NamedTuple):
-    """The contents of a `G_*.pth` or `D_*.pth`."""
-
-    state: dict[str, Tensor]
-    """In this package's spelling of weight norm."""
-    embedder: EmbedderId | None
-    """The content encoder that it was trained with, where the file says so: those of RVC do not."""
-
-
-def read_pretrained(path: Path, key: str) -> Pretrained:
-    """Read the weights of another tool.
-
-    Raises:
-        StageError: no such file, or not one that holds weights alone.
-    """
-    try:
-        data = load_pth(path)
-    except FileNotFoundError as error:
-        raise StageError(f"{key}: {path} does not exist") from error
-    except ForeignFileError as error:
-        raise StageError(f"{key}: {path} is not a file of plain weights ({error})") from error
-    state = data.get("model", data.get("weight", data)) if isinstance(data, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise StageError(f"{key}: {path} holds no state dict;", "expected a dict with `model`, as G_*.pth and D_*.pth")
-    if "weight" in data and "config" in data and not any(str(k).startswith("enc_q.") for k in state):
-        kind = key[-1].upper()
-        raise StageError(
-            f"{key}: {path} is a voice file, made to convert with: it has no "
-            f"{'posterior encoder (enc_q)' if kind == 'G' else 'discriminator'}, which training needs;",
-            f"give the {kind}_*.pth of the training that it came from, or pretrained weights such as f0{kind}48k.pth",
-        )
-    try:
-        network = from_upstream(weights(state))
-    except ForeignFileError as error:
-        raise StageError(f"{key}: {path} cannot be trained on from: {error};", "give another file") from error
-    try:
-        return Pretrained(network, EmbedderId.from_voice(data))
-    except ValueError as error:
-        raise StageError(f"{key}: {path} does not say what it was trained with: {error}") from error
-
-
-def check_embedder(path: Path, trained_with: EmbedderId | None, features: EmbedderId, key: str) -> None:
-    """Make sure that the weights in `path` know the content features that they are to go on with.
-
-    Raises:
-        StageError: they were trained with another content encoder or another mix of its layers.
-    """
-    if trained_with is None:
-        if features.name != "contentvec":
-            logger.warning(
-                f"{key}: {path} does not say which content encoder it was trained with; those of RVC were trained with "
-                f"contentvec, and the features are of {features}"
-            )
-        return
-    agrees = features.agrees_with(trained_with)
-    if agrees is None:
-        logger.warning(
-            f"{key}: {path} was trained with {trained_with}, the features are of {features}: whether these are the "
-            "same cannot be told, since the file has no hash of the encoder's weights. If they are not, use other "
-            "weights or extract again"
-        )
-    elif not agrees:
-        raise StageError(
-            f"{key}: {path} was trained with {trained_with}, the features are of {features}.",
-            "Run `rvc-dist extract` with that encoder (extract.embedder_model and extract.embedder_mix), or leave "
-            f"{key} out",
-        )

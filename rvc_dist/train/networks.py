@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from rvc_dist.config import Recipe
 from rvc_dist.features.identity import EmbedderId
+from rvc_dist.files import ForeignFileError
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
 from rvc_dist.models.encoders import Transformer
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import ResBlock, WaveNet
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.train import checkpoint, memory
+from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.models.torch_file import load_pth, weights
+from rvc_dist.train import memory
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import StageError
 
@@ -44,20 +47,16 @@ def build(
     """
     config = recipe.train
     pretrained = {
-        name: checkpoint.read_pretrained(Path(file), f"train.{key}")
+        name: Pretrained.read(Path(file), f"train.{key}")
         for name, key in PRETRAINED.items()
         if (file := getattr(config, key)) is not None and resumed is None
     }
-    states = {name: file.state for name, file in pretrained.items()}
-    if "generator" in pretrained:
-        features = EmbedderId.from_features(table.embedder)
-        checkpoint.check_embedder(
-            Path(str(config.pretrained_g)), pretrained["generator"].embedder, features, "train.pretrained_g"
-        )
-    if resumed is None:
-        num_speakers = _num_speakers(table, config.pretrained_g, states.get("generator"))
-    else:
-        num_speakers = max(table.num_speakers, resumed["generator.num_speakers"])
+    num_speakers = table.num_speakers
+    if resumed is not None:
+        num_speakers = max(num_speakers, resumed["generator.num_speakers"])
+    elif "generator" in pretrained:  # one row a speaker, as many as it has
+        pretrained["generator"].check_embedder(EmbedderId.from_features(table.embedder))
+        num_speakers = pretrained["generator"].num_speakers(num_speakers)
     shape = GeneratorShape.from_recipe(recipe, table.content_channels, num_speakers)
     torch.manual_seed(config.seed)
     modules: dict[str, nn.Module] = {
@@ -65,29 +64,13 @@ def build(
         "discriminator": MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
     }
     for name, module in modules.items():
-        key = PRETRAINED[name]
         if config.activation_checkpointing:
             memory.apply_activation_checkpointing(module, RECOMPUTED)
-        if name in states:
-            checkpoint.load_pretrained(Path(getattr(config, key)), states[name], module, f"train.{key}")
+        if name in pretrained:
+            pretrained[name].fill(module)
         elif resumed is None:
-            logger.info("train.%s is not set: these weights start from random numbers", key)
+            logger.info(f"train.{PRETRAINED[name]} is not set: these weights start from random numbers")
     return shape, modules
-
-
-def _num_speakers(table: ClipTable, file: str | None, state: Mapping[str, Tensor] | None) -> int:
-    """One row a speaker; with a pretrained generator's `state`, as many as it has."""
-    if state is None:
-        return table.num_speakers
-    if "emb_g.weight" not in state or state["emb_g.weight"].ndim != 2:
-        raise StageError(f"train.pretrained_g: {file} holds no generator (no emb_g.weight)")
-    rows = state["emb_g.weight"].shape[0]
-    if rows < table.num_speakers:
-        raise StageError(
-            f"train.pretrained_g: {file} has {rows} speakers, the dataset's highest speaker id is "
-            f"{table.num_speakers - 1}"
-        )
-    return rows
 
 
 def identity(recipe: Recipe, shape: GeneratorShape, table: ClipTable) -> dict[str, Any]:
@@ -100,3 +83,115 @@ def identity(recipe: Recipe, shape: GeneratorShape, table: ClipTable) -> dict[st
     }
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The contents of a `G_*.pth` or `D_*.pth`: weights that a run begins with."""
+
+    where: str
+    """The recipe's key and the file, for messages."""
+    state: dict[str, Tensor]
+    """In this package's spelling of weight norm."""
+    embedder: EmbedderId | None
+    """The content encoder that it was trained with, where the file says so: those of RVC do not."""
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> Pretrained:
+        """Read the weights that the recipe names in `key`.
+
+        Raises:
+            StageError: no such file, or not one that holds weights alone.
+        """
+        where = f"{key}: {path}"
+        try:
+            data = load_pth(path)
+        except FileNotFoundError as error:
+            raise StageError(f"{where} does not exist") from error
+        except ForeignFileError as error:
+            raise StageError(f"{where} is not a file of plain weights ({error})") from error
+        state = data.get("model", data.get("weight", data)) if isinstance(data, dict) else None
+        if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+            raise StageError(f"{where} holds no state dict;", "expected a dict with `model`, as G_*.pth and D_*.pth")
+        if "weight" in data and "config" in data and not any(str(k).startswith("enc_q.") for k in state):
+            kind = key[-1].upper()
+            raise StageError(
+                f"{where} is a voice file, made to convert with: it has no "
+                f"{'posterior encoder (enc_q)' if kind == 'G' else 'discriminator'}, which training needs;",
+                f"give the {kind}_*.pth of the training that it came from, or pretrained weights such as "
+                f"f0{kind}48k.pth",
+            )
+        try:
+            network = from_upstream(weights(state))
+        except ForeignFileError as error:
+            raise StageError(f"{where} cannot be trained on from: {error};", "give another file") from error
+        try:
+            return cls(where, network, EmbedderId.from_voice(data))
+        except ValueError as error:
+            raise StageError(f"{where} does not say what it was trained with: {error}") from error
+
+    def num_speakers(self, wanted: int) -> int:
+        """The speakers that this generator has: at least as many as are `wanted`.
+
+        Raises:
+            StageError: it has fewer, or it is no generator.
+        """
+        table = self.state.get("emb_g.weight")
+        if table is None or table.ndim != 2:
+            raise StageError(f"{self.where} holds no generator (no emb_g.weight)")
+        if len(table) < wanted:
+            raise StageError(
+                f"{self.where} has {len(table)} speakers, the dataset's highest speaker id is {wanted - 1}"
+            )
+        return len(table)
+
+    def check_embedder(self, features: EmbedderId) -> None:
+        """Make sure that these weights know the content features that they are to go on with.
+
+        Raises:
+            StageError: they were trained with another content encoder or another mix of its layers.
+        """
+        if self.embedder is None:
+            if features.name != "contentvec":
+                logger.warning(
+                    f"{self.where} does not say which content encoder it was trained with; those of RVC were trained "
+                    f"with contentvec, and the features are of {features}"
+                )
+            return
+        agrees = features.agrees_with(self.embedder)
+        if agrees is None:
+            logger.warning(
+                f"{self.where} was trained with {self.embedder}, the features are of {features}: whether these are "
+                "the same cannot be told, since the file has no hash of the encoder's weights. If they are not, use "
+                "other weights or extract again"
+            )
+        elif not agrees:
+            raise StageError(
+                f"{self.where} was trained with {self.embedder}, the features are of {features}.",
+                "Run `rvc-dist extract` with that encoder (extract.embedder_model and extract.embedder_mix), or leave "
+                f"{self.where.partition(':')[0]} out",
+            )
+
+    def fill(self, module: nn.Module) -> None:
+        """Give `module` these weights.
+
+        Raises:
+            StageError: keys or shapes do not fit, all of them listed.
+        """
+        wanted = module.state_dict()
+        problems = [f"{k}: missing" for k in wanted if k not in self.state]
+        problems += [f"{k}: not part of this network" for k in self.state if k not in wanted]
+        problems += [
+            f"{k}: {list(v.shape)}, this network has {list(wanted[k].shape)}"
+            for k, v in self.state.items()
+            if k in wanted and v.shape != wanted[k].shape
+        ]
+        if problems:
+            shown = "".join(f"\n  {p}" for p in problems[:20])
+            more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise StageError(
+                f"{self.where} does not fit this recipe's network (version, sample rate, pitch guidance, widths and "
+                f"the encoder's width must be those it was trained with):{shown}{more}"
+            )
+        module.load_state_dict({k: v.float() for k, v in self.state.items()})
+        logger.info(self.where)

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.train import checkpoint
+from rvc_dist.train.networks import Pretrained
 from rvc_dist.train.optimizers import AnyPrecisionAdamW, OptimizerState, load_optimizer_state, optimizer_state
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import StageError
@@ -310,18 +311,18 @@ def test_pretrained_weights_load_in_both_spellings(tmp_path, spelling):
     torch.save({"model": spelling(net.state_dict()), "iteration": 1, "learning_rate": 1e-4}, file)
     torch.manual_seed(9)
     fresh = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Linear(4, 1))
-    read = checkpoint.read_pretrained(file, "train.pretrained_g")
+    read = Pretrained.read(file, "train.pretrained_g")
     assert read.embedder is None
-    checkpoint.load_pretrained(file, read.state, fresh, "train.pretrained_g")
+    read.fill(fresh)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), fresh.parameters(), strict=True))
 
 
 def test_pretrained_weights_that_do_not_fit_are_listed(tmp_path):
     file = tmp_path / "G.pth"
     torch.save({"model": {"0.weight": torch.zeros(5, 3), "other": torch.zeros(1)}}, file)
-    state = checkpoint.read_pretrained(file, "train.pretrained_g").state
+    read = Pretrained.read(file, "train.pretrained_g")
     with pytest.raises(StageError) as caught:
-        checkpoint.load_pretrained(file, state, nn.Sequential(nn.Linear(3, 4)), "train.pretrained_g")
+        read.fill(nn.Sequential(nn.Linear(3, 4)))
     message = str(caught.value)
     assert "0.weight: [5, 3], this network has [4, 3]" in message
     assert "0.bias: missing" in message
@@ -334,7 +335,7 @@ def test_pretrained_weights_of_another_encoder_are_refused_or_warned_of(tmp_path
     def check(features: EmbedderId, **fields: object) -> str:
         torch.save({"model": {"x": torch.zeros(1)}} | fields, file)
         caplog.clear()
-        checkpoint.check_embedder(file, checkpoint.read_pretrained(file, key).embedder, features, key)
+        Pretrained.read(file, key).check_embedder(features)
         return caplog.text
 
     spin = EmbedderId("spin", "aa")
@@ -367,24 +368,24 @@ def test_what_is_no_weights_file_is_named(tmp_path, content):
     file = tmp_path / "G.pth"
     file.write_bytes(content)
     with pytest.raises(StageError, match="not a file of plain weights"):
-        checkpoint.read_pretrained(file, "train.pretrained_g")
+        Pretrained.read(file, "train.pretrained_g")
 
 
 def test_pickled_code_is_never_run(tmp_path, capsys):
     file = tmp_path / "G.pth"
     torch.save({"model": Evil()}, file)
     with pytest.raises(StageError, match="not a file of plain weights"):
-        checkpoint.read_pretrained(file, "train.pretrained_g")
+        Pretrained.read(file, "train.pretrained_g")
     assert "unpickled" not in capsys.readouterr().out
 
 
 def test_missing_and_empty_pretrained_files_are_named(tmp_path):
     with pytest.raises(StageError, match="does not exist"):
-        checkpoint.read_pretrained(tmp_path / "none.pth", "train.pretrained_g")
+        Pretrained.read(tmp_path / "none.pth", "train.pretrained_g")
     file = tmp_path / "list.pth"
     torch.save([1, 2], file)
     with pytest.raises(StageError, match="holds no state dict"):
-        checkpoint.read_pretrained(file, "train.pretrained_g")
+        Pretrained.read(file, "train.pretrained_g")
 
 
 def test_numbers_that_are_not_finite_are_named_with_file_and_tensor(tmp_path):
@@ -393,7 +394,7 @@ def test_numbers_that_are_not_finite_are_named_with_file_and_tensor(tmp_path):
     with pytest.raises(
         StageError, match=r"pretrained_g: .*G\.pth cannot be trained on from: its tensor b\.weight_v holds"
     ):
-        checkpoint.read_pretrained(file, "train.pretrained_g")
+        Pretrained.read(file, "train.pretrained_g")
 
 
 @pytest.mark.parametrize(("name", "lacks"), [("g", r"posterior encoder \(enc_q\)"), ("d", "discriminator")])
@@ -403,7 +404,7 @@ def test_a_voice_file_is_no_pretrained_one_unless_it_has_what_training_needs(tmp
     torch.save(voice, file)
     letter = name.upper()
     with pytest.raises(StageError, match=rf"{key}: .*v\.pth is a voice file.* no {lacks}.* give the {letter}_\*\.pth"):
-        checkpoint.read_pretrained(file, key)
+        Pretrained.read(file, key)
     voice["weight"]["enc_q.pre.bias"] = torch.ones(1)
     torch.save(voice, file)
-    assert "enc_q.pre.bias" in checkpoint.read_pretrained(file, key).state
+    assert "enc_q.pre.bias" in Pretrained.read(file, key).state
