@@ -839,8 +839,8 @@ def read_beats(folder: Path) -> int:
     watching = watchdog.Watch(workspace.Workspace(folder, "tiny"))
     watching._num_ranks = 3
     watching._others = watching._beats(watching._beats({}))
-    watching._tell(3, 100.0, 1.0, list(watching._others.values())[:1])
-    watching._tell(3, 100.0, 1.0, [])
+    for silent in list(watching._others.values())[:1], []:
+        assert watching._waited_for(silent)
     watching._end(list(watching._others.values()))
     return 0
 
