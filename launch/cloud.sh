@@ -96,8 +96,8 @@ if [[ -n ${SAVE:-} ]]; then
 import sys
 from pathlib import Path
 from rvc_dist.train import checkpoint
-for path in checkpoint.all_in(Path(sys.argv[1])):
-    if problems := checkpoint.damage(path):
+for path in checkpoint.list_checkpoints(Path(sys.argv[1])):
+    if problems := checkpoint.find_corruption(path):
         print(f"cloud.sh: {path} is not whole and is passed over: {'; '.join(problems)}", file=sys.stderr)
         checkpoint.discard(path)
 PYTHON

@@ -310,10 +310,10 @@ def test_the_first_job_of_a_chain_says_what_a_later_one_would_miss(stand_in, tmp
     assert "rvc-dist run: nothing was begun, since the run would fail later for want of 1 thing(s):" in output
     assert "train.pretrained_g: " in output
     assert "begins" not in output
-    stand_in("python", 'echo "looks: $*"')
+    stand_in("python", 'echo "looks: $*"')  # in bin/, as of an environment
     looked = f"looks: -m rvc_dist run --config {file} --look-ahead\n"
     for asked, output in (("yes", looked), ("", "")):
-        begun = bash(f"bash slurm/preprocess.sbatch {file}", LOOK_AHEAD=asked, **job | {"VENV": ""})
+        begun = bash(f"bash slurm/preprocess.sbatch {file}", LOOK_AHEAD=asked, **job | {"VENV": tmp_path})
         assert begun == f"{output}begins: --shard 1/2\n"
 
 
