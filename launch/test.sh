@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest -n logical --dist loadgroup "$@" # how tests share the cores: tests/conftest.py
+exec python -m pytest -n logical "$@" # how tests share the cores: tests/conftest.py

@@ -1,8 +1,8 @@
 """One CPU thread, and how tests share the cores when pytest-xdist runs them on several (`pytest -n 2`).
 
-The tests of one file that start ranks run in one worker, one after the other: they share what their module's fixtures
-made. Those of the files in `WATCHES` wait for limits of seconds, and never run beside each other. While a test marked
-`alone` runs, every other worker waits.
+The tests of one file run in one worker, one after the other: they share what their module's fixtures made. Those of
+the files in `WATCHES` wait for limits of seconds, and never run beside each other. While a test marked `alone` runs,
+every other worker waits.
 """
 
 import fcntl
@@ -16,17 +16,21 @@ import torch
 torch.set_num_threads(1)  # the networks are so small that waiting for a second thread costs more than it gives
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
 
-GROUPED = ("distributed", "slurm", "root", "gpu", "slow")
 WATCHES = {"test_doctor", "test_faults", "test_netns", "test_run_lock", "test_slurm", "test_watchdog"}
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups next
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if any(item.get_closest_marker(name) for name in GROUPED):
-                name = item.path.stem
-                item.add_marker(pytest.mark.xdist_group("watches" if name in WATCHES else name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Not by marks of pytest-xdist (loadgroup): pytest 9.2 does not pass them on."""
+
+    from xdist.scheduler import LoadScopeScheduling  # where pytest runs in one process, nobody needs it
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.partition("::")[0]).stem
+            return "watches" if name in WATCHES else name
+
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
