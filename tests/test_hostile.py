@@ -17,7 +17,9 @@ MOST_BYTES = 1e9
 """Of a process in which the libraries of several stages are loaded; a healthy conversion alone takes 0.9."""
 FEW = tuple(kind for kind in KINDS if kind != "encoder")
 GROUPS = (
-    ("voice", "pretrained", "weights", "features", "index"),
+    ("voice",),
+    ("pretrained", "weights"),
+    ("features", "index"),
     ("npy", "import"),
     ("run", "recipe", "lock", "beat", "results"),
     ("encoder",),
