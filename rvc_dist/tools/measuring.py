@@ -198,9 +198,7 @@ class MeasuredRun:
         self.progress = replace(self.progress, bad_streak=streak)
         if too_many:
             bad_steps.checkpoint_from_before(self.accelerator, self.work.checkpoints_dir, {}, self.progress, most)
-        frames = batches[0].mean_frames * self.num_ranks
-        audio_s = frames * self.recipe.rate_spec.hop / self.recipe.data.sample_rate
-        return Sample(span, audio_s, self.timer.take(), self.meter.read(self.accelerator))
+        return Sample(span, self.loader.audio_s(batches), self.timer.take(), self.meter.read(self.accelerator))
 
     def train_step(self, batches: list[Batch]) -> StepResult:
         """As the trainer takes it at this place of the run."""

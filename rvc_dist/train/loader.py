@@ -49,8 +49,8 @@ class StepLoader:
         self, recipe: Recipe, table: ClipTable, accelerator: Accelerator, heartbeat: Heartbeat, progress: Progress
     ) -> None:
         config, self.device, self.rank = recipe.train, accelerator.device, accelerator.process_index
-        self.heartbeat = heartbeat
-        sizes = (config.batch_size, accelerator.num_processes, self.rank, config.seed, config.grad_accum_steps)
+        self.recipe, self.num_ranks, self.heartbeat = recipe, int(accelerator.num_processes), heartbeat
+        sizes = (config.batch_size, self.num_ranks, self.rank, config.seed, config.grad_accum_steps)
         self.sampler = BucketBatchSampler([c.num_frames for c in table.train], *sizes)
         self.dataset = make_dataset(recipe, table, self.device)
         settings = loader_settings(config, self.device, isinstance(self.dataset, CachedClips))
@@ -71,6 +71,10 @@ class StepLoader:
         progress = progress.advanced(self.sampler.global_batch_size, epoch_ends=self.left_in_epoch == 0)
         self.left_in_epoch = self.left_in_epoch or self.sampler.steps_per_epoch
         return progress
+
+    def audio_s(self, batches: list[Batch]) -> float:
+        """Seconds of real clips in a step, over all ranks."""
+        return batches[0].mean_frames * self.num_ranks * self.recipe.rate_spec.hop / self.recipe.data.sample_rate
 
     def steps(self, progress: Progress) -> Generator[list[Batch], None, None]:
         """The micro-batches of each step after `progress`; when it is closed, the loader's processes end."""

@@ -123,7 +123,7 @@ class Trainer:
                     batches = next(steps)
                 self.train_step(batches)
                 self.progress = self.loader.advanced(self.progress)
-                audio_s += self.audio_s(batches)
+                audio_s += self.loader.audio_s(batches)
                 if is_logged:
                     with self.heartbeat.within("log"):
                         self.log(audio_s / (time.monotonic() - began_at), bar)
@@ -166,11 +166,6 @@ class Trainer:
             result = self.step(batches, kl_warmup(self.config, done))
         self.meter.update(result.values, result.good)
         self.recent.append(RecentStep(done.step + 1, [b.clips for b in batches], result.good, result.finite))
-
-    def audio_s(self, batches: list[Batch]) -> float:
-        """Seconds of real clips in a step, over all ranks."""
-        frames = batches[0].mean_frames * int(self.accelerator.num_processes)
-        return frames * self.recipe.rate_spec.hop / self.recipe.data.sample_rate
 
     def log(self, audio_s_per_s: float, bar: ProgressBar) -> None:
         """Read the meters (the host waits for the device here and nowhere else) and write them down.
