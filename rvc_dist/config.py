@@ -309,8 +309,8 @@ class TrainConfig:
     optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
     """The first three are built in; adamw_8bit needs bitsandbytes, the others pytorch-optimizer (extra: optim)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; parameters, losses and spectrograms stay float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the networks by autocast; parameters, losses and spectrograms stay float32. fp16: for GPUs without bf16."""
     fast_train: bool = False
     """TF32, cuDNN benchmark, allocator, compile and loader settings on every rank; changes no formula."""
     bf16_adamw: bool = False
@@ -355,8 +355,9 @@ class TrainConfig:
     """Seconds that a rank waits for the others before the run ends: more than the longest that one of them may take."""
 
     @property
-    def use_bf16(self) -> bool:
-        return self.precision == "bf16" or self.bf16_adamw
+    def autocast_precision(self) -> str:
+        """Of the networks: fp32, bf16 or fp16."""
+        return "bf16" if self.bf16_adamw else self.precision
 
     @property
     def optimizer_name(self) -> str:
@@ -499,8 +500,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield wrong("model.pitch_guidance", why)
     if model.num_heads and model.hidden_channels % model.num_heads:
         yield wrong("model.num_heads", f", expected a divisor of model.hidden_channels ({model.hidden_channels})")
-    if train.bf16_adamw and train.optimizer not in ("adamw", "anyprecision_adamw"):
-        yield wrong("train.optimizer", " with train.bf16_adamw, which chooses anyprecision_adamw; set only one")
+    fitting = {"optimizer": ("adamw", "anyprecision_adamw"), "precision": ("fp32", "bf16")}  # defaults and its choices
+    for name in (n for n, values in fitting.items() if train.bf16_adamw and getattr(train, n) not in values):
+        yield wrong(f"train.{name}", f" with train.bf16_adamw, which chooses {fitting[name][-1]}; set only one")
     if train.optimizer == "prodigy" and train.learning_rate < 0.1:
         why = " with prodigy, which finds the rate by itself and multiplies it by this; expected 1.0 or near it"
         yield wrong("train.learning_rate", why)

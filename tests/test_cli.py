@@ -105,7 +105,7 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
         (["train", "--trian.batch_size=3"], "unknown key trian.batch_size; did you mean train.batch_size?"),
         (["train", "--train.batch_size", "many"], "train.batch_size: got 'many', expected a whole number, at least 1"),
         (["train", "--train.batch_size", "0"], "train.batch_size: got 0, expected at least 1"),
-        (["train", "--train.precision", "fp16"], "train.precision: got 'fp16', expected one of fp32, bf16"),
+        (["train", "--train.precision", "fp8"], "train.precision: got 'fp8', expected one of fp32, bf16, fp16"),
         (["train", "--name", "ä" * 91], "expected at most 180 bytes"),
         (["train", "--name", "a/b"], "name: got 'a/b', expected a file name"),
         (["train", "--config", "/none/recipe.yaml"], "--config: /none/recipe.yaml does not exist"),

@@ -180,8 +180,10 @@ def test_all_problems_are_told_at_once() -> None:
 def test_two_settings_that_contradict_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.optimizer: got radam with train\.bf16_adamw"):
         build({"train.optimizer": "radam", "train.bf16_adamw": True})
+    with pytest.raises(ConfigError, match=r"train\.precision: got fp16 with train\.bf16_adamw"):
+        build({"train.precision": "fp16", "train.bf16_adamw": True})
     recipe = build({"train.bf16_adamw": True})
-    assert recipe.train.use_bf16
+    assert recipe.train.autocast_precision == "bf16"
     assert recipe.train.optimizer_name == "anyprecision_adamw"
 
 

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 ALLOCATOR_SETTINGS = "expandable_segments:True,max_split_size_mb:512"
 MIN_BF16_CAPABILITY = (8, 0)
 """Ampere: older GPUs emulate bf16, slower than float32, and have no TF32."""
+MIN_FP16_CAPABILITY = (7, 0)
+"""Volta: older GPUs have no tensor cores, and most compute fp16 slower than float32."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -37,7 +39,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
     `timeout_s` is how long it waits for other ranks, now and in every collective; by default train.timeout_s.
 
     Raises:
-        StageError: the launcher asked for another number of ranks than joined, or the hardware has no bf16.
+        StageError: the launcher asked for another number of ranks than joined, or the device lacks the precision.
     """
     check_launcher(config)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -69,8 +71,9 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
             f"the launcher asked for {wanted} ranks but {accelerator.num_processes} joined;",
             "on CPUs launch with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`",
         )
-    if config.use_bf16:
-        check_bf16(accelerator.device)
+    advice = check_precision(config.autocast_precision, accelerator.device)
+    if advice is not None and accelerator.is_main_process:
+        logger.warning("%s %s", *advice)
     if asks_for("DEEPSPEED"):
         fill_deepspeed_settings(accelerator, config)
     return accelerator
@@ -83,11 +86,10 @@ def check_launcher(config: TrainConfig) -> None:
         StageError: another precision than the recipe's, FSDP, or DeepSpeed where it does not work.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "bf16" if config.use_bf16 else "no"):
-        own = "bf16" if config.use_bf16 else "fp32"
+    if precision not in ("no", own := config.autocast_precision):
         raise StageError(
             f"the launcher's mixed_precision is {precision}, the recipe's train.precision {own}: the recipe decides;",
-            "say --mixed_precision no to the launcher (or in its file), or train.precision bf16 in the recipe",
+            f"say --mixed_precision no to the launcher (or in its file), or train.precision {precision} in the recipe",
         )
     if asks_for("FSDP"):
         raise StageError(
@@ -211,19 +213,31 @@ def check_same_settings(accelerator: Accelerator, more: Mapping[str, Any]) -> No
     logger.info("%d ranks: %s", accelerator.num_processes, ", ".join(f"{k} {v}" for k, v in every[0].items()))
 
 
-def check_bf16(device: torch.device) -> None:
-    """Refuse bf16 where the hardware only emulates it.
+def check_precision(precision: str, device: torch.device) -> tuple[str, str] | None:
+    """Refuse fp16 or bf16 where the hardware does not have it.
+
+    Returns:
+        Where it does, but another precision is better: what is the matter, and the remedy.
 
     Raises:
-        StageError: a CUDA device below compute capability 8.0.
+        StageError: a CUDA device below the compute capability that it needs.
     """
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < MIN_BF16_CAPABILITY:
+    if precision == "fp16" and device.type == "cpu":
+        return "train.precision: fp16 on a CPU is for tests, and slower than fp32;", "set fp32 or bf16"
+    if precision == "fp32" or device.type != "cuda":
+        return None
+    name, capability = device_name(device), torch.cuda.get_device_capability(device)
+    needed, family = {"bf16": (MIN_BF16_CAPABILITY, "Ampere"), "fp16": (MIN_FP16_CAPABILITY, "Volta")}[precision]
+    if capability < needed:
+        instead = "fp16" if capability >= MIN_FP16_CAPABILITY else "fp32"
         raise StageError(
-            f"train.precision: {device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]}; bf16 needs 8.0 (Ampere) or newer and is emulated, slower than float32, "
-            "below it.",
-            "Set train.precision fp32 and train.bf16_adamw false (configs/t4.yaml); train.fast_train still helps",
+            f"train.precision: {name} has compute capability {capability[0]}.{capability[1]}; {precision} needs "
+            f"{needed[0]}.{needed[1]} ({family}) or newer and is slower than float32 below it.",
+            f"Set train.precision {instead} and train.bf16_adamw false; train.fast_train still helps",
         )
+    if precision == "fp16" and capability >= MIN_BF16_CAPABILITY:
+        return f"train.precision: {name} has bf16, as fast as fp16 and without overflow;", "set bf16"
+    return None
 
 
 class StopSignal:

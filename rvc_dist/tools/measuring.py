@@ -37,7 +37,7 @@ from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.metrics import Meter, PhaseTimer
 from rvc_dist.train.optimizers import learning_rate
 from rvc_dist.train.progress import kl_warmup
-from rvc_dist.train.step import GanStep, StepResult
+from rvc_dist.train.step import PRECISIONS, GanStep, StepResult
 from rvc_dist.workspace import StageError, Workspace
 
 PARTS = ("data", "g_forward", "d_step", "g_step")
@@ -257,8 +257,9 @@ class MeasuredRun:
             rate, betas = network.optimizer.param_groups[0]["lr"], (optim.beta1, optim.beta2)
             optimizers.append(torch.optim.AdamW(copy.parameters(), rate, betas, optim.eps, optim.weight_decay))
         g, d = (self.accelerator.prepare_model(m) for m in (generator, PlainDiscriminator(discriminator)))
-        use_bf16 = self.config.use_bf16 and precision == "recipe"
-        return PlainTrainer(self.recipe, generator, g, d, (optimizers[0], optimizers[1]), use_bf16)
+        precision = self.config.autocast_precision if precision == "recipe" else precision
+        scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        return PlainTrainer(self.recipe, generator, g, d, (optimizers[0], optimizers[1]), precision, scaler)
 
     def plain_step(self, plain: PlainTrainer, batches: list[Batch]) -> dict[str, Tensor]:
         (batch,) = batches
@@ -283,8 +284,8 @@ class MeasuredRun:
 
     def peak_flops(self) -> dict[str, float]:
         """FLOP/s of a large matrix product, by precision: a second on CUDA, a CPU-second on a CPU."""
-        types = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if self.config.use_bf16 else {})
-        return {name: measured_peak(self.device, dtype) for name, dtype in types.items()}
+        names = dict.fromkeys(("fp32", self.config.autocast_precision))
+        return {name: measured_peak(self.device, PRECISIONS[name]) for name in names}
 
     def key(self) -> dict[str, Any]:
         """What tells one result from another; plain data."""
@@ -319,7 +320,7 @@ def recipe_key(recipe: Recipe) -> dict[str, Any]:
     return {
         "batch_size": config.batch_size,
         "grad_accum_steps": config.grad_accum_steps,
-        "precision": "bf16" if config.use_bf16 else "fp32",
+        "precision": config.autocast_precision,
         "optimizer": config.optimizer_name,
         "fast_train": config.fast_train,
         "compile": config.compile,

@@ -21,6 +21,7 @@ from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.train import losses
 from rvc_dist.train.dataset import Batch
+from rvc_dist.train.step import autocast
 
 Outputs = list[tuple[Tensor, list[Tensor]]]
 """Score and features of each sub-discriminator."""
@@ -60,7 +61,10 @@ class PlainTrainer(NamedTuple):
     d: nn.Module
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
     """Of G and of D."""
-    use_bf16: bool
+    precision: str
+    """fp32, bf16 or fp16."""
+    scaler: torch.amp.GradScaler
+    """One for both; on in fp16 alone."""
 
     def step(self, batch: Batch, kl_warmup: float) -> dict[str, Tensor]:
         """One update of D and one of G; the losses, named as the trainer names them."""
@@ -68,15 +72,15 @@ class PlainTrainer(NamedTuple):
         spec = spectrogram_with_reach(batch.wave_with_reach.squeeze(1), self.recipe.rate_spec.n_fft, shape.hop)
         pitch = (coarse_pitch(batch.f0), batch.f0) if shape.pitch_guidance else (None, None)
         noise = Noise.draw(shape, batch.seeds, batch.content.shape[1], device)
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.use_bf16)
-        with autocast:
+        in_step = autocast(device, self.precision)
+        with in_step:
             out: GeneratorOutput = self.g(batch.content, batch.lengths, *pitch, spec, batch.speaker, noise)
         real = slice_samples(batch.wave, out.start, shape.segment_frames, shape.hop)
-        with autocast:
+        with in_step:
             on_real, on_fake = self.d(real, out.wave.detach())
         loss_d = losses.discriminator_loss([s for s, _ in on_real], [s for s, _ in on_fake])
         self._update(self.optimizers[1], loss_d)
-        with autocast:
+        with in_step:
             on_real, on_fake = self.d(real, out.wave)
         pairs = [(r, f) for (_, rs), (_, fs) in zip(on_real, on_fake, strict=True) for r, f in zip(rs, fs, strict=True)]
         terms = {
@@ -90,10 +94,11 @@ class PlainTrainer(NamedTuple):
         values = {f"loss/g_{name}": term for name, term in terms.items()} | {"loss/g_total": total, "loss/d": loss_d}
         return {name: value.detach() for name, value in values.items()}
 
-    @staticmethod
-    def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(optimizer)
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        optimizer.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()

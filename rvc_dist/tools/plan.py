@@ -378,7 +378,7 @@ def show(plan: RunPlan) -> None:
     say(
         out,
         f"\n{model.version} {recipe.data.sample_rate} Hz, batch {train.batch_size}{micro}, "
-        f"{'bf16' if train.use_bf16 else 'fp32'}, {train.optimizer_name}; {len(table.train)} clips, {audio_h:.2f} h "
+        f"{train.autocast_precision}, {train.optimizer_name}; {len(table.train)} clips, {audio_h:.2f} h "
         f"({'about ' * plan.clips_from.startswith(ESTIMATE)}{len(table.holdout)} held out): {plan.clips_from}\n",
     )
     columns: dict[str, Callable[[Forecast], str]] = {

@@ -147,11 +147,10 @@ def _slowest(accelerator: Accelerator, seconds: float) -> float:
 
 def key(config: TrainConfig, device: torch.device, total_steps: int) -> dict[str, Any]:
     """What a choice depends on: with another device, torch, precision or plan it is made anew."""
-    precision = "bf16" if config.use_bf16 else "fp32"
     return {
         "device": device_name(device),
         "torch": torch.__version__,
-        "precision": precision,
+        "precision": config.autocast_precision,
         "batch_size": config.batch_size,
         "compile": config.compile,
         "fast_train": config.fast_train,

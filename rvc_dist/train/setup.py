@@ -165,7 +165,7 @@ def trained_module(
     compiled = compilation.compiled(module, device) if is_compiled else module
     optimizer = make_optimizer(config, module)
     if zero_stage(accelerator):
-        in_step = autocast(device, config.use_bf16)
+        in_step = autocast(device, config.autocast_precision)
         return ZeroNetwork.prepare(accelerator, module, compiled, optimizer, reducer, in_step)
     network = TrainedModule(module, compiled, accelerator.prepare_model(compiled), optimizer)
     reducer.attach(network.wrapped)

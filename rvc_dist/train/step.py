@@ -24,6 +24,8 @@ from rvc_dist.train.dataset import Batch
 from rvc_dist.train.ddp import TrainedModule, frozen
 from rvc_dist.train.metrics import PhaseTimer
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class StepResult(NamedTuple):
     """What came of a step; all of it stays on the device."""
@@ -126,7 +128,7 @@ class GanStep:
         return {name: loss(seen) for name, loss in losses.GENERATOR_LOSSES.items()}
 
     def _autocast(self) -> torch.autocast:
-        return autocast(self.device, self.config.use_bf16)
+        return autocast(self.device, self.config.autocast_precision)
 
     def set_learning_rate(self, rate: float) -> None:
         for network in self.networks.values():
@@ -152,9 +154,9 @@ class GanStep:
                 network.module.zero_grad(set_to_none=True)
 
 
-def autocast(device: torch.device, use_bf16: bool) -> torch.autocast:
-    """Parameters, losses and spectrograms stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Of the networks, in `precision` fp32, bf16 or fp16; parameters, losses and spectrograms stay float32."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def add_to(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -32,16 +33,33 @@ def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
     assert str({0: torch.__version__, 1: "1.0"}) in str(caught.value)
 
 
-@pytest.mark.parametrize(("capability", "allowed"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_bf16_is_refused_below_compute_capability_8(monkeypatch, capability, allowed):
+GTX_1080, TITAN_V, T4, A100, H100 = (6, 1), (7, 0), (7, 5), (8, 0), (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "outcome"),
+    [
+        ("bf16", GTX_1080, "bf16 needs 8.0 .* Set train.precision fp32"),
+        ("fp16", GTX_1080, "fp16 needs 7.0 .* Set train.precision fp32"),
+        ("bf16", TITAN_V, "bf16 needs 8.0 .* Set train.precision fp16"),
+        ("bf16", T4, r"Card has compute capability 7\.5; bf16 needs 8.0 .* Set train.precision fp16"),
+        ("fp16", A100, "advice: Card has bf16, as fast as fp16 .* set bf16"),
+        ("fp16", None, "advice: fp16 on a CPU is for tests, .* set fp32 or bf16"),
+        *[("bf16", fitting, "") for fitting in (A100, H100, None)],
+        *[("fp16", fitting, "") for fitting in (TITAN_V, T4)],
+        *[("fp32", fitting, "") for fitting in (GTX_1080, T4, H100, None)],
+    ],
+)
+def test_a_precision_is_refused_or_advised_against_by_the_hardware(monkeypatch, precision, capability, outcome):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    if allowed:
-        assert accelerator.check_bf16(torch.device("cuda", 0)) is None
-    else:
-        with pytest.raises(StageError, match=r"Tesla T4 has compute capability 7\.5"):
-            accelerator.check_bf16(torch.device("cuda", 0))
-    assert accelerator.check_bf16(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
+    device = torch.device("cuda", 0) if capability else torch.device("cpu")
+    try:
+        advice = accelerator.check_precision(precision, device)
+        found = " ".join(advice).replace("train.precision", "advice") if advice else ""
+    except StageError as refused:
+        found = str(refused)
+    assert re.search(outcome, found) if outcome else found == ""
 
 
 @pytest.mark.parametrize("kind", [StageError, ValueError])
@@ -186,9 +204,10 @@ def test_what_a_launcher_asks_for_in_vain_is_refused(monkeypatch, variable, valu
         accelerator.make_accelerator(TrainConfig(**train))
 
 
-def test_a_launcher_may_say_what_the_recipe_says(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    accelerator.check_launcher(TrainConfig(bf16_adamw=True))
+@pytest.mark.parametrize(("value", "train"), [("bf16", {"bf16_adamw": True}), ("fp16", {"precision": "fp16"})])
+def test_a_launcher_may_say_what_the_recipe_says(monkeypatch, value, train):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
+    accelerator.check_launcher(TrainConfig(**train))
 
 
 @pytest.mark.slow

@@ -405,14 +405,16 @@ def test_an_old_gpu_has_no_bf16(recipe, monkeypatch):
     result = examined(machine.check_precision, DoctorContext(with_train(recipe, bf16_adamw=True), gpu))
     problem = the_problem(result, Severity.ERROR)
     assert "Tesla T4 has compute capability 7.5" in problem.what
-    assert "train.precision fp32" in problem.remedy
-    assert result.facts["TF32"] == "no"
+    assert "train.precision fp16" in problem.remedy
+    assert (result.facts["fp16"], result.facts["TF32"]) == ("yes", "no")
     result = examined(machine.check_precision, DoctorContext(with_train(recipe, fast_train=True), gpu))
     assert result.problems == []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     result = examined(machine.check_precision, DoctorContext(with_train(recipe, bf16_adamw=True, fast_train=True), gpu))
     assert result.problems == []
     assert (result.facts["bf16"], result.facts["TF32"]) == ("yes", "used")
+    result = examined(machine.check_precision, DoctorContext(with_train(recipe, precision="fp16"), gpu))
+    assert "has bf16" in the_problem(result, Severity.WARNING).what
 
 
 # Disk and memory

@@ -14,7 +14,7 @@ from rvc_dist.data import clip_files, decode, sources
 from rvc_dist.features import feature_files
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import load_f0
-from rvc_dist.runtime.accelerator import check_bf16, check_launcher
+from rvc_dist.runtime.accelerator import check_launcher, check_precision
 from rvc_dist.tools.doctor.findings import Finding, Findings, Problem, Severity, Skipped, error, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.tools.made_up import CONTENT_WIDTH
@@ -135,8 +135,7 @@ def features_done(context: DoctorContext) -> bool:
 def check_start(context: DoctorContext) -> Findings:
     """Of a run alone: what training refuses at its start, and the recordings."""
     check_launcher(context.recipe.train)
-    if context.recipe.train.use_bf16:
-        check_bf16(context.group.device)
+    check_precision(context.recipe.train.autocast_precision, context.group.device)
     if not context.is_imported:
         _ = context.sources  # some
     yield from ()

@@ -20,7 +20,8 @@ from rvc_dist.choices import F0_METHODS, OPTIMIZERS
 from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.features import index_file
-from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, check_bf16, device_name
+from rvc_dist.runtime import accelerator
+from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
 from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.doctor.findings import Fact, Findings, error, first_line, ranks_text, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
@@ -184,15 +185,16 @@ def shared_placements(placements: Sequence[RankPlacement]) -> Findings:
 
 
 def check_precision(context: DoctorContext) -> Findings:
-    """What the recipe asks for can be had: bf16 and TF32 (which train.fast_train uses) need Ampere or newer."""
+    """What the recipe asks for can be had: bf16 and TF32 (of train.fast_train) on Ampere and newer, fp16 on Volta."""
     device, train = context.group.device, context.recipe.train
-    yield from same({"recipe": ("bf16" if train.use_bf16 else "fp32") + (", fast_train" if train.fast_train else "")})
-    if device.type != "cuda":
+    yield from same({"recipe": train.autocast_precision + (", fast_train" if train.fast_train else "")})
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        capable, half = capability >= MIN_BF16_CAPABILITY, capability >= MIN_FP16_CAPABILITY
+        tf32 = ("used" if train.fast_train else "off without train.fast_train") if capable else "no"
+        yield from same({"compute capability": ".".join(map(str, capability))})
+        yield from same({"bf16": "yes" if capable else "no", "fp16": "yes" if half else "no", "TF32": tf32})
+    else:
         yield from same({"bf16": "yes, on the CPU"})
-        return
-    capability = torch.cuda.get_device_capability(device)
-    capable, version = capability >= MIN_BF16_CAPABILITY, ".".join(map(str, capability))
-    tf32 = ("used" if train.fast_train else "off without train.fast_train") if capable else "no"
-    yield from same({"compute capability": version, "bf16": "yes" if capable else "no", "TF32": tf32})
-    if train.use_bf16:
-        check_bf16(device)
+    if advice := accelerator.check_precision(train.autocast_precision, device):
+        yield warning(*advice)
