@@ -349,8 +349,9 @@ class TrainConfig:
     """Steps in a row without finite gradients after which the run goes back to its last checkpoint, or stops."""
     log_every_steps: Positive = 10
     """Steps between log lines; only then does the host wait for the device."""
-    num_workers: Count = 1
-    """Loader processes a rank; 0 loads in the training process."""
+    num_workers: Count | None = None
+    """Loader processes a rank; 0 loads in the training process; null: 1, or with fast_train half of a rank's cores, at
+    most 8."""
     timeout_s: Annotated[float, at_least(1.0)] = 600.0
     """Seconds that a rank waits for the others before the run ends: more than the longest that one of them may take."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -19,6 +20,28 @@ from rvc_dist.workspace import StageError
 ZERO_STAGES = (1, 2)
 BUCKET_ELEMENTS = 1 << 23
 """Gradients sent at a time (32 MiB); DeepSpeed's own default would reserve two gigabytes a network."""
+
+
+def local_ranks() -> int:
+    """Ranks of this job on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def usable_cores(pid: int = 0) -> frozenset[int]:
+    """The cores of this host that a process may use, by default this one."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return frozenset(os.sched_getaffinity(pid))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def cores_of_rank() -> int:
+    """How many cores this rank has for itself: those that it may use, over the ranks that share them.
+
+    Ranks of torchrun may use all that their launcher may; srun and NUMA binding give each rank a part of those.
+    """
+    mine, launchers = len(usable_cores()), len(usable_cores(os.getppid()))
+    sharing = math.ceil(local_ranks() * min(1.0, mine / launchers))
+    return max(1, mine // sharing)
 
 
 def asks_for(kind: str) -> bool:

@@ -7,6 +7,7 @@ are slower than eager ones. A choice is kept with the run, so that a resumed run
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from torch import nn
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime.accelerator import device_name, synchronize
+from rvc_dist.runtime.launcher import cores_of_rank
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ def compiled(module: nn.Module, device: torch.device) -> nn.Module:
     On CUDA with CUDA graphs, as in the reference: `begin_pass` says when their outputs may be overwritten. A second
     length of clips makes one more graph, for all lengths.
     """
+    # Read when inductor is imported, which the first call here does: by default every rank would take all cores.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores_of_rank())))
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     result: nn.Module = torch.compile(module, mode=mode)  # type: ignore[assignment]
     return result

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from rvc_dist.config import MAX_CLIP_FRAMES, Recipe, TrainConfig
 from rvc_dist.runtime.hang_killer import end_with_parent
 from rvc_dist.runtime.heartbeat import Heartbeat
+from rvc_dist.runtime.launcher import cores_of_rank, local_ranks
 from rvc_dist.runtime.logs import ends_within
 from rvc_dist.train.dataset import (
     BUCKET_FRAMES,
@@ -122,13 +123,14 @@ class StepLoader:
 def loader_settings(config: TrainConfig, device: torch.device, cached: bool) -> dict[str, Any]:
     """The DataLoader options of a rank.
 
-    Those of `fast_train` are the reference's: as many workers as half of the cores, at most 8, 16 batches ahead, pinned
-    memory, workers that persist. The ranks of a machine share its cores.
+    Those of `fast_train` are the reference's: as many workers as half of the rank's cores, at most 8, unless the recipe
+    has a number, 16 batches ahead, pinned memory, workers that persist.
     """
-    workers = 0 if cached else config.num_workers
-    if config.fast_train and workers:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = max(1, min(8, (os.cpu_count() or 1) // 2 // local_ranks))
+    workers = config.num_workers
+    if workers is None:
+        workers = max(1, min(8, cores_of_rank() // 2)) if config.fast_train else 1
+    if cached:
+        workers = 0
     return {
         "num_workers": workers,
         "prefetch_factor": (16 if config.fast_train else 4) if workers else None,
@@ -150,19 +152,19 @@ class ReadAhead(NamedTuple):
 
     @classmethod
     def measure(cls, recipe: Recipe, table: ClipTable, settings: Mapping[str, Any]) -> ReadAhead:
-        config, spec, local_ranks = recipe.train, recipe.rate_spec, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        config, spec, num_ranks = recipe.train, recipe.rate_spec, local_ranks()
         frames = min(max((c.num_frames for c in table.train), default=MAX_CLIP_FRAMES), MAX_CLIP_FRAMES)
         samples = -(-frames // BUCKET_FRAMES) * BUCKET_FRAMES * (spec.hop + table.content_channels + 1) + 2 * spec.reach
         step_bytes = config.batch_size * config.grad_accum_steps * samples * 4
         workers, wanted = settings["num_workers"], settings["prefetch_factor"]
         # Besides those that are ready, two: a rank lets go of a step only when it has the next.
-        needed, free = step_bytes * (workers * wanted + 2) * local_ranks, shutil.disk_usage(SHM).free
+        needed, free = step_bytes * (workers * wanted + 2) * num_ranks, shutil.disk_usage(SHM).free
         return cls(
             wanted,
-            (free // (step_bytes * local_ranks) - 2) // workers,
+            (free // (step_bytes * num_ranks) - 2) // workers,
             needed,
             free,
-            f"{SHM} has {free / 1e6:.0f} MB free, the loaders of {local_ranks} rank(s) on this host need "
+            f"{SHM} has {free / 1e6:.0f} MB free, the loaders of {num_ranks} rank(s) on this host need "
             f"{needed / 1e6:.0f} MB (steps of {step_bytes / 1e6:.1f} MB, {wanted} ahead in each of {workers} "
             "loader process(es) a rank)",
             f"start the container with --shm-size={math.ceil(1.5 * needed / 2**30)}g, or set train.num_workers 0",

@@ -6,6 +6,7 @@ What only a GPU shows is in test_gpu.py.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,23 +103,51 @@ def test_row_4_what_the_user_set_stays(monkeypatch):
     assert accelerator.kernel_settings(CPU)["allocator"] == "backend:native"
 
 
-def test_row_5_both_networks_are_compiled_with_cuda_graphs_on_cuda(monkeypatch):
+def cores(monkeypatch, mine, launchers, num_ranks=1):
+    """This host has `num_ranks` ranks; this one may use so many cores, its launcher so many."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(launchers if pid else mine)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
+
+
+@pytest.mark.parametrize("given", ["", "3"])
+def test_row_5_both_networks_are_compiled_with_cuda_graphs_on_cuda(monkeypatch, given):
+    """By as many threads as the rank has cores, or as the user says."""
     modes = []
     monkeypatch.setattr(torch, "compile", lambda module, mode: modes.append(mode) or module)
+    cores(monkeypatch, 64, 64, 4)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", given)
+    if not given:
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     for device in (CUDA, CPU):
         compilation.compiled(torch.nn.Linear(1, 1), device)
     assert modes == ["reduce-overhead", "default"]
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == (given or "16")
     # That it tries both, and keeps what gains: test_compilation.py.
 
 
+@pytest.mark.parametrize(
+    ("mine", "launchers", "num_ranks", "expected"),
+    [
+        (12, 12, 1, 6),
+        (64, 64, 1, 8),
+        (64, 64, 8, 4),  # torchrun: the ranks have them in common
+        (8, 64, 8, 4),  # srun --cpus-per-task=8: a rank has its own
+        (32, 64, 8, 4),  # bound to one of two NUMA nodes: four ranks have one in common
+        (1, 1, 4, 1),
+    ],
+)
+def test_row_6_loader_processes_by_the_cores_that_a_rank_has(monkeypatch, mine, launchers, num_ranks, expected):
+    monkeypatch.setattr(os, "cpu_count", lambda: 256)  # of the host: a container or a job has fewer
+    cores(monkeypatch, mine, launchers, num_ranks)
+    assert loader_settings(FAST, CUDA, cached=False)["num_workers"] == expected
+    for given in (0, 1, 3, 20):
+        assert loader_settings(replace(FAST, num_workers=given), CUDA, cached=False)["num_workers"] == given
+
+
 def test_row_6_the_loader(monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    cores(monkeypatch, 12, 12)
     settings = loader_settings(FAST, CUDA, cached=False)
     assert settings == {"num_workers": 6, "prefetch_factor": 16, "pin_memory": True, "persistent_workers": True}
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert loader_settings(FAST, CUDA, cached=False)["num_workers"] == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert loader_settings(FAST, CUDA, cached=False)["num_workers"] == 4, "the ranks share the machine's cores"
     assert loader_settings(TrainConfig(), CUDA, cached=False)["num_workers"] == 1
     cached = {"num_workers": 0, "prefetch_factor": None, "pin_memory": False, "persistent_workers": False}
     assert loader_settings(FAST, CUDA, cached=True) == cached

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-import os
 import platform
 import socket
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.features import index_file
 from rvc_dist.runtime import accelerator
 from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
-from rvc_dist.runtime.launcher import asks_for
+from rvc_dist.runtime.launcher import asks_for, usable_cores
 from rvc_dist.tools.doctor.findings import Fact, Findings, error, first_line, ranks_text, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.workspace import StageError
@@ -138,7 +137,7 @@ class RankPlacement(NamedTuple):
 def check_devices(context: DoctorContext) -> Findings:
     """Every rank has a device of its own, with its memory free, and no more threads than cores."""
     device, host, threads, gpu = context.group.device, socket.gethostname(), torch.get_num_threads(), ""
-    cores = frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    cores = usable_cores()
     yield from same({"device": device_name(device)})
     yield from (Fact("host", host), Fact("cores", str(len(cores))), Fact("threads", str(threads)))
     if device.type == "cuda":
