@@ -218,6 +218,8 @@ class ExtractConfig:
     """Most clips of equal length that the encoder and the pitch tracker take at once."""
     num_threads: Positive = 1
     """CPU threads a rank: fixed, since the last bits of a feature depend on it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the networks of encoder and tracker, on devices that have it; conversion always computes in fp32."""
 
 
 @dataclass(frozen=True)

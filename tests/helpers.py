@@ -160,7 +160,9 @@ def voice_contents(recipe: Recipe, generator: Generator) -> dict[str, Any]:
     return voice
 
 
-def make_ssl_folder(folder: Path, kind: str, num_layers: int = 10, projection: bool = True) -> Any:
+def make_ssl_folder(
+    folder: Path, kind: str, num_layers: int = 10, projection: bool = True, position_groups: int = 2
+) -> Any:
     """A random encoder of `kind` with ten layers of 16 channels, saved as transformers does; returns the network."""
     make_torchaudio_importable()
     import transformers
@@ -173,7 +175,7 @@ def make_ssl_folder(folder: Path, kind: str, num_layers: int = 10, projection: b
         intermediate_size=32,
         conv_dim=(8,) * 7,
         num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
+        num_conv_pos_embedding_groups=position_groups,
         classifier_proj_size=6,
     )
     network = getattr(transformers, f"{kind}Model")(config).eval()

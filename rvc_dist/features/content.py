@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rvc_dist.choices import EMBEDDERS, EmbedderSpec, resolve
 from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.features.identity import EmbedderId
+from rvc_dist.features.precision import DTYPES, lower
 from rvc_dist.files import ForeignFileError, read_bounded, regular_size
 from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
 from rvc_dist.schema import Rule, parse_json, record, within
@@ -230,12 +232,16 @@ class Pretrained(Embedder):
             self.width = num_features
         self.network: Any = _filled(network, source).to(device)
 
+    @abstractmethod
+    def lower(self, dtype: torch.dtype) -> None:
+        """Let the network compute in `dtype`."""
+
     def mixed(self, usual: Tensor, states: Sequence[Tensor]) -> Tensor:
-        """[B, T, C] of the usual layer and of all layers -> [B, T, C]."""
+        """[B, T, C] of the usual layer and of all layers -> [B, T, C] float32."""
         if not self.mix.is_on:
-            return usual
-        others = torch.stack([states[layer] for layer in self.mix.layers]).mean(dim=0)
-        return (1.0 - self.mix.ratio) * usual + self.mix.ratio * others
+            return usual.float()
+        others = torch.stack([states[layer].float() for layer in self.mix.layers]).mean(dim=0)
+        return (1.0 - self.mix.ratio) * usual.float() + self.mix.ratio * others
 
 
 class SelfSupervised(Pretrained):
@@ -249,6 +255,11 @@ class SelfSupervised(Pretrained):
         self.normalize = source.preprocessor.get("do_normalize", False)
         self.is_projected = version == "v1"
         _check_frames(math.prod(self.network.config.conv_stride), source)
+
+    def lower(self, dtype: torch.dtype) -> None:
+        # The wave enters the first layer, a thousandth of the work, and would be heard through its own rounding.
+        last = self.network.final_proj if self.is_projected else None
+        lower(self.network, dtype, self.network.feature_extractor.conv_layers[0], last)
 
     def encode(self, wave: Tensor) -> Tensor:
         if self.normalize:
@@ -286,6 +297,9 @@ class Whisper(Pretrained):
         self.mel_filters = torch.from_numpy(extractor.mel_filters).float().T.contiguous().to(device)
         self.max_samples = settings.max_source_positions * 2 * self.hop
 
+    def lower(self, dtype: torch.dtype) -> None:
+        lower(self.network, dtype, self.network.conv1, self.network.layer_norm)
+
     def encode(self, wave: Tensor) -> Tensor:
         # Beyond the positions it knows: equal pieces, so that none of them is a scrap without context.
         num_pieces = -(-wave.shape[1] // self.max_samples)
@@ -316,7 +330,7 @@ class Whisper(Pretrained):
 
 
 def load_embedder(config: ExtractConfig, version: Version, device: torch.device) -> Embedder:
-    """The content encoder that the recipe names, on `device`, in float32 and without gradients.
+    """The content encoder that the recipe names, on `device`, in the recipe's precision and without gradients.
 
     `extract.embedder_model` is an existing folder (which wins over every other meaning), a name in EMBEDDERS or a hub
     id. Raises StageError when the encoder cannot be had, ValueError when it is of no use here.
@@ -333,7 +347,9 @@ def load_embedder(config: ExtractConfig, version: Version, device: torch.device)
             f"needs to make {V1_WIDTH} features of layer {V1_LAYER}; use model.version v2, or an encoder that has one "
             "(contentvec)"
         )
-    return (Whisper if is_whisper else SelfSupervised)(source, version, mix, device)
+    network = (Whisper if is_whisper else SelfSupervised)(source, version, mix, device)
+    network.lower(DTYPES[config.precision])
+    return network
 
 
 class _Source(NamedTuple):
@@ -441,6 +457,9 @@ def _filled(network: nn.Module, source: _Source) -> nn.Module:
         raise ValueError(
             f"extract.embedder_model: the weights in {source.where} are not those of its config.json: {_short(error)}"
         ) from error
+    for module in network.modules():
+        if parametrize.is_parametrized(module):  # a weight norm, which would be computed in each call
+            parametrize.remove_parametrizations(module, "weight")
     return network.eval().requires_grad_(False)
 
 

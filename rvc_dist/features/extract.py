@@ -16,6 +16,7 @@ from rvc_dist.config import FEATURE_RATE, Recipe
 from rvc_dist.data import audio, clip_files
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.feature_files import (
+    SINCE,
     clip_fingerprints,
     complete,
     feature_settings,
@@ -26,7 +27,8 @@ from rvc_dist.features.feature_files import (
     write_mute,
     write_report,
 )
-from rvc_dist.runtime.accelerator import fixed_threads
+from rvc_dist.features.precision import check_device
+from rvc_dist.runtime.accelerator import fixed_threads, local_device
 from rvc_dist.unit_stage import UnitStage, one_ahead
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -60,6 +62,7 @@ def run(recipe: Recipe, shard: Shard) -> None:
         return
     with fixed_threads(recipe.extract.num_threads):
         try:
+            check_device(recipe.extract.precision, local_device())
             extractor = Extractor.load(recipe)
         except StageError as error:
             if complete(recipe) is None:
@@ -120,7 +123,7 @@ class Extract(UnitStage[FeaturesHeader]):
         if before is None or (before["settings"], before["clips"]) == (self.settings, present):
             return
         if shard.is_first:
-            what = changes(before["settings"], self.settings) or "other clips"
+            what = changes(SINCE | before["settings"], SINCE | self.settings) or "other clips"
             logger.info("extract: making features again: %s", what)
         self.work.features_report_file.unlink(missing_ok=True)
 

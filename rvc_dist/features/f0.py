@@ -24,6 +24,7 @@ from rvc_dist.choices import F0_METHODS, resolve
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig, f0_method_names
 from rvc_dist.features.content import read_tensors
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
+from rvc_dist.features.precision import DTYPES, lower
 from rvc_dist.workspace import StageError
 
 SILENCE_RMS = 2.0**-15
@@ -61,6 +62,8 @@ class F0Method(ABC):
         self.f0_max = config.f0_max
         self.autotune_strength = config.f0_autotune_strength if config.f0_autotune else 0.0
         self.device = device
+        self.dtype = DTYPES[config.precision]
+        """Of the network, where there is one."""
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         """Frames so far with a pitch, of them those at or below f0_min, and at or above f0_max."""
 
@@ -148,6 +151,7 @@ class CrepePitch(F0Method):
         self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         # On a CPU the network is faster in this layout.
         self.network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        lower(self.network, self.dtype, last=self.network.classifier)
         low = math.floor(_bin_of(self.f0_min))
         high = math.ceil(_bin_of(self.f0_max))
         self.allowed = slice(max(low, 0), min(high + 1, PITCH_BINS))
@@ -192,6 +196,8 @@ class FcpePitch(F0Method):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints which device it was told to use
             self.network = torchfcpe.spawn_bundled_infer_model(device=str(device))
         self.network.eval().requires_grad_(False)
+        for part in (self.network.model.input_stack, self.network.model.net):
+            lower(part, self.dtype)
 
     def track(self, wave: Tensor) -> Tensor:
         # Above full scale it prints a complaint for each clip.
@@ -219,6 +225,7 @@ class PestoPitch(F0Method):
             "mir-1k_g7", step_size=1000.0 * F0_HOP / FEATURE_RATE, sampling_rate=FEATURE_RATE
         )
         self.network.eval().requires_grad_(False).to(device)
+        lower(self.network.encoder, self.dtype, last=self.network.encoder.fc)
 
     def track(self, wave: Tensor) -> Tensor:
         # It mirrors half a window at the ends, which a shorter clip does not have.
@@ -244,6 +251,11 @@ class SwiftPitch(F0Method):
         import swift_f0
 
         check_range(config, "swift", swift_f0.FMIN, swift_f0.FMAX, self.STEP)
+        if self.dtype != torch.float32:
+            raise ValueError(
+                f"extract.precision: got {config.precision} with extract.f0_method swift, whose network is in float32 "
+                "alone; set fp32, or take another tracker"
+            )
         # Idle threads that spin would take the CPU from what reads the next clips.
         self.detector = swift_f0.SwiftF0(threads=config.num_threads, spin=False)
 

@@ -27,6 +27,9 @@ from rvc_dist.workspace import (
     save_arrays,
 )
 
+SINCE = {"extract.precision": "fp32"}
+"""Settings that came later, and what features were made with before: it is left out, so that those are not stale."""
+
 
 def complete(recipe: Recipe) -> bool | None:
     """True when the report says that all of this recipe's features are made of the present clips, else None."""
@@ -48,7 +51,8 @@ def check_made(recipe: Recipe, work: Workspace) -> None:
     """
     if (report := read_report(work)) is not None:
         remedy = "run `rvc-dist extract` again"
-        check_settings(work.features_dir, report["settings"], feature_settings(recipe), remedy)
+        made_with = SINCE | report["settings"]
+        check_settings(work.features_dir, made_with, SINCE | feature_settings(recipe), remedy)
 
 
 def read_report(work: Workspace) -> FeaturesReport | None:
@@ -59,12 +63,13 @@ def read_report(work: Workspace) -> FeaturesReport | None:
 
 
 def feature_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings that the bytes of a feature depend on, under their recipe keys."""
+    """The settings that the bytes of a feature depend on, under their recipe keys; those of SINCE where they differ."""
     values = asdict(recipe.extract)
     del values["include_mutes"]
     mix = values.pop("embedder_mix")
     values |= {"embedder_mix.layers": list(mix["layers"]), "embedder_mix.ratio": mix["ratio"]}
-    return {"model.version": recipe.model.version} | {f"extract.{k}": v for k, v in values.items()}
+    settings = {"model.version": recipe.model.version} | {f"extract.{k}": v for k, v in values.items()}
+    return {key: value for key, value in settings.items() if (key, value) not in SINCE.items()}
 
 
 def imported_feature_settings(recipe: Recipe, embedder: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rvc_dist.config import F0_PER_S, FEATURE_RATE, ExtractConfig
 from rvc_dist.features.f0 import F0Method, check_range, load_network, viterbi
 from rvc_dist.features.hub import make_torchaudio_importable
+from rvc_dist.features.precision import lower
 
 RATE = 8000
 WINDOW = 1024
@@ -75,6 +76,7 @@ class PennPitch(F0Method):
         check_range(config, "penn", LOWEST_HZ, LOWEST_HZ * 2.0 ** (NUM_BINS * CENTS_PER_BIN / 1200.0))
         network = load_network(FCNF0, "extract.f0_penn_model", config.f0_penn_model, "penn", "FCNF0++")
         self.network = network.to(device)
+        lower(self.network, self.dtype, last=self.network[-1])
         self.resample = Resample(FEATURE_RATE, RATE).to(device)
         self.allowed = torch.zeros(NUM_BINS, dtype=torch.bool, device=device)
         self.allowed[max(0, math.floor(_bin_of(self.f0_min))) : math.ceil(_bin_of(self.f0_max))] = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig
 from rvc_dist.features.f0 import PITCH_BINS, F0Method, load_network, local_average_hz
+from rvc_dist.features.precision import lower
 
 NUM_MELS = 128
 N_FFT = 1024
@@ -129,6 +130,8 @@ class RmvpePitch(F0Method):
         from librosa.filters import mel
 
         self.network = load_network(RMVPE, "extract.f0_model", config.f0_model, "rmvpe", "RMVPE").to(device)
+        # The mel spectrogram, and the recurrent layer with what follows, stay in float32.
+        lower(self.network, self.dtype, self.network.unet.encoder["bn"], self.network.fc)
         self.window = torch.hann_window(N_FFT, device=device)
         filters = mel(sr=FEATURE_RATE, n_fft=N_FFT, n_mels=NUM_MELS, fmin=30.0, fmax=8000.0, htk=True, norm="slaney")
         self.mel_filters = torch.from_numpy(filters).to(device)

@@ -135,9 +135,10 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
             "so:",
             "if you trust it, say --infer.embedder_model with that name, or give the folder of its encoder",
         )
+    encoder = given or wanted.name
     used = replace(
         recipe,
-        extract=replace(recipe.extract, embedder_model=given or wanted.name, embedder_mix=wanted.mix),
+        extract=replace(recipe.extract, embedder_model=encoder, embedder_mix=wanted.mix, precision="fp32"),
         model=replace(recipe.model, version=voice.version),
     )
     try:

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import RATE, SteadyPitch, changed, make_ssl_folder, narrow_recipe, noise, tone, workspace_of
+from helpers import (
+    RATE,
+    SteadyPitch,
+    changed,
+    make_ssl_folder,
+    make_whisper_folder,
+    narrow_recipe,
+    noise,
+    tone,
+    workspace_of,
+)
 from safetensors.numpy import load_file
 
 from rvc_dist import workspace
@@ -24,6 +34,12 @@ from rvc_dist.features.extractor import Extractor
 from rvc_dist.workspace import Shard, StageError, read_header, read_json, unit_files
 
 ALONE = Shard(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that emulates half precision does for the tests."""
+    monkeypatch.setattr("rvc_dist.features.precision._cpu_computes_in", lambda _: True)
 
 
 @pytest.fixture
@@ -139,9 +155,11 @@ def test_the_index_takes_them_in_the_order_of_the_units(recipe: Recipe) -> None:
 # Any number of ranks, any interruption
 
 
-@pytest.mark.parametrize("f0_method", ["pyin", "crepe-tiny"])
-def test_the_bytes_do_not_depend_on_the_ranks(f0_method: str, recipe: Recipe, tmp_path: Path) -> None:
-    recipe = changed(recipe, "extract", f0_method=f0_method)
+@pytest.mark.parametrize(("f0_method", "precision"), [("pyin", "fp32"), ("crepe-tiny", "fp32"), ("crepe-tiny", "bf16")])
+def test_the_bytes_do_not_depend_on_the_ranks(f0_method: str, precision: str, recipe: Recipe, tmp_path: Path) -> None:
+    make_whisper_folder(tmp_path / "enc", whole=False)
+    encoder = "mfcc" if precision == "fp32" else str(tmp_path / "enc")
+    recipe = changed(recipe, "extract", f0_method=f0_method, embedder_model=encoder, precision=precision)
     extract.run(recipe, ALONE)
     halves = elsewhere(recipe, tmp_path, "halves")
     torch.set_num_threads(2)  # what a launcher chooses has no effect
@@ -213,6 +231,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(recipe: Recipe) -> None:
     [
         ("extract", {"f0_method": "fcpe"}, "extract.f0_method: pyin -> fcpe"),
         ("extract", {"f0_max": 800.0}, "extract.f0_max: 1100.0 -> 800.0"),
+        ("extract", {"precision": "bf16"}, "extract.precision: fp32 -> bf16"),
         ("model", {"version": "v1"}, "model.version: v2 -> v1"),
     ],
 )
@@ -235,6 +254,19 @@ def test_a_changed_setting_makes_all_again(
     assert all(mtimes(recipe)[name] != at for name, at in before.items())
     assert feature_files.complete(other) is True
     assert feature_files.complete(recipe) is None
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_features_of_before_there_were_precisions_are_good(recipe: Recipe) -> None:
+    """The default's fingerprint is what it was; features in half precision are not taken for those of the default."""
+    extract.run(recipe, ALONE)
+    report = read_json(workspace_of(recipe).features_report_file)
+    assert "extract.precision" not in report["settings"]
+    half = changed(recipe, "extract", precision="bf16")
+    extract.run(half, ALONE)
+    feature_files.check_made(half, workspace_of(recipe))
+    with pytest.raises(StageError, match=r"set back what differs \(extract\.precision: bf16 -> fp32\)"):
+        feature_files.check_made(recipe, workspace_of(recipe))
 
 
 @pytest.mark.usefixtures("quick_pitch")

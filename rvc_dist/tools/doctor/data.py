@@ -14,6 +14,7 @@ from rvc_dist.data import clip_files, decode, sources
 from rvc_dist.features import feature_files
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import load_f0
+from rvc_dist.features.precision import check_device
 from rvc_dist.runtime.accelerator import check_launcher, check_precision
 from rvc_dist.tools.doctor.findings import Finding, Findings, Problem, Severity, Skipped, error, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
@@ -164,12 +165,13 @@ def check_encoder(context: DoctorContext) -> Findings:
 
 
 def check_pitch_tracker(context: DoctorContext) -> Findings:
-    """So can the pitch tracker; a package of it that is missing is reported with the other packages."""
+    """So can the pitch tracker, in this precision; a package that is missing is reported with the other packages."""
     config = context.recipe.extract
     yield is_needed(context, config.f0_method)
     if not (context.has_features_to_make and context.group.is_first):
         return
     try:
+        check_device(config.precision, context.group.device)
         load_f0(config, CPU)
     except StageError as failed:
         yield Problem.of(failed)

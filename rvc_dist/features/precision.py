@@ -1,0 +1,73 @@
+"""Content encoders and pitch trackers in half precision: which device can, and what of a network stays in float32."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
+from rvc_dist.workspace import StageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the name in `extract.precision`."""
+
+
+def check_device(precision: str, device: torch.device) -> None:
+    """Refuse a precision that the device has no instructions for: emulated, it is slower than float32.
+
+    Raises:
+        StageError: it has none.
+    """
+    if precision == "fp32":
+        return
+    problem = ""
+    if device.type == "cuda":
+        needed = {"bf16": MIN_BF16_CAPABILITY, "fp16": MIN_FP16_CAPABILITY}[precision]
+        if (found := torch.cuda.get_device_capability(device)) < needed:
+            problem = (
+                f"{device_name(device)} has compute capability {found[0]}.{found[1]}, {precision} needs {needed[0]}.0"
+            )
+    elif device.type == "cpu" and not _cpu_computes_in(precision):
+        problem = f"this CPU has no instructions for {precision} (AVX-512 {precision.upper()} on x86)"
+    if problem:
+        raise StageError(
+            f"extract.precision: {problem} and would be slower than in float32;", "set extract.precision fp32"
+        )
+
+
+def _cpu_computes_in(precision: str) -> bool:
+    if precision == "bf16" and platform.machine() in ("x86_64", "AMD64"):  # there oneDNN's own answer counts emulation
+        return torch.cpu._is_avx512_bf16_supported()
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")())
+
+
+def lower(
+    network: nn.Module, dtype: torch.dtype, first: nn.Module | None = None, last: nn.Module | None = None
+) -> None:
+    """Let `network` compute in `dtype` from here on, and give float32 (but not where it gives more than a tensor).
+
+    The weights are rounded once, where autocast would do it in every call. In float32 stay the parts `first` and
+    `last`, between which all is in `dtype`, and batch norms, whose kernels take half precision beside their float32.
+    """
+    if dtype == torch.float32:
+        return
+    exact = {m for part in (first, last) if part is not None for m in part.modules()}
+    for module in network.modules():
+        if module not in exact and not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+
+    def cast_input(to: torch.dtype) -> Any:
+        return lambda _module, args: (args[0].to(to), *args[1:])
+
+    if first is None:
+        network.register_forward_pre_hook(cast_input(dtype))
+    else:
+        first.register_forward_hook(lambda _module, _args, out: out.to(dtype))
+    if last is None:
+        network.register_forward_hook(lambda _module, _args, out: out.float() if isinstance(out, Tensor) else out)
+    else:
+        last.register_forward_pre_hook(cast_input(torch.float32))
