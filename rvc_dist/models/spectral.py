@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def spectrogram_with_reach(wave: Tensor, n_fft: int, hop: int) -> Tensor:
 
 def mel_from_spectrogram(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
     """Natural log of the slaney mel bands, 0 Hz to rate / 2, of a magnitude spectrogram: [B, F, T] to [B, M, T]."""
-    return _mel_bands(spec, rate, n_fft, num_mels).log()
+    return _mel_bands(spec, rate, n_fft, num_mels).clamp(min=_LOG_FLOOR).log()
 
 
 def log_mel(wave: Tensor, rate: int, n_fft: int, hop: int, num_mels: int) -> Tensor:
@@ -54,25 +55,32 @@ def log_mel(wave: Tensor, rate: int, n_fft: int, hop: int, num_mels: int) -> Ten
     return mel_from_spectrogram(spectrogram(wave, n_fft, hop), rate, n_fft, num_mels)
 
 
-def multiscale_mels(wave: Tensor, rate: int) -> list[Tensor]:
-    """Base-10 log-mel spectrograms [B, M, T] of `wave` [B, S] or [B, 1, S], one for each of MULTISCALE_MELS.
+def multiscale_mels(wave: Tensor, rate: int) -> Tensor:
+    """Base-10 log-mel spectrograms of `wave` [B, S] or [B, 1, S], the bands of MULTISCALE_MELS in turn: [B, M, T].
 
     All scales share the hop, rate // 100, and its frames; the window of M bands is the power of two at or below
     8 M / (rate / 2) seconds. As in `spectrogram`, windows are centred on their hop.
     """
     wave = wave.flatten(1)
-    hop = rate // 100
-    mels = []
-    for num_mels in MULTISCALE_MELS:
-        n_fft = 1 << ((16 * num_mels).bit_length() - 1)  # 8 M / (rate / 2) * rate = 16 M, at any rate
-        mels.append(_mel_bands(spectrogram(wave, n_fft, hop), rate, n_fft, num_mels).log10())
-    return mels
+    bands = []
+    # 8 M / (rate / 2) * rate = 16 M, at any rate; the two widest scales share their window, and so their spectrogram.
+    for n_fft, scales in groupby(MULTISCALE_MELS, lambda num_mels: 1 << ((16 * num_mels).bit_length() - 1)):
+        spec = spectrogram(wave, n_fft, rate // 100)
+        bands += [_mel_bands(spec, rate, n_fft, num_mels) for num_mels in scales]
+    return torch.cat(bands, dim=1).clamp(min=_LOG_FLOOR).log10()
 
 
 def _mel_bands(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
     with torch.autocast(spec.device.type, enabled=False):
-        filters = _mel_filters(spec.device, rate, n_fft, num_mels)
-        return (filters @ spec.float()).clamp(min=_LOG_FLOOR)
+        return _mel_filters(spec.device, rate, n_fft, num_mels) @ spec.float()
+
+
+@lru_cache(maxsize=64)
+def scale_weights(device: torch.device) -> Tensor:
+    """[M], by which the bands of `multiscale_mels` are summed to the mean over scales of each scale's mean."""
+    with torch.inference_mode(False):
+        weights = [torch.full((num_mels,), 1 / num_mels) for num_mels in MULTISCALE_MELS]
+        return torch.cat(weights).div(len(weights)).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -94,5 +102,5 @@ def _mel_filters(device: torch.device, rate: int, n_fft: int, num_mels: int) -> 
 
 def forget_constants() -> None:
     """Drop cached windows and filters: those that were made under another kind of tensor are of no use."""
-    _hann.cache_clear()
-    _mel_filters.cache_clear()
+    for constant in (_hann, _mel_filters, scale_weights):
+        constant.cache_clear()

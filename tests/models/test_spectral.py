@@ -66,17 +66,15 @@ def test_multiscale_shapes(rate: int) -> None:
     segment = RATES["v2"][rate].segment
     wave = 0.1 * torch.randn(2, 1, segment)
     mels = multiscale_mels(wave, rate)
-    assert [mel.shape[1] for mel in mels] == list(MULTISCALE_MELS)
-    assert {mel.shape[2] for mel in mels} == {segment // (rate // 100)}
-    for from_batch, alone in zip(mels, multiscale_mels(wave.squeeze(1), rate), strict=True):
-        assert torch.equal(from_batch, alone)
+    assert mels.shape == (2, sum(MULTISCALE_MELS), segment // (rate // 100))
+    assert torch.equal(mels, multiscale_mels(wave.squeeze(1), rate))
 
 
 def test_multiscale_windows_and_base() -> None:
     """Scale 20 at 48 kHz: window 256 (the power of two at or below 16 * 20), hop 480, base 10."""
     wave = 0.1 * torch.randn(1, 9600)
     expected = mel_from_spectrogram(spectrogram(wave, 256, 480), 48000, 256, 20) / math.log(10)
-    torch.testing.assert_close(multiscale_mels(wave, 48000)[2], expected)
+    torch.testing.assert_close(multiscale_mels(wave, 48000)[:, 15:35], expected)
 
 
 def test_float32_under_autocast() -> None:
