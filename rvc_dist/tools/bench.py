@@ -27,7 +27,9 @@ from rvc_dist.schema import Count, Positive, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.made_up import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.tools.measuring import MADE_UP, PARTS, MeasuredRun, Span, gradient_bytes
+from rvc_dist.tools.peak import measured_peak
 from rvc_dist.tools.tables import console, say
+from rvc_dist.train.step import PRECISIONS
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
     Shard,
@@ -219,7 +221,10 @@ def _measure(run: MeasuredRun, config: BenchConfig) -> dict[str, Any]:
         "longest_frames": longest[0].content.shape[1],
         "wire_bytes_per_step": sent / count,
         "memory": run.peak_memory(),
-        "peak_flops": run.peak_flops(),
+        "peak_flops": {
+            name: measured_peak(run.device, PRECISIONS[name])
+            for name in dict.fromkeys(("fp32", run.config.autocast_precision))
+        },
     }
     if config.plain:
         logger.info("bench: %d + %d steps in turn with the plain step", warmup, count)
@@ -241,21 +246,22 @@ def _plain(rounds: Sequence[Sequence[Span]]) -> list[list[dict[str, float]]]:
 
 
 def summarise(ranks: Sequence[dict[str, Any]], on_cuda: bool, precision: str) -> dict[str, Any]:
-    """Medians over steps. Ranks step together, so that a step takes as long as on the slowest of them."""
+    """Medians over steps. Ranks step together, so that a step takes as long as on the slowest of them.
+
+    A utilisation of more than 1 cannot be, and is None: the peak is an error of the benchmark's.
+    """
     series = {name: _series([rank["samples"][name] for rank in ranks]) for name in ("dealt", "longest")}
     flops = ranks[0]["flops"] | {"step": sum(ranks[0]["flops"].values())}
     peak = {name: statistics.fmean(rank["peak_flops"][name] for rank in ranks) for name in ranks[0]["peak_flops"]}
     clock = "wall_s" if on_cuda else "cpu_s"
     spent = series["longest"]["parts"] | {"step": series["longest"]}
-    utilisation = {
-        name: flops[name] / max(spent[name][clock], 1e-9) / peak[precision] for name in flops if name in spent
-    }
+    shares = {name: flops[name] / max(spent[name][clock], 1e-9) / peak[precision] for name in flops if name in spent}
     summary = {
         "series": series,
         "flops": flops,
         "peak_flops": peak,
         "peak_clock": clock,
-        "utilisation": utilisation,
+        "utilisation": {name: share if share <= 1 else None for name, share in shares.items()},
         "memory": {name: max(rank["memory"][name] for rank in ranks) for name in ranks[0]["memory"]},
         "wire_bytes_per_step": max(rank["wire_bytes_per_step"] for rank in ranks),
         "longest_frames": ranks[0]["longest_frames"],

@@ -42,6 +42,8 @@ def show_result(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> No
     say(out, f"\nA step, medians; the longest clips have {summary['longest_frames']} frames")
     columns = ["", "s as dealt", "s longest", "CPU-s longest", "GFLOP", f"GFLOP/{per}", "utilisation"]
     print_table(out, columns, part_rows(summary))
+    for line in impossible(summary):
+        say(out, line)
     print_table(out, [], facts(summary).items())
     if plain := summary.get("plain"):
         say(
@@ -67,11 +69,21 @@ def part_rows(summary: dict[str, Any]) -> Iterator[list[str]]:
         row = [name, f"{dealt[name]['wall_s']:.4f}" if name in dealt else ""]
         if mine := longest.get(name):
             row += [f"{mine['wall_s']:.4f}", f"{mine['cpu_s']:.4f}"]
-        if mine and utilisation is not None:
+        if mine and name in summary["flops"]:
             flops = summary["flops"][name]
             speed = flops / max(mine[summary["peak_clock"]], 1e-9)
-            row += [f"{flops / 1e9:.2f}", f"{speed / 1e9:.1f}", f"{utilisation:.1%}"]
+            share = f"{utilisation:.1%}" if utilisation is not None else "error"
+            row += [f"{flops / 1e9:.2f}", f"{speed / 1e9:.1f}", share]
         yield row
+
+
+def impossible(summary: dict[str, Any]) -> Iterator[str]:
+    """What to say of parts that were faster than the device can be."""
+    if names := [name for name, share in summary["utilisation"].items() if share is None]:
+        yield (
+            f"ERROR of the benchmark: {', '.join(names)} did more operations a second than the measured peak, which is "
+            "therefore too low; please report it with these tables"
+        )
 
 
 def facts(summary: dict[str, Any]) -> dict[str, str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.metrics import Meter, PhaseTimer
 from rvc_dist.train.optimizers import learning_rate
 from rvc_dist.train.progress import kl_warmup
-from rvc_dist.train.step import PRECISIONS, GanStep, StepResult
+from rvc_dist.train.step import GanStep, StepResult
 from rvc_dist.workspace import StageError, Workspace
 
 PARTS = ("data", "g_forward", "d_step", "g_step")
@@ -46,9 +45,6 @@ MADE_UP = "random"
 """The embedder of clips that are there for measuring alone: an epoch repeats them."""
 NUM_GLOBAL_BATCHES = 4
 """Of such an epoch, at least."""
-PEAK_SIZE = 2048
-"""Rows and columns of the matrices whose product is the measure of what a device can do."""
-PEAK_REPEATS = 5
 
 
 @dataclass
@@ -282,11 +278,6 @@ class MeasuredRun:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def peak_flops(self) -> dict[str, float]:
-        """FLOP/s of a large matrix product, by precision: a second on CUDA, a CPU-second on a CPU."""
-        names = dict.fromkeys(("fp32", self.config.autocast_precision))
-        return {name: measured_peak(self.device, PRECISIONS[name]) for name in names}
-
     def key(self) -> dict[str, Any]:
         """What tells one result from another; plain data."""
         key = {
@@ -331,21 +322,6 @@ def recipe_key(recipe: Recipe) -> dict[str, Any]:
         "sample_rate": recipe.data.sample_rate,
         **asdict(recipe.model),
     }
-
-
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of PEAK_SIZE x PEAK_SIZE matrices, the median of several."""
-    a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device).to(dtype) for _ in range(2))
-    # On a GPU a product takes microseconds: many of them, so that launching and waiting do not count.
-    products = 100 if device.type == "cuda" else 1
-    spans = []
-    for _ in range(1 + PEAK_REPEATS):
-        with stopwatch(device) as span:
-            for _ in range(products):
-                torch.mm(a, b)
-        spans.append(span)
-    seconds = statistics.median(span.wall_s if device.type == "cuda" else span.cpu_s for span in spans[1:])
-    return products * 2 * PEAK_SIZE**3 / max(seconds, 1e-9)
 
 
 def gradient_bytes(module: nn.Module) -> int:

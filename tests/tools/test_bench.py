@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from rvc_dist import __main__ as cli
 from rvc_dist.config import BenchConfig, ConfigError, Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
-from rvc_dist.tools import bench, bench_report, measuring, parity
+from rvc_dist.tools import bench, bench_report, measuring, parity, peak
 from rvc_dist.workspace import Shard, StageError
 
 LOSSES = {"loss/d", "loss/g_mel", "loss/g_kl", "loss/g_fm", "loss/g_adv", "loss/g_total"}
@@ -25,7 +26,7 @@ LOSSES = {"loss/d", "loss/g_mel", "loss/g_kl", "loss/g_fm", "loss/g_adv", "loss/
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Two measured steps, a quick peak, and a fresh Accelerate."""
-    monkeypatch.setattr(measuring, "PEAK_SIZE", 64)
+    monkeypatch.setattr(bench, "measured_peak", lambda device, dtype: 1e13)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -123,10 +124,40 @@ def test_the_longest_batch_is_full_and_as_long_as_the_longest_clip(tmp_path):
     assert batch.lengths[0] == max(c.num_frames for c in run.table.train)
 
 
-def test_the_peak_is_that_of_a_matrix_product(monkeypatch):
-    monkeypatch.setattr(measuring, "PEAK_SIZE", 512)
-    peak = measuring.measured_peak(torch.device("cpu"), torch.float32)
-    assert 1e8 < peak < 1e13
+@pytest.mark.parametrize("fastest", ["product", "1-D", "image", "channels last", "gradients"])
+def test_the_peak_is_that_of_the_fastest_kernel(monkeypatch, fastest):
+    """Whichever it is, with the operations that the kernels really do."""
+
+    def seconds(work, _device):
+        with measuring.flop_counter() as counter:
+            work()
+        tensors = [value for value in work.args if isinstance(value, torch.Tensor)]
+        kinds = {
+            "product": work.func is torch.mm,
+            "1-D": tensors[0].dim() == 3,
+            "image": tensors[0].dim() == 4,
+            "channels last": all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors if t.dim() == 4)
+            and tensors[0].dim() == 4,
+            "gradients": work.func is torch.ops.aten.convolution_backward,
+        }
+        return counter.get_total_flops() / (265e9 if kinds[fastest] else 200e9)
+
+    monkeypatch.setattr(peak, "_seconds", seconds)
+    assert peak.measured_peak(torch.device("cpu"), torch.float32) == pytest.approx(265e9)
+
+
+def test_gradients_of_a_hopeless_convolution_are_not_waited_for(monkeypatch):
+    tried = []
+    monkeypatch.setattr(peak, "_seconds", lambda work, _: tried.append(work.func) or 10.0 ** len(tried))
+    peak.measured_peak(torch.device("cpu"), torch.float16)
+    assert torch.ops.aten.convolution in tried
+    assert torch.ops.aten.convolution_backward not in tried
+
+
+def test_a_peak_is_measured_in_seconds():
+    began_at = time.process_time()
+    assert 1e8 < peak.measured_peak(torch.device("cpu"), torch.float32) < 1e13
+    assert time.process_time() - began_at < 10
 
 
 # What is reported
@@ -144,7 +175,7 @@ def rank(walls, cpu_s, audio_s, alone) -> dict:
         "longest_frames": 100,
         "wire_bytes_per_step": 40.0,
         "memory": {"resident": 7},
-        "peak_flops": {"fp32": 1000.0},
+        "peak_flops": {"fp32": 10_000.0},
         "flops": {"g_forward": 100, "d_step": 300},
         "with_and_without_wire": [[span(2.0, 0.0), span(alone, 0.0)]] * 3,
     }
@@ -157,9 +188,9 @@ def test_numbers_of_several_ranks_are_put_together():
     assert summary["series"]["dealt"]["wall_s"] == 2.0
     assert summary["series"]["dealt"]["audio_s_per_s"] == 3.0
     assert summary["utilisation"] == {
-        "g_forward": 100 / 0.25 / 1000,
-        "d_step": 300 / 0.25 / 1000,
-        "step": 400 / 0.5 / 1000,
+        "g_forward": 100 / 0.25 / 10_000,
+        "d_step": 300 / 0.25 / 10_000,
+        "step": 400 / 0.5 / 10_000,
     }
     wire = summary["communication"]
     assert (wire["share"], wire["slowest_rank"], wire["slowest_s"], wire["fastest_rank"]) == (0.25, 1, 1.5, 0)
@@ -167,8 +198,18 @@ def test_numbers_of_several_ranks_are_put_together():
 
 def test_on_cuda_utilisation_is_by_seconds():
     summary = bench.summarise([rank([2.0], 0.5, 6.0, 1.0)], on_cuda=True, precision="fp32")
-    assert summary["utilisation"]["step"] == 400 / 2.0 / 1000
-    assert summary["utilisation"]["d_step"] == 300 / 0.1 / 1000
+    assert summary["utilisation"]["step"] == 400 / 2.0 / 10_000
+    assert summary["utilisation"]["d_step"] == 300 / 0.1 / 10_000
+
+
+def test_more_than_all_of_a_device_is_an_error_and_no_number(capsys):
+    ranks = [rank([2.0], 0.5, 6.0, alone=1.0) | {"peak_flops": {"fp32": 799.0}, "memory": {"resident": 7}}]
+    summary = bench.summarise(ranks, on_cuda=False, precision="fp32")
+    assert summary["utilisation"] == {"g_forward": 100 / 0.25 / 799, "d_step": None, "step": None}
+    rows = {row[0]: row[-1] for row in bench_report.part_rows(summary)}
+    assert (rows["g_forward"], rows["d_step"], rows["step"]) == ("50.1%", "error", "error")
+    (line,) = bench_report.impossible(summary)
+    assert line.startswith("ERROR of the benchmark: d_step, step did more operations a second than the measured peak")
 
 
 def test_a_run_is_measured_and_nothing_outside_its_bench_folder_is_touched(tmp_path, capsys):
@@ -190,7 +231,7 @@ def test_a_run_is_measured_and_nothing_outside_its_bench_folder_is_touched(tmp_p
     assert [len(s) for s in result["ranks"][0]["samples"].values()] == [2, 2]
     assert set(summary["series"]["dealt"]["parts"]) == {"data", "g_forward", "d_step", "g_step"}
     assert set(summary["series"]["longest"]["parts"]) == {"g_forward", "d_step", "g_step"}
-    assert 0 < summary["utilisation"]["step"] < 1.5
+    assert 0 < summary["utilisation"]["step"] < 1
     assert summary["wire_bytes_per_step"] == 0
     assert summary["memory"]["resident"] > 1e8
     assert summary["gradient_bytes"]["discriminator"] == 4 * summary["parameters"]["discriminator"]
