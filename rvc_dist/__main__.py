@@ -311,6 +311,8 @@ def disk_sentence(error: OSError, recipe: Recipe) -> str | None:
 
 def run_stage(name: str, recipe: Recipe, shard: Shard, options: dict[str, Any], log: RankLog | None = None) -> int:
     """Run a stage, tell the user's mistakes and the disk's in a sentence; its exit code."""
+    if recipe.train.fast_train:  # before any stage uses a GPU: its allocator reads this once
+        importlib.import_module("rvc_dist.runtime.device").set_allocator(recipe.train)
     try:
         if log is not None and shard.is_first:
             remove_half_written(log.work.root, ".*.tmp", "*/.*.tmp")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from rvc_dist.data.audio import Wave
-from rvc_dist.runtime.accelerator import fixed_threads, local_device
+from rvc_dist.runtime.device import compute_exactly, fixed_threads
 from rvc_dist.workspace import StageError
 
 N_FFT = 1024
@@ -49,7 +49,7 @@ class NoiseGate:
                 f"preprocess.clean_dataset needs the package noisereduce ({error}):",
                 "pip install noisereduce (it comes with the extra: pip install 'rvc_dist[denoise]')",
             ) from error
-        self.device = local_device()
+        self.device = compute_exactly("preprocess")
         # The mask is smoothed over three bins. TorchGate's own 500 Hz average it over voice and the noise between its
         # harmonics, which takes half of a low voice away.
         smooth_hz = 2 * rate / N_FFT

@@ -28,7 +28,7 @@ from rvc_dist.features.feature_files import (
     write_report,
 )
 from rvc_dist.features.precision import check_device
-from rvc_dist.runtime.accelerator import fixed_threads, local_device
+from rvc_dist.runtime.device import compute_exactly, fixed_threads
 from rvc_dist.unit_stage import UnitStage, one_ahead
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -60,9 +60,10 @@ def run(recipe: Recipe, shard: Shard) -> None:
     if is_imported(recipe, work, clips):
         logger.info("extract: the features were imported with the clips")  # without a look for the encoder
         return
+    device = compute_exactly("extract")
     with fixed_threads(recipe.extract.num_threads):
         try:
-            check_device(recipe.extract.precision, local_device())
+            check_device(recipe.extract.precision, device)
             extractor = Extractor.load(recipe)
         except StageError as error:
             if complete(recipe) is None:

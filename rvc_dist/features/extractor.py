@@ -17,7 +17,7 @@ from rvc_dist.config import F0_HOP, Recipe
 from rvc_dist.data.audio import Wave
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.f0 import F0Method, load_f0
-from rvc_dist.runtime.accelerator import local_device
+from rvc_dist.runtime.device import local_device
 from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)

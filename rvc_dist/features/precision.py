@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
+from rvc_dist.runtime.device import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
 from rvc_dist.workspace import StageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,8 +7,11 @@ mantissa are too few for a logarithm of magnitudes.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +75,38 @@ def multiscale_mels(wave: Tensor, rate: int) -> Tensor:
 
 def _mel_bands(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
     with torch.autocast(spec.device.type, enabled=False):
-        return _mel_filters(spec.device, rate, n_fft, num_mels) @ spec.float()
+        uses_tf32 = spec.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        product = Float32Product.apply if uses_tf32 else torch.matmul
+        return product(_mel_filters(spec.device, rate, n_fft, num_mels), spec.float())
+
+
+class Float32Product(torch.autograd.Function):
+    """`weight` [M, F], a constant, times `x` [B, F, T] where TF32 is on: neither product nor gradient are in TF32.
+
+    TF32 keeps ten bits of a mantissa, and a backward pass would take the flag as it is by then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        with _without_tf32():
+            return weight @ x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (weight,) = ctx.saved_tensors
+        with _without_tf32():
+            return None, weight.mT @ gradient
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @lru_cache(maxsize=64)

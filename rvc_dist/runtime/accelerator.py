@@ -1,4 +1,4 @@
-"""All knowledge of Accelerate, torch.distributed and devices: ranks, wire, kernel settings, stop signals."""
+"""All knowledge of Accelerate and torch.distributed: ranks, wire, stop signals."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from rvc_dist.config import TrainConfig
+from rvc_dist.runtime.device import (
+    apply_kernel_settings,
+    check_precision,
+    kernel_settings,
+    set_allocator,
+    settings_text,
+)
 from rvc_dist.runtime.launcher import asks_for, check_deepspeed, fill_deepspeed_settings
 from rvc_dist.runtime.logs import tell_launcher
 from rvc_dist.workspace import OtherRankError, StageError
 
 logger = logging.getLogger(__name__)
 
-ALLOCATOR_SETTINGS = "expandable_segments:True,max_split_size_mb:512"
-MIN_BF16_CAPABILITY = (8, 0)
-"""Ampere: older GPUs emulate bf16, slower than float32, and have no TF32."""
-MIN_FP16_CAPABILITY = (7, 0)
-"""Volta: older GPUs have no tensor cores, and most compute fp16 slower than float32."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Accelerator:
-    """The Accelerator of this rank, after the kernel settings, which must precede the first CUDA call.
+    """The Accelerator of this rank, and the kernel settings of training.
 
     `timeout_s` is how long it waits for other ranks, now and in every collective; by default train.timeout_s.
 
@@ -54,6 +56,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         elif wanted > 1:
             # Without this, `accelerate launch --multi_gpu` on CPUs gives every process rank 0 of 1.
             os.environ["ACCELERATE_USE_CPU"] = "true"
+    set_allocator(config)
     apply_kernel_settings(config)
     accelerator = Accelerator(
         # Its bf16 would convert every output of the networks, features too, to float32: the step has its own autocast.
@@ -136,69 +139,6 @@ def on_first_rank(accelerator: Accelerator, function: Callable[[], object]) -> b
     return outcome == 1
 
 
-def apply_kernel_settings(config: TrainConfig) -> None:
-    """The kernel settings of `fast_train`: TF32, cuDNN's search for the fastest kernels, the allocator.
-
-    The flags are set on any hardware; without tensor cores for TF32 (before Ampere) they change nothing.
-    """
-    if config.fast_train:
-        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-            os.environ.setdefault(variable, ALLOCATOR_SETTINGS)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.deterministic = config.deterministic
-    if config.deterministic:
-        torch.backends.cudnn.benchmark = False
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def kernel_settings(device: torch.device) -> dict[str, Any]:
-    """What this rank really has, read back."""
-    tf32 = "not in this hardware"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY:
-        tf32 = "used"
-    return {
-        "tf32": tf32 if torch.backends.cuda.matmul.allow_tf32 else "off",
-        "tf32 matmul": torch.backends.cuda.matmul.allow_tf32,
-        "tf32 cudnn": torch.backends.cudnn.allow_tf32,
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "cudnn.deterministic": torch.backends.cudnn.deterministic,
-        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default"),
-        "torch": torch.__version__,
-        "device": device_name(device),
-    }
-
-
-def local_device() -> torch.device:
-    """This rank's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
-@contextmanager
-def fixed_threads(count: int) -> Iterator[None]:
-    """Inside, the CPU kernels use `count` threads, whatever the launcher chose: the last bits depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, for those who measure time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def check_same_settings(accelerator: Accelerator, more: Mapping[str, Any]) -> None:
     """Print the kernel settings, and `more` of the trainer's, once; ranks that differ are an error.
 
@@ -210,34 +150,7 @@ def check_same_settings(accelerator: Accelerator, more: Mapping[str, Any]) -> No
     if differ:
         listed = "".join(f"\n  {key}: {dict(enumerate(values))}" for key, values in differ.items())
         raise StageError(f"the ranks have different settings (rank: value):{listed}")
-    logger.info("%d ranks: %s", accelerator.num_processes, ", ".join(f"{k} {v}" for k, v in every[0].items()))
-
-
-def check_precision(precision: str, device: torch.device) -> tuple[str, str] | None:
-    """Refuse fp16 or bf16 where the hardware does not have it.
-
-    Returns:
-        Where it does, but another precision is better: what is the matter, and the remedy.
-
-    Raises:
-        StageError: a CUDA device below the compute capability that it needs.
-    """
-    if precision == "fp16" and device.type == "cpu":
-        return "train.precision: fp16 on a CPU is for tests, and slower than fp32;", "set fp32 or bf16"
-    if precision == "fp32" or device.type != "cuda":
-        return None
-    name, capability = device_name(device), torch.cuda.get_device_capability(device)
-    needed, family = {"bf16": (MIN_BF16_CAPABILITY, "Ampere"), "fp16": (MIN_FP16_CAPABILITY, "Volta")}[precision]
-    if capability < needed:
-        instead = "fp16" if capability >= MIN_FP16_CAPABILITY else "fp32"
-        raise StageError(
-            f"train.precision: {name} has compute capability {capability[0]}.{capability[1]}; {precision} needs "
-            f"{needed[0]}.{needed[1]} ({family}) or newer and is slower than float32 below it.",
-            f"Set train.precision {instead} and train.bf16_adamw false; train.fast_train still helps",
-        )
-    if precision == "fp16" and capability >= MIN_BF16_CAPABILITY:
-        return f"train.precision: {name} has bf16, as fast as fp16 and without overflow;", "set bf16"
-    return None
+    logger.info("%d ranks: %s", accelerator.num_processes, settings_text(every[0]))
 
 
 class StopSignal:

@@ -24,7 +24,8 @@ from rvc_dist import __version__
 from rvc_dist.config import Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
-from rvc_dist.runtime.accelerator import check_same_settings, kernel_settings, make_accelerator, synchronize
+from rvc_dist.runtime.accelerator import check_same_settings, make_accelerator
+from rvc_dist.runtime.device import kernel_settings, synchronize
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.plain_step import PlainDiscriminator, PlainTrainer

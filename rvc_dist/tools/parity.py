@@ -6,20 +6,14 @@ Both sides begin with the same weights and see the same clips with the same nois
 from __future__ import annotations
 
 import gc
-import os
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from rvc_dist.config import Recipe, TrainConfig
 from rvc_dist.tools.measuring import MeasuredRun
 from rvc_dist.workspace import StageError
 
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
 PLAIN = {
     "fast_train": False,
     "bf16_adamw": False,
@@ -51,23 +45,6 @@ def asked_for(config: TrainConfig, num_ranks: int) -> list[str]:
     return settings
 
 
-@contextmanager
-def kept_kernel_settings() -> Iterator[None]:
-    """Afterwards the process has the kernel settings of before: `apply_kernel_settings` only switches them on."""
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    flags = (cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
-    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    variables = {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
-    try:
-        yield
-    finally:
-        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = flags
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-        for name in ALLOCATOR_VARIABLES:
-            os.environ.pop(name, None)
-        os.environ.update(variables)
-
-
 def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
     """Train `bench.steps` steps on both sides; plain data, the same on all ranks.
 
@@ -91,10 +68,9 @@ def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
 
 
 def _follow(recipe: Recipe) -> dict[str, Any]:
-    with kept_kernel_settings():
-        run = MeasuredRun(recipe)
-        samples = list(run.sampled(recipe.bench.steps))
-        key, machine = run.key(), run.machine()
+    run = MeasuredRun(recipe)
+    samples = list(run.sampled(recipe.bench.steps))
+    key, machine = run.key(), run.machine()
     del run
     gc.collect()  # of networks and optimizers that refer to one another: the other side needs their memory
     seconds = statistics.median(s.span.wall_s - s.parts["data"].wall_s for s in samples[1:] or samples)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rvc_dist.runtime.accelerator import synchronize
+from rvc_dist.runtime.device import synchronize
 
 Kernel: TypeAlias = tuple[int, Callable[[], Any]]
 """Operations, and what does them."""

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from rvc_dist.config import TrainConfig
-from rvc_dist.runtime.accelerator import device_name, synchronize
+from rvc_dist.runtime.device import device_name, synchronize
 from rvc_dist.runtime.launcher import cores_of_rank
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.index_file import Retriever
 from rvc_dist.files import BESIDE_GLOB, beside, remove_half_written, space
 from rvc_dist.models.pitch import coarse_pitch
-from rvc_dist.runtime.accelerator import local_device
+from rvc_dist.runtime.device import compute_exactly
 from rvc_dist.train.dataset import covered_frames, feature_frames
 from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, StageError, Workspace
@@ -60,7 +60,7 @@ class Converter:
         Raises:
             StageError: the voice, its encoder, the pitch tracker or the index cannot be had or do not fit.
         """
-        work, config, device = Workspace(recipe.run_dir, recipe.name), recipe.infer, local_device()
+        work, config, device = Workspace(recipe.run_dir, recipe.name), recipe.infer, compute_exactly("infer")
         voice = Voice.load(Path(config.model) if config.model else work.last_voice_file, device)
         speaker = voice.speaker(config.speaker)
         extractor = _extractor(recipe, voice)

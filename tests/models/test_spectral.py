@@ -9,6 +9,7 @@ import librosa
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvc_dist.config import RATES
 from rvc_dist.models.spectral import MULTISCALE_MELS, log_mel, mel_from_spectrogram, multiscale_mels, spectrogram
@@ -94,3 +95,36 @@ def test_filters_made_under_inference_mode_serve_training() -> None:
     log_mel(wave, 48000, 512, 480, 61).sum().backward()
     assert wave.grad is not None
     assert wave.grad.isfinite().all()
+
+
+class Tf32Seen(TorchDispatchMode):
+    """Notes for each matrix product whether TF32 was allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_mel_bands_and_their_gradients_are_never_in_tf32(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """As on CUDA, on the CPU."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    spec = torch.rand(2, 513, 7, requires_grad=True)
+    torch.backends.cuda.matmul.allow_tf32 = fast
+    try:
+        with Tf32Seen() as products:
+            mel_from_spectrogram(spec, 48000, 1024, 80).sum().backward()
+        assert torch.backends.cuda.matmul.allow_tf32 is fast
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert len(products.seen) >= 2
+    assert not any(products.seen)
+    monkeypatch.undo()
+    again = spec.detach().requires_grad_()
+    mel_from_spectrogram(again, 48000, 1024, 80).sum().backward()
+    torch.testing.assert_close(spec.grad, again.grad)

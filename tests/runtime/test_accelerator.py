@@ -20,13 +20,14 @@ from torch import nn
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime import accelerator
+from rvc_dist.runtime import device as devices
 from rvc_dist.train import checkpoint, ddp
 from rvc_dist.workspace import OtherRankError, StageError
 
 
 def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
-    mine = accelerator.kernel_settings(torch.device("cpu"))
+    mine = devices.kernel_settings(torch.device("cpu"))
     monkeypatch.setattr(accelerator, "gather_object", lambda _: [mine, mine | {"torch": "1.0"}])
     with pytest.raises(StageError) as caught:
         accelerator.check_same_settings(Accelerator(cpu=True), {})
@@ -55,7 +56,7 @@ def test_a_precision_is_refused_or_advised_against_by_the_hardware(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
     device = torch.device("cuda", 0) if capability else torch.device("cpu")
     try:
-        advice = accelerator.check_precision(precision, device)
+        advice = devices.check_precision(precision, device)
         found = " ".join(advice).replace("train.precision", "advice") if advice else ""
     except StageError as refused:
         found = str(refused)

@@ -3,6 +3,8 @@
 What only a GPU shows is in test_gpu.py.
 """
 
+import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -14,10 +16,15 @@ from accelerate.state import AcceleratorState
 from helpers import make_features, tiny_recipe
 from launching import ROOT, environment, rvc_dist
 
-from rvc_dist.config import TrainConfig
-from rvc_dist.runtime import accelerator
+from rvc_dist import __main__ as cli
+from rvc_dist.config import Recipe, TrainConfig
+from rvc_dist.data import denoise
+from rvc_dist.features import extract
+from rvc_dist.runtime import device as devices
 from rvc_dist.train import compilation, dataset
 from rvc_dist.train.loader import loader_settings, make_loader
+from rvc_dist.voice import infer
+from rvc_dist.workspace import Shard, StageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FAST = TrainConfig(fast_train=True)
@@ -31,9 +38,10 @@ def _switches_put_back(monkeypatch):
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
     )
-    # Off, whatever tests before left on.
+    # As torch has them, whatever tests before left on.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+    torch.backends.cudnn.allow_tf32 = True
+    for name in (*devices.ALLOCATOR_VARIABLES, "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     yield
@@ -57,50 +65,72 @@ def fake_gpu(monkeypatch, capability, name):
 )
 def test_row_1_tf32_on_ampere_and_newer(monkeypatch, capability, name, tf32):
     fake_gpu(monkeypatch, capability, name)
-    assert accelerator.kernel_settings(CUDA)["tf32"] == "off"
-    accelerator.apply_kernel_settings(FAST)
-    settings = accelerator.kernel_settings(CUDA)
+    assert devices.kernel_settings(CUDA)["tf32"] == tf32, "torch lets cuDNN's convolutions use it unless it is told"
+    devices.apply_kernel_settings(TrainConfig())
+    assert not torch.backends.cudnn.allow_tf32
+    assert devices.kernel_settings(CUDA)["tf32"] == "off"
+    devices.apply_kernel_settings(FAST)
+    settings = devices.kernel_settings(CUDA)
     assert settings["tf32 matmul"] is settings["tf32 cudnn"] is True
     assert (settings["tf32"], settings["device"]) == (tf32, name)
     assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_row_2_cudnn_searches_for_the_fastest_kernels():
-    accelerator.apply_kernel_settings(FAST)
-    assert accelerator.kernel_settings(CPU)["cudnn.benchmark"] is torch.backends.cudnn.benchmark is True
+    devices.apply_kernel_settings(FAST)
+    assert devices.kernel_settings(CPU)["cudnn.benchmark"] is torch.backends.cudnn.benchmark is True
 
 
 def test_row_3_kernels_are_not_deterministic_unless_asked_for():
-    accelerator.apply_kernel_settings(FAST)
-    assert accelerator.kernel_settings(CPU)["cudnn.deterministic"] is False
+    devices.apply_kernel_settings(FAST)
+    assert devices.kernel_settings(CPU)["cudnn.deterministic"] is False
     assert not torch.are_deterministic_algorithms_enabled()
-    accelerator.apply_kernel_settings(TrainConfig(fast_train=True, deterministic=True))
-    settings = accelerator.kernel_settings(CPU)
+    devices.apply_kernel_settings(TrainConfig(fast_train=True, deterministic=True))
+    settings = devices.kernel_settings(CPU)
     assert settings["cudnn.deterministic"] is True
     assert settings["cudnn.benchmark"] is False
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_row_4_the_allocator_is_set_before_cuda_starts():
-    """In a process of its own: importing the trainer must not have started CUDA by then."""
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_row_4_every_command_sets_the_allocator_before_its_stage_begins(monkeypatch, stage):
+    seen = []
+    module = importlib.import_module(cli.STAGES[stage].module)
+    monkeypatch.setattr(module, "run", lambda *_, **__: seen.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF")))
+    for config in (TrainConfig(), FAST):
+        cli.run_stage(stage, Recipe(train=config), Shard(), {})
+    assert seen == [None, "expandable_segments:True"]
+
+
+def test_row_4_what_is_told_of_the_allocator_is_its_own_word():
+    """In a process of its own: importing the trainer must not have started CUDA by then, and it reads but once."""
     script = (
-        "import os, torch, rvc_dist.train.trainer as t\n"
+        "import os, torch, rvc_dist.train.trainer\n"
         "from rvc_dist.config import TrainConfig\n"
-        "from rvc_dist.runtime.accelerator import make_accelerator, kernel_settings\n"
-        "started = torch.cuda.is_initialized()\n"
-        "device = make_accelerator(TrainConfig(fast_train=True)).device\n"
-        "print(started, kernel_settings(device)['allocator'])\n"
+        "from rvc_dist.runtime.device import allocator_settings, set_allocator\n"
+        "set_allocator(TrainConfig(fast_train=True))\n"
+        "print(torch.cuda.is_initialized(), allocator_settings(torch.device('cuda')))\n"
+        "os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'max_split_size_mb:512'\n"
+        "print(allocator_settings(torch.device('cuda')))\n"
     )
     command = [sys.executable, "-c", script]
     shown = subprocess.run(command, env=environment(), cwd=ROOT, text=True, capture_output=True, check=True).stdout
-    assert shown.split() == ["False", "expandable_segments:True,max_split_size_mb:512"]
+    assert shown.split() == ["False", "expandable_segments:True", "expandable_segments:True"]
+    assert devices.allocator_settings(CPU) == "the system's"
 
 
-def test_row_4_what_the_user_set_stays(monkeypatch):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
-    accelerator.apply_kernel_settings(FAST)
-    assert accelerator.kernel_settings(CPU)["allocator"] == "backend:native"
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_row_4_what_the_user_set_stays(monkeypatch, name):
+    """Under any of its names: torch lets the second of them win over the first."""
+    monkeypatch.setenv(name, "expandable_segments:True,max_split_size_mb:512")
+    devices.set_allocator(FAST)
+    assert [n for n in devices.ALLOCATOR_VARIABLES if n in os.environ] == [name]
+
+
+def test_row_4_other_allocators_are_told_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert devices.allocator_settings(CUDA) == "cudaMallocAsync"
 
 
 def cores(monkeypatch, mine, launchers, num_ranks=1):
@@ -172,7 +202,7 @@ def test_every_rank_has_the_settings_and_they_are_printed_once(tmp_path):
         "tf32 cudnn True",
         "cudnn.benchmark True",
         "cudnn.deterministic False",
-        "allocator expandable_segments:True,max_split_size_mb:512",
+        "allocator the system's",
         "compiled generator False",
         "compiled discriminator False",
     ):
@@ -180,8 +210,37 @@ def test_every_rank_has_the_settings_and_they_are_printed_once(tmp_path):
     assert output.count("compile: not for 2 steps of") == 1
 
 
-def test_without_fast_train_nothing_is_touched():
-    before = accelerator.kernel_settings(CPU)
-    accelerator.apply_kernel_settings(TrainConfig())
-    assert accelerator.kernel_settings(CPU) == before
+def test_stages_that_do_not_train_compute_in_true_float32(monkeypatch, tmp_path):
+    """Whatever a training in the same process left on."""
+    recipe = tiny_recipe(tmp_path, fast_train=True)
+    began = []
+
+    def began_with(*_, **__):
+        began.append(devices.kernel_settings(CPU))
+        raise StageError("enough")
+
+    monkeypatch.setattr(extract, "clip_fingerprints", lambda _: {})
+    monkeypatch.setattr(extract.clip_files, "check_made", lambda *_: None)
+    monkeypatch.setattr(extract.Extractor, "load", began_with)
+    monkeypatch.setattr(infer.Voice, "load", began_with)
+    monkeypatch.setattr(torch.nn.Module, "to", began_with)  # the noise gate
+    stages = (
+        lambda: denoise.NoiseGate(16000, 0.5),
+        lambda: extract.run(recipe, Shard()),
+        lambda: infer.Converter.load(recipe),
+    )
+    for stage in stages:
+        devices.apply_kernel_settings(recipe.train)
+        with pytest.raises(StageError, match="enough"):
+            stage()
+    assert [[s[k] for k in ("tf32 matmul", "tf32 cudnn", "cudnn.benchmark")] for s in began] == [[False] * 3] * 3
+
+
+def test_a_stage_on_a_gpu_says_what_is_set(monkeypatch, caplog):
+    fake_gpu(monkeypatch, (8, 0), "NVIDIA A100")
+    monkeypatch.setattr(devices, "local_device", lambda: CUDA)
+    caplog.set_level(logging.INFO)
+    assert devices.compute_exactly("extract") == CUDA
+    assert "extract: tf32 off, tf32 matmul False, tf32 cudnn False" in caplog.text
+    assert "device NVIDIA A100" in caplog.text
     AcceleratorState._reset_state(reset_partial_state=True)

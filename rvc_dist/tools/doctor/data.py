@@ -15,7 +15,8 @@ from rvc_dist.features import feature_files
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.precision import check_device
-from rvc_dist.runtime.accelerator import check_launcher, check_precision
+from rvc_dist.runtime.accelerator import check_launcher
+from rvc_dist.runtime.device import check_precision
 from rvc_dist.tools.doctor.findings import Finding, Findings, Problem, Severity, Skipped, error, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.tools.made_up import CONTENT_WIDTH

@@ -19,8 +19,8 @@ from rvc_dist.choices import F0_METHODS, OPTIMIZERS
 from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.features import index_file
-from rvc_dist.runtime import accelerator
-from rvc_dist.runtime.accelerator import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
+from rvc_dist.runtime import device as devices
+from rvc_dist.runtime.device import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
 from rvc_dist.runtime.launcher import asks_for, usable_cores
 from rvc_dist.tools.doctor.findings import Fact, Findings, error, first_line, ranks_text, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
@@ -195,5 +195,5 @@ def check_precision(context: DoctorContext) -> Findings:
         yield from same({"bf16": "yes" if capable else "no", "fp16": "yes" if half else "no", "TF32": tf32})
     else:
         yield from same({"bf16": "yes, on the CPU"})
-    if advice := accelerator.check_precision(train.autocast_precision, device):
+    if advice := devices.check_precision(train.autocast_precision, device):
         yield warning(*advice)

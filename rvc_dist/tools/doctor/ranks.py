@@ -20,7 +20,8 @@ from torch import nn
 from rvc_dist.config import Recipe
 from rvc_dist.data.sources import list_sources
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.runtime.accelerator import local_device, make_accelerator
+from rvc_dist.runtime.accelerator import make_accelerator
+from rvc_dist.runtime.device import local_device
 from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.tools.doctor.findings import Findings, Problem, error, first_line, same, warning
 from rvc_dist.train.dataset import ClipTable

@@ -14,7 +14,7 @@ import torch
 
 from rvc_dist.config import MAX_CLIP_FRAMES, Recipe
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.runtime.accelerator import device_name
+from rvc_dist.runtime.device import device_name
 from rvc_dist.tools.doctor.data import stand_in_table
 from rvc_dist.tools.doctor.findings import Fact, Findings, Problem, Skipped, error, first_line, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext

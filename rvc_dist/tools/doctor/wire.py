@@ -14,7 +14,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.runtime.accelerator import synchronize
+from rvc_dist.runtime.device import synchronize
 from rvc_dist.tools.doctor.data import stand_in_table
 from rvc_dist.tools.doctor.findings import Fact, Findings, Skipped, error, first_line, same, warning
 from rvc_dist.tools.doctor.ranks import ANSWER_TIMEOUT_S, NETWORK, DoctorContext, RankGroup

@@ -1,0 +1,151 @@
+"""Devices: which one a rank has, what it can compute in, and the settings of its kernels and of its allocator."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rvc_dist.config import TrainConfig
+from rvc_dist.workspace import StageError
+
+logger = logging.getLogger(__name__)
+
+ALLOCATOR_SETTINGS = "expandable_segments:True"
+"""Without the reference's max_split_size_mb:512, by which blocks above 512 MB serve requests of their own size alone:
+with clips of many lengths reserved memory grows while what is in use does not."""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+MIN_BF16_CAPABILITY = (8, 0)
+"""Ampere: older GPUs emulate bf16, slower than float32, and have no TF32."""
+MIN_FP16_CAPABILITY = (7, 0)
+"""Volta: older GPUs have no tensor cores, and most compute fp16 slower than float32."""
+
+
+def local_device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, for those who measure time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def fixed_threads(count: int) -> Iterator[None]:
+    """Inside, the CPU kernels use `count` threads, whatever the launcher chose: the last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def set_allocator(config: TrainConfig) -> None:
+    """The allocator of `fast_train`, unless the user has set one; before any stage, since CUDA reads it once."""
+    if config.fast_train and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = ALLOCATOR_SETTINGS
+
+
+def apply_kernel_settings(config: TrainConfig) -> None:
+    """Switch on or off: TF32 and cuDNN's search for the fastest kernels by `fast_train`, and deterministic kernels.
+
+    TF32 has a flag for matrix products, which torch leaves off, and one for cuDNN's convolutions, which it leaves on.
+    They are set on any hardware; before Ampere they change nothing. Torch 2.9 added `fp32_precision` beside them:
+    reading these flags after that was set raises an error, and torch's compiler reads them, so it is not used.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.fast_train
+    torch.backends.cudnn.benchmark = config.fast_train and not config.deterministic
+    torch.backends.cudnn.deterministic = config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+
+
+def compute_exactly(stage: str) -> torch.device:
+    """This rank's device, for a stage that does not train: float32 is float32 there, whatever makes training fast.
+
+    So features, and what is made of them, hang on the recipe's `extract` alone. On a GPU the log says what is set.
+    """
+    apply_kernel_settings(TrainConfig())
+    device = local_device()
+    if device.type != "cpu":
+        logger.info("%s: %s", stage, settings_text(kernel_settings(device)))
+    return device
+
+
+def kernel_settings(device: torch.device) -> dict[str, Any]:
+    """What this rank really has, read back."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    tf32 = "off"
+    if any(flags):
+        tf32 = "used" if has_tf32(device) else "not in this hardware"
+    return {
+        "tf32": tf32,
+        "tf32 matmul": flags[0],
+        "tf32 cudnn": flags[1],
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "allocator": allocator_settings(device),
+        "torch": torch.__version__,
+        "device": device_name(device),
+    }
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY
+
+
+def allocator_settings(device: torch.device) -> str:
+    """What the device's allocator itself says that it has."""
+    if device.type != "cuda":
+        return "the system's"
+    if (backend := torch.cuda.get_allocator_backend()) != "native":
+        return backend
+    has = torch.cuda.memory._snapshot()["allocator_settings"]
+    text = has["PYTORCH_CUDA_ALLOC_CONF"] or "default"
+    return text if has["expandable_segments"] == ("expandable_segments:True" in text) else f"{text} (not expandable)"
+
+
+def check_precision(precision: str, device: torch.device) -> tuple[str, str] | None:
+    """Refuse fp16 or bf16 where the hardware does not have it.
+
+    Returns:
+        Where it does, but another precision is better: what is the matter, and the remedy.
+
+    Raises:
+        StageError: a CUDA device below the compute capability that it needs.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        return "train.precision: fp16 on a CPU is for tests, and slower than fp32;", "set fp32 or bf16"
+    if precision == "fp32" or device.type != "cuda":
+        return None
+    name, capability = device_name(device), torch.cuda.get_device_capability(device)
+    needed, family = {"bf16": (MIN_BF16_CAPABILITY, "Ampere"), "fp16": (MIN_FP16_CAPABILITY, "Volta")}[precision]
+    if capability < needed:
+        instead = "fp16" if capability >= MIN_FP16_CAPABILITY else "fp32"
+        raise StageError(
+            f"train.precision: {name} has compute capability {capability[0]}.{capability[1]}; {precision} needs "
+            f"{needed[0]}.{needed[1]} ({family}) or newer and is slower than float32 below it.",
+            f"Set train.precision {instead} and train.bf16_adamw false; train.fast_train still helps",
+        )
+    if precision == "fp16" and capability >= MIN_BF16_CAPABILITY:
+        return f"train.precision: {name} has bf16, as fast as fp16 and without overflow;", "set bf16"
+    return None
