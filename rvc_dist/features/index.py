@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +57,7 @@ NUM_QUERIES = 1000
 """Most frames on which the recall is measured."""
 SAME_DISTANCE = 1.0 + 1e-5
 """Squared distances that differ by no more than this factor differ by their rounding alone."""
+T = TypeVar("T")
 NO_LISTS = b"il00"
 """How FAISS ends the file of an index without lists."""
 
@@ -62,13 +65,50 @@ Numbers = npt.NDArray[np.int64]
 """Positions of vectors."""
 
 
-def _on_gpus(index: Any) -> Any:
-    """`index` on every GPU that faiss sees, or as it is when there is none or faiss is built for CPUs.
+GPU_TRIAL = """
+import faiss, numpy
+print(faiss.get_num_gpus())
+if faiss.get_num_gpus():
+    index, vectors = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(8)), numpy.zeros((8, 8), "float32")
+    index.add(vectors)
+    index.search(vectors, 1)
+"""
+TRIAL_S = 120.0
+
+
+@cache
+def _has_gpus() -> bool:
+    """Whether faiss sees GPUs and can use them; if it sees them but cannot, the reason is logged.
+
+    Tried in another process: of a driver or a GPU that it was not built for, faiss says so by ending the process.
+    """
+    if not hasattr(load_faiss(), "StandardGpuResources"):  # built for CPUs
+        return False
+    try:
+        trial = subprocess.run(
+            [sys.executable, "-c", GPU_TRIAL], capture_output=True, text=True, timeout=TRIAL_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        logger.warning("index: on the CPU, since a trial of faiss on the GPU took more than %g s", TRIAL_S)
+        return False
+    if trial.returncode:
+        reason = (trial.stderr.strip() or f"exit code {trial.returncode}").splitlines()[-1]
+        logger.warning("index: on the CPU, since faiss cannot use the GPU: %s", reason)
+    return trial.returncode == 0 and trial.stdout.strip() != "0"
+
+
+def _on_gpus(what: str, compute: Callable[[Callable[[Any], Any]], T]) -> T:
+    """`compute`, given what moves an index to every GPU that faiss sees; where there is none, or they fail, the CPU.
 
     GPUs add in another order, so near ties may fall the other way: a file of the same kind, with other bits.
     """
-    faiss = load_faiss()
-    return faiss.index_cpu_to_all_gpus(index) if faiss.get_num_gpus() > 0 else index
+    if _has_gpus():
+        try:
+            return compute(load_faiss().index_cpu_to_all_gpus)
+        except RuntimeError as error:  # such as too little memory
+            reason = " ".join(str(error).split())
+            logger.warning("index: %s on the CPU, since faiss failed on the GPU: %.300s", what, reason)
+    return compute(lambda index: index)
 
 
 def num_cells(num_vectors: int) -> int:
@@ -253,31 +293,33 @@ def save_vectors(recipe: Recipe, frames: Frames, path: Path) -> tuple[Vectors, Q
 
 def reduce(vectors: Vectors) -> Vectors:
     """The k-means centres of `vectors`."""
-    faiss = load_faiss()
+    faiss, width = load_faiss(), vectors.shape[1]
     centres = min(KMEANS_CENTRES, len(vectors))
     logger.info("index: reducing the frames to %d k-means centres, found on %d of them", centres, len(vectors))
-    kmeans = faiss.Kmeans(
-        vectors.shape[1],
-        centres,
-        niter=KMEANS_STEPS,
-        seed=SEED,
-        min_points_per_centroid=1,
-        gpu=faiss.get_num_gpus() > 0,
-    )
-    kmeans.train(vectors)
-    return np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
+    kmeans = faiss.Kmeans(width, centres, niter=KMEANS_STEPS, seed=SEED, min_points_per_centroid=1)
+
+    def found(move: Callable[[Any], Any]) -> Vectors:
+        kmeans.index = move(faiss.IndexFlatL2(width))
+        kmeans.train(vectors)
+        return np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
+
+    return _on_gpus("k-means", found)
 
 
 def train(vectors: Vectors, cells: int) -> Any:
     """An empty IVF-Flat index whose cells are made of `vectors`. Its bytes do not depend on the number of threads."""
-    faiss = load_faiss()
-    index = faiss.index_factory(vectors.shape[1], f"IVF{cells},Flat")
-    index.cp.min_points_per_centroid = 1  # fewer than 39 are meant, and no reason for a warning
-    trainer = _on_gpus(faiss.IndexFlatL2(vectors.shape[1]))
-    index.clustering_index = trainer
-    index.train(vectors)
-    index.clustering_index = None  # it ends with this function
-    return index
+    faiss, width = load_faiss(), vectors.shape[1]
+
+    def trained(move: Callable[[Any], Any]) -> Any:
+        index = faiss.index_factory(width, f"IVF{cells},Flat")
+        index.cp.min_points_per_centroid = 1  # fewer than 39 are meant, and no reason for a warning
+        trainer = move(faiss.IndexFlatL2(width))
+        index.clustering_index = trainer
+        index.train(vectors)
+        index.clustering_index = None  # it ends with this function
+        return index
+
+    return _on_gpus("the training of the cells", trained)
 
 
 class VectorFile:
@@ -309,10 +351,14 @@ def write_index(index: Any, vectors: VectorFile, path: Path) -> None:
     other tools do not find. So the lists are written here, in FAISS's format of lists in memory ("ilar" in its
     impl/index_write.cpp): one file that every faiss reads, and maps too.
     """
-    cells = np.empty(len(vectors), np.int32)
-    nearest_cell = _on_gpus(index.quantizer)
-    for first, chunk in vectors.chunks():
-        cells[first : first + len(chunk)] = nearest_cell.search(chunk, 1)[1][:, 0]
+
+    def nearest_cells(move: Callable[[Any], Any]) -> npt.NDArray[np.int32]:
+        cells, centres = np.empty(len(vectors), np.int32), move(index.quantizer)
+        for first, chunk in vectors.chunks():
+            cells[first : first + len(chunk)] = centres.search(chunk, 1)[1][:, 0]
+        return cells
+
+    cells = _on_gpus("the filling of the cells", nearest_cells)
     sizes = np.bincount(cells, minlength=index.nlist)
     order = np.argsort(cells, kind="stable")
     del cells
@@ -351,13 +397,18 @@ class Recall:
     def __init__(self, vectors: VectorFile, queries: Queries) -> None:
         faiss = load_faiss()
         self.queries, self.num = queries, min(NUM_NEIGHBOURS, len(vectors) - 1)
-        flat, best = _on_gpus(faiss.IndexFlatL2(vectors.width)), faiss.ResultHeap(len(queries.own), self.num + 1)
-        for first, chunk in vectors.chunks():
-            flat.add(chunk)
-            distances, numbers = flat.search(queries.vectors, min(self.num + 1, len(chunk)))
-            best.add_result(distances, first + numbers)
-            flat.reset()
-        best.finalize()
+
+        def search(move: Callable[[Any], Any]) -> Any:
+            flat, best = move(faiss.IndexFlatL2(vectors.width)), faiss.ResultHeap(len(queries.own), self.num + 1)
+            for first, chunk in vectors.chunks():
+                flat.add(chunk)
+                distances, numbers = flat.search(queries.vectors, min(self.num + 1, len(chunk)))
+                best.add_result(distances, first + numbers)
+                flat.reset()
+            best.finalize()
+            return best
+
+        best = _on_gpus("the exact search", search)
         _, numbers = self._others(best.D, best.I)
         # That search is quick, but rounds like the vectors' norms instead of their distances: only its order counts.
         nearest = vectors.rows(numbers.ravel()).reshape(*numbers.shape, vectors.width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -249,27 +250,75 @@ def test_a_large_index_says_what_it_takes_to_read_it(
     assert "GB, which `rvc-dist infer` reads in parts; other tools of RVC need that much memory" in caplog.text
 
 
+def made_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, move: Callable[[Any], Any] | None) -> bytes:
+    """The index file when faiss has GPUs, to which `move` brings an index; None: it has none."""
+    monkeypatch.setattr(index, "_has_gpus", lambda: move is not None)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", move)
+    recipe = narrow_recipe(tmp_path / str(move), index=IndexConfig(algorithm="kmeans"))
+    write_features(recipe, [[frames(200)]])
+    index.run(recipe, ALONE)
+    return index_file(recipe).read_bytes()
+
+
 def test_gpus_train_and_assign_when_faiss_sees_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the GPUs' copy is the index itself, so that the same file must come out."""
-    moved, kmeans_on_gpu = [], []
-    kmeans = faiss.Kmeans
+    moved: list[Any] = []
+    on_gpus = made_on_gpus(tmp_path, monkeypatch, lambda cpu: moved.append(cpu) or cpu)
+    assert len(moved) == 4  # to reduce the frames, to find the cells, to fill them, to search exactly
+    assert on_gpus == made_on_gpus(tmp_path, monkeypatch, None)
 
-    def fake_kmeans(*sizes: int, gpu: bool, **settings: int) -> object:
-        kmeans_on_gpu.append(gpu)
-        return kmeans(*sizes, **settings)
 
-    monkeypatch.setattr(faiss, "Kmeans", fake_kmeans)
-    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda cpu: moved.append(type(cpu)) or cpu)
-    files = []
-    for gpus in (0, 2):
-        monkeypatch.setattr(faiss, "get_num_gpus", lambda gpus=gpus: gpus)
-        recipe = narrow_recipe(tmp_path / str(gpus), index=IndexConfig(algorithm="kmeans"))
-        write_features(recipe, [[frames(200)]])
-        index.run(recipe, ALONE)
-        files.append(index_file(recipe).read_bytes())
-        assert len(moved) == (3 if gpus else 0)  # to find the cells, to fill them, to search exactly
-    assert kmeans_on_gpu == [False, True]
-    assert files[0] == files[1]
+def test_where_gpus_fail_the_cpu_goes_on_and_the_reason_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """k-means when its index is moved there, the others when they compute."""
+    moved: list[Any] = []
+
+    class Full(faiss.IndexFlatL2):  # type: ignore[misc]
+        def search(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("Error in allocMemory:\nStandardGpuResources: alloc fail (out of memory [2])")
+
+    def move(cpu: Any) -> Any:
+        moved.append(cpu)
+        if len(moved) == 1:
+            raise RuntimeError("no streams left")
+        return cpu if len(moved) == 2 else Full(cpu.d)
+
+    on_gpus = made_on_gpus(tmp_path, monkeypatch, move)
+    failed = "on the CPU, since faiss failed on the GPU:"
+    assert f"index: k-means {failed} no streams left" in caplog.text
+    for what in ("the filling of the cells", "the exact search"):
+        assert f"{what} {failed} Error in allocMemory: StandardGpuResources: alloc fail (out of mem" in caplog.text
+    assert caplog.text.count(failed) == 3
+    assert on_gpus == made_on_gpus(tmp_path, monkeypatch, None)
+
+
+@pytest.mark.parametrize(
+    ("trial", "can", "reason"),
+    [
+        ("print(2)", True, ""),
+        ("print(0)", False, ""),
+        (
+            "import os; print(2, flush=True); os.write(2, b'Faiss assertion failed: CUDA error 209'); os.abort()",
+            False,
+            "since faiss cannot use the GPU: Faiss assertion failed: CUDA error 209",
+        ),
+        ("import os; os.abort()", False, "since faiss cannot use the GPU: exit code -6"),
+        ("import time; time.sleep(60)", False, "since a trial of faiss on the GPU took more than 0.5 s"),
+    ],
+)
+def test_faiss_is_tried_where_its_end_does_no_harm(
+    trial: str, can: bool, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not index._has_gpus.__wrapped__()  # faiss-cpu
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    assert not index._has_gpus.__wrapped__()  # the trial itself, with a faiss that has no GPUs
+    assert not caplog.text
+    monkeypatch.setattr(index, "GPU_TRIAL", trial)
+    monkeypatch.setattr(index, "TRIAL_S", 0.5)
+    assert index._has_gpus.__wrapped__() is can
+    assert reason in caplog.text
+    assert bool(caplog.text) == bool(reason)
 
 
 # Recall
