@@ -114,7 +114,7 @@ class Embedder(ABC):
         """What the features were made with; training and export carry it along."""
         return self.identity.to_features() | {"width": self.width}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, wave: Tensor) -> Tensor:
         assert wave.dim() == 2, f"expected [B, S], got {list(wave.shape)}"
         return self.encode(wave.to(self.device, torch.float32)).float().contiguous()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from rvc_dist.config import FEATURE_RATE, Recipe
 from rvc_dist.data import audio, clip_files
@@ -77,6 +78,8 @@ def run(recipe: Recipe, shard: Shard) -> None:
         if shard.is_first or shard.array:
             stage.save_mute()
         stage.make(shard)
+    del stage, extractor
+    torch.cuda.empty_cache()  # what PyTorch keeps of it for itself, faiss would lack on the same GPU
 
 
 def is_imported(recipe: Recipe, work: Workspace, clips: dict[Unit, str]) -> bool:

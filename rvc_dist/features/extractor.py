@@ -64,21 +64,26 @@ class Extractor(NamedTuple):
             for at in range(0, len(indices), self.batch_clips):
                 batch = indices[at : at + self.batch_clips]
                 stacked = torch.from_numpy(np.stack([waves[i] for i in batch]))
-                content, f0 = self.embedder(stacked).cpu().numpy(), self._pitch(stacked).cpu().numpy()
+                # Nothing waits for the content before the pitch is computed, or given to the device to compute.
+                content, f0 = (features.cpu().numpy() for features in self._features(stacked))
                 for row, i in enumerate(batch):
                     yield i, content[row], f0[row]
 
-    def _pitch(self, waves: Tensor) -> Tensor:
-        """[B, S] -> f0 [B, T100]."""
+    def _features(self, waves: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S] -> content [B, T50, C] and f0 [B, T100]."""
+        moved = waves.to(
+            self.embedder.device
+        )  # once, for both: a copy from here waits for all that the device has to do
+        content = self.embedder(moved)
         if self.f0_method is None:
-            return torch.zeros(waves.shape[0], waves.shape[1] // F0_HOP)
-        return self.f0_method(waves)
+            return content, torch.zeros(waves.shape[0], waves.shape[1] // F0_HOP)
+        return content, self.f0_method(moved if self.f0_method.device == self.embedder.device else waves)
 
     def warn_at_edges(self, stage: str) -> None:
         """Tell of a voice that often was at or beyond the lowest or highest pitch that is taken."""
         if self.f0_method is None:
             return
-        pitched, low, high = self.f0_method.counts.tolist()
+        pitched, low, high = self.f0_method.total_counts().tolist()
         edges = {"f0_min": (low, "lowest", "below", "lower"), "f0_max": (high, "highest", "above", "raise")}
         for key, (count, end, side, change) in edges.items():
             if count > MAX_AT_EDGE * pitched:

@@ -51,17 +51,20 @@ class F0Method(ABC):
     Hz (float32, on the tracker's device). Frame t is centred at sample 160 * t. 0 means unvoiced; every other value is
     within `f0_min`..`f0_max`. Silence is unvoiced, and nothing is ever NaN.
 
-    Rows are tracked one by one, so that none depends on its neighbours: batched kernels choose their order of summation
-    by the shape, and a last bit decides whether a frame at the threshold is voiced.
+    Rows are tracked one by one (but see `track_all`), so that none depends on its neighbours: batched kernels choose
+    their order of summation by the shape, and a last bit decides whether a frame at the threshold is voiced.
 
     With `f0_autotune` the voiced frames are moved toward the nearest semitone, and kept within the range.
     """
+
+    on_cpu = False
+    """Computed by a library for CPUs, whatever the device: there it is, while the device computes the content."""
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         self.f0_min = config.f0_min
         self.f0_max = config.f0_max
         self.autotune_strength = config.f0_autotune_strength if config.f0_autotune else 0.0
-        self.device = device
+        self.device = device = torch.device("cpu") if self.on_cpu else device
         self.dtype = DTYPES[config.precision]
         """Of the network, where there is one."""
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
@@ -84,28 +87,40 @@ class F0Method(ABC):
         beyond = (true_f0 > 0) & (true_f0 < self.f0_min) if below else true_f0 > self.f0_max
         return torch.where((f0 > 0) & beyond, true_f0, f0)
 
-    @torch.no_grad()
+    def track_all(self, waves: Tensor) -> Tensor:
+        """`track` of clips of one length: [N, S] -> [N, S // 160]."""
+        num_frames = waves.shape[1] // F0_HOP
+        return torch.cat([of_length(self.track(wave)[None], num_frames) for wave in waves])
+
+    @torch.inference_mode()
     def __call__(self, wave: Tensor) -> Tensor:
         assert wave.dim() == 2, f"expected [B, S], got {list(wave.shape)}"
         wave = wave.to(self.device, torch.float32)
-        return torch.stack([self._track_row(row) for row in wave])
-
-    def _track_row(self, wave: Tensor) -> Tensor:
-        num_frames = wave.shape[0] // F0_HOP
-        power = F.avg_pool1d(wave[None].square(), SILENCE_WINDOW, F0_HOP, padding=SILENCE_WINDOW // 2)[0, :num_frames]
+        num_frames = wave.shape[1] // F0_HOP
+        power = F.avg_pool1d(wave.square(), SILENCE_WINDOW, F0_HOP, padding=SILENCE_WINDOW // 2)[:, :num_frames]
         sounding = power > SILENCE_RMS**2
-        if not sounding.any():
-            return wave.new_zeros(num_frames)
-        f0 = self.track(wave).to(self.device, torch.float32)
-        f0 = F.pad(f0[None], (0, max(0, num_frames - len(f0))), mode="replicate")[0, :num_frames]
+        heard = [row for row, is_heard in enumerate(sounding.any(dim=1).tolist()) if is_heard]
+        f0 = wave.new_zeros(wave.shape[0], num_frames)
+        if heard:
+            f0[heard] = self.track_all(wave[heard]).to(self.device, torch.float32)
         near = 2.0 ** (AT_EDGE_CENTS / 1200.0)
-        found = torch.stack([f0 > 0, (f0 > 0) & (f0 <= self.f0_min * near), f0 >= self.f0_max / near])
-        self.counts += (found & sounding).sum(dim=1)
+        at_edges = torch.stack([f0 > 0, (f0 > 0) & (f0 <= self.f0_min * near), f0 >= self.f0_max / near])
+        self.counts += (at_edges & sounding).sum(dim=(1, 2))
         # A comparison with NaN is false, so that NaN becomes 0 as well.
         voiced = (f0 >= self.f0_min) & (f0 <= self.f0_max) & sounding
         if self.autotune_strength > 0.0:
-            f0 = autotune(f0, self.autotune_strength).clamp(self.f0_min, self.f0_max)
+            # By rows too: a kernel takes the last few of a tensor's numbers by another path.
+            f0 = torch.stack([autotune(row, self.autotune_strength) for row in f0]).clamp(self.f0_min, self.f0_max)
         return torch.where(voiced, f0, 0.0)
+
+    def total_counts(self) -> Tensor:
+        """`counts`, on the CPU, with those of the methods that this one is made of."""
+        return self.counts.cpu()
+
+
+def of_length(f0: Tensor, num_frames: int) -> Tensor:
+    """f0 [N, T] with its last frames left out, or the last repeated: [N, num_frames]."""
+    return F.pad(f0, (0, max(0, num_frames - f0.shape[1])), mode="replicate")[:, :num_frames]
 
 
 def autotune(f0: Tensor, strength: float) -> Tensor:
@@ -242,6 +257,7 @@ class SwiftPitch(F0Method):
     the nearest of them is. The threshold is below its authors' 0.5, which loses voiced frames of real speech.
     """
 
+    on_cpu = True
     MIN_CONFIDENCE = 0.3
     STEP = 1.05
     """A little more than the ratio of neighbouring pitches of the network."""
@@ -295,14 +311,16 @@ class HybridPitch(F0Method):
     """
 
     def __init__(self, config: ExtractConfig, device: torch.device, names: Sequence[str]) -> None:
-        super().__init__(config, device)
         # Tuned once, after the median.
         self.methods = [load_f0(replace(config, f0_method=name, f0_autotune=False), device) for name in names]
-        for method in self.methods:  # of what they hear beyond the range nothing reaches the median
-            method.counts = self.counts
+        self.on_cpu = all(method.on_cpu for method in self.methods)
+        super().__init__(config, device)
 
     def track(self, wave: Tensor) -> Tensor:
-        return majority_median(torch.cat([method(wave[None]) for method in self.methods]))
+        return majority_median(torch.cat([method(wave[None]).to(self.device) for method in self.methods]))
+
+    def total_counts(self) -> Tensor:  # of what the methods hear beyond the range nothing reaches the median
+        return super().total_counts() + sum(method.total_counts() for method in self.methods)
 
 
 def majority_median(f0: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class SignalMethod(F0Method):
     """A tracker that a NumPy library computes within the range alone, so that yin says what lies above it."""
 
     LIBRARY = "librosa"
+    on_cpu = True
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
@@ -80,6 +81,8 @@ class PyinPitch(SignalMethod):
 
 class YinPitch(F0Method):
     """YIN (de Cheveigné and Kawahara 2002) by librosa, which says nothing of voicing: that is by `is_periodic`."""
+
+    on_cpu = True
 
     def track(self, wave: Tensor) -> Tensor:
         return torch.from_numpy(yin(wave.cpu().numpy(), self.f0_min, self.f0_max))
@@ -218,7 +221,8 @@ class SwipePitch(F0Method):
         candidates = self.lowest * 2.0 ** (steps * self.CENTS / 1200.0)
         erbs = np.arange(_erbs_of(self.f0_min / 4), _erbs_of(FEATURE_RATE / 2), self.ERBS)
         frequencies = 229.0 * (10.0 ** (erbs / 21.4) - 1.0)
-        self.kernels = torch.from_numpy(swipe_kernels(candidates, frequencies)).float().to(device)
+        self.num_candidates = len(candidates)
+        kernels = torch.from_numpy(swipe_kernels(candidates, frequencies)).float()
         # The best window holds eight periods; a candidate takes the sizes on either side of that, by their nearness.
         ideal = np.log2(8.0 * FEATURE_RATE / candidates)
         longest = round(math.log2(8.0 * FEATURE_RATE / self.f0_min))
@@ -226,22 +230,22 @@ class SwipePitch(F0Method):
         ideal = ideal.clip(sizes[0], sizes[-1])
         self.windows = []
         for size in sizes:
-            weights = torch.from_numpy((1.0 - np.abs(ideal - size)).clip(0.0)).float().to(device)
+            weights = torch.from_numpy((1.0 - np.abs(ideal - size)).clip(0.0)).float()
+            used = weights.nonzero()[:, 0]
+            ours = slice(int(used[0]), int(used[-1]) + 1)
             onto_erbs = torch.from_numpy(_spline_matrix(2**size, frequencies)).float().to(device)
-            self.windows.append((torch.hann_window(2**size, device=device), onto_erbs, weights))
+            parts = onto_erbs, kernels[ours].to(device), weights[ours, None].to(device)
+            self.windows.append((torch.hann_window(2**size, device=device), ours, *parts))
 
     def track(self, wave: Tensor) -> Tensor:
-        strength = torch.zeros((), device=self.device)
-        for window, onto_erbs, weights in self.windows:
+        strength = wave.new_zeros(self.num_candidates, wave.shape[0] // F0_HOP)
+        for window, ours, onto_erbs, kernels, weights in self.windows:
             size = window.shape[0]
             padded = F.pad(wave, (size // 2, size))
             spectrum = torch.stft(padded, size, F0_HOP, window=window, center=False, return_complex=True).abs()
             loudness = (onto_erbs @ spectrum[:, : wave.shape[0] // F0_HOP]).clamp_min(0.0).sqrt()
             loudness = loudness / loudness.norm(dim=0).clamp_min(1e-9)
-            used = weights > 0
-            part = torch.zeros(len(weights), loudness.shape[1], device=self.device)
-            part[used] = weights[used, None] * (self.kernels[used] @ loudness)
-            strength = strength + part
+            strength[ours] += weights * (kernels @ loudness)
         best, step = strength.max(dim=0)
         at = step.clamp(1, strength.shape[0] - 2)
         left, peak, right = (strength.gather(0, (at + d)[None])[0] for d in (-1, 0, 1))

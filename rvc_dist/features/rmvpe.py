@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig
-from rvc_dist.features.f0 import PITCH_BINS, F0Method, load_network, local_average_hz
+from rvc_dist.features.f0 import PITCH_BINS, F0Method, load_network, local_average_hz, of_length
 from rvc_dist.features.precision import lower
 
 NUM_MELS = 128
@@ -137,14 +137,24 @@ class RmvpePitch(F0Method):
         self.mel_filters = torch.from_numpy(filters).to(device)
 
     def track(self, wave: Tensor) -> Tensor:
+        return self._track(wave[None])[0]
+
+    def track_all(self, waves: Tensor) -> Tensor:
+        # On a GPU a clip's kernels take less time than their launches: there a batch costs little more than a clip.
+        if self.device.type != "cuda":
+            return super().track_all(waves)
+        return of_length(self._track(waves), waves.shape[1] // F0_HOP)
+
+    def _track(self, waves: Tensor) -> Tensor:
         num_pad = N_FFT // 2
         # torch.stft reflects too, but refuses a clip shorter than half its window.
-        wave = F.pad(wave[None], (num_pad, num_pad), mode="reflect" if wave.shape[0] > num_pad else "constant")
-        spectrum = torch.stft(wave, N_FFT, F0_HOP, window=self.window, center=False, return_complex=True).abs()
+        waves = F.pad(waves, (num_pad, num_pad), mode="reflect" if waves.shape[1] > num_pad else "constant")
+        spectrum = torch.stft(waves, N_FFT, F0_HOP, window=self.window, center=False, return_complex=True).abs()
         mel = (self.mel_filters @ spectrum).clamp_min(1e-5).log()
         num_frames = mel.shape[-1]
         missing = -num_frames % 2**DEPTH
         mel = F.pad(mel, (0, missing), mode="reflect" if missing < num_frames else "replicate")
-        salience = self.network(mel)[0, :num_frames]
-        peak, centre = salience.max(dim=1)
-        return torch.where(peak > THRESHOLD, local_average_hz(salience, centre), 0.0)
+        salience = self.network(mel)[:, :num_frames]
+        peak, centre = salience.max(dim=2)
+        f0 = local_average_hz(salience.flatten(0, 1), centre.flatten()).reshape(peak.shape)
+        return torch.where(peak > THRESHOLD, f0, 0.0)

@@ -67,7 +67,7 @@ class Converter:
         width = voice.generator.shape.content_channels
         return cls(voice, extractor, _retriever(config, work, width), recipe, device, speaker)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, wave: audio.Wave) -> audio.Wave:
         """One window [S] at 16 kHz -> [S / 16000 * rate] at the voice's rate; its last frames may be silent.
 

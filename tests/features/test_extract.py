@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import EmbedderMix, PreprocessConfig, Recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, feature_files, index
+from rvc_dist.features.content import Embedder, Mfcc
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.workspace import Shard, StageError, read_header, read_json, unit_files
 
@@ -338,10 +340,49 @@ def test_only_clips_of_one_length_share_a_batch_and_never_too_many(recipe: Recip
         shapes.append(tuple(wave.shape))
         return embedder(wave)
 
+    spy.device = embedder.device  # type: ignore[attr-defined]
     watched = extractor._replace(embedder=spy)  # type: ignore[arg-type]
     waves = [noise(0.1 * n, 16000) for n in (3, 4, 3, 3, 4, 3, 3)]
     assert sorted(i for i, _, _ in watched(waves)) == list(range(7))
     assert sorted(shapes) == [(1, 4800), (2, 4800), (2, 4800), (2, 6400)]
+
+
+# The device
+
+
+def test_nothing_waits_for_the_content_before_the_pitch_is_on_its_way(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    copy = torch.Tensor.cpu
+
+    class Watching(SteadyPitch):
+        def track(self, wave: torch.Tensor) -> torch.Tensor:
+            events.append("pitch")
+            return super().track(wave)
+
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(Watching))
+    monkeypatch.setattr(Mfcc, "encode", lambda self, wave: events.append("content") or wave[:, None])
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: events.append("copy") or copy(self))
+    list(Extractor.load(recipe)([tone(0.5, 16000), tone(0.5, 16000)]))
+    assert events == ["content", "pitch", "pitch", "copy", "copy"]
+
+
+@pytest.mark.usefixtures("quick_pitch")
+def test_the_index_finds_the_memory_of_the_networks_free(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Embedder]] = []
+    freed: list[bool] = []
+    load = Extractor.load
+
+    def remembered(*args: Any) -> Extractor:
+        extractor = load(*args)
+        alive.append(weakref.ref(extractor.embedder))
+        return extractor
+
+    monkeypatch.setattr(Extractor, "load", remembered)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(alive[0]() is None))
+    extract.run(recipe, ALONE)
+    assert freed == [True]
 
 
 # What is wrong

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import SteadyPitch, parse_recipe
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rvc_dist
 from rvc_dist.choices import F0_METHODS, F0Spec
@@ -182,12 +184,46 @@ def test_what_lies_beyond_the_range_is_unvoiced(methods: dict[str, F0Method], na
             assert (cents(heard(hz), torch.tensor(float(hz)).expand(17)).abs() < within).sum() >= 16, hz
 
 
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+def test_swipe_never_waits_for_the_device(methods: dict[str, F0Method]) -> None:
+    """Besides once a batch, for which rows are silent."""
+    with Waits() as waits:
+        f0 = methods["swipe"](voice(200.0)[0].expand(4, -1))
+    assert waits.count == 0
+    assert f0.any()
+    with waits:
+        assert bool(torch.ones(1).any())  # is counted
+    assert waits.count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "on_cpu"), [("pm", True), ("swift", True), ("hybrid[pm+swift]", True), ("hybrid[pm+swipe]", False)]
+)
+def test_libraries_for_cpus_get_what_is_there(name: str, on_cpu: bool) -> None:
+    """A copy from a GPU would wait until the content is computed."""
+    method = load_f0(ExtractConfig(f0_method=name), torch.device("meta"))
+    assert method.device.type == method.counts.device.type == ("cpu" if on_cpu else "meta")
+    if on_cpu:
+        assert method(voice(200.0)[0][None]).any()
+
+
 def test_frames_at_the_edges_are_counted() -> None:
     for name in ("swipe", "hybrid[yin+swipe]"):
         method = load_f0(ExtractConfig(f0_method=name), CPU)
         for hz in (40.0, 300.0, 1500.0):
             method(voice(hz, 1.0)[0][None])
-        pitched, low, high = method.counts.tolist()
+        pitched, low, high = method.total_counts().tolist()
         assert pitched > 250
         assert min(low, high) > 0.1 * pitched, name
 

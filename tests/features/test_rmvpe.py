@@ -70,6 +70,11 @@ def test_from_a_file_to_pitch(weights: dict[str, Tensor], tmp_path: Path, suffix
     assert method(wave_of(200.0, 500)[None]).shape == (1, 3)  # shorter than the window and than 32 frames
 
     assert isinstance(method, RmvpePitch)
+    batch = torch.stack([wave_of(200.0, 500), wave_of(300.0, 500)])
+    alone = method.track_all(batch)
+    method.device = torch.device("cuda")  # there all at once
+    torch.testing.assert_close(method.track_all(batch), alone)
+    method.device = CPU
     method.network.fc[1].bias.fill_(-4.0)  # sigmoid(-4) = 0.018, the threshold is 0.03
     assert not method(waves).any()
 
