@@ -56,6 +56,9 @@ class Extractor(NamedTuple):
         """Yield (index, content [T50, C], f0 [T100]) for 16 kHz waves [S], batched by equal length.
 
         Nothing is padded: padding changes what a group-normalised encoder gives.
+
+        Raises:
+            StageError: the content is not finite.
         """
         by_length: dict[int, list[int]] = {}
         for i, wave in enumerate(waves):
@@ -66,6 +69,11 @@ class Extractor(NamedTuple):
                 stacked = torch.from_numpy(np.stack([waves[i] for i in batch]))
                 # Nothing waits for the content before the pitch is computed, or given to the device to compute.
                 content, f0 = (features.cpu().numpy() for features in self._features(stacked))
+                if not np.isfinite(content).all():
+                    raise StageError(
+                        f"extract.embedder_model: {self.embedder.name} gives numbers that are not finite;",
+                        "its weights are damaged, or too large for extract.precision fp16: then set bf16 or fp32",
+                    )
                 for row, i in enumerate(batch):
                     yield i, content[row], f0[row]
 

@@ -369,6 +369,15 @@ def test_nothing_waits_for_the_content_before_the_pitch_is_on_its_way(
 
 
 @pytest.mark.usefixtures("quick_pitch")
+def test_numbers_too_large_for_half_precision_are_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mfcc, "encode", lambda _self, wave: (wave[:, None] + 1.0).half() * 1e5)
+    with pytest.raises(
+        StageError, match=r"mfcc gives numbers that are not finite; .*extract\.precision fp16: then set bf16"
+    ):
+        extract.run(recipe, ALONE)
+
+
+@pytest.mark.usefixtures("quick_pitch")
 def test_the_index_finds_the_memory_of_the_networks_free(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Embedder]] = []
     freed: list[bool] = []
