@@ -192,7 +192,9 @@ class Waits(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += by_mask or name in ("_local_scalar_dense", "item", "is_nonzero")
         return func(*args, **(kwargs or {}))
 
 
@@ -202,9 +204,12 @@ def test_swipe_never_waits_for_the_device(methods: dict[str, F0Method]) -> None:
         f0 = methods["swipe"](voice(200.0)[0].expand(4, -1))
     assert waits.count == 0
     assert f0.any()
-    with waits:
-        assert bool(torch.ones(1).any())  # is counted
-    assert waits.count == 1
+    values = torch.ones(3)
+    with waits, torch.inference_mode():  # as a tracker is called
+        assert values.any()
+        values[values > 0] = 2.0
+        assert values[values > 1].shape == (3,)
+    assert waits.count == 3
 
 
 @pytest.mark.parametrize(
