@@ -51,9 +51,18 @@ def lower(
 
     The weights are rounded once, where autocast would do it in every call. In float32 stay the parts `first` and
     `last`, between which all is in `dtype`, and batch norms, whose kernels take half precision beside their float32.
+
+    Raises:
+        ValueError: what PyTorch would give is wrong.
     """
     if dtype == torch.float32:
         return
+    groups = [m for m in network.modules() if isinstance(m, nn.Conv1d) and m.weight.device.type == "cpu"]
+    if dtype == torch.bfloat16 and any(1 < m.in_channels // m.groups < 16 for m in groups if m.groups > 1):
+        raise ValueError(  # by more than 100%, where AMX computes it (oneDNN of torch 2.14)
+            "extract.precision: on CPUs bf16 convolutions in groups of fewer than 16 channels, which this network has, "
+            "can come out wrong; set fp32"
+        )
     exact = {m for part in (first, last) if part is not None for m in part.modules()}
     for module in network.modules():
         if module not in exact and not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):

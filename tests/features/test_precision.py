@@ -104,6 +104,12 @@ def test_networks_without_weights_here(make: type[nn.Module], half: str) -> None
     assert 0 < difference(found, wanted) < 16 * ROUNDING[half]
 
 
+def test_convolutions_that_come_out_wrong_are_refused(tmp_path: Path) -> None:
+    make_ssl_folder(tmp_path / "enc", "Hubert", num_layers=1)  # of 8 channels a group
+    with pytest.raises(ValueError, match=r"extract\.precision: .* groups of fewer than 16 channels.*; set fp32"):
+        load_embedder(ExtractConfig(embedder_model=str(tmp_path / "enc"), precision="bf16"), "v2", CPU)
+
+
 def test_float32_leaves_a_network_as_it_is() -> None:
     network = nn.Linear(2, 2)
     lower(network, torch.float32)
