@@ -130,6 +130,8 @@ class RmvpePitch(F0Method):
         from librosa.filters import mel
 
         self.network = load_network(RMVPE, "extract.f0_model", config.f0_model, "rmvpe", "RMVPE").to(device)
+        if self.dtype != torch.float32:  # whose kernels are a third faster in this layout
+            self.network.to(memory_format=torch.channels_last)
         # The mel spectrogram, and the recurrent layer with what follows, stay in float32.
         lower(self.network, self.dtype, self.network.unet.encoder["bn"], self.network.fc)
         self.window = torch.hann_window(N_FFT, device=device)
