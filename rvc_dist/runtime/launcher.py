@@ -60,11 +60,17 @@ def check_deepspeed(config: TrainConfig) -> None:
     """Prepare for DeepSpeed, whose launcher files this one accepts.
 
     Raises:
-        StageError: it is not installed, or the optimizer looks at more than one number at a time.
+        StageError: it is not installed, the optimizer looks at more than one number at a time, or the recipe asks for
+            fp16.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise StageError(
             "the launcher asks for DeepSpeed, which is not installed:", "pip install 'rvc-dist[deepspeed]'"
+        )
+    if config.autocast_precision == "fp16":
+        raise StageError(
+            "train.precision: fp16 with DeepSpeed, which would skip steps by a loss scale that is in no checkpoint;",
+            "launch with launch/multi_gpu.yaml, or set fp32 or bf16",
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of the autocast that is cared for below
     warnings.filterwarnings("ignore", ".*torch.distributed.*deprecated", FutureWarning)  # DeepSpeed's own calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,18 @@ class RecentStep:
     """Of each micro-batch of this rank."""
     good: Tensor
     """[] bool: it made its updates; the same on all ranks."""
+    bad: Tensor
+    """[] bool: it did not, and a smaller loss scale would not have helped; the same on all ranks."""
     finite: Tensor
     """[micro-batches] bool: the losses of this rank's micro-batch were finite."""
 
 
 def check_recent_steps(
-    steps: Sequence[RecentStep], streak: int, most: int, clips: Sequence[ClipRef]
+    accelerator: Accelerator, steps: Sequence[RecentStep], streak: int, most: int, clips: Sequence[ClipRef]
 ) -> tuple[int, bool]:
     """Name the clips of steps that made no update. The host waits for the device.
+
+    A step whose gradients overflowed in float16, though the losses were finite on all ranks, does not count.
 
     Args:
         streak: steps without an update in a row, before these.
@@ -45,11 +49,20 @@ def check_recent_steps(
     Returns:
         The streak after these steps, and whether there were too many in a row.
     """
-    flags = torch.cat([torch.cat([s.good.reshape(1), s.finite]) for s in steps]).tolist() if steps else []
+    read = torch.cat([torch.cat([torch.stack([s.good, s.bad]), s.finite]) for s in steps]).tolist() if steps else []
+    flags: dict[int, list[bool]] = {}
+    for step in steps:
+        flags[step.number] = read[: 2 + len(step.clips)]
+        del read[: 2 + len(step.clips)]
+    overflowed = _overflowed(accelerator, flags)
+    if overflowed:
+        numbers = ", ".join(map(str, overflowed))
+        logger.info(f"no update in step {numbers}: a gradient overflowed in float16, and the loss scale was halved")
     too_many = False
     for step in steps:
-        good, *finite = flags[: 1 + len(step.clips)]
-        del flags[: 1 + len(step.clips)]
+        if step.number in overflowed:
+            continue
+        good, _, *finite = flags[step.number]
         streak = 0 if good else streak + 1
         too_many = too_many or streak >= most
         if not good:
@@ -60,6 +73,16 @@ def check_recent_steps(
                 found = f"clips with a loss that is not finite here: {named}"
             logger.warning(f"step {step.number}: no update, since a gradient was not finite; {found}")
     return streak, too_many
+
+
+def _overflowed(accelerator: Accelerator, flags: Mapping[int, list[bool]]) -> list[int]:
+    """The steps that only their loss scale kept from an update: by number, [good, bad, *finite] as in RecentStep."""
+    scaled = [number for number, (good, bad, *_) in flags.items() if not (good or bad)]
+    if not scaled:  # on all ranks alike
+        return []
+    faults = torch.tensor([not all(flags[number][2:]) for number in scaled], device=accelerator.device)
+    ranks = accelerator.reduce(faults.float()).tolist()
+    return [number for number, num_faulty in zip(scaled, ranks, strict=True) if not num_faulty]
 
 
 def checkpoint_from_before(

@@ -32,6 +32,7 @@ from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, space
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.schema import MAX_JSON_BYTES, Count, FileName, Positive, SpeakerId, Word, check, parse_json, record
+from rvc_dist.train.loss_scale import LossScaleState
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
@@ -76,6 +77,7 @@ class OldState(TypedDict):
 class StateFile(OldState, total=False):
     trained_speakers: list[SpeakerId]
     data: TrainedOn
+    loss_scales: dict[str, LossScaleState]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Checkpoint:
     """Speaker ids that were ever trained, rising; none where an older version of rvc_dist wrote the checkpoint."""
     data: dict[str, Any] = field(default_factory=dict)
     """`fingerprint.of_data`; empty where an older version wrote it."""
+    loss_scales: dict[str, LossScaleState] = field(default_factory=dict)
+    """By MODELS, of those that compute in float16."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """File stem to what it holds."""
@@ -230,6 +234,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             "num_ranks": checkpoint.num_ranks,
             "trained_speakers": checkpoint.trained_speakers,
             "data": checkpoint.data,
+            **({"loss_scales": checkpoint.loss_scales} if checkpoint.loss_scales else {}),
         }
         atomic_write(beside / STATE, json.dumps(state, indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(beside.iterdir())}
@@ -447,4 +452,5 @@ def load(path: Path) -> Checkpoint:
         num_ranks=state["num_ranks"],
         trained_speakers=tuple(state.get("trained_speakers", ())),
         data=state.get("data", {}),
+        loss_scales=state.get("loss_scales", {}),
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from rvc_dist.train.loss_scale import LossScale
 from rvc_dist.train.optimizers import OptimizerState, load_optimizer_state, optimizer_state, step_if
 
 
@@ -44,6 +45,17 @@ class GradientReducer:
         return future
 
 
+class Update(NamedTuple):
+    """What came of the gradients of a step; the same on all ranks."""
+
+    norm: Tensor
+    """[]: of the gradients, before they were clipped."""
+    good: Tensor
+    """[] bool: they were finite, and the optimizer took its step."""
+    bad: Tensor
+    """[] bool: they were not, and a smaller loss scale would not have helped."""
+
+
 @dataclass
 class TrainedModule:
     """A network in its guises, and what optimizes it: on one rank, or averaged over ranks by DDP."""
@@ -55,11 +67,13 @@ class TrainedModule:
     wrapped: nn.Module
     """`compiled`, as it is for passes with gradients of its own."""
     optimizer: Optimizer
+    scale: LossScale | None = field(default=None, kw_only=True)
+    """Where it computes in float16."""
 
     @staticmethod
-    def alone(module: nn.Module, optimizer: Optimizer) -> TrainedModule:
+    def alone(module: nn.Module, optimizer: Optimizer, scale: LossScale | None = None) -> TrainedModule:
         """On this rank alone, eagerly."""
-        return TrainedModule(module, module, module, optimizer)
+        return TrainedModule(module, module, module, optimizer, scale=scale)
 
     def no_sync(self, on: bool = True) -> AbstractContextManager[None]:
         """Inside, if `on`, forward and backward passes add to this rank's gradients and send nothing."""
@@ -70,20 +84,23 @@ class TrainedModule:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` []; averaged over ranks, unless it is within `no_sync`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        scaled = loss if self.scale is None else self.scale.scaled(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
 
-    def update(self, max_norm: float | None) -> tuple[Tensor, Tensor]:
-        """One step from the gradients, clipped to `max_norm`, unless they are not finite.
-
-        Returns:
-            Their norm [], and whether it is finite, [] bool: the same on all ranks.
-        """
-        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+    def update(self, max_norm: float | None) -> Update:
+        """One step from the gradients, clipped to `max_norm`, unless they are not finite."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if self.scale is not None:
+            self.scale.unscale(gradients)
+        norm = nn.utils.get_total_norm(gradients)
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
         good = norm.isfinite()
         step_if(self.optimizer, good)
-        return norm, good
+        bad = ~good
+        if self.scale is not None:
+            bad = bad & ~self.scale.update(good)
+        return Update(norm, good, bad)
 
     def optimizer_state(self, wanted: bool) -> OptimizerState | None:
         """Of all parameters, on the ranks where it is `wanted`; every rank has to ask for it."""

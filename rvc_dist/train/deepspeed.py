@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.train.ddp import GradientReducer, TrainedModule
+from rvc_dist.train.ddp import GradientReducer, TrainedModule, Update
 from rvc_dist.train.optimizers import PARAMETERS, OptimizerState, load_optimizer_state, optimizer_state
 from rvc_dist.workspace import StageError
 
@@ -126,11 +126,12 @@ class ZeroNetwork(TrainedModule):
         if self.sends_every_pass or self.engine.is_gradient_accumulation_boundary():
             self.reducer.count(sum(p.numel() for p in self._parameters()), torch.float32)
 
-    def update(self, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    def update(self, max_norm: float | None) -> Update:
         """As TrainedModule's; DeepSpeed knows `max_norm` already, and the host waits for the device."""
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.part.device)
-        return norm, norm.isfinite()
+        good = norm.isfinite()
+        return Update(norm, good, ~good)
 
     def optimizer_state(self, wanted: bool) -> OptimizerState | None:
         mine = optimizer_state(self.optimizer, self)

@@ -25,6 +25,7 @@ from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.ddp import GradientReducer, TrainedModule
 from rvc_dist.train.deepspeed import ZeroNetwork
 from rvc_dist.train.loader import StepLoader
+from rvc_dist.train.loss_scale import LossScale
 from rvc_dist.train.metrics import Meter
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.progress import Progress, total_steps
@@ -167,7 +168,8 @@ def trained_module(
     if zero_stage(accelerator):
         in_step = autocast(device, config.autocast_precision)
         return ZeroNetwork.prepare(accelerator, module, compiled, optimizer, reducer, in_step)
-    network = TrainedModule(module, compiled, accelerator.prepare_model(compiled), optimizer)
+    scale = LossScale(device) if config.autocast_precision == "fp16" else None
+    network = TrainedModule(module, compiled, accelerator.prepare_model(compiled), optimizer, scale=scale)
     reducer.attach(network.wrapped)
     return network
 
@@ -202,6 +204,8 @@ def load_weights(saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModu
     for name, module in modules.items():
         try:
             module.load(saved.models[name], saved.optimizers[name])
+            if module.scale is not None and name in saved.loss_scales:
+                module.scale.load(saved.loss_scales[name])
         except ValueError as error:
             raise StageError(
                 f"{work.checkpoints_dir}: step {saved.progress.step} does not fit the {name}'s optimizer;",
@@ -241,6 +245,7 @@ def make_checkpoint(
         identity=origin.identity,
         models={name: module.module.state_dict() for name, module in modules.items()},
         optimizers={name: state for name, state in states.items() if state is not None},
+        loss_scales={name: module.scale.state() for name, module in modules.items() if module.scale is not None},
         meter=meter_state,
         num_ranks=accelerator.num_processes,
         trained_speakers=origin.trained_speakers,

@@ -34,6 +34,8 @@ class StepResult(NamedTuple):
     """Losses and gradient norms [], by their names in the log."""
     good: Tensor
     """[] bool: both networks were updated; the same on all ranks."""
+    bad: Tensor
+    """[] bool: one was not, and not for its loss scale alone; the same on all ranks."""
     finite: Tensor
     """[micro-batches] bool: the losses of this rank's micro-batch were finite."""
 
@@ -69,8 +71,8 @@ class GanStep:
             add_to(values, {"loss/d": loss_d})
             finite[i] &= loss_d.isfinite()
         with self.timer.phase("d_step"):
-            norm_d, good_d = self.d.update(self.config.max_grad_norm)
-            add_to(values, {"grad/norm_d": norm_d})
+            of_d = self.d.update(self.config.max_grad_norm)
+            add_to(values, {"grad/norm_d": of_d.norm})
 
         self.g.optimizer.zero_grad(set_to_none=True)
         # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
@@ -84,10 +86,9 @@ class GanStep:
                 add_to(values, terms)
                 finite[i] &= terms["loss/g_total"].isfinite()
         with self.timer.phase("g_step"):
-            norm_g, good_g = self.g.update(self.config.max_grad_norm)
-            good = good_d & good_g
-            add_to(values, {"grad/norm_g": norm_g})
-        return StepResult(values, good, finite)
+            of_g = self.g.update(self.config.max_grad_norm)
+            add_to(values, {"grad/norm_g": of_g.norm})
+        return StepResult(values, of_d.good & of_g.good, of_d.bad | of_g.bad, finite)
 
     def generate(self, batch: Batch, no_sync: bool = False) -> tuple[GeneratorOutput, Tensor]:
         """G's output for a batch, and the real slice [B, 1, segment] that it imitates."""
@@ -137,9 +138,7 @@ class GanStep:
 
     def unwrapped(self, timer: PhaseTimer | None = None) -> GanStep:
         """The same networks and optimizers on this rank alone and eagerly: nothing is sent, nothing compiled."""
-        networks = {
-            name: TrainedModule.alone(network.module, network.optimizer) for name, network in self.networks.items()
-        }
+        networks = {n: TrainedModule.alone(net.module, net.optimizer, net.scale) for n, net in self.networks.items()}
         return GanStep(self.recipe, networks, timer)
 
     def local_dry_run(self, batch: Batch) -> None:

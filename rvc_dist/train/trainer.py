@@ -165,7 +165,9 @@ class Trainer:
         with advice, compilation.eager_unless(full):
             result = self.step(batches, kl_warmup(self.config, done))
         self.meter.update(result.values, result.good)
-        self.recent.append(RecentStep(done.step + 1, [b.clips for b in batches], result.good, result.finite))
+        self.recent.append(
+            RecentStep(done.step + 1, [b.clips for b in batches], result.good, result.bad, result.finite)
+        )
 
     def log(self, audio_s_per_s: float, bar: ProgressBar) -> None:
         """Read the meters (the host waits for the device here and nowhere else) and write them down.
@@ -189,7 +191,9 @@ class Trainer:
         """
         steps, self.recent = self.recent, []
         most = self.config.max_bad_steps
-        streak, too_many = bad_steps.check_recent_steps(steps, self.progress.bad_streak, most, self.table.train)
+        streak, too_many = bad_steps.check_recent_steps(
+            self.accelerator, steps, self.progress.bad_streak, most, self.table.train
+        )
         self.progress = replace(self.progress, bad_streak=streak)
         if too_many:
             self.roll_back()
