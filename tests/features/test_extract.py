@@ -41,7 +41,7 @@ ALONE = Shard(0, 1)
 @pytest.fixture(autouse=True)
 def any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that emulates half precision does for the tests."""
-    monkeypatch.setattr("rvc_dist.features.precision._cpu_computes_in", lambda _: True)
+    monkeypatch.setattr("rvc_dist.features.precision._cpu_has_bf16", lambda: True)
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_a_tracker_that_cannot_says_so(name: str) -> None:
         (
             (7, 5),
             "bf16",
-            r"Some GPU has compute capability 7\.5, bf16 needs 8\.0 and would be slower than in float32; set",
+            r"Some GPU has compute capability 7\.5, bf16 needs 8\.0; set extract\.precision fp32",
         ),
         ((6, 1), "fp16", r"Some GPU has compute capability 6\.1, fp16 needs 7\.0"),
         ((7, 5), "fp16", ""),
@@ -152,16 +152,20 @@ def test_a_gpu_that_only_emulates_it_is_refused(
         check_device(half, CUDA)
 
 
-@each_half
-def test_a_cpu_that_only_emulates_it_is_refused(monkeypatch: pytest.MonkeyPatch, half: str) -> None:
-    monkeypatch.setattr(precision, "_cpu_computes_in", lambda _: False)
-    with pytest.raises(StageError, match=rf"extract\.precision: this CPU has no instructions for {half} \(AVX-512"):
-        check_device(half, CPU)
+def test_a_cpu_does_bf16_where_it_has_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        StageError, match=r"extract\.precision: fp16 is for GPUs, and on a CPU no faster than fp32; set"
+    ):
+        check_device("fp16", CPU)
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    check_device("bf16", CPU)
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
     check_device("fp32", CPU)
+    with pytest.raises(StageError, match=r"extract\.precision: this CPU has no instructions for bf16 \(AVX-512"):
+        check_device("bf16", CPU)
 
 
 def test_what_this_cpu_has_is_known() -> None:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     if "avx" in flags:
-        for half, flag in (("bf16", "avx512_bf16"), ("fp16", "avx512_fp16")):
-            assert precision._cpu_computes_in(half) == (flag in flags)
+        assert precision._cpu_has_bf16() == ("avx512_bf16" in flags)
