@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from rvc_dist.models.modules import LEAKY_SLOPE
+from rvc_dist.models.modules import LEAKY_SLOPE, Conv1d, channels_last
 
 PERIODS = {"v1": (2, 3, 5, 7, 11, 17), "v2": (2, 3, 5, 7, 11, 17, 23, 37)}
 FULL_CHANNELS = 1024
@@ -33,15 +34,18 @@ class _Discriminator(nn.Module):
 
     def __init__(self, layers: Sequence[nn.Module], last: nn.Module) -> None:
         super().__init__()
+        self.channels_last = False
         self.convs = nn.ModuleList(weight_norm(layer) for layer in layers)
         self.conv_post = weight_norm(last)
 
     def forward(self, wave: Tensor) -> tuple[Tensor, list[Tensor]]:
         """`wave` [B, 1, S] to the score [B, -1] and the features."""
         x = self.fold(wave)
-        features = []
+        features: list[Tensor] = []
         for conv in self.convs:
             x = F.leaky_relu(conv(x), LEAKY_SLOPE)
+            if not features and (self.channels_last or (x.device.type == "cpu" and x.dtype == torch.bfloat16)):
+                x = channels_last(x)  # the first layer has one channel, and so no layout
             features.append(self.unfold(x))
         features.append(self.unfold(self.conv_post(x)))
         return features[-1].reshape(wave.shape[0], -1), features
@@ -60,12 +64,12 @@ class ScaleDiscriminator(_Discriminator):
 
     def __init__(self, channels: int) -> None:
         widths = (channels // 64, channels // 16, channels // 4, channels, channels)
-        layers = [nn.Conv1d(1, widths[0], 15, padding=7)]
+        layers = [Conv1d(1, widths[0], 15, padding=7)]
         for before, after in pairwise(widths):
             groups = before // 4 if before % 4 == 0 else 1  # narrow first layers can have less than one group
-            layers.append(nn.Conv1d(before, after, 41, stride=4, groups=groups, padding=20))
-        layers.append(nn.Conv1d(channels, channels, 5, padding=2))
-        super().__init__(layers, nn.Conv1d(channels, 1, 3, padding=1))
+            layers.append(Conv1d(before, after, 41, stride=4, groups=groups, padding=20))
+        layers.append(Conv1d(channels, channels, 5, padding=2))
+        super().__init__(layers, Conv1d(channels, 1, 3, padding=1))
 
 
 class PeriodDiscriminator(_Discriminator):

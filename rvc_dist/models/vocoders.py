@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from rvc_dist.choices import VOCODERS, resolve
-from rvc_dist.models.modules import LEAKY_SLOPE, ConvTranspose1d, ResBlock, channels_last
+from rvc_dist.models.modules import LEAKY_SLOPE, Conv1d, ConvTranspose1d, ResBlock, channels_last
 from rvc_dist.models.shape import GeneratorShape
 
 SINE_AMPLITUDE = 0.1
@@ -73,6 +73,7 @@ class HiFiGAN(Vocoder):
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__()
+        self.channels_last = False
         channels = shape.upsample_initial_channel
         self.conv_pre = nn.Conv1d(shape.inter_channels, channels, 7, padding=3)
         self.cond = nn.Conv1d(shape.gin_channels, channels, 1)
@@ -87,11 +88,13 @@ class HiFiGAN(Vocoder):
                 ResBlock(channels, kernel, dilations)
                 for kernel, dilations in zip(shape.resblock_kernels, shape.resblock_dilations, strict=True)
             )
-        self.conv_post = nn.Conv1d(channels, 1, 7, padding=3, bias=False)
+        self.conv_post = Conv1d(channels, 1, 7, padding=3, bias=False)
 
     def forward(self, z: Tensor, f0: Tensor | None, speaker: Tensor, noise: Tensor | None) -> Tensor:
         source = self.source(f0, noise)
-        x = channels_last(self.conv_pre(z) + self.cond(speaker))
+        x: Tensor = self.conv_pre(z) + self.cond(speaker)
+        if self.channels_last or x.device.type == "cpu":
+            x, source = channels_last(x), None if source is None else channels_last(source)
         for stage, up in enumerate(self.ups):
             x = self.excite(up(F.leaky_relu(x, LEAKY_SLOPE)), source, stage)
             blocks = self.resblocks[stage * self.num_blocks : (stage + 1) * self.num_blocks]
@@ -121,7 +124,7 @@ class NSFHiFiGAN(HiFiGAN):
             channels = shape.upsample_initial_channel // 2 ** (stage + 1)
             stride = math.prod(shape.upsample_rates[stage + 1 :])
             kernel_size = 1 if stride == 1 else 2 * stride
-            self.noise_convs.append(nn.Conv1d(1, channels, kernel_size, stride, padding=stride // 2))
+            self.noise_convs.append(Conv1d(1, channels, kernel_size, stride, padding=stride // 2))
 
     def source(self, f0: Tensor | None, noise: Tensor | None) -> Tensor | None:
         assert f0 is not None

@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import RATES, DataConfig, ModelConfig, Recipe
+from rvc_dist.models import modules
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
 from rvc_dist.models.encoders import ATTENTION_WINDOW, RelativeAttention
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
-from rvc_dist.models.modules import Conv1d, ConvTranspose1d, channels_last, frame_mask, slice_frames, slice_samples
+from rvc_dist.models.modules import (
+    Conv1d,
+    ConvTranspose1d,
+    channels_last,
+    frame_mask,
+    slice_frames,
+    slice_samples,
+    use_channels_last,
+)
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.spectral import spectrogram
 from rvc_dist.models.state_dict import from_upstream, to_upstream
@@ -382,6 +391,43 @@ def test_convolutions_keep_the_layout_and_the_numbers(ours: nn.Module, plain: nn
         torch.testing.assert_close(y, expected)
         assert y.stride(1) == (y.shape[2] if layout is x else 1)
     assert torch.equal(channels_last(x), x)
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), (5, 3), (1, 1)])
+def test_gradients_of_weights_are_the_same_in_pieces(
+    kernel_size: int, dilation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    conv = Conv1d(6, 4, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation)
+    x, pulled = channels_last(torch.randn(2, 6, 40)).requires_grad_(), torch.randn(2, 4, 40)
+    wanted = (x, conv.weight, conv.bias)
+    whole = torch.autograd.grad(conv(x), wanted, pulled)
+    monkeypatch.setattr(modules, "LONGEST_PIECE", 15)  # 3 pieces do not fit, 4 of 10 samples do
+    y = conv(x)
+    assert "InPieces" in str(y.grad_fn.next_functions)
+    torch.testing.assert_close(torch.autograd.grad(y, wanted, pulled), whole)
+    monkeypatch.setattr(modules, "LONGEST_PIECE", 23)
+    for samples in (23, 59):  # short, and of no length that fits
+        y = conv(channels_last(torch.randn(2, 6, samples)))
+        assert "InPieces" not in str(y.grad_fn.next_functions)
+
+
+def test_networks_compute_channels_last_when_asked() -> None:
+    torch.manual_seed(0)
+    generator, discriminator = Generator(narrow_shape()), MultiPeriodDiscriminator("v2", 64)
+    wave = torch.randn(2, 1, 4000)
+    keys = list(discriminator.state_dict())
+    expected = discriminator(wave)
+    use_channels_last(discriminator)
+    seen = discriminator(wave)
+    torch.testing.assert_close(seen, expected)
+    assert list(discriminator.state_dict()) == keys
+    for features in seen.features:
+        assert all(x.stride(1) == 1 for x in features[1:-1])
+    use_channels_last(discriminator, on=False)
+    assert discriminator(wave).features[0][1].stride(1) > 1
+    use_channels_last(generator)
+    assert generator.dec.channels_last
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
