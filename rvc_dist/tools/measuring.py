@@ -29,15 +29,14 @@ from rvc_dist.runtime.device import kernel_settings, synchronize
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.plain_step import PlainDiscriminator, PlainTrainer
-from rvc_dist.train import bad_steps, compilation, memory, out_of_memory, setup
+from rvc_dist.train import bad_steps, memory, setup
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
-from rvc_dist.train.ddp import GradientReducer
 from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.metrics import Meter, PhaseTimer
-from rvc_dist.train.optimizers import learning_rate
 from rvc_dist.train.progress import kl_warmup
 from rvc_dist.train.step import GanStep, StepResult
+from rvc_dist.train.trainer import take_step
 from rvc_dist.workspace import StageError, Workspace
 
 PARTS = ("data", "g_forward", "d_step", "g_step")
@@ -149,16 +148,13 @@ class MeasuredRun:
             setup.report_holdout(recipe, self.table)
         origin, _ = setup.find_origin(recipe, accelerator, self.work, self.table)
         self.progress, self.shape = origin.progress, origin.shape
-        self.loader = StepLoader(recipe, self.table, accelerator, Heartbeat(), self.progress)
+        heartbeat = Heartbeat()
+        self.loader = StepLoader(recipe, self.table, accelerator, heartbeat, self.progress)
         self.total_steps = setup.budget(recipe, self.table, self.loader, self.progress)
-        modules = {name: module.to(self.device) for name, module in origin.modules.items()}
-        self.compiled = setup.choose_compiled(recipe, accelerator, self.work, origin, self.total_steps, self.loader)
+        networks, self.compiled, self.reducer = setup.prepare_networks(
+            recipe, accelerator, self.work, origin, self.total_steps, self.loader, heartbeat.sent
+        )
         check_same_settings(accelerator, {f"compiled {name}": yes for name, yes in self.compiled.items()})
-        self.reducer = GradientReducer(self.config.grad_compression == "bf16")
-        networks = {
-            name: setup.trained_module(recipe, accelerator, module, self.compiled[name], self.reducer)
-            for name, module in modules.items()
-        }
         self.timer, self.meter = PartTimer(self.device), Meter()
         self.step = GanStep(recipe, networks, self.timer)
 
@@ -199,12 +195,7 @@ class MeasuredRun:
 
     def train_step(self, batches: list[Batch]) -> StepResult:
         """As the trainer takes it at this place of the run."""
-        config, done = self.config, self.progress
-        self.step.set_learning_rate(learning_rate(config, done.step, done.epoch, self.total_steps, self.num_ranks))
-        full = all(len(batch.clips) == config.batch_size for batch in batches)
-        advice = out_of_memory.advice(self.step, batches[0], self.accelerator.process_index)
-        with advice, compilation.eager_unless(full):
-            return self.step(batches, kl_warmup(config, done))
+        return take_step(self.step, batches, self.progress, self.total_steps, self.accelerator)
 
     def in_turn(self, count: int, *ways: Callable[[], object]) -> list[list[Span]]:
         """The times of `count` rounds of different steps, which all ranks begin together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict
@@ -158,10 +158,30 @@ def choose_compiled(
     return chosen
 
 
-def trained_module(
+def prepare_networks(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    work: Workspace,
+    origin: Origin,
+    total: int,
+    loader: StepLoader,
+    on_send: Callable[[], None],
+) -> tuple[dict[str, TrainedModule], dict[str, bool], GradientReducer]:
+    """The networks of a run of `total` steps with their optimizers, averaged over the ranks.
+
+    Returns:
+        The networks, which of them are compiled, and what sends their gradients; `on_send` is called at each sending.
+    """
+    modules = {name: module.to(accelerator.device) for name, module in origin.modules.items()}
+    compiled = choose_compiled(recipe, accelerator, work, origin, total, loader)
+    reducer = GradientReducer(recipe.train.grad_compression == "bf16", on_send)
+    made = {name: _trained(recipe, accelerator, modules[name], yes, reducer) for name, yes in compiled.items()}
+    return made, compiled, reducer
+
+
+def _trained(
     recipe: Recipe, accelerator: Accelerator, module: nn.Module, is_compiled: bool, reducer: GradientReducer
 ) -> TrainedModule:
-    """`module` with its optimizer, averaged over the ranks."""
     config, device = recipe.train, accelerator.device
     compiled = compilation.compiled(module, device) if is_compiled else module
     optimizer = make_optimizer(config, module)

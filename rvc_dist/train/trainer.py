@@ -8,6 +8,8 @@ import time
 from dataclasses import replace
 from typing import NoReturn
 
+from accelerate import Accelerator
+
 from rvc_dist.config import Recipe
 from rvc_dist.files import write_json
 from rvc_dist.runtime.accelerator import StopSignal, check_same_settings, make_accelerator, on_first_rank
@@ -16,12 +18,11 @@ from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, setup
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
-from rvc_dist.train.ddp import GradientReducer
 from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.metrics import Meter, PhaseTimer, ProgressBar, Tracker, report_steps
 from rvc_dist.train.optimizers import learning_rate
-from rvc_dist.train.progress import is_due, is_overtrained, kl_warmup, save_is_due
-from rvc_dist.train.step import GanStep
+from rvc_dist.train.progress import Progress, is_due, is_overtrained, kl_warmup, save_is_due
+from rvc_dist.train.step import GanStep, StepResult
 from rvc_dist.train.validation import Validation
 from rvc_dist.workspace import Shard, Stopped, Workspace
 
@@ -70,15 +71,9 @@ class Trainer:
         self.loader = StepLoader(recipe, self.table, self.accelerator, self.heartbeat, self.progress)
         self.total_steps = setup.budget(recipe, self.table, self.loader, self.progress)
 
-        modules = {name: module.to(self.device) for name, module in self.origin.modules.items()}
-        self.compiled = setup.choose_compiled(
-            recipe, self.accelerator, self.work, self.origin, self.total_steps, self.loader
+        self.networks, self.compiled, self.reducer = setup.prepare_networks(
+            recipe, self.accelerator, self.work, self.origin, self.total_steps, self.loader, self.heartbeat.sent
         )
-        self.reducer = GradientReducer(self.config.grad_compression == "bf16", self.heartbeat.sent)
-        self.networks = {
-            name: setup.trained_module(recipe, self.accelerator, module, self.compiled[name], self.reducer)
-            for name, module in modules.items()
-        }
         self.meter, self.timer = Meter(), PhaseTimer(self.device, self.heartbeat)
         self.step = GanStep(recipe, self.networks, self.timer)
         self.recent: list[RecentStep] = []
@@ -158,12 +153,7 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> None:
         """One update of both networks; what came of it stays on the device until it is logged."""
         done = self.progress
-        rate = learning_rate(self.config, done.step, done.epoch, self.total_steps, self.accelerator.num_processes)
-        self.step.set_learning_rate(rate)
-        full = all(len(batch.clips) == self.config.batch_size for batch in batches)
-        advice = out_of_memory.advice(self.step, batches[0], self.accelerator.process_index)
-        with advice, compilation.eager_unless(full):
-            result = self.step(batches, kl_warmup(self.config, done))
+        result = take_step(self.step, batches, done, self.total_steps, self.accelerator)
         self.meter.update(result.values, result.good)
         self.recent.append(
             RecentStep(done.step + 1, [b.clips for b in batches], result.good, result.bad, result.finite)
@@ -245,3 +235,14 @@ class Trainer:
     def close(self) -> None:
         self.writer.wait(min(WRITE_S, self.config.timeout_s))
         self.tracker.close()
+
+
+def take_step(
+    step: GanStep, batches: list[Batch], done: Progress, total_steps: int, accelerator: Accelerator
+) -> StepResult:
+    """The update after `done` of a run of `total_steps`: with the learning rate and KL weight of that place."""
+    config = step.config
+    step.set_learning_rate(learning_rate(config, done.step, done.epoch, total_steps, accelerator.num_processes))
+    full = all(len(batch.clips) == config.batch_size for batch in batches)
+    with out_of_memory.advice(step, batches[0], accelerator.process_index), compilation.eager_unless(full):
+        return step(batches, kl_warmup(config, done))
