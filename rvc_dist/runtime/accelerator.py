@@ -20,8 +20,10 @@ from torch import Tensor
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime.device import (
+    adopt_device_number,
     apply_kernel_settings,
     check_precision,
+    device_id,
     kernel_settings,
     set_allocator,
     settings_text,
@@ -41,7 +43,8 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
     `timeout_s` is how long it waits for other ranks, now and in every collective; by default train.timeout_s.
 
     Raises:
-        StageError: the launcher asked for another number of ranks than joined, or the device lacks the precision.
+        StageError: the launcher asked for another number of ranks than joined, the device lacks the precision, or
+            there are fewer devices than ranks.
     """
     check_launcher(config)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -56,6 +59,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         elif wanted > 1:
             # Without this, `accelerate launch --multi_gpu` on CPUs gives every process rank 0 of 1.
             os.environ["ACCELERATE_USE_CPU"] = "true"
+    adopt_device_number()
     set_allocator(config)
     apply_kernel_settings(config)
     accelerator = Accelerator(
@@ -115,6 +119,23 @@ def check_meeting_point(num_ranks: int) -> None:
             f"{num_ranks} ranks were started, which cannot find each other: {' and '.join(missing)} not set;",
             'before srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
             "MASTER_PORT=29500 (a free port)",
+        )
+
+
+def check_own_device(device: torch.device) -> None:
+    """Refuse a GPU that another rank computes on; every rank has to ask, before they send anything.
+
+    Raises:
+        StageError: this rank is not the first on its GPU. NCCL would refuse too, in words that nobody understands.
+    """
+    if device.index is None or not dist.is_initialized():
+        return
+    host, rank = socket.gethostname(), str(dist.get_rank())
+    first = dist.distributed_c10d._get_default_store().compare_set(f"{host}/{device_id(device)}", "", rank).decode()
+    if first != rank:
+        raise StageError(
+            f"ranks {first} and {rank} compute on the same GPU of {host} ({device_id(device)});",
+            "start one rank a GPU there, and let each task see all of its node's GPUs or one of its own",
         )
 
 

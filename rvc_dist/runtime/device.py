@@ -32,6 +32,31 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def adopt_device_number() -> None:
+    """Where this task sees one GPU of several, as under `srun --gpus-per-task=1`, let LOCAL_RANK be that GPU's number.
+
+    Accelerate gives LOCAL_RANK to DDP and to barriers as the number of a device, and so does DeepSpeed to its engine.
+
+    Raises:
+        StageError: the task sees more than one, but fewer than its host has ranks.
+    """
+    device, rank = local_device(), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.index in (None, rank):
+        return
+    count = torch.get_device_module(device).device_count()
+    if count > 1:
+        raise StageError(
+            f"this rank is number {rank} (from 0) on its host but sees {count} GPUs;",
+            "start no more ranks than GPUs, and let each task see all of its node's or one of its own",
+        )
+    os.environ["LOCAL_RANK"] = str(device.index)
+
+
+def device_id(device: torch.device) -> str:
+    """What tells a GPU from the others of its host, whatever number a task sees it by."""
+    return str(getattr(torch.get_device_module(device).get_device_properties(device), "uuid", device.index))
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 

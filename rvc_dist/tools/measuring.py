@@ -24,7 +24,7 @@ from rvc_dist import __version__
 from rvc_dist.config import Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
-from rvc_dist.runtime.accelerator import check_same_settings, make_accelerator
+from rvc_dist.runtime.accelerator import check_own_device, check_same_settings, make_accelerator
 from rvc_dist.runtime.device import kernel_settings, synchronize
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.launcher import asks_for
@@ -139,6 +139,7 @@ class MeasuredRun:
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.table = setup.load_clips(recipe, self.work)
         self.accelerator = accelerator = make_accelerator(self.config)
+        check_own_device(accelerator.device)
         self.device, self.num_ranks = accelerator.device, int(accelerator.num_processes)
         if self.table.embedder["name"] == MADE_UP:  # a large global batch needs many clips, but no different ones
             clips, whole = self.table.train, self.config.batch_size * self.config.grad_accum_steps * self.num_ranks

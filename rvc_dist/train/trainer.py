@@ -12,7 +12,13 @@ from accelerate import Accelerator
 
 from rvc_dist.config import Recipe
 from rvc_dist.files import write_json
-from rvc_dist.runtime.accelerator import StopSignal, check_same_settings, make_accelerator, on_first_rank
+from rvc_dist.runtime.accelerator import (
+    StopSignal,
+    check_own_device,
+    check_same_settings,
+    make_accelerator,
+    on_first_rank,
+)
 from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, setup
@@ -57,6 +63,7 @@ class Trainer:
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.table = setup.load_clips(recipe, self.work)
         self.accelerator = make_accelerator(self.config)
+        check_own_device(self.accelerator.device)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         if watch is None:
             watch = Watch(self.work)  # one that never starts

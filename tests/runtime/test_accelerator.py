@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers import make_features, tiny_recipe
@@ -107,6 +108,63 @@ def test_a_missing_rank_is_noticed(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(StageError, match="asked for 2 ranks but 1 joined"):
         accelerator.make_accelerator(TrainConfig())
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch):
+    """Rank 3 of 4 on a host, of whose GPUs this task sees some; what DDP and barriers are given."""
+    given = SimpleNamespace(visible=1, ddp=[], barrier=[])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    launched = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: given.visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids: given.barrier.append(device_ids))
+    monkeypatch.setattr(nn.Module, "to", lambda module, _: module)
+    monkeypatch.setattr(
+        nn.parallel,
+        "DistributedDataParallel",
+        lambda module, device_ids, output_device, **_: given.ddp.append((device_ids, output_device)) or module,
+    )
+    yield given
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(("visible", "index"), [(1, 0), (4, 3)])
+def test_ddp_and_barriers_get_the_number_of_the_ranks_device(fake_gpus, visible, index):
+    """Under `srun --gpus-per-task=1` that is not the rank's number on its host; so does DeepSpeed, by LOCAL_RANK."""
+    fake_gpus.visible = visible
+    made = accelerator.make_accelerator(TrainConfig())
+    made.prepare_model(nn.Linear(1, 1))
+    made.wait_for_everyone()
+    assert made.device == devices.local_device() == torch.device("cuda", index)
+    assert fake_gpus.ddp == [([index], index)]
+    assert fake_gpus.barrier == [[index]]
+    assert os.environ["LOCAL_RANK"] == str(index)
+    assert (made.process_index, made.num_processes) == (3, 4)
+
+
+def test_more_ranks_than_gpus_are_refused(fake_gpus, monkeypatch):
+    fake_gpus.visible = 3
+    with pytest.raises(StageError, match=r"number 3 \(from 0\) on its host but sees 3 GPUs"):
+        accelerator.make_accelerator(TrainConfig())
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    gpus = {0: "GPU-a", 1: "GPU-b"}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=gpus[device.index]))
+    accelerator.check_own_device(torch.device("cpu"))
+    for rank, index in ((3, 0), (2, 1), (3, 0)):  # --parity makes two accelerators, one after the other
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        accelerator.check_own_device(torch.device("cuda", index))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    with pytest.raises(StageError, match=r"ranks 3 and 1 compute on the same GPU of .*GPU-a"):
+        accelerator.check_own_device(torch.device("cuda", 0))
 
 
 RANK = """

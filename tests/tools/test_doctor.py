@@ -266,12 +266,12 @@ def test_tasks_that_cannot_meet_say_what_to_export(recipe, monkeypatch):
 
 
 def test_a_rank_without_a_gpu_of_its_own_number_does_not_start(recipe, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    context = ranks.join(recipe)
-    problem = the_problem([context.not_joined], Severity.ERROR)
-    assert "number 1 on its host but sees 1 GPU" in problem.what
-    assert "--gpus-per-node" in problem.remedy
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    problem = the_problem([ranks.join(recipe).not_joined], Severity.ERROR)
+    assert "number 2 (from 0) on its host but sees 2 GPUs" in problem.what
+    assert "no more ranks than GPUs" in problem.remedy
 
 
 def test_a_launcher_whose_ranks_do_not_join_is_told(recipe, monkeypatch):

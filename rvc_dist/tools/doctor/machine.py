@@ -141,7 +141,7 @@ def check_devices(context: DoctorContext) -> Findings:
     yield from same({"device": device_name(device)})
     yield from (Fact("host", host), Fact("cores", str(len(cores))), Fact("threads", str(threads)))
     if device.type == "cuda":
-        gpu = str(getattr(torch.cuda.get_device_properties(device), "uuid", device.index))
+        gpu = devices.device_id(device)
         free, total = torch.cuda.mem_get_info(device)
         yield Fact("GPU", f"{device.index} of {torch.cuda.device_count()}")
         yield from (Fact("memory", total / 1e9, "GB"), Fact("free", free / 1e9, "GB"))
@@ -172,7 +172,7 @@ def shared_placements(placements: Sequence[RankPlacement]) -> Findings:
         if len(ranks) > 1:
             yield error(
                 f"ranks {ranks_text(ranks)} compute on the same GPU ({gpu} of {host})",
-                "one rank a GPU: start fewer ranks there, or unset CUDA_VISIBLE_DEVICES so that LOCAL_RANK counts them",
+                "start one rank a GPU there, and let each task see all of its node's GPUs or one of its own",
             )
     for host, theirs in by_host.items():
         threads, cores = sum(p.num_threads for p in theirs), len(frozenset().union(*(p.cores for p in theirs)))

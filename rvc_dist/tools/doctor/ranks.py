@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
@@ -129,14 +127,6 @@ class DoctorContext:
 def join(recipe: Recipe) -> DoctorContext:
     """Find the other ranks as training does; where that fails this rank goes on alone."""
     rank = Shard.from_environment().index
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if 0 < num_gpus <= local_rank:
-        problem = error(
-            f"rank {rank} is number {local_rank} on its host but sees {num_gpus} GPU(s)",
-            "start no more ranks than GPUs, and let every task see all GPUs of its node (--gpus-per-node without "
-            "--gpus-per-task or --gpu-bind; no CUDA_VISIBLE_DEVICES of its own)",
-        )
-        return DoctorContext(recipe, RankGroup(rank), problem)
     try:
         # What the hardware cannot do is a finding of its own, no reason to stop here.
         plain = replace(recipe.train, precision="fp32", bf16_adamw=False)
