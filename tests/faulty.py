@@ -1,12 +1,14 @@
 """rvc_dist with a fault: FAULT=RANK:STEP:KIND makes that rank raise, disappear or sleep before that step.
 
-With KIND nan, the losses of the step are not numbers; with stall the rank's loader process gives nothing from it on,
-with loader it is killed; with disk nothing that the rank writes beside its recipe ends any more, and
-its exit has shorter limits.
+With KIND device, it hangs there as in a driver, the others wait for it in a log step as for a GPU, and collectives
+wait for an hour. With KIND nan, the losses of the step are not numbers; with stall the rank's loader process gives
+nothing from it on, with loader it is killed; with disk nothing that the rank writes beside its recipe ends any more,
+and its exit has shorter limits.
 
 Usage: like `python -m rvc_dist`.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -50,11 +52,23 @@ def faulty_record(self, record):
     write_record(self, record)
 
 
+def hang():
+    """In native code, where neither signals nor errors of other threads reach this one: it locks what it has locked."""
+    native, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    native.pthread_mutex_lock(lock)
+    native.pthread_mutex_lock(lock)
+
+
 def faulty(self, batches):
+    if kind == "device" and self.progress.step + 1 == int(at) and self.accelerator.process_index != int(rank):
+        with self.heartbeat.within("log"):
+            hang()
     if self.accelerator.process_index == int(rank) and self.progress.step + 1 == int(at):
         if kind == "disk":
             global disk_hangs
             disk_hangs = True
+        elif kind == "device":
+            hang()
         elif kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "sleep":
@@ -73,6 +87,9 @@ def faulty(self, batches):
 
 trainer.Trainer.train_step = faulty
 dataset.ClipDataset.__getitem__ = faulty_read
+if kind == "device":
+    make = trainer.make_accelerator
+    trainer.make_accelerator = lambda config: make(config, 3600.0)
 if kind == "disk":
     os.fsync, RecordWriter.write = faulty_sync, faulty_record
     for module in (logs, metrics, watchdog):

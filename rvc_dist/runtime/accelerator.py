@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -50,6 +51,9 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted > 1:
         check_meeting_point(wanted)
+        # Of NCCL's thread that looks at collectives, which a hanging device holds up too: else after 480 s.
+        limit_s = math.ceil(device_timeout_s(timeout_s or config.timeout_s))
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(limit_s))
     backend = None
     if not torch.cuda.is_available():
         if asks_for("DEEPSPEED"):
@@ -137,6 +141,21 @@ def check_own_device(device: torch.device) -> None:
             f"ranks {first} and {rank} compute on the same GPU of {host} ({device_id(device)});",
             "start one rank a GPU there, and let each task see all of its node's GPUs or one of its own",
         )
+
+
+def device_timeout_s(timeout_s: float) -> float:
+    """After how long NCCL is to abort a process by itself, where a watch names who hangs after `timeout_s`.
+
+    Its clock begins when the host asks for a collective, which may be up to two steps before the host has to wait.
+    """
+    return 2 * timeout_s + 60
+
+
+def outlast(accelerator: Accelerator, timeout_s: float) -> None:
+    """Let collectives on GPUs wait for longer than a watch that names who hangs after `timeout_s`."""
+    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
+        set_timeout(timedelta(seconds=device_timeout_s(timeout_s)))
 
 
 def on_first_rank(accelerator: Accelerator, function: Callable[[], object]) -> bool:

@@ -1,7 +1,8 @@
 """Watches over a training run: which rank is slow and what it waits for, who is not heard of, who holds the run folder.
 
 Every rank notes what it does in a `Heartbeat`, which costs a few assignments a phase. A thread of each rank writes
-that to RUN/logs/rank_*.beat now and then; the first rank's reads them all when a step takes far longer than usual.
+that to RUN/logs/rank_*.beat now and then; the first rank's reads them all when a step takes far longer than usual, and
+that of any rank which has waited for as long as it may.
 """
 
 from __future__ import annotations
@@ -27,9 +28,17 @@ from typing import Any
 from accelerate import Accelerator
 
 from rvc_dist.files import read_bounded
-from rvc_dist.runtime.accelerator import on_first_rank
+from rvc_dist.runtime.accelerator import on_first_rank, outlast
 from rvc_dist.runtime.heartbeat import EXEMPT, HEARTBEAT, MAX_HEARTBEAT_BYTES, Heartbeat, HeartbeatRecord
-from rvc_dist.runtime.logs import EXIT_S, ends_within, failed_first, is_timeout, rank_logs, write_stacks
+from rvc_dist.runtime.logs import (
+    EXIT_S,
+    ends_within,
+    failed_first,
+    is_collective_error,
+    is_timeout,
+    rank_logs,
+    write_stacks,
+)
 from rvc_dist.runtime.run_lock import RunLock
 from rvc_dist.schema import parse_json
 from rvc_dist.workspace import OtherRankError, StageError, Workspace
@@ -41,6 +50,8 @@ SLOW_FACTOR, SLOW_S = 5.0, 5.0
 SILENT_S = 10.0
 """A rank that does not beat for this long (and for three beats) is reported."""
 REPEAT_S = 60.0
+LAST_S = 5.0
+"""How long a rank that waited in vain may take to notice that the others have ended; on a GPU it never does."""
 BEATS_PER_S = 100.0
 """Of all ranks together, so that thousands do not weigh on the file system; a rank beats once a second at most."""
 
@@ -56,6 +67,13 @@ class Watch:
         self._slow_step: tuple[int, float] | None = None
         """The step that was reported as slow, and when it began."""
         self._reported_at = -math.inf
+        self._timeout_s = math.inf
+        self._on_gpu = False
+        self._count, self._round_at, self._waited_s = -1, -math.inf, 0.0
+        self._look: tuple[float, dict[int, HeartbeatRecord]] | None = None
+        """After how long a wait all beats were read, and what they were."""
+        self._reason: StageError | None = None
+        """Why this rank ends, when it has waited in vain."""
         self._given_up = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -78,8 +96,10 @@ class Watch:
         atexit.register(faulthandler.dump_traceback_later, 3 * EXIT_S, exit=True, file=2)
         if self._num_ranks > 1:
             self._start_killer(token)
+        self._on_gpu = accelerator.device.type != "cpu"
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        outlast(accelerator, self._timeout_s)
 
     def _acquire(self, accelerator: Accelerator) -> None:
         def attempt() -> bool:
@@ -139,7 +159,7 @@ class Watch:
 
     @contextlib.contextmanager
     def explain_timeouts(self, timeout_s: float) -> Iterator[None]:
-        """Inside, a collective that waited too long names the ranks that it waited for, and has them ended.
+        """Inside, a rank that waited too long names the ranks that it waited for, and has them ended.
 
         A process that is stopped or hangs would not hear the launcher ask it to end, and the job would outlive its
         timeout by the launcher's patience.
@@ -148,45 +168,97 @@ class Watch:
             StageError: in the place of the collective's error.
             OtherRankError: the same, when another rank has said why it ends.
         """
+        self._timeout_s = timeout_s
         try:
             yield
         except RuntimeError as error:
-            if self._thread is None or not is_timeout(error):
+            if self._thread is None or not (is_timeout(error) or (self._reason and is_collective_error(error))):
                 raise
-            beats, late = self._late()
-            if reason := self._failure_of_another(beats):
-                raise OtherRankError(reason) from error
-            self._end(late)
-            gone = [f"rank {rank}, which has ended" for rank in range(self._num_ranks) if rank not in beats]
-            names = listed([f"{beat.name}, last in {beat.where}" for beat in late] + gone)
-            raise StageError(
-                f"rank {self._rank} waited for train.timeout_s = {timeout_s:g} s, in {self.heartbeat.phase} of step "
-                f"{self.heartbeat.step}, for {names or 'the others, all of which did the same'}. Where each rank was "
-                f"is in {self.work.logs_dir};",
-                "the same command continues from the last checkpoint",
-            ) from error
+            first, wait_s = self._beats({}), min(1.5 * self._interval_s, 5.0)
+            if self._reason is None:
+                time.sleep(wait_s)
+                beats = self._beats(first)
+                late = self._late(first, beats, wait_s)
+                self._reason = self._failure_of_another(beats) or self._in_vain(beats, late)
+            faulthandler.cancel_dump_traceback_later()
+            raise self._reason from error
+        finally:
+            self._timeout_s = math.inf
 
-    def _failure_of_another(self, beats: dict[int, HeartbeatRecord]) -> str | None:
+    def _in_vain(self, beats: dict[int, HeartbeatRecord], late: list[HeartbeatRecord]) -> StageError:
+        """That this rank has waited for `late`, and for those without a beat; the first are ended."""
+        self._end(late)
+        gone = [f"rank {rank}, which has ended" for rank in range(self._num_ranks) if rank not in beats]
+        names = listed([f"{beat.name}, last in {beat.where}" for beat in late] + gone)
+        return StageError(
+            f"rank {self._rank} waited for train.timeout_s = {self._timeout_s:g} s, in {self.heartbeat.phase} of step "
+            f"{self.heartbeat.step}, for {names or 'the others, all of which did the same'}. Where each rank was "
+            f"is in {self.work.logs_dir};",
+            "the same command continues from the last checkpoint",
+        )
+
+    def _failure_of_another(self, beats: dict[int, HeartbeatRecord]) -> StageError | None:
         """Which rank ends, or has ended, for a reason of its own, and why; None where none has said so."""
         for rank, beat in beats.items():
             if rank != self._rank and beat.data["failure"]:
-                return failed_first(beat.name, self.work.rank_log(rank), beat.data["failure"])
-        return next((reason for log in rank_logs() if (reason := log.first_failure(0.0))), None)
+                return OtherRankError(failed_first(beat.name, self.work.rank_log(rank), beat.data["failure"]))
+        return next((OtherRankError(why) for log in rank_logs() if (why := log.first_failure(0.0))), None)
 
-    def _late(self) -> tuple[dict[int, HeartbeatRecord], list[HeartbeatRecord]]:
-        """All ranks that have not ended; of them those that give no sign of life, else those that have done least.
+    def _late(
+        self, first: dict[int, HeartbeatRecord], beats: dict[int, HeartbeatRecord], between_s: float
+    ) -> list[HeartbeatRecord]:
+        """Of ranks that have not ended, those without a sign of life between two looks, else those that did least.
 
-        The second is empty when all have done the same.
+        There are none when all have done the same.
         """
-        first = self._beats({})
-        wait_s = min(1.5 * self._interval_s, 5.0)
-        time.sleep(wait_s)
-        beats = self._beats(first)
         silent = [b for rank, b in beats.items() if rank != self._rank and b is first.get(rank)]
-        if silent and wait_s > self._interval_s:  # else they may be between two beats
-            return beats, silent
+        if silent and between_s > self._interval_s:  # else they may be between two beats
+            return silent
         behind = stragglers(beats)
-        return beats, behind if len(behind) < len(beats) else []
+        return behind if len(behind) < len(beats) else []
+
+    def _end_wait_in_vain(self) -> None:
+        """End this rank when it has waited for train.timeout_s and cannot know.
+
+        On a GPU no collective fails: the host sits in a copy from the device or in the launch of a kernel, where it
+        hears no signal, until NCCL aborts the process.
+        """
+        heartbeat, before, now = self.heartbeat, self._round_at, time.monotonic()
+        same, self._count, self._round_at = heartbeat.count == self._count, heartbeat.count, now
+        # A job that is suspended does not wait meanwhile.
+        self._waited_s = self._waited_s + min(now - before, self._interval_s + SILENT_S) if same else 0.0
+        if self._waited_s < self._timeout_s or self._num_ranks == 1 or self._reason or heartbeat.failure:
+            self._look = None
+            return
+        if self._look is None:
+            self._look = self._waited_s, self._beats({})
+            return
+        looked_s, first = self._look
+        between_s = self._waited_s - looked_s
+        if between_s < 1.5 * self._interval_s:
+            return
+        beats = self._beats(first)
+        self._look, self._reason = (self._waited_s, beats), self._why_in_vain(first, beats, between_s)
+        if self._reason is not None:
+            logger.error("%s", self._reason)
+            for log in rank_logs():
+                log.failed(self._reason, str(self._reason))
+                log.write_stacks()
+            faulthandler.dump_traceback_later(LAST_S, exit=True, file=os.open(os.devnull, os.O_WRONLY))
+
+    def _why_in_vain(
+        self, first: dict[int, HeartbeatRecord], beats: dict[int, HeartbeatRecord], between_s: float
+    ) -> StageError | None:
+        """What ends a wait; None while others may still come, or wait for this rank."""
+        if failure := self._failure_of_another(beats):
+            return failure
+        late = self._late(first, beats, between_s)
+        before = {rank: beat.data["count"] for rank, beat in first.items()}
+        if any(b.data["rank"] == self._rank or before.get(b.data["rank"]) != b.data["count"] for b in late):
+            return None
+        is_step = self.heartbeat.median_s is not None and self.heartbeat.phase not in EXEMPT
+        # All at the same place: their network may be cut, which gloo reports itself, or they compute.
+        return self._in_vain(beats, late) if late or (self._on_gpu and is_step) else None
 
     def _end(self, beats: list[HeartbeatRecord]) -> None:
         file = self.work.hanging_file
@@ -206,6 +278,7 @@ class Watch:
                     self._given_up = True
                     logger.warning("%s: the other ranks cannot hear of this one (%s)", self.work.logs_dir, error)
             self._judge()
+            self._end_wait_in_vain()
 
     def _beat(self) -> None:
         """Tell the others where this rank is. One write into the same file: renaming would cost two more messages."""

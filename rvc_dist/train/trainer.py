@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import NoReturn
 
@@ -47,12 +48,14 @@ def run(recipe: Recipe, shard: Shard) -> None:
         Stopped: a signal asked for the end; a checkpoint was written.
     """
     del shard  # the Accelerator knows the ranks
-    with Watch(Workspace(recipe.run_dir, recipe.name)) as watch, watch.explain_timeouts(recipe.train.timeout_s):
+    with (
+        Watch(Workspace(recipe.run_dir, recipe.name)) as watch,
+        ExitStack() as end,
+        watch.explain_timeouts(recipe.train.timeout_s),
+    ):
         trainer = Trainer(recipe, watch)
-        try:
-            trainer.train()
-        finally:
-            trainer.close()
+        end.callback(trainer.close)
+        trainer.train()
 
 
 class Trainer:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from helpers import make_features, tiny_recipe
 from launching import ROOT, finish, kill, launcher, start
 
@@ -65,6 +66,7 @@ class Ranks:
             for rank, each in enumerate(self.all):
                 if rank not in without:
                     each._judge()
+                    each._end_wait_in_vain()
 
 
 def warnings(caplog):
@@ -174,7 +176,7 @@ def test_first_steps_validation_and_checkpoints_give_no_alarm(tmp_path, clock, c
 
 def test_few_beats_a_second_of_thousands_of_ranks(tmp_path, monkeypatch):
     class Fake:
-        process_index, num_processes = 0, 3200
+        process_index, num_processes, device = 0, 3200, torch.device("cpu")
 
     watched = Watch(Workspace(tmp_path, "x"))
     monkeypatch.setattr(watched, "_acquire", lambda _: None)
@@ -300,6 +302,83 @@ def test_a_timeout_says_of_the_others_what_is_true(tmp_path, monkeypatch, case):
     assert not work.hanging_file.exists() or work.hanging_file.read_text() == ""
 
 
+@pytest.fixture
+def ends(monkeypatch):
+    """After how many seconds processes were to end by force."""
+    found = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: found.append(seconds))
+    return found
+
+
+def in_step_13(tmp_path, clock, phases, on_gpu=True):
+    """Ranks in these phases of a step, after 12 short ones; they may wait for 30 s and cannot hear of it."""
+    ranks = Ranks(tmp_path, len(phases), clock)
+    for number in range(1, 13):
+        ranks.step(number, 0.1)
+    for each, so_far in zip(ranks.all, phases, strict=True):
+        each._timeout_s, each._on_gpu = 30.0, on_gpu
+        each.heartbeat.begin_step(13, "other")
+        for phase in so_far:
+            each.heartbeat._enter(phase)
+    ranks.wait(1)
+    return ranks
+
+
+@pytest.mark.parametrize("case", ["behind", "silent", "failed", "all in a step"])
+def test_a_rank_that_cannot_hear_of_its_timeout_names_who_hangs_and_ends(tmp_path, clock, caplog, ends, case):
+    """As on a GPU: no collective fails, the host sits in a copy from the device."""
+    ranks = in_step_13(tmp_path, clock, [["data", "log"], ["data", "log"][: 2 if case == "all in a step" else 1]])
+    me, other = ranks.all
+    if case == "failed":
+        other.heartbeat.failure = "disk full"
+    without = [1] if case == "silent" else []
+    ranks.wait(29, without)
+    assert me._reason is None
+    ranks.wait(4, without)
+    assert str(me._reason) in caplog.text
+    expected = {
+        "failed": "rank 1 on node1 (pid 71) failed first",
+        "all in a step": "rank 0 waited for train.timeout_s = 30 s, in log of step 13, for the others, all of",
+    }
+    hangs = "rank 0 waited for train.timeout_s = 30 s, in log of step 13, for rank 1 on node1 (pid 71), last in data of"
+    assert str(me._reason).startswith(expected.get(case, hangs))
+    assert me.work.hanging_file.exists() == (case != "failed")
+    assert case == "failed" or me.work.hanging_file.read_text() == ("" if case in expected else "token1\n")
+    assert ends == [watchdog.LAST_S] * (2 if case == "all in a step" else 1), "who hangs does not speak"
+
+
+@pytest.mark.parametrize("case", ["a CPU", "validation", "first steps", "suspended", "moving", "own error"])
+def test_a_rank_does_not_end_while_the_others_may_come(tmp_path, clock, ends, case):
+    """A collective on CPUs fails by itself; the first steps compile; who has an error of its own says that."""
+    phase = "validation" if case == "validation" else "data"
+    is_behind = case in ("suspended", "moving", "own error")
+    ranks = in_step_13(tmp_path, clock, [[phase] * (1 + is_behind), [phase]], on_gpu=case != "a CPU")
+    if case == "first steps":
+        ranks.all[0].heartbeat._recent.clear()
+    if case == "own error":
+        ranks.all[0].heartbeat.failure = "disk full"
+    for _ in range(8 if case == "suspended" else 60):
+        clock[0] += 1000.0 if case == "suspended" and clock[0] < 2000.0 else 0.0
+        if case == "moving":
+            ranks.all[1].heartbeat.count += 1
+            ranks.all[0].heartbeat.count = 1000
+        ranks.wait(1)
+    assert ranks.all[0]._reason is None
+    assert len(ends) == (case in ("own error", "first steps")), "of the other rank"
+
+
+def test_a_rank_that_hears_in_time_ends_with_the_reason_that_its_watch_gave(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", lambda: calls.append("goes on"))
+    (me,) = Ranks(tmp_path, 1, None).all
+    me._thread, me._reason = threading.Thread(), StageError("rank 1 hangs")
+    with pytest.raises(StageError, match="rank 1 hangs"), me.explain_timeouts(8.0):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    assert calls == ["goes on"]
+    with pytest.raises(ValueError, match="another"), me.explain_timeouts(8.0):
+        raise ValueError("another")
+
+
 def test_what_goes_wrong_at_the_end_leaves_nothing_undone(tmp_path, monkeypatch, caplog):
     """Whatever its kind; and the first error is what ends the run."""
     work = Workspace(tmp_path, "x")
@@ -330,6 +409,44 @@ def test_the_timeout_is_checked():
         "timeout_s: got 0.0, expected at least 1.0"
     ]
     assert issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_that_no_signal_and_no_collective_reaches_are_named_and_end_within_the_timeout(tmp_path, monkeypatch):
+    """As on GPUs: one hangs in a driver, the other waits for the device to log; NCCL would wait for longer."""
+    timeout_s = 6.0
+    recipe = tiny_recipe(tmp_path, max_steps=100_000, max_epochs=100_000, eval_every_steps=10**6, timeout_s=timeout_s)
+    make_features(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    monkeypatch.setenv("FAULT", "1:4:device")
+    process = start([*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)])
+    output, ranks = [], {}
+    try:
+        for line in process.stdout:
+            output.append(line)
+            if "step 3/" in line:
+                ranks = {c.environ().get("RANK"): c for c in psutil.Process(process.pid).children()}
+                hangs_since = time.monotonic()
+        finish(process)
+    finally:
+        kill(process)
+    text = "".join(output)
+    assert ranks, text[-5000:]
+    assert time.monotonic() - hangs_since < timeout_s + 12
+    assert process.returncode == 1
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
+    reason = (
+        f"rank 0 waited for train.timeout_s = {timeout_s:g} s, in log of step 4, for rank 1 on {os.uname().nodename} "
+        f"(pid {ranks['1'].pid}), last in after data of step 4. Where each rank was is in {tmp_path / 'logs'}"
+    )
+    assert reason in text
+    assert f"process {ranks['1'].pid} hangs, the other ranks waited in vain: ending it" in text
+    log = (tmp_path / "logs" / "rank_00000.log").read_text()
+    assert 'faulty.py", line' in log.partition("most recent call first")[2], "where it waited"
+    assert reason in (tmp_path / "logs" / "failed_rank_00000.json").read_text()
+    assert text.count("Traceback (most recent call last)") == 1, "the launcher's own"
 
 
 @pytest.mark.slow
