@@ -1,9 +1,11 @@
 """What only a CUDA device shows. Skipped where there is none; `pytest -m gpu` runs these alone."""
 
+import re
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import make_features, tiny_recipe
+from helpers import make_features, tiny_recipe, with_train
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.models.spectral import mel_from_spectrogram
@@ -149,8 +151,11 @@ def test_out_of_memory_names_a_batch_that_fits(tmp_path):
     limit = 300e6 / torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(limit)
     try:
-        with pytest.raises(StageError, match=r"not enough memory for train\.batch_size 64"):
+        with pytest.raises(StageError, match=r"not enough memory for train\.batch_size 64") as caught:
             trainer.run(recipe, Shard())
+        fits = int(re.search(r"train\.batch_size (\d+) would fit", str(caught.value))[1])
+        assert 1 <= fits < 64
+        trainer.run(with_train(recipe, batch_size=fits, max_steps=3), Shard())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

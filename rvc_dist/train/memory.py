@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -14,22 +15,42 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 RESERVE = 0.08
-"""Share of a device's memory left to fragments, cuDNN's workspaces and NCCL."""
+"""Share of what this process may have of a device's memory, left to fragments, cuDNN's workspaces and NCCL."""
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated; of a CPU, the system's."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return min(torch.cuda.mem_get_info(device)[0], _allowed(device) - torch.cuda.memory_reserved(device))
     return int(psutil.virtual_memory().available)
 
 
 def capacity(device: torch.device) -> int:
     """Bytes that this process may count on in all, its own included."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - RESERVE * total)
+        allowed = _allowed(device)
+        available = min(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), allowed)
+        return int(available - RESERVE * allowed)
     return int(psutil.virtual_memory().available)
+
+
+def _allowed(device: torch.device) -> int:
+    """Bytes of a CUDA device that torch's allocator may have in this process."""
+    return int(torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.mem_get_info(device)[1])
+
+
+def graph_pools(device: torch.device) -> int:
+    """Bytes that CUDA graphs hold for themselves: no other kernel can use them."""
+    if device.type != "cuda":
+        return 0
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return sum(s["total_size"] for s in segments if s["device"] == device.index and s["segment_pool_id"] != (0, 0))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had not enough memory, for torch or for the driver and libraries, whose errors are plain."""
+    found = re.search(r"CUDA error: out of memory|Cuda failure.*out of memory|_STATUS_ALLOC_FAILED", str(error))
+    return isinstance(error, torch.OutOfMemoryError) or found is not None
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
@@ -39,7 +60,9 @@ def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     try:
         work()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     return peak_bytes(device)
 

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from rvc_dist.config import DataConfig, load_recipe
+from rvc_dist.config import DataConfig, TrainConfig, load_recipe
 from rvc_dist.data import clip_files, preprocess
 from rvc_dist.features import extract, feature_files, index
 from rvc_dist.models import spectral
 from rvc_dist.models.state_dict import to_upstream
-from rvc_dist.train import checkpoint, fingerprint, losses, memory, trainer, validation
+from rvc_dist.train import checkpoint, fingerprint, losses, memory, out_of_memory, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.ddp import TrainedModule, frozen
 from rvc_dist.train.step import GanStep
@@ -468,13 +469,30 @@ def test_a_folder_that_cannot_hold_checkpoints_is_refused_before_any_step(tmp_pa
     assert not (tmp_path / "config.yaml").exists()
 
 
-def test_no_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("fits", "accumulated", "advice"),
+    [
+        (4, 1, "train.batch_size 4 would fit (4 with train.grad_accum_steps 2 keeps the steps as large)"),
+        (4, 3, "train.batch_size 4 would fit (4 with train.grad_accum_steps 6 keeps the steps as large)"),
+        (6, 1, "train.batch_size 6 would fit (4 with train.grad_accum_steps 2 keeps the steps as large)"),
+        (7, 1, "train.batch_size 3 may fit (3 with train.grad_accum_steps 3 keeps the steps as large)"),
+        (900, 1, "train.batch_size 3 may fit (3 with train.grad_accum_steps 3 keeps the steps as large)"),
+        (0, 1, "not even one clip fits"),
+    ],
+)
+def test_advice_is_below_the_batch_that_failed(monkeypatch, fits, accumulated, advice):
+    monkeypatch.setattr(out_of_memory, "batch_that_fits", lambda *_: fits)
+    step = SimpleNamespace(config=TrainConfig(batch_size=7, grad_accum_steps=accumulated))
+    assert out_of_memory.remedy(step, SimpleNamespace(clips=range(7))) == advice
+
+
+def test_no_memory_says_which_batch_would_fit_beside_what_graphs_hold(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, batch_size=7)
     make_features(recipe)
     used = []
 
     def out_of_memory(self, *_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
     def peak_of(work, device):
         work()
@@ -483,13 +501,48 @@ def test_no_memory_says_which_batch_would_fit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(GanStep, "__call__", out_of_memory)
     monkeypatch.setattr(memory, "peak_of", peak_of)
+    monkeypatch.setattr(memory, "graph_pools", lambda _: 7 * 500)
     net = trainer.Trainer(recipe)
     weights = sum(p.nbytes for n in net.networks.values() for p in n.module.parameters())
     net.close()
     monkeypatch.setattr(memory, "capacity", lambda _: 2 * weights + 5500)
     with pytest.raises(StageError, match=r"rank 0: cpu has not enough memory for train.batch_size 7 ") as caught:
         train(recipe)
-    assert "train.batch_size 4 would fit (with train.grad_accum_steps 2 " in str(caught.value)
+    assert "; train.batch_size 3 would fit (3 with train.grad_accum_steps 3 keeps" in str(caught.value)
+
+
+def test_memory_counts_what_others_leave_what_this_process_may_have_and_the_pools_of_graphs(monkeypatch):
+    gpu, gb = torch.device("cuda", 1), 10**9
+    values = {
+        "mem_get_info": (60 * gb, 100 * gb),
+        "memory_reserved": 20 * gb,
+        "memory_snapshot": [
+            {"device": device, "total_size": size, "segment_pool_id": pool}
+            for device, size, pool in ((1, 9 * gb, (0, 0)), (1, 3 * gb, (0, 1)), (1, 4 * gb, (0, 2)), (0, gb, (0, 1)))
+        ],
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for fraction, available in ((1.0, 80 * gb), (0.5, 50 * gb)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, fraction=fraction: fraction)
+        assert memory.capacity(gpu) == available - fraction * 8 * gb
+        assert memory.free_memory(gpu) == min(60 * gb, available - 20 * gb)
+    assert memory.graph_pools(gpu) == 7 * gb
+    assert memory.graph_pools(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_libraries_say_where_memory_lacks_is_known(text, is_one):
+    assert memory.is_out_of_memory(RuntimeError(text)) is is_one
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("no memory"))
 
 
 def test_largest_batch_by_hand():
