@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -151,11 +151,9 @@ class Bench:
         waves: list[audio.Wave] = []
         clips: list[dict[str, Any]] = []
         features = []
-        for number, (source, start_s) in enumerate(_windows()):
-            wave, source_rate = decode.decode(source)
-            first = round(start_s * source_rate)
-            waves.append(audio.resample(wave[first : first + round(CLIP_S * source_rate)], source_rate, rate))
-            clips.append({"speaker": 0, "source": source.name, "start_s": start_s})
+        for number, (source, start_s, wave) in enumerate(demo_clips(rate)):
+            waves.append(wave)
+            clips.append({"speaker": 0, "source": source, "start_s": start_s})
             content = rng.standard_normal((num_f0 // 2, width), dtype=np.float32)
             features.append((number, content, made_up_pitch(num_f0)))
         header = {"stamp": report["stamp"], "sample_rate": rate, "clips": clips}
@@ -170,10 +168,13 @@ class Bench:
         logger.info("%d clips of the demo voice in %s", len(clips), self.work.root)
 
 
-def _windows() -> list[tuple[Path, float]]:
-    """Recordings of the demo voice, and where in them clips begin, in seconds."""
-    files = sorted((DEMO_VOICE_DIR / "voice").glob("*.flac"))
-    return [(file, i * CLIP_S) for file in files for i in range(int(decode.duration(file) // CLIP_S))]
+def demo_clips(rate: int) -> Iterator[tuple[str, float, audio.Wave]]:
+    """Clips of the demo voice, CLIP_S long: recording, where in it they begin in seconds, and samples at `rate`."""
+    for source in sorted((DEMO_VOICE_DIR / "voice").glob("*.flac")):
+        wave, source_rate = decode.decode(source)
+        length = round(CLIP_S * source_rate)
+        for i in range(len(wave) // length):
+            yield source.name, i * CLIP_S, audio.resample(wave[i * length : (i + 1) * length], source_rate, rate)
 
 
 def _link(link: Path, target: Path) -> None:
