@@ -131,9 +131,11 @@ class Check:
     def with_train(self, **train: Any) -> Recipe:
         recipe = replace(self.recipe, train=TrainConfig(**train))
         try:
-            check_precision(recipe.train.autocast_precision, self.device)
+            advice = check_precision(recipe.train.autocast_precision, self.device)
         except StageError as error:
             raise LeftOutError(error) from error
+        if advice and self.device.type == "cpu":
+            raise LeftOutError(advice[0])
         return recipe
 
     @cached_property

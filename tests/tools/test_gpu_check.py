@@ -55,8 +55,8 @@ def test_a_part_that_fails_or_is_cut_stops_no_other(fake, tmp_path):
     assert "== optimizers: FAILED, exit code 3" in lines
     assert "== extraction: FAILED, not done after 1 s" in lines
     commands = [line for line in lines if line.startswith("python ")]
-    assert "-m gpu" in commands[1]
-    assert commands[1].endswith("tests/test_x.py")
+    assert "tests/test_x.py" in commands[1]
+    assert commands[1].endswith("-m gpu and not slow")
     assert commands[2].endswith("steps plain fp32 TF32")
     assert "--nproc_per_node 2" in commands[-2]
     assert commands[-1].endswith("gpu_check table")
@@ -116,7 +116,7 @@ def test_the_whole_check_runs_to_its_end_without_a_gpu(tmp_path):
     rows = json.loads((tmp_path / "gpu_check" / "gpu_check.json").read_text())
     assert {row["part"] for row in rows} == set(gpu_check.PARTS)
     measured = {row["what"]: row for row in rows if "left out" not in row}
-    for way in gpu_check.STEPS:
+    for way in gpu_check.STEPS.keys() - {"fp16"}:
         assert measured[f"{way}, batch 1"]["s"] > 0
         assert 0 < measured[f"{way}, batch 1"]["utilisation"] < 1
     assert measured["batch 1 a rank"]["ranks"] == 2

@@ -77,6 +77,7 @@ def test_the_steps_are_those_of_ddp(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_steps_on_a_gpu_are_those_of_one_without_deepspeed(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
     assert_same_steps(tmp_path, 1, {"ACCELERATE_USE_CPU": "false"})
 
 
