@@ -11,6 +11,8 @@ from rvc_dist.config import TrainConfig
 from rvc_dist.models.spectral import mel_from_spectrogram
 from rvc_dist.runtime import device as devices
 from rvc_dist.train import checkpoint, compilation, trainer
+from rvc_dist.train.dataset import Batch
+from rvc_dist.train.loader import copied_ahead
 from rvc_dist.workspace import Shard, StageError
 
 pytestmark = [
@@ -143,6 +145,21 @@ def test_bad_steps_change_nothing_on_the_device(tmp_path):
         for name, network in run.networks.items():
             assert all(torch.equal(v, before[name][k]) for k, v in network.module.state_dict().items())
         run.close()
+
+
+def test_batches_copied_ahead_come_whole_and_their_memory_is_not_used_early():
+    """While the device is behind the host by several steps."""
+
+    def batch(number):
+        values = torch.full((1, 1, 1 << 20), float(number)).pin_memory()
+        return Batch(values, values, values, values, values, (number,), (0,), 1.0, 1.0, 0)
+
+    sums = []
+    for batches in copied_ahead(([batch(n)] for n in range(1, 41)), torch.device("cuda", 0)):
+        torch.cuda._sleep(10_000_000)
+        sums.append(sum(t.sum() for t in (batches[0].content, batches[0].f0)))
+        del batches
+    assert torch.stack(sums).tolist() == [2.0 * n * (1 << 20) for n in range(1, 41)]
 
 
 def test_out_of_memory_names_a_batch_that_fits(tmp_path):

@@ -112,6 +112,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._map(lambda t: t.pin_memory())
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Let its memory, which another stream made, be used again only when `stream` is through with it."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.record_stream(stream)
+
 
 @dataclass(frozen=True)
 class MicroBatchSpec:

@@ -83,8 +83,8 @@ class StepLoader:
         loaded = iter(make_loader(self.dataset, self.sampler, self.settings))
         try:
             with self.heartbeat.noted():
-                for batches in loaded:
-                    yield [batch.to(self.device) for batch in batches]
+                copied = copied_ahead if self.settings["pin_memory"] else copied_in_turn
+                yield from copied(loaded, self.device)
         finally:
             self.died = end_loader(loaded)
 
@@ -115,7 +115,7 @@ class StepLoader:
         workers = self.settings["num_workers"]
         readers = f"its {workers} loader process(es) read" if workers else "it reads"
         return (
-            f"the clips of step {step}, which {readers} from {self.dataset.work.root}",
+            f"the clips of step {step + self.settings['pin_memory']}, which {readers} from {self.dataset.work.root}",
             "see whether that disk answers; where it is only slow, raise train.num_workers or train.timeout_s",
         )
 
@@ -187,6 +187,34 @@ def fit_shared_memory(recipe: Recipe, table: ClipTable, settings: Mapping[str, A
     if os.environ.get("LOCAL_RANK", "0") == "0":
         logger.warning("%s: %d ahead fit and are read; for more, %s", ahead.what, ahead.fits, ahead.remedy)
     return {**settings, "prefetch_factor": ahead.fits}
+
+
+def copied_in_turn(loaded: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """Each step's micro-batches on `device`."""
+    for batches in loaded:
+        yield [batch.to(device) for batch in batches]
+
+
+def copied_ahead(loaded: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """The same on a GPU, from pinned memory: a step's are copied beside the kernels of the step before."""
+    copies, ready = torch.cuda.Stream(device), None  # type: ignore[no-untyped-call]
+    for batches in loaded:
+        with torch.cuda.stream(copies):
+            copied = [batch.to(device) for batch in batches], copies.record_event()
+        if ready is not None:
+            yield _handed_over(*ready, device)
+        ready = copied
+    if ready is not None:
+        yield _handed_over(*ready, device)
+
+
+def _handed_over(batches: list[Batch], copied: torch.Event, device: torch.device) -> list[Batch]:
+    """`batches` for the current stream, which waits until they are `copied`."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(copied)
+    for batch in batches:
+        batch.record_stream(stream)
+    return batches
 
 
 def make_loader(
