@@ -132,7 +132,7 @@ def check_own_device(device: torch.device) -> None:
     Raises:
         StageError: this rank is not the first on its GPU. NCCL would refuse too, in words that nobody understands.
     """
-    if device.index is None or not dist.is_initialized():
+    if device.type == "cpu" or not dist.is_initialized():  # which have numbers too
         return
     host, rank = socket.gethostname(), str(dist.get_rank())
     first = dist.distributed_c10d._get_default_store().compare_set(f"{host}/{device_id(device)}", "", rank).decode()

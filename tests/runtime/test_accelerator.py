@@ -158,7 +158,7 @@ def test_more_ranks_than_gpus_are_refused(fake_gpus, monkeypatch):
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     gpus = {0: "GPU-a", 1: "GPU-b"}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=gpus[device.index]))
-    accelerator.check_own_device(torch.device("cpu"))
+    accelerator.check_own_device(torch.device("cpu", 0))  # as Accelerate calls it on every rank
     for rank, index in ((3, 0), (2, 1), (3, 0)):  # --parity makes two accelerators, one after the other
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         accelerator.check_own_device(torch.device("cuda", index))
