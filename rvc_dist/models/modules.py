@@ -5,12 +5,16 @@ B batch, T frames, S samples, C channels. Attribute names are the state-dict key
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import ParametrizationList
 
 LEAKY_SLOPE = 0.1
 
@@ -29,6 +33,24 @@ def slice_frames(x: Tensor, start: Tensor, segment: int) -> Tensor:
 def slice_samples(wave: Tensor, start_frames: Tensor, segment_frames: int, hop: int) -> Tensor:
     """The samples under the frames of `slice_frames`: [B, 1, S] to [B, 1, segment_frames * hop]."""
     return slice_frames(wave, start_frames * hop, segment_frames * hop)
+
+
+@contextmanager
+def weights_made_once(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, every weight that weight norm makes in `network` is made and cast to `dtype` once, not in every pass.
+
+    For passes without gradients of its own, whose numbers stay the same. `dtype` is the one that it computes in: that
+    of autocast, or float32.
+    """
+    norms = [module for module in network.modules() if isinstance(module, ParametrizationList)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.forward = partial(Tensor.detach, norm().to(dtype))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
 
 
 class LayerNorm(nn.Module):

@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from rvc_dist.models.modules import weights_made_once
 from rvc_dist.train.loss_scale import LossScale
 from rvc_dist.train.optimizers import OptimizerState, load_optimizer_state, optimizer_state, step_if
 
@@ -82,6 +83,23 @@ class TrainedModule:
             return context
         return nullcontext()
 
+    @contextmanager
+    def frozen(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, the network passes gradients through but gets none: no useless gradients, no useless all-reduce.
+
+        Its weights are made once, in the `dtype` that it computes in. A compiled network makes them as part of a graph.
+        """
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        eager = self.compiled is self.module
+        try:
+            with weights_made_once(self.module, dtype) if eager else nullcontext():
+                yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` []; averaged over ranks, unless it is within `no_sync`."""
         scaled = loss if self.scale is None else self.scale.scaled(loss)
@@ -117,16 +135,3 @@ class TrainedModule:
 
     def detach(self) -> None:
         """Send nothing any more: a rank that ran out of memory still computes, alone, what would have fitted."""
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` passes gradients through but gets none: no useless gradients, no useless all-reduce."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -21,7 +21,7 @@ from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.train import compilation, losses
 from rvc_dist.train.dataset import Batch
-from rvc_dist.train.ddp import TrainedModule, frozen
+from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.metrics import PhaseTimer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +76,7 @@ class GanStep:
 
         self.g.optimizer.zero_grad(set_to_none=True)
         # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
-        with frozen(self.d.module):
+        with self.d.frozen(PRECISIONS[self.config.autocast_precision]):
             for i, batch in reversed(list(enumerate(batches))):
                 if i < last:
                     with self.timer.phase("g_forward"):
@@ -146,7 +146,7 @@ class GanStep:
         try:
             out, real = self.generate(batch)
             self.discriminator_backward(real, out.wave.detach(), batch)
-            with frozen(self.d.module):
+            with self.d.frozen(PRECISIONS[self.config.autocast_precision]):
                 self.generator_backward(out, real, batch)
         finally:
             for network in self.networks.values():

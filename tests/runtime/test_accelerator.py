@@ -22,7 +22,7 @@ from torch import nn
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime import accelerator
 from rvc_dist.runtime import device as devices
-from rvc_dist.train import checkpoint, ddp
+from rvc_dist.train import checkpoint
 from rvc_dist.workspace import OtherRankError, StageError
 
 
@@ -84,17 +84,6 @@ def test_an_error_of_the_first_rank_is_told_to_the_others_whatever_its_kind(kind
     ranks[1].reduce = lambda flag: torch.full_like(flag, 2)
     with pytest.raises(OtherRankError, match="rank 0 failed"):
         accelerator.on_first_rank(ranks[1], fail)
-
-
-def test_frozen_passes_gradients_through_and_leaves_other_flags_alone():
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    net[0].bias.requires_grad_(False)
-    x = torch.randn(1, 2, requires_grad=True)
-    with ddp.frozen(net):
-        net(x).sum().backward()
-    assert x.grad is not None
-    assert all(p.grad is None for p in net.parameters())
-    assert [p.requires_grad for p in net.parameters()] == [True, False, True, True]
 
 
 def test_a_missing_rank_is_noticed(monkeypatch):

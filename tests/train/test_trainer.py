@@ -14,6 +14,7 @@ from helpers import EMBEDDER, make_features, tiny_recipe, with_train
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from rvc_dist.config import DataConfig, TrainConfig, load_recipe
 from rvc_dist.data import clip_files, preprocess
@@ -22,7 +23,7 @@ from rvc_dist.models import spectral
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.train import checkpoint, fingerprint, losses, memory, out_of_memory, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
-from rvc_dist.train.ddp import TrainedModule, frozen
+from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.step import GanStep
 from rvc_dist.voice import export
 from rvc_dist.voice.file import Voice
@@ -188,12 +189,40 @@ def test_the_generator_step_gives_the_discriminator_no_gradients(tmp_path):
     train_one.train_step([batch])
     after_d_step = {k: p.grad.clone() for k, p in train_one.step.d.module.named_parameters()}
     out, real = train_one.step.generate(batch)
-    with frozen(train_one.step.d.module):
+    with train_one.step.d.frozen(torch.float32):
         sum(train_one.step.generator_terms(out, real, batch).values()).backward()
     assert all(torch.equal(p.grad, after_d_step[k]) for k, p in train_one.step.d.module.named_parameters())
     assert all(p.requires_grad for p in train_one.step.d.module.parameters())
     assert any(not torch.equal(before[k], v) for k, v in train_one.step.d.module.state_dict().items())
     train_one.close()
+
+
+@pytest.mark.parametrize(("dtype", "makings"), [(torch.float32, 1), (torch.bfloat16, 1), (None, 2)])
+def test_frozen_passes_gradients_through_and_makes_weights_once(dtype, makings, monkeypatch):
+    """The same numbers in any precision; a compiled network (None) makes its weights in each pass."""
+    made = []
+    weigh = torch._weight_norm
+    monkeypatch.setattr(torch, "_weight_norm", lambda *args: made.append(1) or weigh(*args))
+    net = torch.nn.Sequential(weight_norm(torch.nn.Conv1d(2, 2, 3)), torch.nn.Conv1d(2, 2, 1))
+    net[1].bias.requires_grad_(False)
+    wrapped = torch.nn.Sequential(net) if dtype is None else net
+    trained = TrainedModule(net, wrapped, wrapped, torch.optim.SGD(net.parameters()))
+    x = torch.randn(2, 1, 2, 8).unbind()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with autocast:
+        expected = [net(part) for part in x]
+    made.clear()
+    x[0].requires_grad_()
+    with trained.frozen(dtype or torch.float32), autocast:
+        seen = [wrapped(part) for part in x]
+        seen[0].sum().backward()
+    assert len(made) == makings
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert x[0].grad is not None
+    assert all(p.grad is None for p in net.parameters())
+    assert [p.requires_grad for p in net[1].parameters()] == [True, False]
+    net(x[0]).sum().backward()
+    assert all(p.grad is not None for p in net[0].parameters())
 
 
 def test_a_step_sees_the_whole_files_spectrogram(tmp_path, monkeypatch):
