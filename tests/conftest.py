@@ -7,6 +7,7 @@ every other worker waits.
 
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
@@ -30,7 +31,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             name = Path(nodeid.partition("::")[0]).stem
             return "watches" if name in WATCHES else name
 
+    config.option.loadscopereorder = False  # by the number of tests: files of few long ones would come last
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On several cores the files with the most slow tests come first, so that no worker is left with one at the end."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: (item.path.stem not in WATCHES, -slow[item.path]))
 
 
 @pytest.hookimpl(wrapper=True)
