@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rvc_dist.runtime.device import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
+from rvc_dist.runtime.device import lacking
 from rvc_dist.workspace import StageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,14 +23,8 @@ def check_device(precision: str, device: torch.device) -> None:
     """
     if precision == "fp32":
         return
-    problem = ""
-    if device.type == "cuda":
-        needed = {"bf16": MIN_BF16_CAPABILITY, "fp16": MIN_FP16_CAPABILITY}[precision]
-        if (found := torch.cuda.get_device_capability(device)) < needed:
-            problem = (
-                f"{device_name(device)} has compute capability {found[0]}.{found[1]}, {precision} needs {needed[0]}.0"
-            )
-    elif device.type == "cpu" and precision == "fp16":  # measured with AVX-512 FP16
+    problem = lacking(precision, device)
+    if device.type == "cpu" and precision == "fp16":  # measured with AVX-512 FP16
         problem = "fp16 is for GPUs, and on a CPU no faster than fp32"
     elif device.type == "cpu" and not _cpu_has_bf16():
         problem = "this CPU has no instructions for bf16 (AVX-512 BF16 or AMX on x86)"

@@ -30,12 +30,14 @@ def sine_excitation(f0: Tensor, noise: Tensor, sample_rate: int) -> Tensor:
     """
     # The phase at a frame's start is summed in float64 and kept modulo one cycle, so that its error does not grow
     # with the length of the recording; within a frame it stays below a few cycles, which float32 holds well.
+    # MPS has no float64: one number a frame is computed on the host there.
     hop = noise.shape[2]
-    cycles = f0.double() / sample_rate
+    cycles = (f0.cpu() if f0.device.type == "mps" else f0).double() / sample_rate
     start = (cycles * hop).cumsum(1).roll(1, 1) % 1
     start[:, 0] = 0
     step = torch.arange(1, hop + 1, device=f0.device, dtype=torch.float32)
-    phase = start.float().unsqueeze(2) + cycles.float().unsqueeze(2) * step
+    start, cycles = start.float().to(f0.device), cycles.float().to(f0.device)
+    phase = start.unsqueeze(2) + cycles.unsqueeze(2) * step
     sine = SINE_AMPLITUDE * torch.sin(2 * math.pi * phase)
     voiced = (f0 > 0).float().unsqueeze(2)
     deviation = voiced * NOISE_DEVIATION + (1 - voiced) * SINE_AMPLITUDE / 3

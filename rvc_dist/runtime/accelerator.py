@@ -23,9 +23,11 @@ from rvc_dist.config import TrainConfig
 from rvc_dist.runtime.device import (
     adopt_device_number,
     apply_kernel_settings,
+    check_backend,
     check_precision,
     device_id,
     kernel_settings,
+    local_device,
     set_allocator,
     settings_text,
 )
@@ -45,7 +47,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
 
     Raises:
         StageError: the launcher asked for another number of ranks than joined, the device lacks the precision, or
-            there are fewer devices than ranks.
+            there are fewer devices than ranks or no collective between them.
     """
     check_launcher(config)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,7 +57,8 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         limit_s = math.ceil(device_timeout_s(timeout_s or config.timeout_s))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(limit_s))
     backend = None
-    if not torch.cuda.is_available():
+    check_backend(config, wanted)
+    if local_device().type == "cpu":
         if asks_for("DEEPSPEED"):
             # So Accelerate hands CPUs to DeepSpeed; any other way it forgets DeepSpeed, or the other ranks.
             os.environ.pop("ACCELERATE_USE_CPU", None)

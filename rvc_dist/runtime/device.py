@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.workspace import StageError
@@ -23,13 +24,56 @@ MIN_BF16_CAPABILITY = (8, 0)
 """Ampere: older GPUs emulate bf16, slower than float32, and have no TF32."""
 MIN_FP16_CAPABILITY = (7, 0)
 """Volta: older GPUs have no tensor cores, and most compute fp16 slower than float32."""
+AMD_WITH_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""CDNA and RDNA 3, and newer."""
+
+
+class Backend(NamedTuple):
+    """What a kind of device can do; ROCm is CUDA to PyTorch. Precisions are those of the single device: `lacking`."""
+
+    name: str
+    collective: str
+    """Between ranks, by torch.distributed; empty where there is none."""
+    compiles: bool
+    """Whether networks may be compiled there."""
+
+
+BACKENDS = {
+    "cuda": Backend("CUDA or ROCm", "nccl", compiles=True),
+    "xpu": Backend("XPU", "xccl", compiles=True),
+    "mps": Backend("MPS", "", compiles=False),  # its compiler is a prototype
+    "cpu": Backend("CPU", "gloo", compiles=True),
+}
+"""By torch.device.type."""
 
 
 def local_device() -> torch.device:
-    """This rank's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    """This rank's GPU, or the CPU: as Accelerate chooses, which for ranks on CPUs is told by the environment."""
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        return torch.device("cpu")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if module.is_available():
+            return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % module.device_count())
     return torch.device("cpu")
+
+
+def check_backend(config: TrainConfig, num_ranks: int) -> None:
+    """Refuse what this rank's kind of device cannot do.
+
+    Raises:
+        StageError: several ranks without a collective between them, or compiling without a compiler.
+    """
+    backend = BACKENDS[local_device().type]
+    has_collective = backend.collective != "xccl" or dist.is_xccl_available()
+    if num_ranks > 1 and not (backend.collective and has_collective):
+        raise StageError(
+            f"{num_ranks} ranks were started, but this PyTorch has no collective for {backend.name};",
+            "train on one device, without a launcher, or on the CPUs: export ACCELERATE_USE_CPU=true",
+        )
+    if config.compile == "always" and not backend.compiles:
+        raise StageError(f"train.compile: networks are not compiled on {backend.name};", "set train.compile auto")
 
 
 def adopt_device_number() -> None:
@@ -58,13 +102,17 @@ def device_id(device: torch.device) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if device.type in ("cpu", "mps"):
+        return device.type
+    return str(torch.get_device_module(device).get_device_name(device))
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device, for those who measure time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 @contextmanager
@@ -135,7 +183,9 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 
 def has_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY
+    """Whether it computes in TF32 where the flags allow it. PyTorch asks AMD's libraries for it only when told to."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY
 
 
 def allocator_settings(device: torch.device) -> str:
@@ -149,6 +199,32 @@ def allocator_settings(device: torch.device) -> str:
     return text if has["expandable_segments"] == ("expandable_segments:True" in text) else f"{text} (not expandable)"
 
 
+def lacking(precision: str, device: torch.device) -> str:
+    """Why a GPU is not faster in `precision` than in float32, or cannot compute in it; empty where it is."""
+    kind = device.type
+    if precision == "fp32" or kind == "cpu":
+        return ""
+    name = device_name(device)
+    if kind == "mps":
+        has = precision == "fp16" or torch.backends.mps.is_macos_or_newer(14, 0)
+        return "" if has else "macOS before 14 has no bf16 (PyTorch would go on in float32 without an error)"
+    if kind == "xpu":
+        has = precision == "fp16" or torch.xpu.is_bf16_supported(including_emulation=False)
+        return "" if has else f"{name} has no bf16"
+    if torch.version.hip is not None:  # whose capability counts AMD's architectures
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        has = precision == "fp16" or architecture.startswith(AMD_WITH_BF16)
+        return "" if has else f"{name} is of {architecture}, which has no instructions for bf16"
+    capability = torch.cuda.get_device_capability(device)
+    needed, family = {"bf16": (MIN_BF16_CAPABILITY, "Ampere"), "fp16": (MIN_FP16_CAPABILITY, "Volta")}[precision]
+    if capability >= needed:
+        return ""
+    return (
+        f"{name} has compute capability {capability[0]}.{capability[1]}; {precision} needs {needed[0]}.{needed[1]} "
+        f"({family}) or newer and is slower than float32 below it"
+    )
+
+
 def check_precision(precision: str, device: torch.device) -> tuple[str, str] | None:
     """Refuse fp16 or bf16 where the hardware does not have it.
 
@@ -156,21 +232,17 @@ def check_precision(precision: str, device: torch.device) -> tuple[str, str] | N
         Where it does, but another precision is better: what is the matter, and the remedy.
 
     Raises:
-        StageError: a CUDA device below the compute capability that it needs.
+        StageError: the device is `lacking`.
     """
     if precision == "fp16" and device.type == "cpu":
         return "train.precision: fp16 on a CPU is for tests, and slower than fp32;", "set fp32 or bf16"
-    if precision == "fp32" or device.type != "cuda":
-        return None
-    name, capability = device_name(device), torch.cuda.get_device_capability(device)
-    needed, family = {"bf16": (MIN_BF16_CAPABILITY, "Ampere"), "fp16": (MIN_FP16_CAPABILITY, "Volta")}[precision]
-    if capability < needed:
-        instead = "fp16" if capability >= MIN_FP16_CAPABILITY else "fp32"
+    if problem := lacking(precision, device):
+        instead = "fp32" if lacking("fp16", device) else "fp16"
         raise StageError(
-            f"train.precision: {name} has compute capability {capability[0]}.{capability[1]}; {precision} needs "
-            f"{needed[0]}.{needed[1]} ({family}) or newer and is slower than float32 below it.",
+            f"train.precision: {problem}.",
             f"Set train.precision {instead} and train.bf16_adamw false; train.fast_train still helps",
         )
-    if precision == "fp16" and capability >= MIN_BF16_CAPABILITY:
+    if precision == "fp16" and not lacking("bf16", device):
+        name = device_name(device)
         return f"train.precision: {name} has bf16, as fast as fp16 and without overflow;", "set bf16"
     return None

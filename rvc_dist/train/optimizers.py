@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 CPU_RUN, DEVICE_RUN = 1 << 17, 1 << 22
 """Elements that AnyPrecisionAdamW updates at a time: a thread's share of the cache; elsewhere enough to fill a GPU."""
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-"""Where PyTorch has a fused AdamW."""
+FUSED_DEVICES = ("cpu", "cuda", "xpu")
+"""Where PyTorch has a fused AdamW that skips bad steps: that of MPS takes `found_inf` and ignores it."""
 RECIPE_OPTIONS = frozenset({"betas", "eps", "weight_decay", "safeguard_warmup", "foreach", "fused"})
 """What the recipe and the device decide, not the checkpoint: a changed setting is honoured when a run goes on."""
 
@@ -43,8 +43,8 @@ class AnyPrecisionAdamW(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    host_devices: tuple[str, ...] = ("cpu",)
-    """Where looking at `found_inf` costs nothing; elsewhere the device masks every change."""
+    host_devices: tuple[str, ...] = ("cpu", "mps")
+    """Where looking at `found_inf` costs nothing, or there is no float64 to count in; elsewhere the device masks."""
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from rvc_dist.features import feature_files
 from rvc_dist.files import write_json
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import on_first_rank
+from rvc_dist.runtime.device import BACKENDS
 from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, networks, out_of_memory
 from rvc_dist.train.dataset import ClipTable
@@ -132,7 +133,7 @@ def choose_compiled(
 ) -> dict[str, bool]:
     """Which networks to compile for a run of `total` steps: as it did before, else by a trial with its next batch."""
     config, device, modules = recipe.train, accelerator.device, origin.modules
-    if not compilation.asked_for(config):
+    if not (compilation.asked_for(config) and BACKENDS[device.type].compiles):
         return dict.fromkeys(modules, False)
     key = compilation.key(config, device, total)
     kept = read_json(work.compile_file, Compiled) if work.compile_file.is_file() else None

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvc_dist.config import RATES, DataConfig, ModelConfig, Recipe
 from rvc_dist.models import modules
@@ -308,6 +310,24 @@ def test_noise_of_a_clip_is_its_seeds_alone() -> None:
         assert torch.equal(pair[1:], single)
         assert not torch.equal(pair[0], pair[1])
     assert Noise.draw(narrow_shape(pitch_guidance=False), [5], 40, torch.device("cpu")).source is None
+
+
+def test_the_phase_is_summed_on_the_host_where_the_device_has_no_float64():
+    """As MPS, on which a tensor in float64 is an error."""
+
+    class Float64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            devices.update([made.device.type] if getattr(made, "dtype", None) == torch.float64 else [])
+            return made
+
+    for kind, in_float64 in (("mps", False), ("cuda", True)):
+        devices: set[str] = set()
+        with FakeTensorMode(), Float64():
+            f0, noise = torch.empty(2, 5, device=kind), torch.empty(2, 5, 480, device=kind)
+            assert sine_excitation(f0, noise, 48000).device.type == kind
+        assert "cpu" in devices
+        assert (kind in devices) is in_float64
 
 
 def test_sine_noise_is_louder_where_unvoiced() -> None:

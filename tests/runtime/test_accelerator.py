@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,84 @@ def test_a_precision_is_refused_or_advised_against_by_the_hardware(monkeypatch, 
     except StageError as refused:
         found = str(refused)
     assert re.search(outcome, found) if outcome else found == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "has", "precision", "outcome"),
+    [
+        ("mps", False, "bf16", "macOS before 14 has no bf16 .* Set train.precision fp16"),
+        ("mps", True, "bf16", ""),
+        ("mps", False, "fp16", ""),
+        ("xpu", False, "bf16", "Card has no bf16. Set train.precision fp16"),
+        ("xpu", True, "bf16", ""),
+        ("cuda", "gfx1030", "bf16", "Card is of gfx1030, which has no instructions for bf16. Set train.precision fp16"),
+        ("cuda", "gfx906:sramecc+:xnack-", "fp16", ""),
+        ("cuda", "gfx90a:sramecc+:xnack-", "bf16", ""),
+        ("cuda", "gfx942", "fp16", "advice: Card has bf16"),
+    ],
+)
+def test_other_backends_know_their_precisions(monkeypatch, kind, has, precision, outcome):
+    """An AMD GPU passes for CUDA, with a capability that is no NVIDIA's: (9, 0) for gfx906 too."""
+    monkeypatch.setattr(torch.version, "hip", "7.0" if kind == "cuda" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=has))
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation: has)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: has)
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "get_device_name", lambda _: "Card")
+    device = torch.device(kind, 0)
+    assert not devices.has_tf32(device)
+    try:
+        found = " ".join(devices.check_precision(precision, device) or ()).replace("train.precision", "advice")
+    except StageError as refused:
+        found = str(refused)
+    assert re.search(outcome, found) if outcome else found == ""
+
+
+@pytest.mark.parametrize(
+    ("there", "environment", "chosen"),
+    [
+        ((), {}, "cpu"),
+        (("cuda",), {"LOCAL_RANK": "5"}, "cuda:1"),
+        (("xpu",), {"LOCAL_RANK": "1"}, "xpu:1"),
+        (("mps",), {}, "mps"),
+        (("cuda", "mps"), {"ACCELERATE_USE_CPU": "true"}, "cpu"),
+    ],
+)
+def test_the_device_of_every_stage_is_the_one_that_accelerate_chooses(monkeypatch, there, environment, chosen):
+    """So that extraction does not begin on a GPU that training is told to leave alone."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr("accelerate.state.is_xpu_available", lambda: "xpu" in there)  # which it remembers
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        monkeypatch.setattr(module, "device_count", lambda: 4)
+        monkeypatch.setattr(module, "is_available", lambda kind=kind: kind in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: "mps" in there)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    device = devices.local_device()
+    assert device == torch.device(chosen)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # else it would look for the other ranks
+    assert Accelerator().device.type == device.type
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_a_backend_cannot_do_is_said_at_the_start(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    devices.check_backend(TrainConfig(fast_train=True), 1)
+    with pytest.raises(StageError, match=r"2 ranks were started, .* no collective for MPS; train on one device"):
+        devices.check_backend(TrainConfig(), 2)
+    with pytest.raises(StageError, match=r"train\.compile: networks are not compiled on MPS"):
+        devices.check_backend(TrainConfig(compile="always"), 1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    devices.check_backend(TrainConfig(compile="always"), 2)
+    monkeypatch.setattr(devices, "local_device", lambda: torch.device("xpu", 0))
+    for has_xccl in (True, False):
+        monkeypatch.setattr(dist, "is_xccl_available", lambda has_xccl=has_xccl: has_xccl)
+        with nullcontext() if has_xccl else pytest.raises(StageError, match="no collective for XPU"):
+            devices.check_backend(TrainConfig(), 2)
 
 
 @pytest.mark.parametrize("kind", [StageError, ValueError])

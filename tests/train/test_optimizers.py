@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import weight_norm
 
 from rvc_dist.choices import OPTIMIZERS
@@ -244,6 +245,15 @@ def test_a_state_that_does_not_fit_is_refused_with_every_mismatch_and_changes_no
         "other/exp_avg: not state of this optimizer",
     ]
     assert_same_bits(everything(net, optimizer), before)
+
+
+def test_on_mps_adamw_is_not_fused():
+    """Its fused kernel takes found_inf and ignores it, so a bad step would change the weights."""
+    with FakeTensorMode():
+        for device, fused in (("mps", False), ("cpu", True)):
+            optimizer = make_optimizer(TrainConfig(), nn.ParameterList([torch.empty(2, device=device)]))
+            assert optimizer.param_groups[0]["fused"] is fused
+            assert getattr(optimizer, "_step_supports_amp_scaling", False) is fused
 
 
 def test_another_optimizers_state_is_refused():

@@ -20,7 +20,7 @@ from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.features import index_file
 from rvc_dist.runtime import device as devices
-from rvc_dist.runtime.device import MIN_BF16_CAPABILITY, MIN_FP16_CAPABILITY, device_name
+from rvc_dist.runtime.device import device_name
 from rvc_dist.runtime.launcher import asks_for, usable_cores
 from rvc_dist.tools.doctor.findings import Fact, Findings, error, first_line, ranks_text, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
@@ -184,16 +184,16 @@ def shared_placements(placements: Sequence[RankPlacement]) -> Findings:
 
 
 def check_precision(context: DoctorContext) -> Findings:
-    """What the recipe asks for can be had: bf16 and TF32 (of train.fast_train) on Ampere and newer, fp16 on Volta."""
+    """What the recipe asks for can be had on this device: bf16, fp16, and TF32 (of train.fast_train)."""
     device, train = context.group.device, context.recipe.train
     yield from same({"recipe": train.autocast_precision + (", fast_train" if train.fast_train else "")})
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        capable, half = capability >= MIN_BF16_CAPABILITY, capability >= MIN_FP16_CAPABILITY
-        tf32 = ("used" if train.fast_train else "off without train.fast_train") if capable else "no"
-        yield from same({"compute capability": ".".join(map(str, capability))})
-        yield from same({"bf16": "yes" if capable else "no", "fp16": "yes" if half else "no", "TF32": tf32})
-    else:
+    if device.type == "cpu":
         yield from same({"bf16": "yes, on the CPU"})
+    else:
+        tf32 = "used" if train.fast_train else "off without train.fast_train"
+        yield from same({p: "no" if devices.lacking(p, device) else "yes" for p in ("bf16", "fp16")})
+        yield from same({"TF32": tf32 if devices.has_tf32(device) else "no"})
+    if device.type == "cuda":
+        yield from same({"compute capability": ".".join(map(str, torch.cuda.get_device_capability(device)))})
     if advice := devices.check_precision(train.autocast_precision, device):
         yield warning(*advice)
