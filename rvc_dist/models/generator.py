@@ -5,7 +5,7 @@ B batch, T frames, S samples (S = T * hop), C channels, F frequency bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,8 +91,12 @@ class Generator(nn.Module):
         spec: Tensor,
         speaker: Tensor,
         noise: Noise,
+        decoder: Callable[..., Tensor] | None = None,
     ) -> GeneratorOutput:
-        """Decode a random slice of every clip from its spectrogram. Clips are padded to T >= segment_frames."""
+        """Decode a random slice of every clip from its spectrogram. Clips are padded to T >= segment_frames.
+
+        `decoder` is what decodes, where that is not `dec` as it is: `dec` compiled.
+        """
         assert self.enc_q is not None
         segment = self.shape.segment_frames
         mask = frame_mask(lengths, content.shape[1])
@@ -103,7 +107,8 @@ class Generator(nn.Module):
         num_starts = (lengths - segment + 1).clamp(min=1)
         start = (noise.start * num_starts).long()
         f0_slice = None if f0 is None else slice_frames(f0.unsqueeze(1), start, segment).squeeze(1)
-        wave = self.dec(slice_frames(z, start, segment), f0_slice, voice, noise.source)
+        decode = self.dec if decoder is None else decoder
+        wave = decode(slice_frames(z, start, segment), f0_slice, voice, noise.source)
         return GeneratorOutput(wave, start, mask, z_p, m_p, logs_p, m_q, logs_q)
 
     @torch.no_grad()

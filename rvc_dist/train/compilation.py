@@ -1,7 +1,9 @@
 """torch.compile of the networks, judged by a trial on the device at hand.
 
-What a compiler gains depends on the device: on GPUs it saves launches and memory traffic, on some CPUs its convolutions
-are slower than eager ones. A choice is kept with the run, so that a resumed run computes the same way.
+Of G the decoder is compiled: like D it sees slices of one length, and the two hold nine tenths of a step's operations.
+G's encoders and its flow see clips of many lengths. What a compiler gains depends on the device: on GPUs it saves
+launches and memory traffic, on some CPUs its convolutions are slower than eager ones. A choice is kept with the run, so
+that a resumed run computes the same way.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from rvc_dist.config import TrainConfig
+from rvc_dist.models.generator import Generator, GeneratorOutput
 from rvc_dist.runtime.device import device_name, synchronize
 from rvc_dist.runtime.launcher import cores_of_rank
 
 logger = logging.getLogger(__name__)
 
 COMPILE_S = 60.0
-"""What compiling one network takes at the least (90 s for D on two CPU cores, about as long for G on a GPU)."""
+"""What compiling one network takes at the least (90 s for D on two CPU cores)."""
 BEST_SAVING = 0.5
 """Share of a step's time that compiled networks save at the best: 1.3 to 2 times faster, says the reference."""
 WORTH_IT = 0.97
@@ -38,21 +41,40 @@ FAILURES = (RuntimeError, OSError)
 write is an OSError."""
 
 
-def compiled(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` compiled, sharing its parameters; it compiles when it is first called.
+class DecodingCompiled(nn.Module):
+    """A generator whose training passes decode with `decoder`: its own, compiled, with the same parameters."""
 
-    On CUDA with CUDA graphs, as in the reference: `begin_pass` says when their outputs may be overwritten. A second
-    length of clips makes one more graph, for all lengths.
+    def __init__(self, generator: Generator, decoder: nn.Module) -> None:
+        super().__init__()
+        self.generator, self.decoder = generator, decoder
+
+    def forward(self, *inputs: Any) -> GeneratorOutput:
+        output: GeneratorOutput = self.generator(*inputs, decoder=self.decoder)
+        return output
+
+
+def compiled(module: nn.Module, device: torch.device, deterministic: bool = False) -> nn.Module:
+    """D compiled, or G with its decoder compiled, sharing the parameters; it compiles when it is first called.
+
+    Each shape that it meets has a graph of its own: D's own pass has the real and the fake clips, G's have one of both.
+    On CUDA they are CUDA graphs, as in the reference; `begin_step` says when their outputs may be overwritten.
     """
+    if isinstance(module, Generator):
+        return DecodingCompiled(module, compiled(module.dec, device, deterministic))
     # Read when inductor is imported, which the first call here does: by default every rank would take all cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores_of_rank())))
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    result: nn.Module = torch.compile(module, mode=mode)  # type: ignore[assignment]
+    options: dict[str, Any] = {"triton.cudagraphs": device.type == "cuda"}
+    if deterministic:
+        options["deterministic"] = True
+    result: nn.Module = torch.compile(module, dynamic=False, options=options)  # type: ignore[assignment]
     return result
 
 
-def begin_pass() -> None:
-    """Before each pass through G: nobody reads the outputs of earlier compiled passes any more."""
+def begin_step() -> None:
+    """Before each step: nobody reads the outputs of the compiled passes of earlier ones any more, nor their gradients.
+
+    Within a step they stay: gradients lie in the memory of CUDA graphs too, and micro-batches add up in them.
+    """
     if "torch._inductor.cudagraph_trees" in sys.modules:  # else there are none, and it would take a second to import
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
@@ -66,8 +88,24 @@ def eager_unless(full: bool) -> AbstractContextManager[Any]:
 
 
 def asked_for(config: TrainConfig) -> bool:
-    """Whether the recipe wants compiling to be tried at all."""
-    return config.compile == "always" or (config.compile == "auto" and config.fast_train)
+    """Whether the recipe wants compiling to be tried at all.
+
+    With `deterministic` nothing may depend on measured times: neither this choice, nor the compiler's of kernels.
+    """
+    always = config.compile == "always"
+    wanted = always or (config.compile == "auto" and config.fast_train)
+    if wanted and config.deterministic and not (always and compiles_deterministically()):
+        reason = "this torch's compiler" if always else "a trial (train.compile always needs none)"
+        logger.info(f"compile: not with train.deterministic, since {reason} decides by measured times")
+        return False
+    return wanted
+
+
+def compiles_deterministically() -> bool:
+    """Whether this torch's compiler can choose kernels without measuring them."""
+    from torch._inductor import config
+
+    return hasattr(config, "deterministic")
 
 
 def choose(
@@ -83,8 +121,6 @@ def choose(
     told to.
     """
     eager = dict.fromkeys(names, False)
-    if not asked_for(config):
-        return eager
     seconds = 0.0
     if config.compile == "auto":
         seconds = _slowest(accelerator, _median_s(lambda: step(eager), accelerator.device))
@@ -95,7 +131,11 @@ def choose(
             f"compiling takes {COMPILE_S * len(names):.0f} s"
         )
         return eager
-    return {name: _gains(config, accelerator, name, eager, step, seconds) for name in names}
+    chosen = {name: _gains(config, accelerator, name, eager, step, seconds) for name in names}
+    # Inside DDP networks are compiled in parts, so that gradients are sent while others are still computed: training
+    # must not go on with the trial's, and a resumed run, which has no trial, has to compute the same way.
+    torch.compiler.reset()
+    return chosen
 
 
 def _gains(

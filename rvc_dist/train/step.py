@@ -61,7 +61,9 @@ class GanStep:
         values: dict[str, Tensor] = {}
         finite = torch.ones(len(batches), dtype=torch.bool, device=self.device)
 
-        self.d.optimizer.zero_grad(set_to_none=True)
+        for network in self.networks.values():
+            network.optimizer.zero_grad(set_to_none=True)
+        compilation.begin_step()
         for i, batch in enumerate(batches):
             # G sees each micro-batch again after D's update; only the last pass of this loop is kept for that.
             with self.timer.phase("g_forward"), torch.set_grad_enabled(i == last):
@@ -74,7 +76,6 @@ class GanStep:
             of_d = self.d.update(self.config.max_grad_norm)
             add_to(values, {"grad/norm_d": of_d.norm})
 
-        self.g.optimizer.zero_grad(set_to_none=True)
         # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
         with self.d.frozen(PRECISIONS[self.config.autocast_precision]):
             for i, batch in reversed(list(enumerate(batches))):
@@ -94,7 +95,6 @@ class GanStep:
         """G's output for a batch, and the real slice [B, 1, segment] that it imitates."""
         spec = spectrogram_with_reach(batch.wave_with_reach.squeeze(1), self.spec.n_fft, self.spec.hop)
         pitch = (coarse_pitch(batch.f0), batch.f0) if self.recipe.model.pitch_guidance else (None, None)
-        compilation.begin_pass()
         noise = Noise.draw(self.shape, batch.seeds, batch.content.shape[1], self.device)
         network = self.g.wrapped if torch.is_grad_enabled() else self.g.compiled
         with self.g.no_sync(no_sync), self._autocast():
@@ -144,6 +144,7 @@ class GanStep:
     def local_dry_run(self, batch: Batch) -> None:
         """What a step computes, but for updates; with unwrapped networks on this rank alone."""
         try:
+            compilation.begin_step()
             out, real = self.generate(batch)
             self.discriminator_backward(real, out.wave.detach(), batch)
             with self.d.frozen(PRECISIONS[self.config.autocast_precision]):

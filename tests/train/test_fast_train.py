@@ -142,15 +142,15 @@ def cores(monkeypatch, mine, launchers, num_ranks=1):
 @pytest.mark.parametrize("given", ["", "3"])
 def test_row_5_both_networks_are_compiled_with_cuda_graphs_on_cuda(monkeypatch, given):
     """By as many threads as the rank has cores, or as the user says."""
-    modes = []
-    monkeypatch.setattr(torch, "compile", lambda module, mode: modes.append(mode) or module)
+    options = []
+    monkeypatch.setattr(torch, "compile", lambda module, **given: options.append(given["options"]) or module)
     cores(monkeypatch, 64, 64, 4)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", given)
     if not given:
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     for device in (CUDA, CPU):
         compilation.compiled(torch.nn.Linear(1, 1), device)
-    assert modes == ["reduce-overhead", "default"]
+    assert options == [torch._inductor.list_mode_options("reduce-overhead"), {"triton.cudagraphs": False}]
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == (given or "16")
     # That it tries both, and keeps what gains: test_compilation.py.
 

@@ -20,6 +20,7 @@ from rvc_dist.config import DataConfig, TrainConfig, load_recipe
 from rvc_dist.data import clip_files, preprocess
 from rvc_dist.features import extract, feature_files, index
 from rvc_dist.models import spectral
+from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.train import checkpoint, fingerprint, losses, memory, out_of_memory, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
@@ -618,6 +619,21 @@ def test_overtraining_ends_the_run(tmp_path, monkeypatch, caplog):
     assert saved.progress.epoch - saved.progress.best_epoch == 2
     assert saved.progress.step < 50
     assert "overtraining" in caplog.text
+
+
+def test_validation_searches_no_kernels_for_the_length_of_each_clip(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    searched, infer = [], Generator.infer
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(
+        Generator, "infer", lambda *inputs: searched.append(torch.backends.cudnn.benchmark) or infer(*inputs)
+    )
+    run = trainer.Trainer(recipe)
+    run.validate()
+    run.close()
+    assert set(searched) == {False}
+    assert torch.backends.cudnn.benchmark
 
 
 def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, caplog):

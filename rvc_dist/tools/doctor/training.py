@@ -19,7 +19,7 @@ from rvc_dist.tools.doctor.data import stand_in_table
 from rvc_dist.tools.doctor.findings import Fact, Findings, Problem, Skipped, error, first_line, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.tools.made_up import made_up_pitch
-from rvc_dist.train import checkpoint, compilation, memory, networks, out_of_memory
+from rvc_dist.train import checkpoint, memory, networks, out_of_memory
 from rvc_dist.train.dataset import (
     BUCKET_FRAMES,
     Batch,
@@ -143,7 +143,6 @@ def dry_step(context: DoctorContext, batch: Batch) -> tuple[dict[str, float], fl
     on_device = {name: context.modules[name].to(device) for name in checkpoint.MODELS}
     trained = {name: TrainedModule.alone(m, make_optimizer(recipe.train, m)) for name, m in on_device.items()}
     # What is imported when it is first needed would be counted as the step's time.
-    compilation.begin_pass()
     import_module("librosa.filters")
     step = GanStep(recipe, trained)
     with out_of_memory.advice(step, batch, context.group.rank):
