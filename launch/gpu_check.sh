@@ -60,7 +60,8 @@ measure 60 optimizers
 measure 60 conversion
 measure 90 extraction
 measure 60 parity
-measure 150 steps compiled
+measure 120 steps 'CUDA graphs'
+measure 90 steps compiled
 part 'slow tests' 120 "${pytest[@]}" -m 'gpu and slow' # those that compile
 (( gpus > 0 )) || gpus=2 # ranks on a CPU
 for (( ranks = 2; ranks <= gpus; ranks *= 2 )); do

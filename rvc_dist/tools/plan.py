@@ -55,6 +55,8 @@ LOCAL_BANDWIDTH_GB_S, BANDWIDTH_GB_S = 10.0, 3.0
 """Assumed between the ranks of a node (PCI Express 4.0 gives more) and between nodes (25 Gbit/s Ethernet)."""
 MOST_RANKS = 2**31
 USUAL_RANKS_PER_NODE = 8
+RANKS_FOR_THREADS = "0.83 to 0.90 of the audio a second (2 ranks of 1 thread, each with half the batch of 1 rank of 2)"
+"""As measured."""
 RUNTIME_BYTES = 1_000_000_000
 """Of a rank: the interpreter and the libraries of training, or about as much for the CUDA context and NCCL."""
 WORKSPACE_SHARE = 0.2
@@ -361,6 +363,8 @@ def find_cluster(recipe: Recipe, pace: Pace, machine: dict[str, Any]) -> tuple[C
         speeds[key] = (usual if given is None else given) * 1e9
     if not measured:
         assumed.append("ranks of a node do not slow one another down (bench on several ranks would tell)")
+        if free_cores < math.inf:
+            assumed[-1] += f"; instead of more threads, ranks on a CPU bring {RANKS_FOR_THREADS}"
     cluster = Cluster(per_node, speeds["bandwidth_gb_s"], speeds["local_bandwidth_gb_s"], config.latency_s, free_cores)
     return cluster, replace(pace, measured=measured), assumed
 
