@@ -38,20 +38,21 @@ class Heartbeat:
         if self._kind:
             self._recent.setdefault(self._kind, deque(maxlen=RECENT_STEPS)).append(now - self.step_at)
         self.step, self._kind, self.step_at = step, kind, now
-        self._enter("between phases")
+        self.enter("between phases")
 
-    def _enter(self, phase: str) -> None:
+    def enter(self, phase: str) -> None:
+        """What comes now, until the next."""
         self.phase, self.num_sent, self.at = phase, 0, time.monotonic()
         self.count += 1
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        self._enter(phase)
+        self.enter(phase)
         with self.noted():
             yield
         if phase in EXEMPT:
             self.step_at += time.monotonic() - self.at
-        self._enter(f"after {phase}")
+        self.enter(f"after {phase}")
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:

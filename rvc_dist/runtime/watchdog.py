@@ -174,16 +174,17 @@ class Watch:
         except RuntimeError as error:
             if self._thread is None or not (is_timeout(error) or (self._reason and is_collective_error(error))):
                 raise
-            first, wait_s = self._beats({}), min(1.5 * self._interval_s, 5.0)
             if self._reason is None:
+                first, wait_s = self._beats({}), min(1.5 * self._interval_s, 5.0)
                 time.sleep(wait_s)
                 beats = self._beats(first)
                 late = self._late(first, beats, wait_s)
                 self._reason = self._failure_of_another(beats) or self._in_vain(beats, late)
-            faulthandler.cancel_dump_traceback_later()
             raise self._reason from error
         finally:
             self._timeout_s = math.inf
+            if self._reason is not None:
+                faulthandler.cancel_dump_traceback_later()  # it has noticed that it is to end
 
     def _in_vain(self, beats: dict[int, HeartbeatRecord], late: list[HeartbeatRecord]) -> StageError:
         """That this rank has waited for `late`, and for those without a beat; the first are ended."""

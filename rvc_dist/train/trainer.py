@@ -76,11 +76,13 @@ class Trainer:
         if self.is_main:
             setup.report_holdout(recipe, self.table)
 
+        self.heartbeat.enter("reading the checkpoint")
         self.origin, saved = setup.find_origin(recipe, self.accelerator, self.work, self.table)
         self.progress = self.origin.progress
         self.loader = StepLoader(recipe, self.table, self.accelerator, self.heartbeat, self.progress)
         self.total_steps = setup.budget(recipe, self.table, self.loader, self.progress)
 
+        self.heartbeat.enter("making the networks")
         self.networks, self.compiled, self.reducer = setup.prepare_networks(
             recipe, self.accelerator, self.work, self.origin, self.total_steps, self.loader, self.heartbeat.sent
         )
@@ -95,6 +97,7 @@ class Trainer:
             self.lock.check,
             self.config.timeout_s / 2,  # it gives up before the ranks that wait for this one
         )
+        self.heartbeat.enter("preparing the run folder")
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
         check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero_stage(self.accelerator)})

@@ -24,6 +24,7 @@ from rvc_dist.runtime import hang_killer, logs, watchdog
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.schema import faults
+from rvc_dist.train import trainer
 from rvc_dist.workspace import Shard, StageError, Workspace
 
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
@@ -85,7 +86,7 @@ def test_a_slow_step_names_the_rank_that_is_behind_and_says_when_it_went_on(tmp_
         each.heartbeat.begin_step(13, "other")
     with slow.heartbeat.within("data"):
         for each in fast:
-            each.heartbeat._enter("d_step")
+            each.heartbeat.enter("d_step")
             each.heartbeat.sent()
         ranks.wait(10)
         assert warnings(caplog) == []
@@ -112,7 +113,7 @@ def test_a_rank_that_is_slow_within_a_phase_is_told_by_the_gradients_that_it_has
         ranks.step(number, 0.1)
     for rank, each in enumerate(ranks.all):
         each.heartbeat.begin_step(13, "other")
-        each.heartbeat._enter("d_step")
+        each.heartbeat.enter("d_step")
         if rank != 1:
             each.heartbeat.sent()
     ranks.wait(6)
@@ -138,7 +139,7 @@ def test_a_stopped_rank_is_not_heard_of_whatever_the_phase(tmp_path, clock, capl
     ranks = Ranks(tmp_path, 2, clock)
     for each in ranks.all:
         each.heartbeat.begin_step(1, "other")
-        each.heartbeat._enter("validation")
+        each.heartbeat.enter("validation")
     ranks.wait(30)
     assert warnings(caplog) == [], "validation may take long"
     ranks.wait(10, without=[1])
@@ -228,7 +229,7 @@ def test_a_timeout_names_the_rank_that_hangs_and_its_guard_ends_it(tmp_path):
         me._interval_s = 0.2
         for each in ranks.all:
             each.heartbeat.begin_step(8, "other")
-            each.heartbeat._enter("g_step")
+            each.heartbeat.enter("g_step")
             each._beat()
         ranks.all[2]._thread = threading.Thread(target=ranks.all[2]._run)
         ranks.all[2]._interval_s = 0.1
@@ -319,7 +320,7 @@ def in_step_13(tmp_path, clock, phases, on_gpu=True):
         each._timeout_s, each._on_gpu = 30.0, on_gpu
         each.heartbeat.begin_step(13, "other")
         for phase in so_far:
-            each.heartbeat._enter(phase)
+            each.heartbeat.enter(phase)
     ranks.wait(1)
     return ranks
 
@@ -345,6 +346,25 @@ def test_a_rank_that_cannot_hear_of_its_timeout_names_who_hangs_and_ends(tmp_pat
     assert me.work.hanging_file.exists() == (case != "failed")
     assert case == "failed" or me.work.hanging_file.read_text() == ("" if case in expected else "token1\n")
     assert ends == [watchdog.LAST_S] * (2 if case == "all in a step" else 1), "who hangs does not speak"
+
+
+def test_a_rank_that_hangs_before_the_first_step_is_named(tmp_path, clock, ends):
+    ranks = Ranks(tmp_path, 2, clock)
+    for each in ranks.all:
+        each._timeout_s = 30.0
+    ranks.all[0].heartbeat.enter("reading the checkpoint")
+    ranks.wait(34)
+    assert "for rank 1 on node1 (pid 71), last in start of step 0" in str(ranks.all[0]._reason)
+    assert len(ends) == 1
+
+
+def test_the_parts_of_set_up_that_wait_for_other_ranks_are_phases(tmp_path, monkeypatch):
+    phases = []
+    monkeypatch.setattr(Heartbeat, "enter", lambda _, phase: phases.append(phase))
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    trainer.Trainer(recipe).close()
+    assert phases == ["reading the checkpoint", "making the networks", "preparing the run folder"]
 
 
 @pytest.mark.parametrize("case", ["a CPU", "validation", "first steps", "suspended", "moving", "own error"])
@@ -374,9 +394,9 @@ def test_a_rank_that_hears_in_time_ends_with_the_reason_that_its_watch_gave(tmp_
     me._thread, me._reason = threading.Thread(), StageError("rank 1 hangs")
     with pytest.raises(StageError, match="rank 1 hangs"), me.explain_timeouts(8.0):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
-    assert calls == ["goes on"]
     with pytest.raises(ValueError, match="another"), me.explain_timeouts(8.0):
         raise ValueError("another")
+    assert calls == ["goes on"] * 2
 
 
 def test_what_goes_wrong_at_the_end_leaves_nothing_undone(tmp_path, monkeypatch, caplog):
