@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,18 @@ from torch.optim import Optimizer
 
 from rvc_dist.choices import OPTIMIZERS, resolve
 from rvc_dist.config import OptimConfig, TrainConfig
+from rvc_dist.runtime.device import synchronize
 from rvc_dist.workspace import StageError
+
+if TYPE_CHECKING:
+    from rvc_dist.train.adamw_kernel import Kernel
 
 logger = logging.getLogger(__name__)
 
 CPU_RUN, DEVICE_RUN = 1 << 17, 1 << 22
 """Elements that AnyPrecisionAdamW updates at a time: a thread's share of the cache; elsewhere enough to fill a GPU."""
+PROBE_WEIGHTS, SLOWER = 1 << 25, 1.3
+"""Weights that `report_speed` updates: a network's; and how many times fused AdamW's time are worth a warning."""
 FUSED_DEVICES = ("cpu", "cuda", "xpu")
 """Where PyTorch has a fused AdamW that skips bad steps: that of MPS takes `found_inf` and ignores it."""
 RECIPE_OPTIONS = frozenset({"betas", "eps", "weight_decay", "safeguard_warmup", "foreach", "fused"})
@@ -33,8 +40,8 @@ class AnyPrecisionAdamW(Optimizer):
 
     Momentum takes half its memory; the variance keeps `variance_dtype`. With `kahan`, the rounding error of each
     update is carried in bfloat16 to the next (Kahan summation), for parameters that are themselves bfloat16. All
-    arithmetic is done in float32, over runs of parameters that fit the cache, so a step reads and writes each tensor
-    once and its temporaries are small.
+    arithmetic is done in float32: on a GPU by one kernel for all parameters, elsewhere over runs of them that fit the
+    cache, so a step reads and writes each tensor once and its temporaries are small.
 
     The host never waits for the device: the count of steps is a number in each group. A step is skipped as
     `torch.amp.GradScaler` asks for it: with an attribute `found_inf` (one element on the parameters' device) that is
@@ -45,6 +52,8 @@ class AnyPrecisionAdamW(Optimizer):
     _step_supports_amp_scaling = True
     host_devices: tuple[str, ...] = ("cpu", "mps")
     """Where looking at `found_inf` costs nothing, or there is no float64 to count in; elsewhere the device masks."""
+    kernel_devices: tuple[str, ...] = ("cuda",)
+    """Where `adamw_kernel` is used, if Triton is there."""
 
     def __init__(
         self,
@@ -61,6 +70,8 @@ class AnyPrecisionAdamW(Optimizer):
         self.dtypes = {"exp_avg": momentum_dtype, "exp_avg_sq": variance_dtype}
         if kahan:
             self.dtypes["compensation"] = torch.bfloat16
+        self._kernel: Kernel | None = None
+        self._kernel_tried = False
 
     def _state_of(self, parameter: Tensor) -> list[Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -93,17 +104,41 @@ class AnyPrecisionAdamW(Optimizer):
             return
         group["step"] = group["step"] + (1 if skip is None else (~skip).double())
         device = params[0].device
-        limit = CPU_RUN * torch.get_num_threads() if device.type == "cpu" else DEVICE_RUN
         weights = [p.contiguous() for p in params]  # the parameter itself, unless its memory has another order
-        rows = ((w, p.grad.contiguous(), *self._state_of(p)) for p, w in zip(params, weights, strict=True))
-        # Memory fresh from the operating system costs more than the arithmetic on it: every run uses the same.
-        longest = min(limit, sum(p.numel() for p in params))
-        work = torch.empty(3, longest, dtype=torch.promote_types(params[0].dtype, torch.float32), device=device)
-        for run in _runs(rows, limit):
-            self._step_run(group, run, skip, work)
+        rows = [(w, p.grad.contiguous(), *self._state_of(p)) for p, w in zip(params, weights, strict=True)]
+        if (kernel := self._kernel_for(device, rows)) is not None:
+            kernel.step(group, rows, skip)
+        else:
+            self._step_runs(group, rows, skip)
         for parameter, weight in zip(params, weights, strict=True):
             if weight is not parameter:
                 parameter.copy_(weight)
+
+    def _kernel_for(self, device: torch.device, rows: Sequence[tuple[Tensor, ...]]) -> Kernel | None:
+        """The kernel, where there is one for these rows; where it fails, the log says why, once."""
+        if device.type not in self.kernel_devices or getattr(self, "grad_scale", None) is not None:
+            return None
+        if not self._kernel_tried:
+            self._kernel_tried = True
+            try:
+                from rvc_dist.train.adamw_kernel import Kernel
+
+                self._kernel = Kernel.tried(device)
+            except (ImportError, RuntimeError) as error:
+                logger.warning(
+                    f"anyprecision_adamw runs without its kernel, with ten times the memory traffic: {error}; install "
+                    "triton and a C compiler, or set train.optimizer adamw"
+                )
+        return self._kernel if self._kernel is not None and self._kernel.takes(rows) else None
+
+    def _step_runs(self, group: dict[str, Any], rows: Sequence[tuple[Tensor, ...]], skip: Tensor | None) -> None:
+        weights, device = [row[0] for row in rows], rows[0][0].device
+        limit = CPU_RUN * torch.get_num_threads() if device.type == "cpu" else DEVICE_RUN
+        # Memory fresh from the operating system costs more than the arithmetic on it: every run uses the same.
+        longest = min(limit, sum(w.numel() for w in weights))
+        work = torch.empty(3, longest, dtype=torch.promote_types(weights[0].dtype, torch.float32), device=device)
+        for run in _runs(rows, limit):
+            self._step_run(group, run, skip, work)
 
     def _step_run(
         self, group: dict[str, Any], run: list[tuple[Tensor, ...]], skip: Tensor | None, work: Tensor
@@ -227,6 +262,37 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> Optimizer:
             "install it: pip install 'rvc-dist[optim]'",
         ) from error
     return optimizer
+
+
+def report_speed(config: TrainConfig, device: torch.device) -> None:
+    """Measure on a GPU, for anyprecision_adamw, whether fused AdamW would be faster there, and log it."""
+    if config.optimizer_name != "anyprecision_adamw" or device.type != "cuda":
+        return
+    others = replace(config, bf16_adamw=False, optimizer="adamw")
+    ours_s, fused_s = (step_seconds(c, device) for c in (config, others))
+    times = f"{ours_s * 1e3:.2f} ms for {PROBE_WEIGHTS / 1e6:.0f} million weights, fused AdamW {fused_s * 1e3:.2f} ms"
+    logger.info(f"optimizer: anyprecision_adamw takes {times}")
+    if ours_s > SLOWER * fused_s:
+        logger.warning(
+            f"train.optimizer: anyprecision_adamw is slower than adamw on this device ({times}); adamw, "
+            "with train.precision bf16 instead of train.bf16_adamw, is faster and takes 2 bytes a weight more"
+        )
+
+
+def step_seconds(config: TrainConfig, device: torch.device) -> float:
+    """Of the recipe's optimizer, for PROBE_WEIGHTS weights on `device`."""
+    module = nn.ParameterList(torch.zeros(PROBE_WEIGHTS // 32, device=device) for _ in range(32))
+    optimizer, good = make_optimizer(config, module), torch.ones((), dtype=torch.bool, device=device)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for repeats in (3, 20):  # the first compile and allocate
+        synchronize(device)
+        began_at = time.perf_counter()
+        for _ in range(repeats):
+            step_if(optimizer, good)
+        synchronize(device)
+        seconds = (time.perf_counter() - began_at) / repeats
+    return seconds
 
 
 PARAMETERS, ATTRIBUTES = "parameters", "attributes"

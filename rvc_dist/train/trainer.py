@@ -27,7 +27,7 @@ from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
 from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.metrics import Meter, PhaseTimer, ProgressBar, Tracker, report_steps
-from rvc_dist.train.optimizers import learning_rate
+from rvc_dist.train.optimizers import learning_rate, report_speed
 from rvc_dist.train.progress import Progress, is_due, is_overtrained, kl_warmup, save_is_due
 from rvc_dist.train.step import GanStep, StepResult
 from rvc_dist.train.validation import Validation
@@ -75,6 +75,7 @@ class Trainer:
         self.heartbeat, self.lock = watch.heartbeat, watch.lock
         if self.is_main:
             setup.report_holdout(recipe, self.table)
+            report_speed(self.config, self.device)
 
         self.heartbeat.enter("reading the checkpoint")
         self.origin, saved = setup.find_origin(recipe, self.accelerator, self.work, self.table)

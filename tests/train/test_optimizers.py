@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from rvc_dist.choices import OPTIMIZERS
 from rvc_dist.config import OptimConfig, TrainConfig
+from rvc_dist.train import optimizers
 from rvc_dist.train.optimizers import (
     AnyPrecisionAdamW,
     OptimizerState,
@@ -466,6 +470,103 @@ def test_a_scaler_skips_and_goes_on():
     scaler.step(optimizer)
     torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.9))
     assert optimizer.param_groups[0]["step"] == 1
+
+
+KERNEL_OPTIONS = [{}, {"variance_dtype": torch.bfloat16}, {"kahan": True}]
+
+
+def steps_by_kernel_and_without(device: str) -> None:
+    """Three steps and one that is skipped: moments to a rounding of what they are kept in, weights of float32."""
+    for options in KERNEL_OPTIONS:
+        ends = []
+        for kernel_devices in ((device,), ()):
+            net = small_net().to(device)
+            optimizer = AnyPrecisionAdamW(net.parameters(), lr=1e-2, **options)
+            optimizer.kernel_devices, optimizer.host_devices = kernel_devices, ()
+            for seed in range(4):
+                draw = torch.Generator().manual_seed(seed)
+                for parameter in (p for p in net.parameters() if p.requires_grad):
+                    parameter.grad = (100**seed * torch.randn(parameter.shape, generator=draw)).to(device)
+                optimizer.found_inf = torch.tensor(float(seed == 1), device=device)
+                if seed == 1:
+                    before = everything(net, optimizer)
+                    poison(net)
+                optimizer.step()
+                if seed == 1:
+                    assert_same_bits(everything(net, optimizer), before)
+            assert (optimizer._kernel is not None) == bool(kernel_devices)
+            ends.append(everything(net, optimizer))
+        by_kernel, without = ends
+        assert by_kernel.keys() == without.keys()
+        for key, value in without.items():
+            if not key.endswith("compensation"):  # which is such a rounding itself
+                rounding = 1e-6 if value.dtype == torch.float32 else 8e-3
+                torch.testing.assert_close(by_kernel[key], value, rtol=rounding, atol=1e-7, msg=f"{options} {key}")
+
+
+@pytest.mark.slow
+def test_the_kernel_takes_the_same_steps():
+    """In Triton's interpreter, which is chosen when the kernel is imported: in a process of its own."""
+    pytest.importorskip("triton", reason="needs triton, which torch brings for GPUs")
+    script = "import test_optimizers as t\nt.steps_by_kernel_and_without('cpu')"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_the_kernel_compiles_for_gpus_and_touches_24_bytes_a_weight(capability):
+    triton = pytest.importorskip("triton", reason="needs triton, which torch brings for GPUs")
+    from triton.backends.compiler import GPUTarget
+
+    from rvc_dist.train import adamw_kernel
+
+    constants = {"half_variance": False, "kahan": False, "block_size": 128 * 4}
+    known = {"addresses": "*i64", "factors": "*fp32", "skip": "*u8", "num_tensors": "i32"}
+    known |= dict.fromkeys(("sizes", "first_blocks", "owners"), "*i32") | dict.fromkeys(constants, "constexpr")
+    types = {name: known.get(name, "fp32") for name in adamw_kernel._step.arg_names}
+    source = triton.compiler.ASTSource(fn=adamw_kernel._step, signature=types, constexprs=constants)
+    options = {"enable_fp_fusion": False, "num_warps": 4}
+    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    assert not re.search(r"fma\.|\.approx|\.ftz", ptx)
+    touched = [re.sub(r"\D", "", word) for word in re.findall(r"(?:ld|st)\.global\.b(?:16|32)\b", ptx)]
+    tables = 5 * 32 // 32  # sizes, first block, owner and two factors, once for all elements of a program
+    # Each of 128 threads has four elements.
+    assert sum(int(bits) // 8 for bits in touched) - 4 * tables == 4 * 24
+
+
+def test_without_triton_the_steps_are_those_without_the_kernel(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "rvc_dist.train.adamw_kernel", None)
+    monkeypatch.setattr(AnyPrecisionAdamW, "kernel_devices", ("cpu",))
+    assert torch.equal(train(lambda p: AnyPrecisionAdamW(p, lr=1e-2)), train(SKIPPING["anyprecision"]))
+    assert caplog.text.count("without its kernel") == 2  # once an optimizer
+
+
+@pytest.mark.parametrize(("ours_s", "warned"), [(1.0e-3, False), (1.29e-3, False), (1.31e-3, True)])
+def test_bf16_adamw_says_at_the_start_which_optimizer_is_faster(monkeypatch, caplog, ours_s, warned):
+    times = {"anyprecision_adamw": ours_s, "adamw": 1e-3}
+    monkeypatch.setattr(optimizers, "step_seconds", lambda config, device: times[config.optimizer_name])
+    caplog.set_level("INFO")
+    optimizers.report_speed(TrainConfig(bf16_adamw=True), torch.device("cuda"))
+    assert f"{ours_s * 1e3:.2f} ms for 34 million weights, fused AdamW 1.00 ms" in caplog.text
+    assert ("is slower than adamw on this device" in caplog.text) == warned
+    caplog.clear()
+    optimizers.report_speed(TrainConfig(), torch.device("cuda"))
+    optimizers.report_speed(TrainConfig(bf16_adamw=True), torch.device("cpu"))
+    assert not caplog.text
+
+
+def test_the_time_of_a_step_is_of_the_recipes_optimizer(monkeypatch):
+    monkeypatch.setattr(optimizers, "PROBE_WEIGHTS", 1 << 12)
+    assert 0 < optimizers.step_seconds(TrainConfig(bf16_adamw=True), torch.device("cpu")) < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_on_a_gpu_takes_the_same_steps_in_at_most_1_3_times_the_time_of_fused_adamw():
+    steps_by_kernel_and_without("cuda")
+    device = torch.device("cuda")
+    ours_s = optimizers.step_seconds(TrainConfig(optimizer="anyprecision_adamw"), device)
+    assert ours_s <= 1.3 * optimizers.step_seconds(TrainConfig(), device)
 
 
 @pytest.mark.gpu
