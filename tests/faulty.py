@@ -1,9 +1,9 @@
 """rvc_dist with a fault: FAULT=RANK:STEP:KIND makes that rank raise, disappear or sleep before that step.
 
 With KIND device, it hangs there as in a driver, the others wait for it in a log step as for a GPU, and collectives
-wait for an hour. With KIND nan, the losses of the step are not numbers; with stall the rank's loader process gives
-nothing from it on, with loader it is killed; with disk nothing that the rank writes beside its recipe ends any more,
-and its exit has shorter limits.
+wait for an hour. With KIND nan, the losses of the step are not numbers, with overflow they are very large; with stall
+the rank's loader process gives nothing from it on, with loader it is killed; with disk nothing that the rank writes
+beside its recipe ends any more, and its exit has shorter limits.
 
 Usage: like `python -m rvc_dist`.
 """
@@ -22,6 +22,7 @@ from rvc_dist.runtime import logs, watchdog
 from rvc_dist.train import dataset, losses, metrics, trainer
 
 SLEEP_S = 8
+FACTORS = {"nan": float("nan"), "overflow": 1e20}
 rank, at, kind = os.environ["FAULT"].split(":")
 healthy, read, sync = trainer.Trainer.train_step, dataset.ClipDataset.__getitem__, os.fsync
 write_record = RecordWriter.write
@@ -73,11 +74,11 @@ def faulty(self, batches):
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "sleep":
             time.sleep(SLEEP_S)
-        elif kind == "nan":
-            of_d, of_g = losses.discriminator_loss, losses.weighted_sum
+        elif kind in FACTORS:
+            of_d, of_g, factor = losses.discriminator_loss, losses.weighted_sum, FACTORS[kind]
             with (
-                mock.patch.object(losses, "discriminator_loss", lambda *a: of_d(*a) * float("nan")),
-                mock.patch.object(losses, "weighted_sum", lambda *a: of_g(*a) * float("nan")),
+                mock.patch.object(losses, "discriminator_loss", lambda *a: of_d(*a) * factor),
+                mock.patch.object(losses, "weighted_sum", lambda *a: of_g(*a) * factor),
             ):
                 return healthy(self, batches)
         elif kind == "raise":

@@ -32,7 +32,7 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
     "t4": FAST
     | {
         "train.bf16_adamw": False,
-        "train.precision": "fp32",
+        "train.precision": "fp16",  # the table says fp32, from before there was a loss scale
         "train.compile": "auto",
         "train.max_epochs": 200,
         "train.batch_size": 4,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rvc_dist.schema import Count
 
-FIRST_SCALE, LEAST_SCALE = 2.0**16, 1.0
-"""A gradient that overflows without any scale is no matter of the scale."""
+FIRST_SCALE, LEAST_SCALE = 2.0**10, 1.0
+"""From torch's 65536, G would begin with some seven steps without an update, which are for nothing. A gradient that
+overflows without any scale is no matter of the scale."""
 GROWTH_STEPS = 2000
 """Steps without overflow after which the scale is doubled; an overflow halves it, and the step changes nothing."""
 

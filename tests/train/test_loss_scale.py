@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import make_features, thin_networks, tiny_recipe
+from launching import torchrun
+from test_resume import prepared
 from torch import nn
 
 from rvc_dist.config import TrainConfig
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 def test_the_scale_is_that_of_torchs_scaler(monkeypatch):
     monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 3)
     parameter = nn.Parameter(torch.ones(1))
-    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale.FIRST_SCALE, growth_interval=3)
     optimizer, ours = torch.optim.SGD([parameter]), LossScale(CPU)
     for good in (True, True, True, True, False, False, True, True, True):
         assert ours.scaled(torch.tensor(3.0)) == scaler.scale(torch.tensor(3.0))
@@ -105,7 +107,6 @@ def test_an_overflow_is_no_bad_step_unless_a_loss_of_some_rank_was_not_finite(fl
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     thin_networks(monkeypatch.setattr)
-    monkeypatch.setattr(loss_scale, "FIRST_SCALE", 1024.0)
     ends = []
     for name, stops in {"whole": (5,), "halves": (3, 5)}.items():
         for stop in stops:
@@ -128,6 +129,26 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         networks["generator"].scale = LossScale(CPU)
         setup.load_weights(checkpoint.replace(saved, loss_scales=known), networks, None)
         assert networks["generator"].scale.state()["scale"] == scale
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_an_overflow_on_one_rank_is_skipped_by_all_and_the_scale_goes_on_with_fewer_ranks(tmp_path):
+    options = {"max_steps": 4, "save_every_steps": 1, "keep_checkpoints": 9, "max_bad_steps": 1, "batch_size": 1}
+    recipe = prepared(tmp_path, precision="fp16", **options)
+    scaled = {"FAULT": "1:3:overflow"}
+    output = torchrun(2, "faulty.py", "train", "--config", recipe, more_environment=scaled)
+    assert "no update in step 3: a gradient overflowed" in output
+    before, skipped, after = (checkpoint.load(tmp_path / "run/checkpoints" / f"step_0000000{n}") for n in (2, 3, 4))
+    for name in checkpoint.MODELS:
+        states = [c.models[name] | c.optimizers[name].tensors for c in (before, skipped, after)]
+        assert all(torch.equal(v, states[1][k]) for k, v in states[0].items()), name
+        assert not all(torch.equal(v, states[2][k]) for k, v in states[0].items()), name
+        assert before.loss_scales[name]["scale"] == 2 * skipped.loss_scales[name]["scale"]
+    assert skipped.progress.bad_streak == 0
+    torchrun(1, "faulty.py", "train", "--config", recipe, "--train.max_steps", 5, more_environment=scaled)
+    moved = checkpoint.load(tmp_path / "run/checkpoints/step_00000005")
+    assert moved.loss_scales == {n: s | {"steps": s["steps"] + 1} for n, s in after.loss_scales.items()}
 
 
 def test_deepspeed_is_refused_in_float16():
