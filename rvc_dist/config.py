@@ -318,7 +318,7 @@ class TrainConfig:
     bf16_adamw: bool = False
     """Shortcut for precision bf16 and optimizer anyprecision_adamw; needs a GPU with bf16, or a CPU."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile of G and of D. auto: with fast_train, where the plan repays it and a trial on this device gains."""
+    """torch.compile of D and of G's decoder. auto: with fast_train, where the plan repays it and a trial here gains."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     grad_compression: Literal["none", "bf16"] = "none"

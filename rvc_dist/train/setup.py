@@ -17,6 +17,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.data import clip_files
 from rvc_dist.features import feature_files
 from rvc_dist.files import write_json
+from rvc_dist.models.modules import use_channels_last
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.device import BACKENDS
@@ -41,11 +42,16 @@ class Networks(TypedDict):
     discriminator: bool
 
 
-class Compiled(TypedDict):
-    """RUN/compile.json."""
-
+class OldCompiled(TypedDict):
     key: dict[str, Any]
     compiled: Networks
+
+
+class Compiled(OldCompiled, total=False):
+    """RUN/compile.json."""
+
+    channels_last: Networks
+    """Older files, whose key is never a run's, lack it."""
 
 
 def load_clips(recipe: Recipe, work: Workspace) -> ClipTable:
@@ -131,7 +137,10 @@ def budget(recipe: Recipe, table: ClipTable, loader: StepLoader, done: Progress)
 def choose_compiled(
     recipe: Recipe, accelerator: Accelerator, work: Workspace, origin: Origin, total: int, loader: StepLoader
 ) -> dict[str, bool]:
-    """Which networks to compile for a run of `total` steps: as it did before, else by a trial with its next batch."""
+    """Which networks to compile for a run of `total` steps: as it did before, else by a trial with its next batch.
+
+    Their memory layout, which the same trial finds, is set already.
+    """
     config, device, modules = recipe.train, accelerator.device, origin.modules
     if not (compilation.asked_for(config) and BACKENDS[device.type].compiles):
         return dict.fromkeys(modules, False)
@@ -139,6 +148,8 @@ def choose_compiled(
     kept = read_json(work.compile_file, Compiled) if work.compile_file.is_file() else None
     (kept,) = broadcast_object_list([kept])
     if kept is not None and kept["key"] == key:
+        for name, on in kept.get("channels_last", {}).items():
+            use_channels_last(modules[name], bool(on))
         chosen: dict[str, bool] = dict(kept["compiled"])
         return chosen
     compiled = {name: compilation.compiled(module, device, config.deterministic) for name, module in modules.items()}
@@ -150,12 +161,13 @@ def choose_compiled(
         return GanStep(recipe, {n: TrainedModule(m, calls[n], calls[n], optimizers[n]) for n, m in modules.items()})
 
     with out_of_memory.advice(trial({}), batch, accelerator.process_index):
+        layout = compilation.choose_layout(config, accelerator, modules, lambda: trial({}).local_dry_run(batch))
         steps_left = total - origin.progress.step
         chosen = compilation.choose(
             config, accelerator, checkpoint.MODELS, lambda which: trial(which).local_dry_run(batch), steps_left
         )
     if accelerator.is_main_process:
-        write_json(work.compile_file, {"key": key, "compiled": chosen})
+        write_json(work.compile_file, {"key": key, "compiled": chosen, "channels_last": layout})
     return chosen
 
 
