@@ -60,12 +60,12 @@ measure 60 optimizers
 measure 60 conversion
 measure 90 extraction
 measure 60 parity
-measure 120 steps 'CUDA graphs'
-measure 90 steps compiled
+measure 170 steps 'CUDA graphs'
 part 'slow tests' 120 "${pytest[@]}" -m 'gpu and slow' # those that compile
 (( gpus > 0 )) || gpus=2 # ranks on a CPU
 for (( ranks = 2; ranks <= gpus; ranks *= 2 )); do
   part "scaling $ranks" 60 "$python" -m torch.distributed.run --standalone --nproc_per_node "$ranks" \
     -m rvc_dist.tools.gpu_check "$folder" scaling "${tiny[@]}"
 done
+measure "$most_s" steps compiled # for comparison, in the time that is left
 exit $(( ${#failed[@]} > 0 ))

@@ -58,7 +58,8 @@ def test_a_part_that_fails_or_is_cut_stops_no_other(fake, tmp_path):
     assert "tests/test_x.py" in commands[1]
     assert commands[1].endswith("-m gpu and not slow")
     assert commands[2].endswith("steps plain fp32 TF32")
-    assert "--nproc_per_node 2" in commands[-2]
+    assert "--nproc_per_node 2" in commands[-3]
+    assert commands[-2].endswith("steps compiled")
     assert commands[-1].endswith("gpu_check table")
 
 
