@@ -1,9 +1,9 @@
 """rvc_dist with a fault: FAULT=RANK:STEP:KIND makes that rank raise, disappear or sleep before that step.
 
-With KIND device, it hangs there as in a driver, the others wait for it in a log step as for a GPU, and collectives
-wait for an hour. With KIND nan, the losses of the step are not numbers, with overflow they are very large; with stall
-the rank's loader process gives nothing from it on, with loader it is killed; with disk nothing that the rank writes
-beside its recipe ends any more, and its exit has shorter limits.
+With KIND driver, it hangs there as in a GPU's driver and collectives wait for an hour; with device, the others wait
+for it in a log step as for a GPU. With KIND nan, the losses of the step are not numbers, with overflow they are very
+large; with stall the rank's loader process gives nothing from it on, with loader it is killed; with disk nothing that
+the rank writes beside its recipe ends any more, and its exit has shorter limits.
 
 Usage: like `python -m rvc_dist`.
 """
@@ -68,7 +68,7 @@ def faulty(self, batches):
         if kind == "disk":
             global disk_hangs
             disk_hangs = True
-        elif kind == "device":
+        elif kind in ("device", "driver"):
             hang()
         elif kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -88,7 +88,7 @@ def faulty(self, batches):
 
 trainer.Trainer.train_step = faulty
 dataset.ClipDataset.__getitem__ = faulty_read
-if kind == "device":
+if kind in ("device", "driver"):
     make = trainer.make_accelerator
     trainer.make_accelerator = lambda config: make(config, 3600.0)
 if kind == "disk":
