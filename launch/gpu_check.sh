@@ -4,7 +4,8 @@
 # scaling. Every part has a time limit; what is known is printed at once, and all of it again as tables at the end.
 # Usage: bash launch/gpu_check.sh [--device cpu] [--tiny]     (the options try the script itself where there is no GPU)
 # Honours PYTHON and OUT, the folder where gpu_check/gpu_check.json is written (runs). Exit code 1: a part failed.
-set -uo pipefail
+set -euo pipefail
+set +e # a part that fails stops no other
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python=${PYTHON:-$(command -v python3 || command -v python)}
 folder=${OUT:-runs}/gpu_check cpu='' tiny=() most_s=520 failed=() unfinished=()
