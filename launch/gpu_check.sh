@@ -42,6 +42,7 @@ part() { # NAME LIMIT_S COMMAND...
 measure() { # LIMIT_S PART [NAME]
   part "${*:2}" "$1" "$python" -m rvc_dist.tools.gpu_check "$folder" "${@:2}" "${tiny[@]}"
 }
+# shellcheck disable=SC2317  # the trap calls it
 finish() {
   "$python" -m rvc_dist.tools.gpu_check "$folder" table
   local IFS=';'

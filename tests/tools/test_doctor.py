@@ -686,7 +686,7 @@ def test_a_step_that_runs_out_of_memory_is_an_error(recipe, monkeypatch):
     context = DoctorContext(recipe, on_cpu(), table=ClipTable.load(recipe))
     examined(training.check_weights, context)
     monkeypatch.setattr(training.GanStep, "__call__", greedy)
-    monkeypatch.setattr(training.out_of_memory, "batch_that_fits", lambda *_: 3)
+    monkeypatch.setattr(training.out_of_memory, "remedy", lambda *_: "train.batch_size 3 would fit")
     problem = the_problem(examined(training.check_dry_step, context), Severity.ERROR)
     assert "not enough memory" in problem.what.replace("has not enough", "not enough")
     assert "train.batch_size 3 would fit" in problem.what + problem.remedy

@@ -625,11 +625,11 @@ def test_validation_searches_no_kernels_for_the_length_of_each_clip(tmp_path, mo
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     searched, infer = [], Generator.infer
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(
         Generator, "infer", lambda *inputs: searched.append(torch.backends.cudnn.benchmark) or infer(*inputs)
     )
     run = trainer.Trainer(recipe)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as fast_train has it on a GPU
     run.validate()
     run.close()
     assert set(searched) == {False}
