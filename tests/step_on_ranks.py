@@ -10,6 +10,7 @@ have one layer of each kind.
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,14 +32,18 @@ def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> No
             run.progress = replace(run.progress, batches_done=((size, position),))
         run.loader.left_in_epoch -= position
     tensors = {}
+    averaged: dict[str, torch.Tensor] = {}
+    for name, network in run.networks.items():
+        keep = partial(keep_gradients, averaged, name, network.module)
+        network.optimizer.register_step_pre_hook(keep)
     steps = run.loader.steps(run.progress)
     for step in range(num_steps):
         run.train_step(next(steps))
         run.progress = run.loader.advanced(run.progress)
         if step == 0:
             for name, network in run.networks.items():
-                gradients = {k: p.grad for k, p in network.module.named_parameters() if p.grad is not None}
-                tensors |= {f"grad.{name}.{k}": gradient.clone() for k, gradient in gradients.items()}
+                keep_gradients(tensors, name, network.module)
+            tensors |= averaged
             losses = run.meter.read(run.accelerator)
             tensors |= {f"loss.{k}": torch.tensor(v) for k, v in losses.items() if k.startswith("loss/")}
             tensors["bytes"] = torch.tensor(run.reducer.num_bytes)
@@ -47,6 +52,12 @@ def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> No
     if run.accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in tensors.items()}, output)
     run.close()
+
+
+def keep_gradients(kept: dict[str, torch.Tensor], name: str, module: torch.nn.Module, *_: object) -> None:
+    """Before the optimizer's step, where there are any: ranger21 centralises and normalises them in their place."""
+    gradients = {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
+    kept |= {f"grad.{name}.{k}": gradient.clone() for k, gradient in gradients.items()}
 
 
 def main() -> None:
