@@ -55,8 +55,8 @@ LOCAL_BANDWIDTH_GB_S, BANDWIDTH_GB_S = 10.0, 3.0
 """Assumed between the ranks of a node (PCI Express 4.0 gives more) and between nodes (25 Gbit/s Ethernet)."""
 MOST_RANKS = 2**31
 USUAL_RANKS_PER_NODE = 8
-RANKS_FOR_THREADS = "0.83 to 0.90 of the audio a second (2 ranks of 1 thread, each with half the batch of 1 rank of 2)"
-"""As measured."""
+RANKS_FOR_THREADS = "0.77 to 0.90 of the audio a second (2 ranks of 1 thread, each with half the batch of 1 rank of 2)"
+"""As measured; the least in bf16 on a CPU with AMX."""
 RUNTIME_BYTES = 1_000_000_000
 """Of a rank: the interpreter and the libraries of training, or about as much for the CUDA context and NCCL."""
 WORKSPACE_SHARE = 0.2
