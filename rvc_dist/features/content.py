@@ -23,9 +23,10 @@ from rvc_dist.choices import EMBEDDERS, EmbedderSpec, resolve
 from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.features.identity import EmbedderId
-from rvc_dist.features.precision import DTYPES, lower
+from rvc_dist.features.precision import lower
 from rvc_dist.files import ForeignFileError, read_bounded, regular_size
 from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
+from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.schema import Rule, parse_json, record, within
 from rvc_dist.workspace import StageError
 
@@ -348,7 +349,7 @@ def load_embedder(config: ExtractConfig, version: Version, device: torch.device)
             "(contentvec)"
         )
     network = (Whisper if is_whisper else SelfSupervised)(source, version, mix, device)
-    network.lower(DTYPES[config.precision])
+    network.lower(PRECISIONS[config.precision])
     return network
 
 

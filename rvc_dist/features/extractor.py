@@ -79,9 +79,8 @@ class Extractor(NamedTuple):
 
     def _features(self, waves: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S] -> content [B, T50, C] and f0 [B, T100]."""
-        moved = waves.to(
-            self.embedder.device
-        )  # once, for both: a copy from here waits for all that the device has to do
+        # Once, for both: a copy from here waits for all that the device has to do.
+        moved = waves.to(self.embedder.device)
         content = self.embedder(moved)
         if self.f0_method is None:
             return content, torch.zeros(waves.shape[0], waves.shape[1] // F0_HOP)

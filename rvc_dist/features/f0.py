@@ -24,7 +24,8 @@ from rvc_dist.choices import F0_METHODS, resolve
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig, f0_method_names
 from rvc_dist.features.content import read_tensors
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
-from rvc_dist.features.precision import DTYPES, lower
+from rvc_dist.features.precision import lower
+from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.workspace import StageError
 
 SILENCE_RMS = 2.0**-15
@@ -65,7 +66,7 @@ class F0Method(ABC):
         self.f0_max = config.f0_max
         self.autotune_strength = config.f0_autotune_strength if config.f0_autotune else 0.0
         self.device = device = torch.device("cpu") if self.on_cpu else device
-        self.dtype = DTYPES[config.precision]
+        self.dtype = PRECISIONS[config.precision]
         """Of the network, where there is one."""
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         """Frames so far with a pitch, of them those at or below f0_min, and at or above f0_max."""

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from rvc_dist.runtime.device import lacking
 from rvc_dist.workspace import StageError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the name in `extract.precision`."""
-
 
 def check_device(precision: str, device: torch.device) -> None:
     """Refuse a precision that the device only emulates, or is not faster in.

@@ -20,6 +20,8 @@ ALLOCATOR_SETTINGS = "expandable_segments:True"
 """Without the reference's max_split_size_mb:512, by which blocks above 512 MB serve requests of their own size alone:
 with clips of many lengths reserved memory grows while what is in use does not."""
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the name in `train.precision` and `extract.precision`."""
 MIN_BF16_CAPABILITY = (8, 0)
 """Ampere: older GPUs emulate bf16, slower than float32, and have no TF32."""
 MIN_FP16_CAPABILITY = (7, 0)

@@ -23,13 +23,13 @@ from rvc_dist.config import F0_PER_S, BenchConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.feature_files import pack_unit
 from rvc_dist.files import ForeignFileError, atomic_write, write_json
+from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.schema import Count, Positive, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.made_up import CONTENT_WIDTH, made_up_pitch
 from rvc_dist.tools.measuring import MADE_UP, PARTS, MeasuredRun, Span, gradient_bytes
 from rvc_dist.tools.peak import measured_peak
 from rvc_dist.tools.tables import console, say
-from rvc_dist.train.step import PRECISIONS
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
     Shard,

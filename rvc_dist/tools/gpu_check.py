@@ -40,6 +40,7 @@ from rvc_dist.files import write_json
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.device import (
+    PRECISIONS,
     apply_kernel_settings,
     check_precision,
     has_tf32,
@@ -55,7 +56,6 @@ from rvc_dist.tools.tracing import tensor_bytes
 from rvc_dist.train import networks
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.optimizers import make_optimizer, step_if
-from rvc_dist.train.step import PRECISIONS
 from rvc_dist.voice.file import Voice
 from rvc_dist.voice.infer import Converter, convert
 from rvc_dist.workspace import Shard, StageError

@@ -186,7 +186,7 @@ class MeasuredRun:
             batches = next_batches()
             result = self.train_step(batches)
         self.meter.update(result.values, result.good)
-        seen = RecentStep(self.progress.step + 1, [b.clips for b in batches], result.good, result.bad, result.finite)
+        seen = RecentStep.of(self.progress.step + 1, batches, result)
         most, before = self.config.max_bad_steps, self.progress.bad_streak
         streak, too_many = bad_steps.check_recent_steps(self.accelerator, [seen], before, most, self.table.train)
         self.progress = replace(self.progress, bad_streak=streak)

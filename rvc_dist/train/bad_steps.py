@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rvc_dist.train import checkpoint
-from rvc_dist.train.dataset import ClipRef
+from rvc_dist.train.dataset import Batch, ClipRef
 from rvc_dist.train.progress import Progress
+from rvc_dist.train.step import StepResult
 from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,10 @@ class RecentStep:
     finite: Tensor
     """[micro-batches] bool: the losses of this rank's micro-batch were finite."""
 
+    @staticmethod
+    def of(number: int, batches: Sequence[Batch], result: StepResult) -> RecentStep:
+        return RecentStep(number, [batch.clips for batch in batches], result.good, result.bad, result.finite)
+
 
 def check_recent_steps(
     accelerator: Accelerator, steps: Sequence[RecentStep], streak: int, most: int, clips: Sequence[ClipRef]
@@ -50,10 +56,8 @@ def check_recent_steps(
         The streak after these steps, and whether there were too many in a row.
     """
     read = torch.cat([torch.cat([torch.stack([s.good, s.bad]), s.finite]) for s in steps]).tolist() if steps else []
-    flags: dict[int, list[bool]] = {}
-    for step in steps:
-        flags[step.number] = read[: 2 + len(step.clips)]
-        del read[: 2 + len(step.clips)]
+    unread = iter(read)
+    flags = {step.number: list(islice(unread, 2 + len(step.clips))) for step in steps}
     overflowed = _overflowed(accelerator, flags)
     if overflowed:
         numbers = ", ".join(map(str, overflowed))

@@ -19,12 +19,11 @@ from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import slice_samples
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
+from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.train import compilation, losses
 from rvc_dist.train.dataset import Batch
 from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.metrics import PhaseTimer
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
@@ -49,6 +48,7 @@ class GanStep:
         assert isinstance(self.g.module, Generator)
         self.generator, self.shape = self.g.module, self.g.module.shape
         self.device = next(self.g.module.parameters()).device
+        self.dtype = PRECISIONS[self.config.autocast_precision]
         self.timer = timer or PhaseTimer(self.device)
 
     def __call__(self, batches: Sequence[Batch], kl_warmup: float = 1.0) -> StepResult:
@@ -77,7 +77,7 @@ class GanStep:
             add_to(values, {"grad/norm_d": of_d.norm})
 
         # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
-        with self.d.frozen(PRECISIONS[self.config.autocast_precision]):
+        with self.d.frozen(self.dtype):
             for i, batch in reversed(list(enumerate(batches))):
                 if i < last:
                     with self.timer.phase("g_forward"):
@@ -147,7 +147,7 @@ class GanStep:
             compilation.begin_step()
             out, real = self.generate(batch)
             self.discriminator_backward(real, out.wave.detach(), batch)
-            with self.d.frozen(PRECISIONS[self.config.autocast_precision]):
+            with self.d.frozen(self.dtype):
                 self.generator_backward(out, real, batch)
         finally:
             for network in self.networks.values():

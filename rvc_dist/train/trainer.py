@@ -169,9 +169,7 @@ class Trainer:
         done = self.progress
         result = take_step(self.step, batches, done, self.total_steps, self.accelerator)
         self.meter.update(result.values, result.good)
-        self.recent.append(
-            RecentStep(done.step + 1, [b.clips for b in batches], result.good, result.bad, result.finite)
-        )
+        self.recent.append(RecentStep.of(done.step + 1, batches, result))
 
     def log(self, audio_s_per_s: float, bar: ProgressBar) -> None:
         """Read the meters (the host waits for the device here and nowhere else) and write them down.

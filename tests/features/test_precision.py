@@ -18,6 +18,7 @@ from rvc_dist.features.f0 import F0Method, load_f0
 from rvc_dist.features.penn import FCNF0
 from rvc_dist.features.precision import check_device, lower
 from rvc_dist.features.rmvpe import RMVPE
+from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.workspace import StageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -67,7 +68,7 @@ def test_an_encoder_gives_nearly_the_same(
     assert torch.equal(found, load(half)(waves))
     assert isinstance(embedder, Pretrained)
     kinds = {parameter.dtype for parameter in embedder.network.parameters()}
-    assert kinds == {torch.float32, precision.DTYPES[half]}
+    assert kinds == {torch.float32, PRECISIONS[half]}
 
 
 @each_half
@@ -92,13 +93,13 @@ def test_networks_without_weights_here(make: type[nn.Module], half: str) -> None
     x = torch.randn(1, 128, 64) if isinstance(network, RMVPE) else torch.randn(8, 1, 1024)
     wanted = network(x)
     if isinstance(network, RMVPE):
-        lower(network, precision.DTYPES[half], network.unet.encoder["bn"], network.fc)
+        lower(network, PRECISIONS[half], network.unet.encoder["bn"], network.fc)
         assert network.fc[1].weight.dtype == network.unet.encoder["bn"].weight.dtype == torch.float32
         assert network.unet.intermediate.layers[0].conv[0].conv[1].running_var.dtype == torch.float32
-        assert network.cnn.weight.dtype == precision.DTYPES[half]
+        assert network.cnn.weight.dtype == PRECISIONS[half]
     else:
         assert isinstance(network, FCNF0)
-        lower(network, precision.DTYPES[half], last=network[-1])
+        lower(network, PRECISIONS[half], last=network[-1])
     found = network(x)
     assert found.dtype == torch.float32
     assert 0 < difference(found, wanted) < 16 * ROUNDING[half]
