@@ -26,7 +26,7 @@ from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
-from rvc_dist.voice.file import voice_dict
+from rvc_dist.voice.file import Dataset, voice_dict
 from rvc_dist.workspace import Unit, WorkList, Workspace, fingerprint, save_arrays
 
 RATE = 24000
@@ -155,7 +155,7 @@ def make_checkpoint(recipe: Recipe, generator: Generator, progress: Progress | N
 
 def voice_contents(recipe: Recipe, generator: Generator) -> dict[str, Any]:
     """What a voice file of `generator` holds."""
-    voice = voice_dict(recipe, make_checkpoint(recipe, generator), "00:01:00", generator.shape.num_speakers)
+    voice = voice_dict(recipe, make_checkpoint(recipe, generator), Dataset("00:01:00", generator.shape.num_speakers))
     del voice["embedder_hash"]  # made up, and would be refused
     return voice
 

@@ -10,7 +10,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.files import atomic_write
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.voice.file import voice_dict, write_voice
+from rvc_dist.voice.file import Dataset, voice_dict, write_voice
 from rvc_dist.workspace import ClipsReport, Shard, StageError, Workspace, read_json
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def run(recipe: Recipe, shard: Shard) -> None:
         saved = checkpoint.load(path)
         saved = replace(saved, trained_speakers=saved.trained_speakers or table.trained_speakers)
         trained_length = saved.data.get("dataset_length") or dataset_length  # the recordings may be others by now
-        voice = voice_dict(recipe, saved, trained_length, table.num_speakers)
+        voice = voice_dict(recipe, saved, Dataset(trained_length, table.num_speakers))
         step, epoch = saved.progress.step, saved.progress.epoch
         files[step] = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
         write_voice(files[step], voice)

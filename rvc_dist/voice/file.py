@@ -6,11 +6,11 @@ import datetime
 import hashlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,41 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream, to_upstream
 from rvc_dist.models.torch_file import load_pth, weights
-from rvc_dist.schema import check, within
+from rvc_dist.schema import Word, check, within
 from rvc_dist.train.checkpoint import Checkpoint
 from rvc_dist.workspace import StageError, Workspace
 
 logger = logging.getLogger(__name__)
 
 
-class _Fields(TypedDict, total=False):
+Unvoiced: TypeAlias = Literal["zero", "interpolated"]
+"""The f0 of unvoiced frames that a voice was trained with: 0 Hz, or drawn on between the voiced frames around them."""
+Hz: TypeAlias = Annotated[float, within(0.0, 1e4)]
+
+
+class _Pitch(TypedDict, total=False):
+    """Of a speaker or of a whole voice."""
+
+    f0_median: Hz | None
+    """Of the voiced frames."""
+
+
+class SpeakerInfo(_Pitch):
+    """A speaker, as RVC-WebUI and rvc-next write it; the pitch is ours."""
+
+    id: int
+    """The row of the speaker table."""
+    name: Word
+
+
+class _Fields(_Pitch, total=False):
     """What is read of a voice file besides its weights and what `GeneratorShape` and `EmbedderId` read."""
 
     version: Literal["v1", "v2"]
     vocoder: str | None
+    trained_speakers: list[int]
+    speaker_info: list[SpeakerInfo] | None
+    unvoiced: Unvoiced
 
 
 @dataclass(frozen=True)
@@ -49,23 +72,40 @@ class Voice:
     version: Literal["v1", "v2"]
     trained_speakers: tuple[int, ...] = ()
     """Rising rows of the speaker table that were trained; none where the file does not say, as those of other tools."""
+    speakers: Mapping[int, SpeakerInfo] = field(default_factory=dict)
+    """By row, those whose name the file says."""
+    unvoiced: Unvoiced = "zero"
+    f0_median: float | None = None
+    """Of all voiced frames that it was trained on, in Hz, where the file says it."""
 
-    def speaker(self, asked: int | None) -> int:
-        """The row to speak with: `asked`, or the voice's only one, or the lowest of several, which is logged.
+    def speaker(self, asked: int | str | None) -> int:
+        """The row to speak with: that of an id or a name, or the voice's only one, or the lowest of several (logged).
+
+        An id goes before a name of the same digits.
 
         Raises:
-            StageError: `asked` was never trained.
+            StageError: `asked` was never trained, or is the name of several speakers.
         """
         known = self.trained_speakers or range(self.generator.shape.num_speakers)
-        ids = ", ".join(map(str, self.trained_speakers)) or f"0 to {len(known) - 1}"
+        names = {row: self.speakers[row]["name"] for row in known if row in self.speakers}
+        listed = (f"{row} ({names[row]})" if row in names else str(row) for row in self.trained_speakers)
+        ids = ", ".join(listed) or f"0 to {len(known) - 1}"
         if asked is None:
             if len(self.trained_speakers) > 1:
                 logger.info("infer: speaker %d of those trained (%s); infer.speaker chooses another", known[0], ids)
             return known[0]
-        if asked not in known:
+        rows = [row for row in known if str(row) == str(asked)] or [row for row in names if names[row] == str(asked)]
+        if len(rows) > 1:
+            raise StageError(f"infer.speaker: {asked} is the name of the speakers {ids};", "give an id")
+        if not rows:
             what = "was trained on" if self.trained_speakers else "has"
             raise StageError(f"infer.speaker: got {asked}, this voice {what} speaker{'s' * (len(known) > 1)} {ids}")
-        return asked
+        return rows[0]
+
+    def median_f0(self, speaker: int) -> float | None:
+        """The median pitch in Hz of a speaker, or of the whole voice; None where the file says neither."""
+        own = self.speakers[speaker].get("f0_median") if speaker in self.speakers else None
+        return own or self.f0_median
 
     @property
     def rate(self) -> int:
@@ -95,8 +135,10 @@ class Voice:
             with _numbers_of_at_most(sum(v.numel() for v in state.values())):
                 generator = Generator(replace(shape, num_speakers=num_speakers), without_posterior=True)
             embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
-            rows: Any = list[Annotated[int, within(0, num_speakers - 1)]]
-            trained: list[int] = check(data.get("trained_speakers", []), rows, "trained_speakers")
+            named = {info["id"]: info for info in fields.get("speaker_info") or []}
+            trained = tuple(sorted(set(fields.get("trained_speakers") or named)))
+            for key, rows in ("trained_speakers", trained), ("speaker_info", tuple(named)):
+                check(rows, list[Annotated[int, within(0, num_speakers - 1)]], key)
         except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:300]
             raise StageError(f"infer.model: {path} holds no voice that can be built here ({reason})") from error
@@ -106,7 +148,11 @@ class Voice:
             differ = sorted(k[:80] for k in {**wanted, **got} if wanted.get(k) != got.get(k))
             raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
         generator.load_state_dict(state)
-        return cls(generator.to(device).eval(), embedder, version, tuple(sorted(set(trained))))
+        told: dict[str, Any] = {
+            "unvoiced": fields.get("unvoiced", "zero"),
+            "f0_median": fields.get("f0_median") or None,
+        }
+        return cls(generator.to(device).eval(), embedder, version, trained, named, **told)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -151,7 +197,28 @@ def _numbers_of_at_most(count: int) -> Iterator[None]:
         hook.remove()
 
 
-def voice_dict(recipe: Recipe, saved: Checkpoint, dataset_length: str, num_speakers: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Dataset:
+    """What a voice file tells of what the voice was trained on."""
+
+    length: str
+    """HH:MM:SS"""
+    num_speakers: int
+    """The highest id + 1."""
+    speakers: Sequence[SpeakerInfo] = ()
+    """Those that have names."""
+    unvoiced: Unvoiced = "zero"
+    f0_median: float | None = None
+
+    def to_voice(self) -> dict[str, Any]:
+        """The fields of a voice file; those that say nothing are left out."""
+        unvoiced = self.unvoiced if self.unvoiced != "zero" else None
+        told = {"speaker_info": list(self.speakers), "unvoiced": unvoiced, "f0_median": self.f0_median}
+        always = {"speakers_id": self.num_speakers, "dataset_length": self.length}
+        return always | {key: value for key, value in told.items() if value}
+
+
+def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str, Any]:
     """The contents of a voice file: float16 weights without the posterior encoder, in the old weight-norm spelling.
 
     Raises:
@@ -196,11 +263,10 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset_length: str, num_speak
         "author": recipe.export.author,
         "vocoder": vocoder.voice_name,
         "energy": False,
-        "speakers_id": num_speakers,
         "trained_speakers": list(saved.trained_speakers),
         "architecture": "RVC",
         **embedder.to_voice(),
-        "dataset_length": dataset_length,
+        **dataset.to_voice(),
         "overtrain_info": overtrain_info,
         "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
     }

@@ -32,7 +32,7 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.train import checkpoint
 from rvc_dist.train.progress import Progress
 from rvc_dist.voice import export
-from rvc_dist.voice.file import Voice, voice_dict
+from rvc_dist.voice.file import Dataset, Voice, voice_dict
 from rvc_dist.voice.infer import Converter
 from rvc_dist.workspace import Shard, StageError
 
@@ -178,7 +178,7 @@ def test_a_best_checkpoint_that_is_gone_is_warned_of(
 
 def test_the_hash_is_of_the_weights_alone(recipe: Recipe, generator: Generator) -> None:
     def hash_of(recipe: Recipe, generator: Generator) -> str:
-        voice = voice_dict(recipe, make_checkpoint(recipe, generator), "00:00:01", 1)
+        voice = voice_dict(recipe, make_checkpoint(recipe, generator), Dataset("00:00:01", 1))
         digest: str = voice["model_hash"]
         return digest
 
@@ -220,7 +220,7 @@ def test_an_exported_voice_converts(guided: bool, tmp_path: Path) -> None:
 def test_the_voice_carries_the_mix_of_its_features(recipe: Recipe, generator: Generator) -> None:
     saved = make_checkpoint(recipe, generator)
     saved.identity["embedder"] = {"name": "spin", "hash": "00ff", "mix": {"layers": [9, 10], "ratio": 0.25}}
-    voice = voice_dict(recipe, saved, "00:00:01", 1)
+    voice = voice_dict(recipe, saved, Dataset("00:00:01", 1))
     assert (voice["embedder_model"], voice["embedder_hash"]) == ("spin", "00ff")
     assert voice["embedder_mix"] == {"layers": [9, 10], "ratio": 0.25}
 
@@ -242,7 +242,9 @@ def test_a_full_width_voice_has_the_keys_and_shapes_of_rvc(
 ) -> None:
     recipe = Recipe(run_dir=str(tmp_path))
     recipe = changed(changed(recipe, "data", sample_rate=rate), "model", pitch_guidance=guided)
-    voice = voice_dict(recipe, make_checkpoint(recipe, make_generator(recipe, num_speakers=109)), "00:00:01", 1)
+    voice = voice_dict(
+        recipe, make_checkpoint(recipe, make_generator(recipe, num_speakers=109)), Dataset("00:00:01", 1)
+    )
     expected = {k: v for k, v in SHAPES[golden].items() if not k.startswith("enc_q.")}
     assert len(expected) > 300
     assert {k: list(v.shape) for k, v in voice["weight"].items()} == expected

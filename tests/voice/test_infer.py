@@ -43,7 +43,7 @@ from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.voice import infer
-from rvc_dist.voice.file import write_voice
+from rvc_dist.voice.file import Voice, write_voice
 from rvc_dist.workspace import Shard, StageError
 
 ALONE = Shard(0, 1)
@@ -565,6 +565,46 @@ def test_only_trained_speakers_speak(
     with caplog.at_level("INFO"):
         assert infer.Converter.load(recipe).speaker == wanted
     assert ("infer: speaker 0 of those trained (0, 2)" in caplog.text) == (trained == [2, 0] and asked is None)
+
+
+ALICE, BOB = {"id": 1, "name": "alice", "f0_median": 210.0}, {"id": 5, "name": "7"}
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "wanted"),
+    [
+        ({"speaker_info": [ALICE, BOB]}, "alice", (1, 210.0)),
+        ({"speaker_info": [ALICE, BOB]}, "7", (5, 150.0)),  # a name of digits, where no such id was trained
+        ({"speaker_info": [ALICE, BOB]}, 5, (5, 150.0)),
+        ({"speaker_info": [ALICE, BOB]}, None, (1, 210.0)),
+        ({"speaker_info": [ALICE, BOB], "trained_speakers": [5, 7]}, "7", (7, 150.0)),
+        (
+            {"speaker_info": [ALICE], "trained_speakers": [0, 1]},
+            "bob",
+            "bob, this voice was trained on speakers 0, 1 (a",
+        ),
+        ({"speaker_info": [BOB, BOB | {"id": 2}]}, "7", "7 is the name of the speakers 2 (7), 5 (7); give an id"),
+        ({"speaker_info": [BOB | {"id": 109}]}, None, "trained_speakers[0]: got 109, expected 0 to 108"),
+        ({"speaker_info": [BOB | {"name": "a\nb"}]}, None, "speaker_info[0].name: got 'a\\nb', expected a short text"),
+        ({"speaker_info": {"alice": 1}}, None, "speaker_info: got {'alice': 1}, expected a list"),
+        ({"speaker_info": [[1, "alice"]]}, None, "speaker_info[0]: got [1, 'alice'], expected keys"),
+        ({"unvoiced": "clipped"}, None, "unvoiced: got 'clipped', expected one of zero, interpolated"),
+        ({"f0_median": float("nan")}, None, "f0_median: got nan, expected 0.0 to 10000.0"),
+    ],
+)
+def test_a_voice_file_names_its_speakers_and_its_pitch(
+    change: dict[str, Any], asked: Any, wanted: tuple[int, float] | str, recipe: Recipe, tmp_path: Path
+) -> None:
+    contents = voice_contents(recipe, make_generator(recipe, num_speakers=109))
+    told = {"trained_speakers": None, "f0_median": 150.0, "unvoiced": "interpolated"} | change
+    write_voice(tmp_path / "v.pth", damaged(contents, **told))
+    if isinstance(wanted, str):
+        with pytest.raises(StageError, match=re.escape(wanted)):
+            Voice.load(tmp_path / "v.pth", torch.device("cpu")).speaker(asked)
+        return
+    voice = Voice.load(tmp_path / "v.pth", torch.device("cpu"))
+    assert (voice.speaker(asked), voice.median_f0(voice.speaker(asked))) == wanted
+    assert voice.unvoiced == "interpolated"
 
 
 def damaged(contents: dict[str, Any], **values: Any) -> dict[str, Any]:
