@@ -208,6 +208,9 @@ class ExtractConfig:
     """Move the pitch of voiced frames toward the nearest semitone (A4 = 440 Hz); in conversion too."""
     f0_autotune_strength: Fraction = 1.0
     """How far: 0 (not at all) to 1 (onto the semitone), as a share of the way in cents."""
+    unvoiced: Literal["zero", "interpolated"] = "zero"
+    """Pitch of unvoiced frames: 0 as in Applio, or drawn on between the voiced ones as in RVC-WebUI and rvc-next. A
+    voice knows which, and is fed it in conversion; this key is also for voice files of other tools, which do not."""
     embedder_model: Text = "contentvec"
     """Content encoder: contentvec, spin, spin-v2, chinese-hubert-base, japanese-hubert-base, korean-hubert-base, mfcc,
     a hub id, or a folder with config.json and model.safetensors."""

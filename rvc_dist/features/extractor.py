@@ -16,7 +16,7 @@ from torch import Tensor
 from rvc_dist.config import F0_HOP, Recipe
 from rvc_dist.data.audio import Wave
 from rvc_dist.features.content import Embedder, load_embedder
-from rvc_dist.features.f0 import F0Method, load_f0
+from rvc_dist.features.f0 import F0Method, drawn_on, load_f0
 from rvc_dist.runtime.device import local_device
 from rvc_dist.workspace import StageError
 
@@ -34,6 +34,8 @@ class Extractor(NamedTuple):
     f0_method: F0Method | None
     """None where nobody asks for pitch: all is unvoiced then."""
     batch_clips: int
+    draw_on: bool = False
+    """The pitch is drawn on over unvoiced frames (extract.unvoiced), where it is 0 otherwise."""
 
     @classmethod
     def load(cls, recipe: Recipe, with_pitch: bool = True, device: torch.device | None = None) -> Extractor:
@@ -48,6 +50,7 @@ class Extractor(NamedTuple):
                 load_embedder(recipe.extract, recipe.model.version, device),
                 load_f0(recipe.extract, device) if with_pitch else None,
                 recipe.extract.batch_clips,
+                recipe.extract.unvoiced == "interpolated",
             )
         except (ValueError, OSError, ImportError) as error:
             raise StageError(str(error)) from error
@@ -75,7 +78,7 @@ class Extractor(NamedTuple):
                         "its weights are damaged, or too large for extract.precision fp16: then set bf16 or fp32",
                     )
                 for row, i in enumerate(batch):
-                    yield i, content[row], f0[row]
+                    yield i, content[row], drawn_on(f0[row]) if self.draw_on else f0[row]
 
     def _features(self, waves: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S] -> content [B, T50, C] and f0 [B, T100]."""

@@ -124,6 +124,17 @@ def of_length(f0: Tensor, num_frames: int) -> Tensor:
     return F.pad(f0, (0, max(0, num_frames - f0.shape[1])), mode="replicate")[:, :num_frames]
 
 
+def drawn_on(f0: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """f0 [T] in Hz with a straight line over each unvoiced stretch; at the ends the nearest pitch is held.
+
+    What has no pitch at all, as silence, stays 0.
+    """
+    voiced = np.flatnonzero(f0)
+    if not len(voiced):
+        return f0
+    return np.interp(np.arange(len(f0)), voiced, f0[voiced]).astype(np.float32)
+
+
 def autotune(f0: Tensor, strength: float) -> Tensor:
     """Move each f0 (Hz, any shape) toward the nearest semitone of equal temperament (A4 = 440 Hz).
 

@@ -27,7 +27,7 @@ from rvc_dist.workspace import (
     save_arrays,
 )
 
-SINCE = {"extract.precision": "fp32"}
+SINCE = {"extract.precision": "fp32", "extract.unvoiced": "zero"}
 """Settings that came later, and what features were made with before: it is left out, so that those are not stale."""
 
 

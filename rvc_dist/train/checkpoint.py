@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, space
 from rvc_dist.runtime.accelerator import on_first_rank
@@ -402,7 +403,7 @@ def identity_of(path: Path) -> dict[str, Any]:
 
 def check_identity(path: Path, made_with: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises StageError, with every mismatch, when the checkpoint in `path` was `made_with` another identity."""
-    before, now = _comparable(made_with), _comparable(identity)
+    before, now = SINCE | _comparable(made_with), SINCE | _comparable(identity)
     differ = [k for k in {**before, **now} if not _agree(before.get(k), now.get(k))]
     if differ:
         listed = "".join(f"\n  {k}: {before.get(k)}, now {now.get(k)}" for k in differ)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rvc_dist.config import Recipe
+from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
@@ -81,6 +82,8 @@ def identity(recipe: Recipe, shape: GeneratorShape, table: ClipTable) -> dict[st
         "optimizer": recipe.train.optimizer_name,
         "embedder": table.embedder,
     }
+    if recipe.model.pitch_guidance and recipe.extract.unvoiced != SINCE["extract.unvoiced"]:
+        values["extract.unvoiced"] = recipe.extract.unvoiced
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 

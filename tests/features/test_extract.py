@@ -25,6 +25,7 @@ from helpers import (
     workspace_of,
 )
 from safetensors.numpy import load_file
+from torch import Tensor
 
 from rvc_dist import workspace
 from rvc_dist.choices import F0_METHODS, F0Spec
@@ -234,6 +235,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(recipe: Recipe) -> None:
         ("extract", {"f0_method": "fcpe"}, "extract.f0_method: pyin -> fcpe"),
         ("extract", {"f0_max": 800.0}, "extract.f0_max: 1100.0 -> 800.0"),
         ("extract", {"precision": "bf16"}, "extract.precision: fp32 -> bf16"),
+        ("extract", {"unvoiced": "interpolated"}, "extract.unvoiced: zero -> interpolated"),
         ("model", {"version": "v1"}, "model.version: v2 -> v1"),
     ],
 )
@@ -259,16 +261,48 @@ def test_a_changed_setting_makes_all_again(
 
 
 @pytest.mark.usefixtures("quick_pitch")
-def test_features_of_before_there_were_precisions_are_good(recipe: Recipe) -> None:
-    """The default's fingerprint is what it was; features in half precision are not taken for those of the default."""
+@pytest.mark.parametrize(
+    ("key", "default", "value"), [("precision", "fp32", "bf16"), ("unvoiced", "zero", "interpolated")]
+)
+def test_features_of_before_there_was_a_setting_are_good(key: str, default: str, value: str, recipe: Recipe) -> None:
+    """The default's fingerprint is what it was; features of another value are not taken for those of the default."""
     extract.run(recipe, ALONE)
     report = read_json(workspace_of(recipe).features_report_file)
-    assert "extract.precision" not in report["settings"]
-    half = changed(recipe, "extract", precision="bf16")
-    extract.run(half, ALONE)
-    feature_files.check_made(half, workspace_of(recipe))
-    with pytest.raises(StageError, match=r"set back what differs \(extract\.precision: bf16 -> fp32\)"):
+    assert f"extract.{key}" not in report["settings"]
+    other = changed(recipe, "extract", **{key: value})
+    extract.run(other, ALONE)
+    feature_files.check_made(other, workspace_of(recipe))
+    with pytest.raises(StageError, match=rf"set back what differs \(extract\.{key}: {value} -> {default}\)"):
         feature_files.check_made(recipe, workspace_of(recipe))
+
+
+def test_the_pitch_of_unvoiced_frames(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn on clip by clip over what the tracker leaves unvoiced; a clip without any pitch, and silence, stay 0."""
+
+    class Gaps(SteadyPitch):
+        def track(self, wave: Tensor) -> Tensor:
+            frames = torch.arange(wave.shape[0] // 160)
+            f0 = torch.where(frames % 30 < 20, 100.0 + frames, torch.nan)
+            return f0 if wave.shape[0] < 17000 else torch.zeros_like(f0)
+
+    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(Gaps))
+    made = {}
+    for unvoiced in "zero", "interpolated":
+        extract.run(changed(recipe, "extract", unvoiced=unvoiced), ALONE)
+        made[unvoiced] = [load_file(p) for p in sorted(folder(recipe).glob("*.safetensors"))]
+    sorts = set()
+    for zero, drawn in zip(*made.values(), strict=True):
+        for key, array in zero.items():
+            voiced = array.nonzero()
+            assert np.array_equal(drawn[key][voiced], array[voiced])
+            if key.endswith("f0"):
+                sorts.add((bool(array.all()), bool(array.any())))
+                assert drawn[key].all() == array.any()
+                assert drawn[key].dtype == np.float32
+    assert sorts == {(False, True), (False, False)}
+    drawn_f0 = made["interpolated"][0]["00000.f0"]
+    assert drawn_f0[19:31].tolist() == [*range(119, 131)]
+    assert drawn_f0[-1] == drawn_f0.max()
 
 
 @pytest.mark.usefixtures("quick_pitch")

@@ -23,6 +23,7 @@ from rvc_dist.features.f0 import (
     HybridPitch,
     SwiftPitch,
     autotune,
+    drawn_on,
     load_f0,
     local_average_hz,
     majority_median,
@@ -305,6 +306,20 @@ def test_a_hybrid_is_the_median_of_its_methods(methods: dict[str, F0Method]) -> 
     wave = speech(1.0)
     alone = torch.cat([methods[name](wave) for name in ("yin", "pm", "dio")])
     assert torch.equal(hybrid(wave)[0], majority_median(alone))
+
+
+@pytest.mark.parametrize(
+    ("f0", "wanted"),
+    [
+        ([0, 0, 100, 0, 0, 130, 0], [100, 100, 100, 110, 120, 130, 130]),
+        ([100, 110], [100, 110]),
+        ([0, 0, 0], [0, 0, 0]),
+        ([], []),
+    ],
+)
+def test_drawn_on_by_hand(f0: list[float], wanted: list[float]) -> None:
+    drawn = drawn_on(np.array(f0, np.float32))
+    assert (drawn.tolist(), drawn.dtype) == (wanted, np.float32)
 
 
 def test_autotune_by_hand() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import EMBEDDER, make_features, tiny_recipe, with_train
+from helpers import EMBEDDER, changed, make_features, tiny_recipe, with_train
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -19,6 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from rvc_dist.config import DataConfig, TrainConfig, load_recipe
 from rvc_dist.data import clip_files, preprocess
 from rvc_dist.features import extract, feature_files, index
+from rvc_dist.files import write_json
 from rvc_dist.models import spectral
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import to_upstream
@@ -28,7 +30,9 @@ from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.step import GanStep
 from rvc_dist.voice import export
 from rvc_dist.voice.file import Voice
-from rvc_dist.workspace import Shard, StageError, Stopped, WorkList, Workspace
+from rvc_dist.workspace import Shard, StageError, Stopped, WorkList, Workspace, read_json
+
+DRAWN_ON = {"extract.unvoiced": "interpolated"}
 
 
 @pytest.fixture(autouse=True)
@@ -346,6 +350,25 @@ def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_p
     assert work.config_file.read_text() == kept
     preprocess.save_recipe(replace(others[r"extract\.f0_method: pyin -> rmvpe"], data=DataConfig("new", 24000)), work)
     assert load_recipe(work.config_file) == replace(recipe, data=DataConfig("new", 24000)), "until extract has run"
+
+
+def test_pitch_of_the_other_convention_is_not_trained_on(tmp_path):
+    """Neither its features nor, once those are made again, its checkpoint."""
+    recipe = tiny_recipe(tmp_path, max_steps=1)
+    make_features(recipe)
+    assert "extract.unvoiced" not in train(recipe).identity, "the default's checkpoints are what they were"
+    drawn = changed(with_train(recipe, max_steps=2), "extract", unvoiced="interpolated")
+    with pytest.raises(StageError, match=r"set back what differs \(extract\.unvoiced: zero -> interpolated\)"):
+        train(drawn)
+    work = Workspace(recipe.run_dir, recipe.name)
+    write_json(work.features_report_file, read_json(work.features_report_file) | {"settings": DRAWN_ON})
+    with pytest.raises(StageError, match=r"was made with other settings;(?s:.)*extract\.unvoiced: zero, now interpol"):
+        train(drawn)
+    shutil.rmtree(work.checkpoints_dir)
+    assert train(drawn).identity.items() >= DRAWN_ON.items()
+    write_json(work.features_report_file, read_json(work.features_report_file) | {"settings": {}})
+    with pytest.raises(StageError, match=r"extract\.unvoiced: interpolated, now zero"):
+        train(with_train(recipe, max_steps=3))
 
 
 def test_features_of_another_encoder_are_not_trained_on(tmp_path, monkeypatch):
