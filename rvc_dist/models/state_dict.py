@@ -7,12 +7,38 @@ here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 from torch import Tensor
 
 _OURS = re.compile(r"\.parametrizations\.weight\.original([01])$")
 _UPSTREAM = re.compile(r"\.weight_([gv])$")
+
+_AFTER = ("resblocks", "conv_post", "cond", "cond_layer")
+_ORDERS = {
+    "applio": ("m_source", "conv_pre", "ups", "noise_convs", *_AFTER),
+    "rvc": ("m_source", "noise_convs", "conv_pre", "ups", *_AFTER),
+}
+"""Layers that the networks of Applio and ARVC, and of RVC-WebUI, rvc-next and ZeroRVC, have in another order."""
+
+
+def upstream_order(names: Iterable[str], tool: str) -> list[str]:
+    """Our networks' parameters in the order in which the optimizers of a tool (`applio`, `rvc`) number them.
+
+    `names` are in the order of our module, in either spelling.
+    """
+    order, first = _ORDERS[tool], dict[str, int]()
+    paths = {name: list(accumulate(name.split("."), "{}.{}".format)) for name in names}
+    for path in paths.values():
+        for prefix in path:
+            first.setdefault(prefix, len(first))
+
+    def place(name: str) -> list[tuple[int, int]]:
+        parts = zip(name.split("."), paths[name], strict=True)
+        return [(order.index(part) + 1 if part in order else 0, first[prefix]) for part, prefix in parts]
+
+    return sorted(paths, key=place)
 
 
 def to_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from rvc_dist.models.modules import (
 )
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.spectral import spectrogram
-from rvc_dist.models.state_dict import from_upstream, to_upstream
+from rvc_dist.models.state_dict import from_upstream, to_upstream, upstream_order
 from rvc_dist.models.vocoders import sine_excitation
 from rvc_dist.train.losses import (
     discriminator_loss,
@@ -141,7 +141,12 @@ def test_keys_and_shapes_are_upstream(name: str) -> None:
             # The 44.1 kHz reference has a speaker embedding of its own width.
             model = ModelConfig(pitch_guidance="nopitch" not in rest, gin_channels=SHAPES[name]["emb_g.weight"][1])
             network = Generator(shape_of(version, int(rest[0]), model, 256 if version == "v1" else 768))
-    assert {key: list(value.shape) for key, value in to_upstream(network.state_dict()).items()} == SHAPES[name]
+    shapes = {key: list(value.shape) for key, value in to_upstream(network.state_dict()).items()}
+    assert shapes == SHAPES[name]
+    assert upstream_order(shapes, "applio") == list(SHAPES[name])  # in which optimizers number the parameters
+    if kind == "G" and "nopitch" not in rest:
+        layers = list(dict.fromkeys(key.split(".")[1] for key in upstream_order(shapes, "rvc") if "dec." in key))
+        assert layers == ["m_source", "noise_convs", "conv_pre", "ups", "resblocks", "conv_post", "cond"]
 
 
 def test_both_spellings_load() -> None:
