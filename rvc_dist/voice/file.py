@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rvc_dist.choices import VOCODERS
 from rvc_dist.config import Recipe
+from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError, atomic_write
 from rvc_dist.models.generator import Generator
@@ -74,7 +75,8 @@ class Voice:
     """Rising rows of the speaker table that were trained; none where the file does not say, as those of other tools."""
     speakers: Mapping[int, SpeakerInfo] = field(default_factory=dict)
     """By row, those whose name the file says."""
-    unvoiced: Unvoiced = "zero"
+    unvoiced: Unvoiced | None = None
+    """None where the file does not say, as those of other tools."""
     f0_median: float | None = None
     """Of all voiced frames that it was trained on, in Hz, where the file says it."""
 
@@ -149,7 +151,8 @@ class Voice:
             raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
         generator.load_state_dict(state)
         told: dict[str, Any] = {
-            "unvoiced": fields.get("unvoiced", "zero"),
+            # rvc-next, which tells the median pitch, does not tell that it draws on.
+            "unvoiced": fields.get("unvoiced") or ("interpolated" if fields.get("f0_median") else None),
             "f0_median": fields.get("f0_median") or None,
         }
         return cls(generator.to(device).eval(), embedder, version, trained, named, **told)
@@ -207,13 +210,11 @@ class Dataset:
     """The highest id + 1."""
     speakers: Sequence[SpeakerInfo] = ()
     """Those that have names."""
-    unvoiced: Unvoiced = "zero"
     f0_median: float | None = None
 
     def to_voice(self) -> dict[str, Any]:
         """The fields of a voice file; those that say nothing are left out."""
-        unvoiced = self.unvoiced if self.unvoiced != "zero" else None
-        told = {"speaker_info": list(self.speakers), "unvoiced": unvoiced, "f0_median": self.f0_median}
+        told = {"speaker_info": list(self.speakers), "f0_median": self.f0_median}
         always = {"speakers_id": self.num_speakers, "dataset_length": self.length}
         return always | {key: value for key, value in told.items() if value}
 
@@ -267,6 +268,7 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
         "architecture": "RVC",
         **embedder.to_voice(),
         **dataset.to_voice(),
+        "unvoiced": saved.identity.get("extract.unvoiced", SINCE["extract.unvoiced"]),
         "overtrain_info": overtrain_info,
         "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
     }

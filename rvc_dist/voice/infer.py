@@ -23,6 +23,7 @@ from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.extractor import Extractor
+from rvc_dist.features.f0 import drawn_on
 from rvc_dist.features.index_file import Retriever
 from rvc_dist.files import BESIDE_GLOB, beside, remove_half_written, space
 from rvc_dist.models.pitch import coarse_pitch
@@ -85,6 +86,8 @@ class Converter:
             mixed = self.retriever(content, config.index_rate)
             kept = self._kept_share(f0, len(content))
             content = mixed * kept[:, None] + content * (1.0 - kept[:, None])
+        if (self.voice.unvoiced or self.recipe.extract.unvoiced) == "interpolated":
+            f0 = drawn_on(f0)
         wanted = len(wave) * shape.sample_rate // FEATURE_RATE
         frames = covered_frames(shape.sample_rate, shape.hop, wanted, len(content), len(f0))
         content_t = torch.from_numpy(content)[feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S // 2)]
@@ -138,7 +141,9 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
     encoder = given or wanted.name
     used = replace(
         recipe,
-        extract=replace(recipe.extract, embedder_model=encoder, embedder_mix=wanted.mix, precision="fp32"),
+        extract=replace(
+            recipe.extract, embedder_model=encoder, embedder_mix=wanted.mix, precision="fp32", unvoiced="zero"
+        ),
         model=replace(recipe.model, version=voice.version),
     )
     try:

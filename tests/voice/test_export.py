@@ -107,9 +107,18 @@ def test_every_field_that_readers_know(recipe: Recipe, generator: Generator) -> 
         "embedder_model": "mfcc",
         "embedder_hash": EMBEDDER["hash"],
         "dataset_length": "00:00:04",
+        "unvoiced": "zero",
     }
     assert voice == expected
     assert {k: type(v) for k, v in voice.items()} == {k: type(v) for k, v in expected.items()}
+
+
+def test_the_voice_says_what_pitch_unvoiced_frames_were_trained_with(recipe: Recipe, generator: Generator) -> None:
+    saved = make_checkpoint(recipe, generator)
+    drawn = dataclasses.replace(saved, identity=saved.identity | {"extract.unvoiced": "interpolated"})
+    checkpoint.save(workspace_of(recipe).checkpoints_dir, drawn)
+    export.run(recipe, ALONE)  # the recipe's key does not count: it may have changed since
+    assert Voice.load(workspace_of(recipe).last_voice_file, torch.device("cpu")).unvoiced == "interpolated"
 
 
 def test_the_datasets_length_is_that_of_the_checkpoint(recipe: Recipe, generator: Generator) -> None:

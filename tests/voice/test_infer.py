@@ -808,6 +808,36 @@ def test_the_index_is_mixed_in_and_unvoiced_frames_are_protected(
         torch.testing.assert_close(mixed[where], share * expected[where] + (1 - share) * plain[where])
 
 
+@pytest.mark.parametrize(
+    ("told", "key", "drawn"),
+    [
+        ({"unvoiced": "interpolated"}, "zero", True),  # what the voice says goes before the recipe
+        ({"unvoiced": "zero"}, "interpolated", False),
+        ({"unvoiced": None}, "interpolated", True),  # of another tool, which does not say
+        ({"unvoiced": None}, "zero", False),
+        ({"unvoiced": None, "f0_median": 200.0}, "zero", True),  # of rvc-next
+    ],
+)
+def test_a_voice_gets_the_pitch_of_unvoiced_frames_that_it_was_trained_with(
+    told: dict[str, Any], key: str, drawn: bool, recipe: Recipe, tmp_path: Path, heard: list[dict[str, Tensor]]
+) -> None:
+    """Drawn on after it was decided which frames are protected from the index."""
+    contents = voice_contents(recipe, make_generator(recipe, num_speakers=2))
+    write_voice(tmp_path / "v.pth", damaged(contents, **told))
+    write_index(tmp_path / "i.index", np.full((8, 768), 3.0, np.float32))
+    index = {"index": str(tmp_path / "i.index"), "index_rate": 1.0, "protect": 0.0}
+    recipe = half_silent(changed(recipe, "infer", model=str(tmp_path / "v.pth"), **index))
+    infer.run(changed(recipe, "extract", unvoiced=key), ALONE)
+    f0, coarse, content = (heard[0][name][0] for name in ("f0", "coarse", "content"))
+    assert f0[150] == 220.0
+    assert (f0[250], coarse[250]) == ((220.0, 60) if drawn else (0.0, 1))
+    assert (content[150] == 3.0).all()
+    assert (content[250] != 3.0).any()
+    soundfile.write(recipe.infer.input, np.zeros(RATE, np.float32), RATE)  # nothing voiced at all
+    infer.run(changed(recipe, "extract", unvoiced=key), ALONE)
+    assert not heard[1]["f0"].any()
+
+
 def test_index_rate_zero_is_no_index_and_one_gives_back_what_it_knows(
     recipe: Recipe, tmp_path: Path, heard: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
