@@ -244,7 +244,7 @@ class ModelConfig:
     version: Literal["v1", "v2"] = "v2"
     """v1: 6 period discriminators, 256 features; v2: 8, and the encoder's own width."""
     vocoder: Annotated[str, one_of(VOCODERS)] = "hifi-gan"
-    """Decoder: NSF-HiFiGAN (without pitch guidance, plain HiFiGAN)."""
+    """Decoder: hifi-gan (NSF-HiFiGAN; without pitch guidance plain HiFiGAN) or mrf-hifi-gan (its overtones too)."""
     pitch_guidance: bool = True
     """Follow f0: right for speech and singing alike."""
     inter_channels: Annotated[int, multiple_of(2)] = 192

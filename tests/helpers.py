@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rvc_dist import __main__ as cli
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
@@ -23,6 +24,7 @@ from rvc_dist.files import write_json
 from rvc_dist.models import discriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
+from rvc_dist.models.state_dict import from_upstream, to_upstream
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
@@ -138,6 +140,18 @@ def make_generator(recipe: Recipe, *, content_channels: int = 768, num_speakers:
     with torch.random.fork_rng([]):
         torch.manual_seed(3)
         return Generator(GeneratorShape.from_recipe(recipe, content_channels, num_speakers))
+
+
+def golden_weights(network: nn.Module, prefix: str = "") -> nn.Module:
+    """`network` with every parameter drawn from its upstream name, as the golden vectors were made."""
+    state = network.state_dict()
+    for name, value in to_upstream(dict(network.named_parameters(prefix))).items():
+        noise = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(tuple(value.shape))
+        tensor = torch.from_numpy(noise.astype(np.float32) * np.float32(0.05))
+        tensor = tensor.abs() + 0.5 if name.endswith("weight_g") else tensor
+        state |= from_upstream({name.removeprefix(f"{prefix}."): tensor})
+    network.load_state_dict(state)
+    return network.eval()
 
 
 def make_checkpoint(recipe: Recipe, generator: Generator, progress: Progress | None = None) -> checkpoint.Checkpoint:

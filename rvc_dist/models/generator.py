@@ -28,22 +28,23 @@ class Noise(NamedTuple):
     """[B, inter, T] standard normal."""
     start: Tensor
     """[B] uniform in 0..1: which slice of the clip is decoded."""
-    source: Tensor | None
-    """[B, segment_frames, hop] standard normal, for the excitation; None without pitch guidance."""
+    vocoder: tuple[Tensor, ...]
+    """Standard normal: what the vocoder takes for segment_frames frames, [B, *] of each of its `noise_shapes`."""
 
     @classmethod
     def draw(cls, shape: GeneratorShape, seeds: Sequence[int], num_frames: int, device: torch.device) -> Noise:
         """The noise of clips of `num_frames` frames, each from its own seed: the same in any batch, on any rank."""
         generator = torch.Generator(device)
+        sizes = vocoder_class(shape).noise_shapes(shape, shape.segment_frames)
         rows = []
         for seed in seeds:
             generator.manual_seed(seed)
             options: dict[str, Any] = {"generator": generator, "device": device}
             start = torch.rand((), **options)
-            source = torch.randn(shape.segment_frames, shape.hop, **options) if shape.pitch_guidance else None
-            rows.append((torch.randn(shape.inter_channels, num_frames, **options), start, source))
-        posterior, starts, sources = zip(*rows, strict=True)
-        return cls(torch.stack(posterior), torch.stack(starts), torch.stack(sources) if shape.pitch_guidance else None)
+            vocoder = [torch.randn(size, **options) for size in sizes]
+            rows.append((torch.randn(shape.inter_channels, num_frames, **options), start, *vocoder))
+        posterior, starts, *vocoders = map(torch.stack, zip(*rows, strict=True))
+        return cls(posterior, starts, tuple(vocoders))
 
 
 class GeneratorOutput(NamedTuple):
@@ -108,7 +109,7 @@ class Generator(nn.Module):
         start = (noise.start * num_starts).long()
         f0_slice = None if f0 is None else slice_frames(f0.unsqueeze(1), start, segment).squeeze(1)
         decode = self.dec if decoder is None else decoder
-        wave = decode(slice_frames(z, start, segment), f0_slice, voice, noise.source)
+        wave = decode(slice_frames(z, start, segment), f0_slice, voice, noise.vocoder)
         return GeneratorOutput(wave, start, mask, z_p, m_p, logs_p, m_q, logs_q)
 
     @torch.no_grad()
@@ -124,6 +125,9 @@ class Generator(nn.Module):
         m_p, logs_p = self.enc_p(content, coarse, mask)
         z_p = (m_p + torch.randn(m_p.shape, device=m_p.device) * logs_p.exp() * NOISE_SCALE) * mask
         z = self.flow(z_p, mask, voice, reverse=True)
-        source = None if f0 is None else torch.randn(*f0.shape, self.shape.hop, device=f0.device)
-        wave: Tensor = self.dec(z * mask, f0, voice, source)
+        batch, _, num_frames = z.shape
+        sizes = self.dec.noise_shapes(self.shape, num_frames)
+        # Each is drawn when the vocoder comes to it: all at once could be more than the rest of its memory.
+        noise = (torch.randn(batch, *size, device=z.device) for size in sizes)
+        wave: Tensor = self.dec(z * mask, f0, voice, noise)
         return wave

@@ -5,7 +5,7 @@ B batch, T frames, S samples, C channels. Attribute names are the state-dict key
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -206,21 +206,55 @@ class ConvTranspose1d(nn.ConvTranspose1d):
         return F.conv_transpose2d(x.unsqueeze(2), weight, self.bias, stride, padding).squeeze(2)
 
 
+def residual_conv(channels: int, kernel_size: int, dilation: int = 1) -> Conv1d:
+    """A layer of a residual block, which keeps the length."""
+    padding = dilation * (kernel_size - 1) // 2
+    conv: Conv1d = weight_norm(Conv1d(channels, channels, kernel_size, dilation=dilation, padding=padding))
+    return conv
+
+
 class ResBlock(nn.Module):
     """Residual dilated convolutions, [B, C, S] to [B, C, S]: resblock "1" of HiFi-GAN (arXiv 2010.05646)."""
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]) -> None:
         super().__init__()
-        self.convs1 = nn.ModuleList(self._conv(channels, kernel_size, dilation) for dilation in dilations)
-        self.convs2 = nn.ModuleList(self._conv(channels, kernel_size, 1) for _ in dilations)
-
-    @staticmethod
-    def _conv(channels: int, kernel_size: int, dilation: int) -> Conv1d:
-        padding = dilation * (kernel_size - 1) // 2
-        conv: Conv1d = weight_norm(Conv1d(channels, channels, kernel_size, dilation=dilation, padding=padding))
-        return conv
+        self.convs1 = nn.ModuleList(residual_conv(channels, kernel_size, dilation) for dilation in dilations)
+        self.convs2 = nn.ModuleList(residual_conv(channels, kernel_size) for _ in dilations)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
             x = x + conv2(F.leaky_relu(conv1(F.leaky_relu(x, LEAKY_SLOPE)), LEAKY_SLOPE))
         return x
+
+
+class ResidualLayers(nn.Module):
+    """The same as ResBlock, [B, C, S] to [B, C, S], with its layers in pairs and an activation of choice.
+
+    `activation` makes one of the number of channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilations: tuple[int, ...],
+        activation: Callable[[int], nn.Module] = lambda channels: nn.LeakyReLU(LEAKY_SLOPE),
+    ) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(_Pair(channels, kernel_size, d, activation) for d in dilations))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y
+
+
+class _Pair(nn.Module):
+    def __init__(self, channels: int, kernel_size: int, dilation: int, activation: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = residual_conv(channels, kernel_size, dilation)
+        self.conv2 = residual_conv(channels, kernel_size)
+        self.act1, self.act2 = activation(channels), activation(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.conv2(self.act2(self.conv1(self.act1(x))))
+        return y

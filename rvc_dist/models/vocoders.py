@@ -6,6 +6,7 @@ B batch, T frames, S samples (S = T * hop), C channels. Attribute names are the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 
 import torch
@@ -22,51 +23,159 @@ NOISE_DEVIATION = 0.003
 
 
 @torch.no_grad()
-def sine_excitation(f0: Tensor, noise: Tensor, sample_rate: int) -> Tensor:
-    """Excitation of the neural source-filter model (NSF, arXiv 1904.12088): f0 [B, T] in Hz to [B, 1, S], float32.
+def sine_excitation(f0: Tensor, noise: Tensor, sample_rate: int, phase: Tensor | None = None) -> Tensor:
+    """Excitation of the neural source-filter model (NSF, arXiv 1904.12088): f0 [..., T] in Hz to [..., S], float32.
 
-    A sine of amplitude 0.1 with a little noise where f0 > 0, louder noise alone where it is 0. `noise` [B, T, hop] is
-    standard normal.
+    A sine of amplitude 0.1 with a little noise where f0 > 0, louder noise alone where it is 0. `noise` [..., T, hop] is
+    standard normal, `phase` [..., 1] is where the sines begin, in cycles: at 0 unless given.
     """
     # The phase at a frame's start is summed in float64 and kept modulo one cycle, so that its error does not grow
     # with the length of the recording; within a frame it stays below a few cycles, which float32 holds well.
     # MPS has no float64: one number a frame is computed on the host there.
-    hop = noise.shape[2]
-    cycles = (f0.cpu() if f0.device.type == "mps" else f0).double() / sample_rate
-    start = (cycles * hop).cumsum(1).roll(1, 1) % 1
-    start[:, 0] = 0
+    hop, on_host = noise.shape[-1], f0.device.type == "mps"
+    cycles = (f0.cpu() if on_host else f0).double() / sample_rate
+    start = (cycles * hop).cumsum(-1).roll(1, -1)
+    start[..., 0] = 0
+    start = (start if phase is None else start + (phase.cpu() if on_host else phase)) % 1
     step = torch.arange(1, hop + 1, device=f0.device, dtype=torch.float32)
     start, cycles = start.float().to(f0.device), cycles.float().to(f0.device)
-    phase = start.unsqueeze(2) + cycles.unsqueeze(2) * step
-    sine = SINE_AMPLITUDE * torch.sin(2 * math.pi * phase)
-    voiced = (f0 > 0).float().unsqueeze(2)
+    sine = SINE_AMPLITUDE * torch.sin(2 * math.pi * (start.unsqueeze(-1) + cycles.unsqueeze(-1) * step))
+    voiced = (f0 > 0).float().unsqueeze(-1)
     deviation = voiced * NOISE_DEVIATION + (1 - voiced) * SINE_AMPLITUDE / 3
-    return (sine * voiced + deviation * noise).flatten(1).unsqueeze(1)
+    return (sine * voiced + deviation * noise).flatten(-2)
 
 
 class SineSource(nn.Module):
-    """`sine_excitation` with a learnt gain: f0 [B, T] in Hz to [B, 1, S], float32 also under autocast."""
+    """`sine_excitation` at f0 and its harmonics, mixed with learnt gains.
 
-    def __init__(self, sample_rate: int) -> None:
+    f0 [B, T] in Hz, noise [B, H, T, hop] and of several harmonics phase [B, H, 1] to [B, 1, S], float32 also under
+    autocast.
+    """
+
+    def __init__(self, sample_rate: int, num_harmonics: int = 1) -> None:
         super().__init__()
         self.sample_rate = sample_rate
-        self.l_linear = nn.Linear(1, 1)
+        self.l_linear = nn.Linear(num_harmonics, 1)
 
-    def forward(self, f0: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, f0: Tensor, noise: Tensor, phase: Tensor | None = None) -> Tensor:
         with torch.autocast(f0.device.type, enabled=False):
-            sine = sine_excitation(f0, noise, self.sample_rate)
-            return torch.tanh(sine * self.l_linear.weight + self.l_linear.bias)
+            harmonics = torch.arange(1, self.l_linear.in_features + 1, device=f0.device)
+            sines = sine_excitation(f0.unsqueeze(1) * harmonics.unsqueeze(1), noise, self.sample_rate, phase)
+            return torch.tanh((sines * self.l_linear.weight.unsqueeze(2)).sum(1, keepdim=True) + self.l_linear.bias)
 
 
 class Vocoder(nn.Module):
     """A decoder, made of a GeneratorShape: z [B, inter, T], speaker [B, gin, 1] to a wave [B, 1, S] in -1..1, float32.
 
-    Between the two it is given f0 [B, T] in Hz, and after them the noise of its excitation [B, T, hop], both None
-    without pitch guidance.
+    Between the two it is given f0 [B, T] in Hz, None without pitch guidance, and after them its noise: tensors [B, *]
+    of standard normal numbers, one for each of `noise_shapes`, used in that order.
     """
 
+    @classmethod
+    def noise_shapes(cls, shape: GeneratorShape, num_frames: int) -> list[tuple[int, ...]]:
+        """What noise it takes for a clip of `num_frames` frames."""
+        return []
 
-class HiFiGAN(Vocoder):
+
+class UpsamplingVocoder(Vocoder):
+    """What decoders after HiFi-GAN (arXiv 2010.05646) do: stages that upsample, each with residual blocks side by side.
+
+    Its first layer is the sum of conv_pre and, of the speaker, cond; conv_post is its last.
+    """
+
+    conv_pre: nn.Module
+    cond: nn.Module
+    conv_post: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last = False
+
+    def forward(self, z: Tensor, f0: Tensor | None, speaker: Tensor, noise: Iterable[Tensor]) -> Tensor:
+        source = self.source(f0, noise)
+        x: Tensor = self.conv_pre(z) + self.cond(speaker)
+        if self.channels_last or x.device.type == "cpu":
+            x, source = channels_last(x), None if source is None else channels_last(source)
+        for stage, (up, blocks) in enumerate(self.stages()):
+            x = self.excite(up(self.before_upsampling(x)), source, stage)
+            x = reduce(torch.add, (block(x) for block in blocks)) / len(blocks)
+        x = self.before_last(x)
+        # Samples of eight bits would be audible: the last layer is float32 also under autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.tanh(self.conv_post(x.float()))
+
+    def stages(self) -> Iterable[tuple[nn.Module, nn.ModuleList]]:
+        """Of each stage the layer that upsamples, and the blocks whose mean goes on."""
+        raise NotImplementedError
+
+    def source(self, f0: Tensor | None, noise: Iterable[Tensor]) -> Tensor | None:
+        """The excitation [B, 1, S], if this vocoder has one."""
+        return None
+
+    def excite(self, x: Tensor, source: Tensor | None, stage: int) -> Tensor:
+        """Add the excitation to `x`, the output of upsampling stage `stage`."""
+        return x
+
+    def before_upsampling(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, LEAKY_SLOPE)
+
+    def before_last(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x)
+
+
+class Excited:
+    """Of an UpsamplingVocoder: a sine at f0 and its harmonics (NSF), which every stage hears at its own rate.
+
+    It has the modules m_source and noise_convs.
+    """
+
+    num_harmonics = 1
+    m_source: SineSource
+    noise_convs: nn.ModuleList
+
+    @classmethod
+    def noise_shapes(cls, shape: GeneratorShape, num_frames: int) -> list[tuple[int, ...]]:
+        harmonics = cls.num_harmonics
+        return [(harmonics, num_frames, shape.hop), *([(harmonics, 1)] if harmonics > 1 else [])]
+
+    def source(self, f0: Tensor | None, noise: Iterable[Tensor]) -> Tensor | None:
+        """The harmonics begin anywhere: a normal number of cycles is as good as uniform on the circle, to 1e-8."""
+        assert f0 is not None
+        source: Tensor = self.m_source(f0, *noise)
+        return source
+
+    def excite(self, x: Tensor, source: Tensor | None, stage: int) -> Tensor:
+        excited: Tensor = x + self.noise_convs[stage](source)
+        return excited
+
+
+def upsampling_layers(shape: GeneratorShape) -> Iterator[ConvTranspose1d]:
+    """Of each stage the layer that upsamples; it halves the channels."""
+    channels = shape.upsample_initial_channel
+    for rate, kernel_size in zip(shape.upsample_rates, shape.upsample_kernels, strict=True):
+        up = ConvTranspose1d(channels, channels // 2, kernel_size, rate, padding=(kernel_size - rate) // 2)
+        yield weight_norm(up)
+        channels //= 2
+
+
+def noise_layers(shape: GeneratorShape) -> Iterator[Conv1d]:
+    """Of each stage the layer that hears the excitation at its rate."""
+    for stage in range(len(shape.upsample_rates)):
+        channels = shape.upsample_initial_channel // 2 ** (stage + 1)
+        stride = math.prod(shape.upsample_rates[stage + 1 :])
+        kernel_size = 1 if stride == 1 else 2 * stride
+        yield Conv1d(1, channels, kernel_size, stride, padding=stride // 2)
+
+
+def residual_blocks(
+    shape: GeneratorShape, channels: int, kind: Callable[[int, int, tuple[int, ...]], nn.Module]
+) -> Iterator[nn.Module]:
+    """The blocks of a stage with `channels`, each made as a `kind` of (channels, kernel size, dilations)."""
+    for kernel_size, dilations in zip(shape.resblock_kernels, shape.resblock_dilations, strict=True):
+        yield kind(channels, kernel_size, dilations)
+
+
+class HiFiGAN(UpsamplingVocoder):
     """HiFi-GAN decoder (arXiv 2010.05646).
 
     Weights start from PyTorch's defaults, as in effect upstream: its normal(0, 0.01) is written to a tensor that weight
@@ -75,67 +184,30 @@ class HiFiGAN(Vocoder):
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__()
-        self.channels_last = False
         channels = shape.upsample_initial_channel
         self.conv_pre = nn.Conv1d(shape.inter_channels, channels, 7, padding=3)
         self.cond = nn.Conv1d(shape.gin_channels, channels, 1)
         self.ups = nn.ModuleList()
         self.resblocks = nn.ModuleList()
         self.num_blocks = len(shape.resblock_kernels)
-        for rate, kernel_size in zip(shape.upsample_rates, shape.upsample_kernels, strict=True):
-            up = ConvTranspose1d(channels, channels // 2, kernel_size, rate, padding=(kernel_size - rate) // 2)
-            self.ups.append(weight_norm(up))
+        for up in upsampling_layers(shape):
+            self.ups.append(up)
             channels //= 2
-            self.resblocks.extend(
-                ResBlock(channels, kernel, dilations)
-                for kernel, dilations in zip(shape.resblock_kernels, shape.resblock_dilations, strict=True)
-            )
+            self.resblocks.extend(residual_blocks(shape, channels, ResBlock))
         self.conv_post = Conv1d(channels, 1, 7, padding=3, bias=False)
 
-    def forward(self, z: Tensor, f0: Tensor | None, speaker: Tensor, noise: Tensor | None) -> Tensor:
-        source = self.source(f0, noise)
-        x: Tensor = self.conv_pre(z) + self.cond(speaker)
-        if self.channels_last or x.device.type == "cpu":
-            x, source = channels_last(x), None if source is None else channels_last(source)
+    def stages(self) -> Iterable[tuple[nn.Module, nn.ModuleList]]:
         for stage, up in enumerate(self.ups):
-            x = self.excite(up(F.leaky_relu(x, LEAKY_SLOPE)), source, stage)
-            blocks = self.resblocks[stage * self.num_blocks : (stage + 1) * self.num_blocks]
-            x = reduce(torch.add, (block(x) for block in blocks)) / self.num_blocks
-        x = F.leaky_relu(x)
-        # Samples of eight bits would be audible: the last layer is float32 also under autocast.
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.tanh(self.conv_post(x.float()))
-
-    def source(self, f0: Tensor | None, noise: Tensor | None) -> Tensor | None:
-        """The excitation [B, 1, S], if this vocoder has one."""
-        return None
-
-    def excite(self, x: Tensor, source: Tensor | None, stage: int) -> Tensor:
-        """Add the excitation to `x`, the output of upsampling stage `stage`."""
-        return x
+            yield up, self.resblocks[stage * self.num_blocks : (stage + 1) * self.num_blocks]
 
 
-class NSFHiFiGAN(HiFiGAN):
-    """HiFi-GAN driven by a sine at f0 (NSF, arXiv 1904.12088), which every upsampling stage hears at its own rate."""
+class NSFHiFiGAN(Excited, HiFiGAN):
+    """HiFi-GAN driven by a sine at f0."""
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__(shape)
         self.m_source = SineSource(shape.sample_rate)
-        self.noise_convs = nn.ModuleList()
-        for stage in range(len(shape.upsample_rates)):
-            channels = shape.upsample_initial_channel // 2 ** (stage + 1)
-            stride = math.prod(shape.upsample_rates[stage + 1 :])
-            kernel_size = 1 if stride == 1 else 2 * stride
-            self.noise_convs.append(Conv1d(1, channels, kernel_size, stride, padding=stride // 2))
-
-    def source(self, f0: Tensor | None, noise: Tensor | None) -> Tensor | None:
-        assert f0 is not None
-        source: Tensor = self.m_source(f0, noise)
-        return source
-
-    def excite(self, x: Tensor, source: Tensor | None, stage: int) -> Tensor:
-        excited: Tensor = x + self.noise_convs[stage](source)
-        return excited
+        self.noise_convs = nn.ModuleList(noise_layers(shape))
 
 
 def vocoder_class(shape: GeneratorShape) -> type[Vocoder]:

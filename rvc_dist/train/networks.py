@@ -19,7 +19,7 @@ from rvc_dist.files import ForeignFileError
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
 from rvc_dist.models.encoders import Transformer
 from rvc_dist.models.generator import Generator
-from rvc_dist.models.modules import ResBlock, WaveNet
+from rvc_dist.models.modules import ResBlock, ResidualLayers, WaveNet
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.models.torch_file import load_pth, weights
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PRETRAINED = {"generator": "pretrained_g", "discriminator": "pretrained_d"}
 """The recipe's key of each network's first weights."""
-RECOMPUTED = (ResBlock, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscriminator)
+RECOMPUTED = (ResBlock, ResidualLayers, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscriminator)
 """What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_features, tiny_recipe, with_train
+from helpers import changed, make_features, tiny_recipe, with_train
 from launching import torchrun
 from safetensors.torch import load_file
 from torch import nn
 
-from rvc_dist.choices import OPTIMIZERS
+from rvc_dist.choices import OPTIMIZERS, VOCODERS
 
 STEPS = 5
 GLOBAL_BATCH = 4
@@ -24,7 +24,10 @@ def cases(names: list[str]) -> dict[str, dict]:
 def first_steps(
     folder: Path, settings: dict[str, dict], num_ranks: int, thin: bool = False
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """What rank 0 saved of each case, on this many ranks, with the same global batch on any number."""
+    """What rank 0 saved of each case, on this many ranks, with the same global batch on any number.
+
+    The settings of a case are the recipe's of `train`, and its `vocoder`.
+    """
     recipes = folder / f"recipes{num_ranks}"
     recipes.mkdir()
     # 22 clips of training and a mute: five batches of 4, and a short one of 3.
@@ -32,7 +35,10 @@ def first_steps(
     if not (folder / "run").exists():
         make_features(recipe, num_clips=27)
     for name, train in settings.items():
-        (recipes / f"{name}.yaml").write_text(with_train(recipe, **train).to_yaml())
+        of_model = {key: value for key, value in train.items() if key == "vocoder"}
+        of_train = {key: value for key, value in train.items() if key not in of_model}
+        case = changed(with_train(recipe, **of_train), "model", **of_model)
+        (recipes / f"{name}.yaml").write_text(case.to_yaml())
     output = folder / f"output{num_ranks}"
     environment = {"THIN": "1"} if thin else None
     size = GLOBAL_BATCH // num_ranks
@@ -87,6 +93,15 @@ def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
     ]
     assert norms[0] != norms[1]
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_vocoder_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
+    settings = {name: {"vocoder": name} for name in VOCODERS if name != "hifi-gan"}
+    one, two = (first_steps(tmp_path, settings, num_ranks, thin=True) for num_ranks in (1, 2))
+    for name in settings:
+        assert_same(one[name], two[name], weights=1e-4, case=name)
 
 
 @pytest.mark.slow

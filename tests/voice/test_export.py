@@ -26,6 +26,7 @@ from helpers import (
     write_features,
 )
 
+from rvc_dist.choices import VOCODERS
 from rvc_dist.config import ExportConfig, InferConfig, Recipe, load_recipe
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.models.generator import Generator
@@ -206,14 +207,18 @@ def test_the_recipe_comes_back_from_the_voice(recipe: Recipe, generator: Generat
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_an_exported_voice_converts(guided: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("vocoder", "guided"), [("hifi-gan", False), *((name, True) for name, spec in VOCODERS.items() if spec.guided)]
+)
+def test_an_exported_voice_converts(vocoder: str, guided: bool, tmp_path: Path) -> None:
     config = InferConfig(index_rate=0.0, embedder_model="mfcc")
-    recipe = narrow_recipe(tmp_path, model=dataclasses.replace(NARROW, pitch_guidance=guided), infer=config)
+    model = dataclasses.replace(NARROW, vocoder=vocoder, pitch_guidance=guided)
+    recipe = narrow_recipe(tmp_path, model=model, infer=config)
     write_features(recipe, [[np.zeros((90, 768), np.float32)]])
     generator = make_generator(recipe)
     save(recipe, generator, step=10, epoch=2)
     export.run(recipe, ALONE)
+    assert load(workspace_of(recipe).last_voice_file)["vocoder"] == VOCODERS[vocoder].voice_name
     voice = Voice.load(workspace_of(recipe).last_voice_file, torch.device("cpu"))
     assert voice.generator.shape == generator.shape
     assert (voice.embedder, voice.version, voice.rate) == (EmbedderId("mfcc", EMBEDDER["hash"]), "v2", RATE)

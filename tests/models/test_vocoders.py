@@ -1,0 +1,98 @@
+"""Every vocoder that follows f0: upstream's keys and numbers, every rate, every gradient, one graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import NARROWEST, changed, golden_weights
+from torch import Tensor
+
+from rvc_dist.choices import VOCODERS
+from rvc_dist.config import RATES, DataConfig, Recipe
+from rvc_dist.models.modules import use_channels_last
+from rvc_dist.models.shape import GeneratorShape
+from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.models.vocoders import Vocoder, vocoder_class
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SHAPES = json.loads((GOLDEN / "vocoder_shapes.json").read_text())
+
+
+def decoder(vocoder: str, rate: int = 24000, version: str = "v2", **changes: object) -> tuple[Vocoder, GeneratorShape]:
+    recipe = changed(Recipe(data=DataConfig(sample_rate=rate)), "model", vocoder=vocoder, version=version)
+    shape = dataclasses.replace(GeneratorShape.from_recipe(recipe, 768, 1), **changes)
+    return vocoder_class(shape)(shape), shape
+
+
+def narrow(vocoder: str, rate: int = 24000, version: str = "v2", **changes: object) -> tuple[Vocoder, GeneratorShape]:
+    widths = ("inter_channels", "upsample_initial_channel", "gin_channels")
+    torch.manual_seed(0)
+    return decoder(vocoder, rate, version, **{name: getattr(NARROWEST, name) for name in widths}, **changes)
+
+
+def inputs(network: Vocoder, shape: GeneratorShape, num_frames: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Of two clips, half voiced."""
+    f0 = torch.cat([torch.zeros(2, num_frames // 2), 100 + 300 * torch.rand(2, num_frames - num_frames // 2)], 1)
+    noise = [torch.randn(2, *size) for size in network.noise_shapes(shape, num_frames)]
+    return torch.randn(2, shape.inter_channels, num_frames), f0, torch.randn(2, shape.gin_channels, 1), noise
+
+
+@pytest.mark.parametrize("vocoder", SHAPES)
+@torch.no_grad()
+def test_golden_vectors(vocoder: str) -> None:
+    network, shape = decoder(vocoder, 40000)
+    upstream = {f"dec.{key}": list(value.shape) for key, value in to_upstream(network.state_dict()).items()}
+    assert upstream == SHAPES[vocoder]
+    golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / f"vocoder_{vocoder}.npz").items()}
+    silent = [torch.zeros(1, *size) for size in network.noise_shapes(shape, golden["z"].shape[2])]
+    wave = golden_weights(network, "dec")(golden["z"], golden["f0"], golden["g"], silent)
+    torch.testing.assert_close(wave, golden["wave"], rtol=0, atol=1e-3 * golden["wave"].std().item())
+
+
+@pytest.mark.parametrize(("version", "rate"), [*(("v2", rate) for rate in RATES["v2"]), ("v1", 32000), ("v1", 48000)])
+@pytest.mark.parametrize("vocoder", VOCODERS)
+def test_every_rate_has_its_length_and_every_parameter_its_gradient(vocoder: str, version: str, rate: int) -> None:
+    network, shape = narrow(vocoder, rate, version)
+    z, f0, speaker, noise = inputs(network, shape, 7)
+    wave = network(z, f0, speaker, noise)
+    assert (wave.shape, wave.dtype) == ((2, 1, 7 * RATES[version][rate].hop), torch.float32)
+    assert wave.abs().max() <= 1
+    wave.square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("vocoder", VOCODERS)
+def test_pitch_noise_and_layout_count_as_they_should(vocoder: str) -> None:
+    network, shape = narrow(vocoder)
+    z, f0, speaker, noise = inputs(network, shape, 6)
+    with torch.no_grad():
+        wave = network(z, f0, speaker, noise)
+        assert not torch.allclose(network(z, 2 * f0, speaker, noise), wave)
+        for i, drawn in enumerate(noise):
+            other = [*noise[:i], torch.randn_like(drawn), *noise[i + 1 :]]
+            assert not torch.equal(network(z, f0, speaker, other), wave), i
+        use_channels_last(network)
+        torch.testing.assert_close(network(z, f0, speaker, noise), wave)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network(z, f0, speaker, noise)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, wave, rtol=0, atol=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocoder", [name for name in VOCODERS if name != "hifi-gan"])
+def test_a_vocoder_compiles_as_one_graph(vocoder: str) -> None:
+    network, shape = narrow(vocoder, resblock_kernels=(3,), resblock_dilations=((1,),))
+    given = inputs(network, shape, 6)
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, backend="aot_eager")
+    plain, fused = network(*given), compiled(*given)
+    fused.square().mean().backward()
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
