@@ -1,4 +1,4 @@
-"""What a recipe chooses by name: content encoders, pitch trackers, vocoders and optimizers, one entry each.
+"""What a recipe chooses by name: encoders, pitch trackers, vocoders, optimizers and base models, one entry each.
 
 An entry says what makes the thing: a class, a function, or "module:name", which is imported when it is first made.
 Nothing heavy is imported here, so that the recipe is checked against these tables at once.
@@ -190,3 +190,140 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "ranger21": _packaged("Ranger21", False, lambda c: {"num_iterations": 1, "disable_lr_scheduler": True}),
 }
 """By the name in `train.optimizer`; those without a package are built in."""
+
+
+class HubFile(NamedTuple):
+    """A file on the Hugging Face hub."""
+
+    repository: str
+    path: str
+    revision: str = ""
+    sha256: str = ""
+    """What it must have, where that is published; the hub itself names the hash of each of its files besides."""
+
+
+class BaseModelSpec(NamedTuple):
+    """Pretrained weights of a generator and a discriminator, for several sample rates; all are of HiFi-GAN."""
+
+    repository: str
+    paths: dict[str, str]
+    """Version -> where its files are: {network} is G or D, {f0} is f0 with pitch guidance, {k} the rate in kHz."""
+    hashes: dict[str, str]
+    """Path -> SHA-256; an empty text where none was found published."""
+    revision: str = ""
+    only: tuple[int, ...] = ()
+    """The rates in Hz of sets with pitch guidance alone whose paths do not say it."""
+
+    def files(self, version: str, rate: int, pitch_guidance: bool) -> dict[str, HubFile]:
+        """The files of each network, by `checkpoint.MODELS`; empty where there are none of this kind."""
+        pattern, fields = self.paths.get(version, ""), {"f0": "f0" if pitch_guidance else "", "k": rate // 1000}
+        networks = {"generator": "G", "discriminator": "D"}
+        paths = {name: pattern.format(network=letter, **fields) for name, letter in networks.items()}
+        if self.only and not (pitch_guidance and rate in self.only):
+            return {}
+        if not all(path in self.hashes for path in paths.values()):
+            return {}
+        return {n: HubFile(self.repository, p, self.revision, self.hashes[p]) for n, p in paths.items()}
+
+
+BASE_MODELS: dict[str, BaseModelSpec] = {
+    # The sets of RVC itself; their hashes are those of sha256.env in its repository.
+    "rvc": BaseModelSpec(
+        "lj1995/VoiceConversionWebUI",
+        {"v1": "pretrained/{f0}{network}{k}k.pth", "v2": "pretrained_v2/{f0}{network}{k}k.pth"},
+        {
+            "pretrained/D32k.pth": "2ab20645829460fdad0d3c44254f1ab53c32cae50c22a66c926ae5aa30abda6f",
+            "pretrained/D40k.pth": "547f66dbbcd9023b9051ed244d12ab043ba8a4e854b154cc28761ac7c002909b",
+            "pretrained/D48k.pth": "8cc013fa60ed9c3f902f5bd99f48c7e3b9352d763d4d3cd6bc241c37b0bfd9ad",
+            "pretrained/G32k.pth": "81817645cde7ed2e2d83f23ef883f33dda564924b497e84d792743912eca4c23",
+            "pretrained/G40k.pth": "e428573bda1124b0ae0ae843fd8dcded6027d3993444790b3e9b0100938b2113",
+            "pretrained/G48k.pth": "3862a67ea6313e8ffefc05cee6bee656ef3e089442e9ecf4a6618d60721f3e95",
+            "pretrained/f0D32k.pth": "294db3087236e2c75260d6179056791c9231245daf5d0485545d9e54c4057c77",
+            "pretrained/f0D40k.pth": "7d4f5a441594b470d67579958b2fd4c6b992852ded28ff9e72eda67abcebe423",
+            "pretrained/f0D48k.pth": "1b84c8bf347ad1e539c842e8f2a4c36ecd9e7fb23c16041189e4877e9b07925c",
+            "pretrained/f0G32k.pth": "285f524bf48bb692c76ad7bd0bc654c12bd9e5edeb784dddf7f61a789a608574",
+            "pretrained/f0G40k.pth": "9115654aeef1995f7dd3c6fc4140bebbef0ca9760bed798105a2380a34299831",
+            "pretrained/f0G48k.pth": "78bc9cab27e34bcfc194f93029374d871d8b3e663ddedea32a9709e894cc8fe8",
+            "pretrained_v2/D32k.pth": "d8043378cc6619083d385f5a045de09b83fb3bf8de45c433ca863b71723ac3ca",
+            "pretrained_v2/D40k.pth": "471378e894e7191f89a94eda8288c5947b16bbe0b10c3f1f17efdb7a1d998242",
+            "pretrained_v2/D48k.pth": "db01094a93c09868a278e03dafe8bb781bfcc1a5ba8df168c948bf9168c84d82",
+            "pretrained_v2/G32k.pth": "869b26a47f75168d6126f64ac39e6de5247017a8658cfd68aca600f7323efb9f",
+            "pretrained_v2/G40k.pth": "a3843da7fde33db1dab176146c70d6c2df06eafe9457f4e3aa10024e9c6a4b69",
+            "pretrained_v2/G48k.pth": "2e2b1581a436d07a76b10b9d38765f64aa02836dc65c7dee1ce4140c11ea158b",
+            "pretrained_v2/f0D32k.pth": "bd7134e7793674c85474d5145d2d982e3c5d8124fc7bb6c20f710ed65808fa8a",
+            "pretrained_v2/f0D40k.pth": "6b6ab091e70801b28e3f41f335f2fc5f3f35c75b39ae2628d419644ec2b0fa09",
+            "pretrained_v2/f0D48k.pth": "2269b73c7a4cf34da09aea99274dabf99b2ddb8a42cbfb065fb3c0aa9a2fc748",
+            "pretrained_v2/f0G32k.pth": "2332611297b8d88c7436de8f17ef5f07a2119353e962cd93cda5806d59a1133d",
+            "pretrained_v2/f0G40k.pth": "3b2c44035e782c4b14ddc0bede9e2f4a724d025cd073f736d4f43708453adfcb",
+            "pretrained_v2/f0G48k.pth": "b5d51f589cc3632d4eae36a315b4179397695042edc01d15312e1bddc2b764a4",
+        },
+    ),
+    # The community's, with pitch guidance alone; hashes as the hub shows them at these revisions.
+    "titan": BaseModelSpec(
+        "blaise-tk/TITAN",
+        {"v2": "models/medium/{k}k/pretrained/{network}-{f0}{k}k-TITAN-Medium.pth"},
+        {
+            "models/medium/32k/pretrained/G-f032k-TITAN-Medium.pth": "",
+            "models/medium/32k/pretrained/D-f032k-TITAN-Medium.pth": (
+                "520dc7236ce87842a6c285e48d88ea0b92344e3654bab1e96c60fda5dcd12a59"
+            ),
+            "models/medium/40k/pretrained/G-f040k-TITAN-Medium.pth": "",
+            "models/medium/40k/pretrained/D-f040k-TITAN-Medium.pth": (
+                "bc804da752ba9cb8e3aaa90ad102edc0a6e7f033c90db53bfcce135f100d5ad1"
+            ),
+            "models/medium/48k/pretrained/G-f048k-TITAN-Medium.pth": (
+                "51a6dc93687f7e1a6051be3dec958289958c9c738d5c520e4fa956e7886ee153"
+            ),
+            "models/medium/48k/pretrained/D-f048k-TITAN-Medium.pth": (
+                "4999a5b66aec0a9ab7e845063eeb242e47a611ab0e6260fb0b5ca44a7c5bbc44"
+            ),
+        },
+        "99d511bae481b99757a50e03b89b9be8b5d42f5b",
+    ),
+    "ov2super": BaseModelSpec(
+        "ORVC/Ov2Super",
+        {"v2": "{f0}Ov2Super{k}k{network}.pth"},
+        {
+            "f0Ov2Super32kG.pth": "377272acbb7d6ec494c5964a0469e0b57189988cdba734e1bfcbeaaa923b7bc2",
+            "f0Ov2Super32kD.pth": "",
+            "f0Ov2Super40kG.pth": "0562bdf6fa73197a503ceddf376a79f33727d64e19b1c6371ebfd6872bceccbf",
+            "f0Ov2Super40kD.pth": "e319e21eb26137803c62847857202bc43f833c0696be72bec395a74b3c2178aa",
+        },
+        "425f8006582161af571e0d7f5ce646a535a14b65",
+    ),
+    "rin-e3": BaseModelSpec(
+        "ORVC/RIN_E3",
+        {"v2": "RIN_E3_{network}.pth"},
+        {
+            "RIN_E3_G.pth": "814de985f6dc638f0ee6270b0e153cdf63e1c78424d210f12efe03bdb4ea62a7",
+            "RIN_E3_D.pth": "e0dbe352663c7cd58a131a4516a95066a139474c6304e87dc4d385a8222e6253",
+        },
+        "0b9b44409a9ce8759080f5a7f1bd39badbb4b885",
+        only=(40000,),
+    ),
+    "snowie-v3.1": BaseModelSpec(
+        "MUSTAR/SnowieV3.1-48k",
+        {"v2": "{network}_SnowieV3.1_{k}k.pth"},
+        {
+            "G_SnowieV3.1_48k.pth": "6883d5b2fe92f78e10ac7e87fed24a7d9ef53826835ebb908b2428003f0d1f92",
+            "D_SnowieV3.1_48k.pth": "342c48ce64c691aeeec10be25e9821c42e9d81e64af454f58c4493807ae8530b",
+        },
+        "7fa3e589797329be57040e1039c5dc3f96127bd5",
+        only=(48000,),
+    ),
+    "klm4": BaseModelSpec(
+        "SeoulStreamingStation/KLM4",
+        {"v2": "{network}_KLM40_{k}k.pth"},
+        {
+            "G_KLM40_32k.pth": "72331a86eecac3498e268ed1a6f5851cdb579726c3780e1cf8732a4ab84beba3",
+            "D_KLM40_32k.pth": "ae97acc20a6a476878da2ab4a2ad6aa546f8afe97759b119c8133ea4cda661c6",
+            "G_KLM40_40k.pth": "a657a433587829c36cc1a3d498e88b36036cef3fc0523c0580d9cf0a245dd142",
+            "D_KLM40_40k.pth": "01f45ff3a5cbf9b4d5f60b1b097f9d574379d27ba3c26a650a852f0b99a92c39",
+            "G_KLM40_48k.pth": "",
+            "D_KLM40_48k.pth": "77d4dd7e6ccf464b0d01ec84fadcd4c9c10550b33c866a924a3943ff9a189962",
+        },
+        "67010b06144c457e212991abe04d6f9d4e6056e1",
+        only=(32000, 40000, 48000),
+    ),
+}
+"""By the name in `train.pretrained`."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-from rvc_dist.choices import F0_METHODS, OPTIMIZERS, VOCODERS
+from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, VOCODERS, HubFile
 from rvc_dist.files import ForeignFileError, read_bounded
 from rvc_dist.schema import (
     MAX_YAML_BYTES,
@@ -334,10 +334,12 @@ class TrainConfig:
     multiscale_mel_loss: bool = True
     """Mel loss over eight resolutions instead of one."""
     loss: LossConfig = field(default_factory=LossConfig)
+    pretrained: Annotated[str, one_of(BASE_MODELS)] | None = None
+    """Base model to start from, by name: the files of this version, rate and pitch guidance, from the hub."""
     pretrained_g: Text | None = None
-    """Generator weights to start from (.pth)."""
+    """Generator weights to start from instead (.pth)."""
     pretrained_d: Text | None = None
-    """Discriminator weights to start from (.pth)."""
+    """Discriminator weights to start from instead (.pth)."""
     save_every_steps: Positive = 1000
     """Steps between checkpoints; one is always written at the end and when the run is stopped."""
     save_every_epochs: Positive | None = None
@@ -359,6 +361,11 @@ class TrainConfig:
     most 8."""
     timeout_s: Annotated[float, at_least(1.0)] = 600.0
     """Seconds that a rank waits for the others before the run ends: more than the longest that one of them may take."""
+
+    @property
+    def starts_from_generator(self) -> bool:
+        """Whether its first weights, and with them its speaker table, come from a file."""
+        return self.pretrained is not None or self.pretrained_g is not None
 
     @property
     def autocast_precision(self) -> str:
@@ -473,6 +480,16 @@ class Recipe:
     def rate_spec(self) -> RateSpec:
         return RATES[self.model.version][self.data.sample_rate]
 
+    @property
+    def base_model_files(self) -> dict[str, HubFile]:
+        """The files of train.pretrained, by `checkpoint.MODELS`; empty without it, or where it lacks this kind."""
+        return self.files_of_base_model(self.train.pretrained) if self.train.pretrained is not None else {}
+
+    def files_of_base_model(self, name: str) -> dict[str, HubFile]:
+        """Those of a model in BASE_MODELS that this recipe's networks could begin with."""
+        kind = self.model.version, self.data.sample_rate, self.model.pitch_guidance
+        return BASE_MODELS[name].files(*kind) if self.model.vocoder == "hifi-gan" else {}
+
     def to_dict(self) -> dict[str, Any]:
         """The whole tree as plain data, for YAML and JSON."""
         return dataclasses.asdict(self)
@@ -514,6 +531,20 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield wrong("train.learning_rate", why)
     if plan.step_s is not None and plan.device_tflop_s is not None:
         yield wrong("plan.device_tflop_s", f" with plan.step_s {plan.step_s}; set only one")
+    yield from _contradictions_of_base_model(recipe)
+
+
+def _contradictions_of_base_model(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    model, train, got = recipe.model, recipe.train, f"train.pretrained: got {recipe.train.pretrained}"
+    if train.pretrained not in BASE_MODELS:
+        return
+    if train.pretrained_g or train.pretrained_d:
+        yield "train.pretrained", f"{got} with train.pretrained_g or train.pretrained_d; set only one of the kinds"
+    elif not recipe.base_model_files:
+        kind = f"{model.version} at {recipe.data.sample_rate} Hz with{'' if model.pitch_guidance else 'out'} pitch"
+        fitting = [name for name in BASE_MODELS if recipe.files_of_base_model(name)]
+        remedy = f"expected {' or '.join(fitting)}" if fitting else "no base model has, so leave it out"
+        yield "train.pretrained", f"{got}, which has no weights for {kind} guidance and {model.vocoder}; {remedy}"
 
 
 def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 
+from rvc_dist.files import NO_SPACE
+
+logger = logging.getLogger(__name__)
+
 Errors = tuple[type[Exception], ...]
+_CHECKS_CACHE: ContextVar[bool] = ContextVar("_CHECKS_CACHE", default=False)
 
 
-def hub_file(repository: str, filename: str, revision: str = "") -> Path:
+def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "") -> Path:
     """A file of a repository on the Hugging Face hub: from the cache, else downloaded (never under HF_HUB_OFFLINE).
 
-    Raises FileNotFoundError that says where it looked.
+    One process downloads it, the others that want it wait: huggingface_hub locks each file of the cache. What was
+    downloaded has the hash that the hub names, and `sha256` where one is given; what was in the cache before is looked
+    at inside `checked` alone.
+
+    Raises:
+        FileNotFoundError: it is not to be had; says where it was looked for, and why.
+        OSError: the disk does not take it.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -23,23 +39,70 @@ def hub_file(repository: str, filename: str, revision: str = "") -> Path:
     logging.getLogger("huggingface_hub").handlers.clear()  # else each of its warnings is printed here and by the root
     download = partial(hf_hub_download, repository, filename, revision=revision or None)
     reasons: Errors = (OSError, EntryNotFoundError, HFValidationError, *_transport_errors())
+    missing: Exception
     try:
-        return Path(download(local_files_only=True))
+        path = Path(download(local_files_only=True))
+        return _whole(path, sha256) if _CHECKS_CACHE.get() else path
     except reasons as error:
-        missing, reason = error, "" if constants.HF_HUB_OFFLINE else hub_silence()
-    if not constants.HF_HUB_OFFLINE and not reason:
+        missing = error
+    damage = str(missing) if isinstance(missing, _DamagedError) else ""
+    if constants.HF_HUB_OFFLINE:
+        how = f"and HF_HUB_OFFLINE is set, so the hub was not asked{damage and f' ({damage})'}."
+    else:
+        if damage:
+            logger.warning(f"{path}: {damage}; it is fetched again")
+        reason = hub_silence()
         try:
-            return Path(download())
+            if not reason:
+                path = _whole(Path(download()), sha256)
+                logger.info(f"fetched {filename} of {repository}, {path.stat().st_size / 1e6:.1f} MB")
+                return path
         except reasons as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise OSError(error.errno, os.strerror(error.errno), constants.HF_HUB_CACHE) from error
             missing, reason = error, str(error).splitlines()[0]
+        how = f"and {constants.ENDPOINT} did not give it ({reason})."
     where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
-    how = (
-        "and HF_HUB_OFFLINE is set, so the hub was not asked."
-        if constants.HF_HUB_OFFLINE
-        else f"and {constants.ENDPOINT} did not give it ({reason})."
-    )
     at = f" (revision {revision})" if revision else ""
     raise FileNotFoundError(f"{filename} of {repository}{at} is not in the cache {where}, {how}") from missing
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Inside, files of the cache are compared with their hashes as well, and fetched again where they differ."""
+    token = _CHECKS_CACHE.set(True)
+    try:
+        yield
+    finally:
+        _CHECKS_CACHE.reset(token)
+
+
+class _DamagedError(OSError):
+    """A file of the cache is not what the hub has."""
+
+
+def _whole(path: Path, sha256: str) -> Path:
+    """`path`, a file of the cache, if it has the hash that it should have: else it is removed.
+
+    The cache calls a file after the hub's hash of it: SHA-256 of a large one, git's of a small one.
+
+    Raises:
+        _DamagedError: it has not.
+    """
+    file = path.resolve()
+    size, wanted = file.stat().st_size, sha256 or file.name
+    digest = hashlib.sha256()
+    if len(wanted) == 40:
+        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    elif len(wanted) != 64:  # a cache without links, as on some disks
+        return path
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    if digest.hexdigest() == wanted:
+        return path
+    file.unlink()  # so that nothing takes it for the file
+    raise _DamagedError(f"damaged: {size} bytes with hash {digest.hexdigest()[:16]}..., expected {wanted[:16]}...")
 
 
 @cache

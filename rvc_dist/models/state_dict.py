@@ -1,7 +1,7 @@
 """The one mapping between our state-dict keys and those of upstream RVC.
 
 They differ only in weight norm: X.weight_g and X.weight_v there, X.parametrizations.weight.original0 and .original1
-here.
+here. Some training files also have the names of what wrapped the network: torch.compile and DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from rvc_dist.files import ForeignFileError
+
 _OURS = re.compile(r"\.parametrizations\.weight\.original([01])$")
 _UPSTREAM = re.compile(r"\.weight_([gv])$")
+_WRAPPERS = re.compile(r"_orig_mod\.|^module\.")
 
 _AFTER = ("resblocks", "conv_post", "cond", "cond_layer")
 _ORDERS = {
@@ -47,8 +50,17 @@ def to_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the keys of our modules; accepts both spellings."""
-    return {
-        _UPSTREAM.sub(lambda match: f".parametrizations.weight.original{'gv'.index(match[1])}", key): value
+    """The same tensors under the keys of our modules; accepts both spellings and wrapped networks.
+
+    Raises:
+        ForeignFileError: two tensors have the same key then.
+    """
+    ours = {
+        _UPSTREAM.sub(
+            lambda match: f".parametrizations.weight.original{'gv'.index(match[1])}", _WRAPPERS.sub("", key)
+        ): value
         for key, value in state.items()
     }
+    if len(ours) != len(state):
+        raise ForeignFileError("it holds tensors twice, under two spellings of their names")
+    return ours

@@ -28,6 +28,8 @@ MAX_PICKLE = 1 << 22
 MAX_BYTES = 1 << 34
 """Of a file: that of the largest encoder has less than half."""
 DTYPES = {"Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64}
+_BESIDE = {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8}
+"""Of the counters of networks and in the states of optimizers, those of 8 bits among them."""
 _DAMAGED = (
     *(zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError),
     *(AttributeError, LookupError, OverflowError, TypeError, ValueError, pickle.UnpicklingError),
@@ -68,17 +70,24 @@ def weights(state: object, with_counters: bool = False) -> dict[str, Tensor]:
     """A state dict of finite floating numbers; `with_counters`, it may hold int64 too.
 
     Raises:
-        ForeignFileError: it is something else; the tensor is named.
+        ForeignFileError: it is something else; the tensors are named.
     """
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ForeignFileError("it holds something else than a mapping of names to tensors")
     allowed = {*DTYPES.values(), *([torch.int64] if with_counters else [])}
-    for key, value in state.items():
-        if value.dtype not in allowed:
-            raise ForeignFileError(f"its tensor {str(key)[:80]} is of {value.dtype}, expected floating numbers")
-        if not value.isfinite().all():
-            raise ForeignFileError(f"its tensor {str(key)[:80]} holds numbers that are not finite (NaN or infinity)")
+    odd = [key for key, value in state.items() if value.dtype not in allowed]
+    if odd:
+        raise ForeignFileError(f"its {_tensors(odd)} is of {state[odd[0]].dtype}, expected floating numbers")
+    infinite = [key for key, value in state.items() if not value.isfinite().all()]
+    if infinite:
+        raise ForeignFileError(f"its {_tensors(infinite)} holds numbers that are not finite (NaN or infinity)")
     return {str(key): value for key, value in state.items()}
+
+
+def _tensors(keys: list[object]) -> str:
+    """For a sentence: the first, and how many there are."""
+    others = f" (the first of {len(keys)} that are so)" if len(keys) > 1 else ""
+    return f"tensor {str(keys[0])[:80]}{others}"
 
 
 class _Bounded(io.FileIO):
@@ -136,7 +145,7 @@ class _Reader(pickle._Unpickler):
             raise ForeignFileError("its numbers are big-endian, expected little-endian")
         super().__init__(io.BytesIO(self.bytes_of("data.pkl")), fix_imports=False)
         self.tensors: dict[Any, Tensor] = {}
-        storages = {f"torch {name}Storage": dtype for name, dtype in (DTYPES | {"Long": torch.int64}).items()}
+        storages = {f"torch {name}Storage": dtype for name, dtype in (DTYPES | _BESIDE).items()}
         self.names: dict[str, Any] = storages | {
             "collections OrderedDict": lambda: {},
             "torch Size": lambda size: size,

@@ -305,7 +305,7 @@ class Import(ClipStage):
     def take_weights(self, num_speakers: int) -> None:
         """Let training start from the newest weights that fit the recipe's networks; the user's own go before."""
         train = self.recipe.train
-        if train.pretrained_g or train.pretrained_d:
+        if train.pretrained or train.pretrained_g or train.pretrained_d:
             logger.info("import: training starts from the recipe's weights, not from the experiment's")
             return
         for step, generator, discriminator in weight_pairs(self.experiment.folder):

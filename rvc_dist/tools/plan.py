@@ -165,7 +165,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
     table, clips_from = training_clips(recipe)
     lengths = [c.num_frames for c in table.train]
     frames = [step.padded_frames for step in loads(sampler_on(1, recipe.train, lengths))]
-    num_speakers = max(table.num_speakers, MAX_SPEAKERS) if recipe.train.pretrained_g else table.num_speakers
+    num_speakers = max(table.num_speakers, MAX_SPEAKERS) if recipe.train.starts_from_generator else table.num_speakers
     traced = trace(recipe, table.content_channels, num_speakers, max(frames))
     pace, pace_from, machine = find_pace(recipe, traced, statistics.fmean(frames))
     cluster, pace, assumed = find_cluster(recipe, pace, machine)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rvc_dist.config import Recipe
 from rvc_dist.features.feature_files import SINCE
+from rvc_dist.features.hub import hub_file
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
@@ -21,8 +23,7 @@ from rvc_dist.models.encoders import Transformer
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import ResBlock, ResidualLayers, WaveNet
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.models.state_dict import from_upstream
-from rvc_dist.models.torch_file import load_pth, weights
+from rvc_dist.models.weights_file import GENERATOR, WeightsFile, kind_of, misfits, shapes_of
 from rvc_dist.train import memory
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import StageError
@@ -46,32 +47,84 @@ def build(
     Raises:
         StageError: a pretrained file is missing, or does not fit the recipe or the dataset.
     """
-    config = recipe.train
-    pretrained = {
-        name: Pretrained.read(Path(file), f"train.{key}")
-        for name, key in PRETRAINED.items()
-        if (file := getattr(config, key)) is not None and resumed is None
-    }
+    config, problems = recipe.train, list[StageError]()
+    pretrained = {} if resumed is not None else read_pretrained(recipe, problems)
     num_speakers = table.num_speakers
     if resumed is not None:
         num_speakers = max(num_speakers, resumed["generator.num_speakers"])
     elif "generator" in pretrained:  # one row a speaker, as many as it has
-        pretrained["generator"].check_embedder(EmbedderId.from_features(table.embedder))
-        num_speakers = pretrained["generator"].num_speakers(num_speakers)
+        with gathered(problems):
+            pretrained["generator"].check_embedder(EmbedderId.from_features(table.embedder))
+        with gathered(problems):
+            num_speakers = pretrained["generator"].num_speakers(num_speakers)
     shape = GeneratorShape.from_recipe(recipe, table.content_channels, num_speakers)
     torch.manual_seed(config.seed)
-    modules: dict[str, nn.Module] = {
-        "generator": Generator(shape),
-        "discriminator": MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
-    }
+    modules = make_networks(recipe, shape)
     for name, module in modules.items():
         if config.activation_checkpointing:
             memory.apply_activation_checkpointing(module, RECOMPUTED)
         if name in pretrained:
-            pretrained[name].fill(module)
-        elif resumed is None:
+            with gathered(problems):
+                pretrained[name].fill(module)
+        elif resumed is None and not problems:
             logger.info(f"train.{PRETRAINED[name]} is not set: these weights start from random numbers")
+    if problems:
+        raise PretrainedError(problems)
     return shape, modules
+
+
+def make_networks(recipe: Recipe, shape: GeneratorShape) -> dict[str, nn.Module]:
+    """Both networks with random weights, by checkpoint.MODELS."""
+    return {
+        "generator": Generator(shape),
+        "discriminator": MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
+    }
+
+
+class PretrainedError(StageError):
+    """Pretrained weights that a run cannot begin with: all that is wrong with either file."""
+
+    def __init__(self, each: list[StageError]) -> None:
+        super().__init__("\n".join(map(str, each)))
+        self.args = (each,)  # so that it can be pickled
+        self.each = each
+
+
+@contextmanager
+def gathered(problems: list[StageError]) -> Iterator[None]:
+    """Inside, a StageError is added to `problems` and ends nothing else."""
+    try:
+        yield
+    except StageError as error:
+        problems.append(error)
+
+
+def read_pretrained(recipe: Recipe, problems: list[StageError]) -> dict[str, Pretrained]:
+    """The first weights of each network that has some; those of a base model are fetched where they are not there."""
+    found = {}
+    for name, key in PRETRAINED.items():
+        with gathered(problems):
+            if (file := getattr(recipe.train, key)) is not None:
+                found[name] = Pretrained.read(Path(file), f"train.{key}")
+            elif name in recipe.base_model_files:
+                path = base_model_file(recipe, name)
+                found[name] = Pretrained.read(path, f"train.pretrained ({recipe.train.pretrained}, {name})", name)
+    return found
+
+
+def base_model_file(recipe: Recipe, name: str) -> Path:
+    """The file of the recipe's base model for a network.
+
+    Raises:
+        StageError: it is not to be had.
+    """
+    try:
+        return hub_file(*recipe.base_model_files[name])
+    except FileNotFoundError as error:
+        raise StageError(
+            f"train.pretrained: the {name} of {recipe.train.pretrained} cannot be had. {error}",
+            "Run `rvc-dist fetch` where the hub answers, or give its files as train.pretrained_g and pretrained_d",
+        ) from error
 
 
 def identity(recipe: Recipe, shape: GeneratorShape, table: ClipTable) -> dict[str, Any]:
@@ -100,36 +153,32 @@ class Pretrained:
     """The content encoder that it was trained with, where the file says so: those of RVC do not."""
 
     @classmethod
-    def read(cls, path: Path, key: str) -> Pretrained:
-        """Read the weights that the recipe names in `key`.
+    def read(cls, path: Path, key: str, network: str = "") -> Pretrained:
+        """Read the weights that the recipe names in `key`, of a `network` of checkpoint.MODELS.
 
         Raises:
-            StageError: no such file, or not one that holds weights alone.
+            StageError: no such file, or not one that holds weights for training, all of them finite.
         """
         where = f"{key}: {path}"
         try:
-            data = load_pth(path)
+            file = WeightsFile.read(path)
         except FileNotFoundError as error:
             raise StageError(f"{where} does not exist") from error
         except ForeignFileError as error:
-            raise StageError(f"{where} is not a file of plain weights ({error})") from error
-        state = data.get("model", data.get("weight", data)) if isinstance(data, dict) else None
-        if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-            raise StageError(f"{where} holds no state dict;", "expected a dict with `model`, as G_*.pth and D_*.pth")
-        if "weight" in data and "config" in data and not any(str(k).startswith("enc_q.") for k in state):
-            kind = key[-1].upper()
+            raise StageError(
+                f"{where} is not a file of weights that can be trained on from ({error});",
+                "`rvc-dist inspect FILE` says what a file is",
+            ) from error
+        if file.is_voice and kind_of(file.shapes) != GENERATOR:
+            letter = network[:1].upper() or key[-1].upper()
             raise StageError(
                 f"{where} is a voice file, made to convert with: it has no "
-                f"{'posterior encoder (enc_q)' if kind == 'G' else 'discriminator'}, which training needs;",
-                f"give the {kind}_*.pth of the training that it came from, or pretrained weights such as "
-                f"f0{kind}48k.pth",
+                f"{'posterior encoder (enc_q)' if letter == 'G' else 'discriminator'}, which training needs;",
+                f"give the {letter}_*.pth of the training that it came from, or pretrained weights such as "
+                f"f0{letter}48k.pth",
             )
         try:
-            network = from_upstream(weights(state))
-        except ForeignFileError as error:
-            raise StageError(f"{where} cannot be trained on from: {error};", "give another file") from error
-        try:
-            return cls(where, network, EmbedderId.from_voice(data))
+            return cls(where, file.state, EmbedderId.from_voice(file.data))
         except ValueError as error:
             raise StageError(f"{where} does not say what it was trained with: {error}") from error
 
@@ -181,20 +230,12 @@ class Pretrained:
         Raises:
             StageError: keys or shapes do not fit, all of them listed.
         """
-        wanted = module.state_dict()
-        problems = [f"{k}: missing" for k in wanted if k not in self.state]
-        problems += [f"{k}: not part of this network" for k in self.state if k not in wanted]
-        problems += [
-            f"{k}: {list(v.shape)}, this network has {list(wanted[k].shape)}"
-            for k, v in self.state.items()
-            if k in wanted and v.shape != wanted[k].shape
-        ]
-        if problems:
-            shown = "".join(f"\n  {p}" for p in problems[:20])
-            more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        causes, tensors = misfits(shapes_of(self.state), shapes_of(module.state_dict()))
+        if tensors:
+            shown = [*(f"likely cause: {cause}" for cause in causes), *tensors[:20]]
+            more = f"\n  and {len(tensors) - 20} more" if len(tensors) > 20 else ""
             raise StageError(
-                f"{self.where} does not fit this recipe's network (version, sample rate, pitch guidance, widths and "
-                f"the encoder's width must be those it was trained with):{shown}{more}"
+                f"{self.where} does not fit this recipe's network:" + "".join(f"\n  {line}" for line in shown) + more
             )
         module.load_state_dict({k: v.float() for k, v in self.state.items()})
         logger.info(self.where)

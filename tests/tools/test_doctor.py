@@ -809,7 +809,7 @@ def test_all_that_a_run_lacks_is_told_at_once_before_anything_is_made(new_run, t
         "the disk has 1 MB free",
     ):
         assert part in told, part
-    assert "for want of 7 thing" in told
+    assert "for want of 8 thing" in told
     assert not Path(recipe.run_dir).exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -47,19 +46,14 @@ def check_weights(context: DoctorContext) -> Findings:
     saved = None if newest is None else checkpoint.identity_of(newest)
     try:
         shape, context.modules = networks.build(recipe, table, saved)
-    except StageError:
-        if train.pretrained_g is None or train.pretrained_d is None or saved is not None:
-            raise
-        for alone in (replace(train, pretrained_d=None), replace(train, pretrained_g=None)):  # so that both are named
-            try:
-                networks.build(replace(recipe, train=alone), table)
-            except StageError as failed:
-                yield Problem.of(failed)
+    except networks.PretrainedError as failed:
+        yield from map(Problem.of, failed.each)
         return
     context.shape = shape
     for name, module in context.modules.items():
         yield from same({name: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M weights"})
     given = [Path(f).name for f in (train.pretrained_g, train.pretrained_d) if f]
+    given += [Path(f.path).name for f in recipe.base_model_files.values()]
     yield from same({"begins with": newest.name if newest else " and ".join(given) or "random weights"})
     if newest is None and len(given) == 1:
         lacking = "train.pretrained_d" if train.pretrained_g else "train.pretrained_g"
