@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from helpers import parse_recipe
 
+from rvc_dist.choices import BASE_MODELS
 from rvc_dist.config import RATES, ConfigError, EmbedderMix, Recipe, load_recipe
 
 NAN = math.nan
@@ -185,6 +188,41 @@ def test_two_settings_that_contradict_are_refused() -> None:
     recipe = build({"train.bf16_adamw": True})
     assert recipe.train.autocast_precision == "bf16"
     assert recipe.train.optimizer_name == "anyprecision_adamw"
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"train.pretrained_d": "D.pth"}, "got rvc with train.pretrained_g or train.pretrained_d; set only one"),
+        (
+            {"data.sample_rate": 44100},
+            "no weights for v2 at 44100 Hz with pitch guidance and hifi-gan; no base model has",
+        ),
+        ({"train.pretrained": "titan", "model.version": "v1"}, "no weights for v1 at 48000 Hz .*; expected rvc$"),
+        (
+            {"train.pretrained": "rin-e3", "data.sample_rate": 32000},
+            "at 32000 Hz .*; expected rvc or titan or ov2super or klm4$",
+        ),
+        ({"train.pretrained": "klm4", "model.pitch_guidance": False}, "without pitch guidance .*; expected rvc$"),
+        ({"train.pretrained": "titn"}, "did you mean titan"),
+    ],
+)
+def test_a_base_model_goes_with_the_recipe_or_is_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.pretrained: .*{reason}"):
+        build({"train.pretrained": "rvc"} | values)
+
+
+def test_base_models_have_the_files_that_are_published() -> None:
+    files = build({"train.pretrained": "rvc", "data.sample_rate": 40000}).base_model_files
+    assert [file.path for file in files.values()] == ["pretrained_v2/f0G40k.pth", "pretrained_v2/f0D40k.pth"]
+    nameless = build({"train.pretrained": "rvc", "model.version": "v1", "model.pitch_guidance": False})
+    assert [file.path for file in nameless.base_model_files.values()] == ["pretrained/G48k.pth", "pretrained/D48k.pth"]
+    assert Recipe().base_model_files == {}
+    for name, spec in BASE_MODELS.items():
+        kinds = itertools.product(RATES, RATES["v2"], (True, False))
+        reached = [file.path for kind in kinds for file in spec.files(*kind).values()]
+        assert sorted(reached) == sorted(spec.hashes), name
+        assert all(re.fullmatch("([0-9a-f]{64})?", sha256) for sha256 in spec.hashes.values()), name
 
 
 def test_nothing_can_be_changed_after_loading() -> None:

@@ -41,6 +41,8 @@ _VERSION_OF_PARTS = {(1, 6, 0): "v1", (1, 8, 0): "v2"}
 """Discriminators over scales, periods and resolutions -> version."""
 _STATES = ("model", "weight", "state_dict")
 """Where files keep their weights; those of encoders are the file itself."""
+V1_WIDTH = 256
+"""Of the content features of v1."""
 NAME_LETTERS = 80
 """Of a tensor's name in a message."""
 
@@ -67,7 +69,7 @@ class WeightsFile:
         if not isinstance(data, dict) or not data:
             raise ForeignFileError(f"it holds no state dict but a {type(data).__name__}")
         state = next((data[key] for key in _STATES if isinstance(data.get(key), dict)), data)
-        if not all(isinstance(v, Tensor) for v in state.values()):
+        if not state or not all(isinstance(v, Tensor) for v in state.values()):
             optimizer = "; it is the state of an optimizer" if {"state", "param_groups"} <= data.keys() else ""
             raise ForeignFileError(f"it holds no state dict, but {_keys(data)}{optimizer}")
         found = weights(state, with_counters)
@@ -137,8 +139,11 @@ def _generator_facts(shapes: Shapes) -> Iterator[tuple[str, str]]:
         return len({key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)})
 
     content = size("enc_p.emb_phone.weight", 1)
-    yield "model.version", "v1" if content == 256 else "v2"
-    yield "data.sample_rate", " or ".join(f"{rate} Hz" for rate in _rates(shapes, "v1" if content == 256 else "v2"))
+    # The versions differ in the width of their features, but a v2 may have those of any encoder.
+    likely = ("v1", "v2") if content == V1_WIDTH else ("v2", "v1")
+    version = next((v for v in likely if _rates(shapes, v)), likely[0])
+    yield "model.version", version
+    yield "data.sample_rate", " or ".join(f"{rate} Hz" for rate in _rates(shapes, version)) or "a rate that RVC lacks"
     yield "model.pitch_guidance", "pitch" if "enc_p.emb_pitch.weight" in shapes else "no pitch"
     vocoder = next((name for prefix, name in _VOCODERS if any(key.startswith(prefix) for key in shapes)), "an unknown")
     yield "model.vocoder", f"{vocoder} as vocoder"

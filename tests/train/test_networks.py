@@ -1,0 +1,89 @@
+"""Where a run's networks begin: in files that fit, or with one error that says all that does not."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import NARROW, WIDTH, changed, narrow_recipe
+from torch import nn
+
+from rvc_dist.config import DataConfig, Recipe
+from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.train import checkpoint, networks
+from rvc_dist.train.dataset import ClipTable
+from rvc_dist.workspace import StageError
+
+TABLE = ClipTable((), (), WIDTH, {"name": "mfcc", "width": WIDTH, "hash": ""}, 1)
+
+
+def write_pair(folder: Path, recipe: Recipe) -> dict[str, nn.Module]:
+    """G.pth and D.pth of the recipe's networks, as the tools write them."""
+    _, modules = networks.build(recipe, TABLE)
+    for name, letter in zip(checkpoint.MODELS, "GD", strict=True):
+        torch.save({"model": to_upstream(modules[name].state_dict())}, folder / f"{letter}.pth")
+    return modules
+
+
+def test_all_that_is_wrong_with_both_files_is_one_error_with_the_likely_causes(tmp_path: Path) -> None:
+    recipe = narrow_recipe(tmp_path)
+    other = replace(
+        recipe, data=DataConfig(sample_rate=32000), model=replace(NARROW, version="v1", pitch_guidance=False)
+    )
+    write_pair(tmp_path, other)
+    files = {f"pretrained_{letter.lower()}": str(tmp_path / f"{letter}.pth") for letter in "GD"}
+    with pytest.raises(networks.PretrainedError) as caught:
+        networks.build(changed(recipe, "train", **files), replace(TABLE, num_speakers=3))
+    told = str(caught.value)
+    for part in (
+        "train.pretrained_g: ",
+        "G.pth has 1 speakers, the dataset's highest speaker id is 2",
+        "likely cause: data.sample_rate: it has 32000 Hz, this recipe 24000 Hz",
+        "likely cause: model.pitch_guidance: it has no pitch, this recipe pitch",
+        "enc_p.emb_pitch.weight: missing",
+        "train.pretrained_d: ",
+        "likely cause: model.version: it has v1 (1 over scales, 6 over periods, 0 over resolutions), this recipe v2",
+    ):
+        assert part in told, part
+    assert len(caught.value.each) == 3
+    assert str(pickle.loads(pickle.dumps(caught.value))) == told
+    with pytest.raises(StageError, match=r"(?s)G\.pth does not fit.*it is a generator, expected a discriminator"):
+        networks.build(changed(recipe, "train", pretrained_d=files["pretrained_g"]), TABLE)
+
+
+def test_a_base_model_is_taken_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(narrow_recipe(tmp_path), data=DataConfig(sample_rate=48000))
+    wanted, asked = write_pair(tmp_path, recipe), list[tuple[str, str]]()
+
+    def hub_file(repository: str, path: str, *_: str) -> Path:
+        asked.append((repository, path))
+        return tmp_path / f"{path[-8]}.pth"
+
+    monkeypatch.setattr(networks, "hub_file", hub_file)
+    recipe = changed(recipe, "train", pretrained="rvc", seed=7)
+    _, found = networks.build(recipe, TABLE)
+    assert asked == [("lj1995/VoiceConversionWebUI", f"pretrained_v2/f0{n}48k.pth") for n in "GD"]
+    for name, module in found.items():
+        states = module.state_dict(), wanted[name].state_dict()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+    torch.save({"model": {}, "x": 1}, tmp_path / "D.pth")
+    with pytest.raises(
+        StageError, match=r"train\.pretrained \(rvc, discriminator\): .*D\.pth is not a file of weights"
+    ):
+        networks.build(recipe, TABLE)
+
+
+def test_a_base_model_that_is_not_to_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(*_: str) -> Path:
+        raise FileNotFoundError("f0G48k.pth is not in the cache.")
+
+    monkeypatch.setattr(networks, "hub_file", missing)
+    recipe = replace(narrow_recipe(tmp_path), data=DataConfig(sample_rate=48000))
+    with pytest.raises(
+        StageError, match=r"train\.pretrained: the generator of titan .* Run `rvc-dist fetch` where"
+    ) as error:
+        networks.build(changed(recipe, "train", pretrained="titan"), TABLE)
+    assert "the discriminator of titan" in str(error.value)
