@@ -40,8 +40,10 @@ F0_HOP = 160
 F0_PER_S = FEATURE_RATE // F0_HOP
 MAX_CLIP_FRAMES = 900
 """A training clip is cut to at most this many spectrogram frames."""
-MAX_SPEAKERS = 109
+PRETRAINED_SPEAKERS = 109
 """Rows of the speaker table of every pretrained generator."""
+MAX_SPEAKERS = 10_000
+"""Speaker ids are below it."""
 MAX_SEED = 2**31 - 1
 MAX_NAME_BYTES = 180
 """A file name has at most 255, and those of an index have 60 besides the voice's."""
@@ -119,7 +121,8 @@ class DataConfig:
     """What is trained on."""
 
     audio_dir: Text = "audio"
-    """Folder of recordings of one speaker, or of sub-folders named by integer speaker id."""
+    """Folder of recordings of one speaker, or of a sub-folder a speaker, all named alike: by id (0, 1, ...), by name
+    (alice), or Name_ID_Repeat (alice_0_3: each clip counts three times)."""
     sample_rate: Annotated[int, one_of(_V2)] = 48000
     """Sample rate of the voice in Hz: 24000, 32000, 40000, 44100 or 48000."""
     holdout: Annotated[float, within(0.0, 0.5)] = 0.05

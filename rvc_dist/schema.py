@@ -110,8 +110,18 @@ MAX_INT = 2**53
 _MOST = Rule(f"at most {MAX_INT}", (int,), lambda value: bool(value <= MAX_INT))
 Count = Annotated[int, at_least(0), _MOST]
 Positive = Annotated[int, at_least(1), _MOST]
-SpeakerId = Annotated[int, within(0, 108)]
-"""A row of the speaker table of pretrained generators."""
+SpeakerId = Annotated[int, within(0, 9999)]
+"""A row of a speaker table: below `config.MAX_SPEAKERS`."""
+SpeakerName = Annotated[
+    str,
+    Rule(
+        "a name of at most 255 printable letters and no |",  # which separates the columns of a filelist.txt
+        (str,),
+        lambda text: 0 < len(text) < 256 and text.isprintable() and text == text.strip() and "|" not in text,
+    ),
+]
+Repeat = Annotated[int, within(1, 100)]
+"""How often a clip counts in an epoch, as RVC-WebUI has it."""
 Seconds = Annotated[float, Rule("seconds", (int, float), lambda value: bool(0 <= value < 1e12))]
 UNCLEAN = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 """What no name of a system holds: bytes that are no UTF-8 are other lone surrogates in Python."""

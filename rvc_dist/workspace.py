@@ -18,7 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, overload
@@ -31,8 +31,10 @@ from rvc_dist.schema import (
     FileName,
     OsName,
     Positive,
+    Repeat,
     Seconds,
     SpeakerId,
+    SpeakerName,
     check,
     parse_json,
     record,
@@ -77,6 +79,47 @@ class Stopped(RuntimeError):  # noqa: N818 - no error: the run goes on later
     """The run was asked to stop and saved a checkpoint; the same command continues it."""
 
 
+class Speaker(TypedDict):
+    """As RVC-WebUI writes `speaker_info`."""
+
+    id: SpeakerId
+    name: SpeakerName
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """Who speaks in a run: RUN/speakers.json, and as much of it as a checkpoint or a voice file keeps."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    """By id, rising. Who was given no name is called by the id."""
+    trained: tuple[int, ...] = ()
+    """Rising ids of those whom the networks heard."""
+
+    @classmethod
+    def of(cls, info: Iterable[Speaker], trained: Iterable[int] = ()) -> Speakers:
+        """Raises ForeignFileError when two have one id or one name."""
+        listed, trained = list(info), sorted(set(trained))
+        names = {s["id"]: s["name"] for s in listed}
+        if len({*names.values()}) < len(listed):
+            raise ForeignFileError("speakers: two have one id, or one name")
+        return cls(dict(sorted(({i: str(i) for i in trained} | names).items())), tuple(trained))
+
+    @property
+    def info(self) -> list[Speaker]:
+        return [{"id": i, "name": name} for i, name in self.names.items()]
+
+    @property
+    def trained_info(self) -> list[Speaker]:
+        """For a voice file: those who were trained, if any of them was given a name."""
+        found = [speaker for speaker in self.info if speaker["id"] in self.trained]
+        return found if any(speaker["name"] != str(speaker["id"]) for speaker in found) else []
+
+    def label(self, speaker: int) -> str:
+        """For a sentence: the id, and the name where there is one."""
+        name = self.names.get(speaker, str(speaker))
+        return name if name == str(speaker) else f"{speaker} ({name})"
+
+
 class Workspace:
     """The paths of one run folder. Nothing is created until something is written."""
 
@@ -84,6 +127,7 @@ class Workspace:
         self.root = Path(run_dir)
         self.name = name
         self.config_file = self.root / "config.yaml"
+        self.speakers_file = self.root / "speakers.json"
         self.clips_dir = self.root / "clips"
         self.work_list_file = self.clips_dir / "plan.json"
         self.clips_report_file = self.clips_dir / "report.json"
@@ -137,12 +181,40 @@ class Workspace:
 
     def trained_on(self) -> tuple[Path, TrainedOn]:
         """The newest whole checkpoint and the data that it knows; nothing where there is none that says it."""
+        path, state = self._newest_state()
+        return path, state.get("data", {})
+
+    def _newest_state(self) -> tuple[Path, dict[str, Any]]:
         named = self.checkpoints_dir.glob("step_" + 8 * "[0-9]")
         whole = sorted(p for p in named if (p / CHECKPOINT_MANIFEST).is_file())
         with contextlib.suppress(StageError, OSError):  # whoever goes on from it says it
             if whole:
-                return whole[-1], read_json(whole[-1] / CHECKPOINT_STATE, KnowingState).get("data", {})
+                return whole[-1], read_json(whole[-1] / CHECKPOINT_STATE, KnowingState)
         return self.checkpoints_dir, {}
+
+    def speakers(self) -> Speakers:
+        """Who speaks in this run; without a file, as of older versions of rvc_dist, as the newest checkpoint says.
+
+        Raises:
+            StageError: the file is damaged.
+        """
+        path, remedy = self.speakers_file, "put it right, or delete it and run `rvc-dist preprocess` again"
+        if path.is_file():
+            data = read_json(path, SpeakersFile, remedy)
+            info, trained = data.get("speakers", []), data.get("trained", [])
+        else:
+            path, state = self._newest_state()
+            info, trained = state.get("speaker_info", []), state.get("trained_speakers", [])
+        try:
+            return Speakers.of(info, trained)
+        except ForeignFileError as error:
+            raise StageError(f"{path}: {error};", remedy) from error
+
+    def save_speakers(self, speakers: Speakers) -> None:
+        """Write speakers.json, if that changes what is in it: any process that lists the recordings may do it."""
+        text = to_json({"speakers": speakers.info, "trained": speakers.trained})
+        if not self.speakers_file.is_file() or self.speakers_file.read_text(encoding="utf-8") != text:
+            atomic_write(self.speakers_file, text)
 
     def save_recipe(self, recipe: Recipe, reads_recordings: bool = False) -> None:
         """Keep the resolved recipe with the run; the stages that make what the run consists of do so.
@@ -195,7 +267,9 @@ class TrainedOn(TypedDict, total=False):
     held_from_s: dict[str, Seconds]
 
 
-KnowingState = record(False, data=TrainedOn)
+SpeakersFile = record(False, speakers=list[Speaker], trained=list[SpeakerId])
+"""RUN/speakers.json."""
+KnowingState = record(False, data=TrainedOn, speaker_info=list[Speaker], trained_speakers=list[SpeakerId])
 """Of a checkpoint's STATE, what is read without its networks."""
 IndexReport = record(stamp=str, file=FileName)
 """RUN/index/report.json, as far as it is read."""
@@ -214,6 +288,7 @@ class ClipEntry(TypedDict):
 class SlicedClip(ClipEntry, total=False):
     slice_s: Seconds
     content: str
+    repeat: Repeat
 
 
 class Rates(TypedDict, total=False):

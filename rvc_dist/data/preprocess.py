@@ -25,7 +25,7 @@ from rvc_dist.data.clip_files import (
     pieces,
     upsampled_recordings,
 )
-from rvc_dist.data.sources import check_recordings, content_by, list_sources
+from rvc_dist.data.sources import check_recordings, content_by, list_sources, repeat_of
 from rvc_dist.files import atomic_write, write_json
 from rvc_dist.unit_stage import in_threads
 from rvc_dist.workspace import (
@@ -134,7 +134,7 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
     """The work list: read when it is current, else made by the first rank (by every array task alike)."""
     audio_dir, settings = Path(recipe.data.audio_dir), clip_settings(recipe)
     work.check_root()
-    sources = list_sources(audio_dir, work.root)
+    sources, speakers = list_sources(audio_dir, work)
     listing = fingerprint([(f.path, f.reason) if f.reason else f.listed for f in sources])
     usable = {f.listed for f in sources if not f.reason}
 
@@ -147,6 +147,8 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
         return work_list if cut <= usable <= cut | {f.listed for f in work_list.excluded} else None
 
     if work_list := current():
+        if shard.is_first or shard.array:
+            work.save_speakers(speakers)
         return work_list
     if not (shard.is_first or shard.array):
         return wait_for("the work list of rank 0", current)
@@ -160,6 +162,9 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
     if all(f.reason for f in measured):  # before anything of an earlier dataset in this run folder is touched
         raise _no_clip(recipe, [(f.path, f.reason) for f in measured])
     check_recordings(work, measured, lambda f: f.content)
+    work.save_speakers(speakers)
+    if any(name != str(i) for i, name in speakers.names.items()):
+        logger.info("preprocess: speakers %s", ", ".join(map(speakers.label, speakers.names)))
     units = cut_units([part for f in measured if not f.reason for part in f.slices()])
     work_list = WorkList(listing, settings, units, tuple(f for f in measured if f.reason))
     if old is not None and (why := changes(old.settings, settings) or _source_changes(old, measured)):
@@ -221,6 +226,8 @@ class Preprocess(ClipStage):
         for file in unit.files:
             outcome = self._outcome(file)
             of_file = {"speaker": file.speaker, "source": file.path, "slice_s": file.start_s, "content": file.content}
+            if (repeat := repeat_of(file.path)) > 1:
+                of_file["repeat"] = repeat
             clips += [(of_file | {"start_s": clip.start_s}, clip.wave) for clip in outcome.clips]
             seconds_out = sum(len(clip.wave) for clip in outcome.clips) / self.recipe.data.sample_rate
             entry = file_entry(replace(file, reason=outcome.reason), outcome.seconds_in, outcome.lost)

@@ -3,42 +3,158 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from rvc_dist.config import MAX_SPEAKERS
 from rvc_dist.data.decode import AUDIO_SUFFIXES
-from rvc_dist.files import not_regular
-from rvc_dist.workspace import SourceFile, StageError, WorkList, Workspace, listed, printable
+from rvc_dist.files import ForeignFileError, not_regular
+from rvc_dist.schema import Repeat, SpeakerName, check
+from rvc_dist.workspace import SourceFile, Speakers, StageError, WorkList, Workspace, listed, printable
 
 KINDS = " ".join(suffix[1:] for suffix in AUDIO_SUFFIXES)
+NO_FOLDER, BY_ID, BY_NAME, BY_ALL = "in no folder", "by id", "by name", "Name_ID_Repeat"
+"""The ways to name the folders of speakers."""
+NAME_ID_REPEAT = re.compile("(.+)_([0-9]+)_([0-9]+)")
 NAMED = 3
 """Recordings of either side that a refusal names."""
 
 
-def list_sources(audio_dir: Path, run_dir: Path | None = None) -> list[SourceFile]:
-    """Every file below `audio_dir` in a fixed order; those that cannot be used carry a reason.
+def list_sources(audio_dir: Path, work: Workspace | None = None) -> tuple[list[SourceFile], Speakers]:
+    """Every file below `audio_dir` in a fixed order, and who speaks; files that cannot be used carry a reason.
 
-    `run_dir` is left out when it lies in the dataset. Hidden folders, and links to folders, are named, not entered.
+    The run folder of `work` is left out when it lies in the dataset; whom it knows by name keeps the id. Hidden
+    folders, and links to folders, are named, not entered.
 
     Raises:
-        StageError: the folder is missing, is not a folder, or holds no usable file.
+        StageError: the folder is missing, is not a folder, or holds no usable file; its folders are named in several
+            ways, or two of them disagree on a speaker.
     """
     if not audio_dir.exists():
         raise StageError(f"data.audio_dir: {audio_dir} does not exist;", "expected a folder of recordings")
     if not audio_dir.is_dir():
         raise StageError(f"data.audio_dir: {audio_dir} is a file;", "expected a folder of recordings")
-    found = sorted(_walk(audio_dir, run_dir), key=lambda f: (f.speaker, f.path))
-    found = _without_doubles(found, audio_dir)
+    found = _walk(audio_dir, work.root if work else None)
+    usable = sorted({Path(f.path).parts[0] if os.sep in f.path else "" for f in found if not f.reason})
+    ids, speakers = _speakers_of(usable, work.speakers() if work else Speakers())
+    found = [replace(f, speaker=ids.get(Path(f.path).parts[0], 0)) for f in found]
+    found = _without_doubles(sorted(found, key=lambda f: (f.speaker, f.path)), audio_dir)
     if all(f.reason for f in found):
         raise StageError(
             f"data.audio_dir: {audio_dir} holds no usable recording;",
-            f"expected files of the kinds {KINDS}, or sub-folders of them named by speaker id (0, 1, ...)",
+            f"expected files of the kinds {KINDS}, or sub-folders of them named by speaker (0, or alice, or alice_0_1)",
             listed((f.path, f.reason) for f in found),
         )
-    return found
+    return found, speakers
+
+
+class Folder(NamedTuple):
+    """What the name of a speaker's folder says; "" stands for no folder."""
+
+    naming: str
+    speaker: int | None
+    """None where the folder has a name alone."""
+    name: str
+    repeat: int = 1
+    """How often each clip counts in an epoch."""
+
+    @classmethod
+    def of(cls, top: str) -> Folder:
+        """Raises ForeignFileError when a speaker cannot be called so."""
+        name = unicodedata.normalize("NFC", top)  # some systems take letters and accents apart
+        if not top:
+            return cls(NO_FOLDER, 0, "")
+        if top.isascii() and top.isdecimal():
+            return cls(BY_ID, _speaker_id(top), "")
+        if found := NAME_ID_REPEAT.fullmatch(name):
+            name, speaker, repeat = found.groups()
+            return cls(
+                BY_ALL, _speaker_id(speaker), check(name, SpeakerName, "name"), check(int(repeat), Repeat, "repeat")
+            )
+        return cls(BY_NAME, None, check(name, SpeakerName, "name"))
+
+
+def _speaker_id(text: str) -> int:
+    if len(text) > len(str(MAX_SPEAKERS)) or int(text) >= MAX_SPEAKERS:
+        raise ForeignFileError(f"speaker id {text} is above {MAX_SPEAKERS - 1}")
+    return int(text)
+
+
+@cache
+def _folder_fault(top: str) -> str:
+    try:
+        Folder.of(top)
+    except ForeignFileError as error:
+        return f"folder {top!a}: {error}"
+    return ""
+
+
+def repeat_of(path: str) -> int:
+    """How often the clips of the recording in `path` count in an epoch."""
+    return Folder.of(path.partition(os.sep)[0]).repeat if os.sep in path else 1
+
+
+class Claim(NamedTuple):
+    """That a speaker has this name."""
+
+    speaker: int
+    name: str
+    where: str
+    """It is said: a folder."""
+
+
+def _speakers_of(tops: Iterable[str], known: Speakers) -> tuple[dict[str, int], Speakers]:
+    """The id of each of the folders `tops` that hold recordings, and all speakers.
+
+    Names that are `known` keep their ids, others take the lowest that are free, in the order of the alphabet: listing
+    the same folders again gives the same. Who was trained and has no folder any more stays.
+
+    Raises:
+        StageError: the folders are named in several ways, or two of them disagree on a speaker.
+    """
+    folders = {top: Folder.of(top) for top in tops}
+    namings = {folder.naming: printable(top) for top, folder in folders.items()}
+    if len(namings) > 1 and namings.keys() != {NO_FOLDER, BY_ID}:
+        ways = ", ".join(f"{naming}{top and ': '}{top}" for naming, top in namings.items())
+        raise StageError(
+            f"data.audio_dir: speakers are named in several ways ({ways});",
+            "name all folders in one: 0, 1, ..., or alice, bob, ..., or alice_0_1, bob_1_1, ... (Name_ID_Repeat)",
+        )
+    ids = {name: i for i, name in known.names.items()}
+    names = {f.name for f in folders.values() if f.speaker is None}
+    taken = {*known.trained, *(ids[name] for name in names if name in ids)}
+    free = (i for i in itertools.count() if i not in taken)
+    ids |= {name: next(free) for name in sorted(names - ids.keys())}
+    found = {top: ids[f.name] if f.speaker is None else f.speaker for top, f in folders.items()}
+    claims = [
+        Claim(i, folders[top].name or known.names.get(i, str(i)), printable(top) or "what is in no folder")
+        for top, i in found.items()
+    ]
+    gone = [Claim(i, known.names[i], "one that was trained") for i in known.trained if i not in found.values()]
+    _check_claims(claims + gone)
+    return found, Speakers(dict(sorted((c.speaker, c.name) for c in claims + gone)), known.trained)
+
+
+def _check_claims(claims: Sequence[Claim]) -> None:
+    """Raises StageError unless each id has one name, and each name one id."""
+    by: tuple[Callable[[Claim], int | str], ...] = (lambda c: c.speaker, lambda c: c.name.casefold())
+    for key in by:
+        first: dict[int | str, Claim] = {}
+        for claim in claims:
+            other = first.setdefault(key(claim), claim)
+            if other[:2] != claim[:2]:
+                told = " and ".join(f"{c.where} is speaker {c.speaker}, called {c.name}" for c in (other, claim))
+                raise StageError(
+                    f"data.audio_dir: {told};",
+                    "give each speaker one id and one name, which differs from others' in more than capitals",
+                )
 
 
 def _walk(audio_dir: Path, run_dir: Path | None) -> list[SourceFile]:
@@ -70,7 +186,7 @@ def _source(path: Path, audio_dir: Path) -> SourceFile:
     relative = path.relative_to(audio_dir)
     # Of a link the recording's own size and time count.
     status = path.stat() if path.exists() else path.lstat()
-    speaker, reason = _speaker_of(relative)
+    reason = _folder_fault(relative.parts[0]) if len(relative.parts) > 1 else ""
     suffix = path.suffix.lower()
     if path.name.startswith("."):
         reason = "hidden file"
@@ -84,7 +200,7 @@ def _source(path: Path, audio_dir: Path) -> SourceFile:
         reason = f"not one of {KINDS}"
     elif not status.st_size:
         reason = "empty file (0 bytes)"
-    return SourceFile(str(relative), speaker, status.st_size, status.st_mtime_ns, reason=reason)
+    return SourceFile(str(relative), 0, status.st_size, status.st_mtime_ns, reason=reason)
 
 
 def content_of(path: Path) -> str:
@@ -155,14 +271,3 @@ def _without_doubles(files: list[SourceFile], audio_dir: Path) -> list[SourceFil
         if first != path:
             doubles[path] = f"link to the same recording as {printable(first)}"
     return [replace(f, reason=doubles.get(f.path, f.reason)) for f in files]
-
-
-def _speaker_of(relative: Path) -> tuple[int, str]:
-    """The speaker id of a dataset file, and the reason when its folder gives none."""
-    if len(relative.parts) == 1:
-        return 0, ""
-    top = relative.parts[0]
-    if top.isascii() and top.isdecimal():
-        speaker = int(top)
-        return (speaker, "") if speaker < MAX_SPEAKERS else (0, f"speaker id {top} is above {MAX_SPEAKERS - 1}")
-    return 0, f"folder {top!r} is not named by an integer speaker id"

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rvc_dist.config import MAX_CLIP_FRAMES, MAX_SPEAKERS, Recipe
+from rvc_dist.config import MAX_CLIP_FRAMES, PRETRAINED_SPEAKERS, Recipe
 from rvc_dist.data import clip_files, decode
-from rvc_dist.data.sources import list_sources
+from rvc_dist.data.sources import list_sources, repeat_of
 from rvc_dist.files import write_json
 from rvc_dist.tools import bench
 from rvc_dist.tools.forecast import (
@@ -165,7 +165,8 @@ def make_plan(recipe: Recipe) -> RunPlan:
     table, clips_from = training_clips(recipe)
     lengths = [c.num_frames for c in table.train]
     frames = [step.padded_frames for step in loads(sampler_on(1, recipe.train, lengths))]
-    num_speakers = max(table.num_speakers, MAX_SPEAKERS) if recipe.train.starts_from_generator else table.num_speakers
+    fewest = PRETRAINED_SPEAKERS if recipe.train.starts_from_generator else 1
+    num_speakers = max(table.num_speakers, fewest)
     traced = trace(recipe, table.content_channels, num_speakers, max(frames))
     pace, pace_from, machine = find_pace(recipe, traced, statistics.fmean(frames))
     cluster, pace, assumed = find_cluster(recipe, pace, machine)
@@ -242,7 +243,7 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
     """As preprocess cuts, of recordings that are never silent."""
     rate, hop = recipe.data.sample_rate, recipe.rate_spec.hop
     audio_dir = Path(recipe.data.audio_dir)
-    for number, source in enumerate(list_sources(audio_dir, work.root)):
+    for number, source in enumerate(list_sources(audio_dir, work)[0]):
         if source.reason:
             continue
         try:
@@ -255,7 +256,8 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
             for start, piece in clip_files.pieces(recipe, wave, has_silences=False):
                 where = (part.start_s + start / rate, len(piece) / rate)
                 key = f"{start:09d}@{part.start_s:.0f}"
-                yield ClipRef(number, key, part.speaker, part.path, len(piece) // hop, *where)
+                repeat = repeat_of(part.path)
+                yield ClipRef(number, key, part.speaker, part.path, len(piece) // hop, *where, repeat=repeat)
 
 
 # What a step takes

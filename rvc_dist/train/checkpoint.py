@@ -38,7 +38,7 @@ from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
 from rvc_dist.workspace import CHECKPOINT_STATE as STATE
-from rvc_dist.workspace import StageError, TrainedOn, read_json
+from rvc_dist.workspace import Speaker, Speakers, StageError, TrainedOn, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class OldState(TypedDict):
 
 class StateFile(OldState, total=False):
     trained_speakers: list[SpeakerId]
+    speaker_info: list[Speaker]
     data: TrainedOn
     loss_scales: dict[str, LossScaleState]
 
@@ -95,8 +96,8 @@ class Checkpoint:
     meter: dict[str, Any] = field(default_factory=lambda: {"names": [], "ranks": []})
     """`Meter.state` of a run that stopped between two log lines."""
     num_ranks: int = 1
-    trained_speakers: tuple[int, ...] = ()
-    """Speaker ids that were ever trained, rising; none where an older version of rvc_dist wrote the checkpoint."""
+    speakers: Speakers = field(default_factory=Speakers)
+    """Who was ever trained; none where an older version of rvc_dist wrote the checkpoint."""
     data: dict[str, Any] = field(default_factory=dict)
     """`fingerprint.of_data`; empty where an older version wrote it."""
     loss_scales: dict[str, LossScaleState] = field(default_factory=dict)
@@ -233,7 +234,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             "optimizer_groups": {name: s.groups for name, s in checkpoint.optimizers.items()},
             "meter": checkpoint.meter,
             "num_ranks": checkpoint.num_ranks,
-            "trained_speakers": checkpoint.trained_speakers,
+            "trained_speakers": checkpoint.speakers.trained,
+            "speaker_info": checkpoint.speakers.info,
             "data": checkpoint.data,
             **({"loss_scales": checkpoint.loss_scales} if checkpoint.loss_scales else {}),
         }
@@ -425,6 +427,7 @@ def _state(path: Path) -> Any:
         )
     try:
         _comparable(check(check(state, StateFile)["identity"], IDENTITY, "identity"))
+        _speakers(state)
         return state
     except ValueError as error:
         raise StageError(f"{path / STATE}: {error};", f"remove {path.name} to go on from the one before") from error
@@ -440,6 +443,10 @@ def _agree(before: Any, now: Any) -> bool:
     return bool(before == now)
 
 
+def _speakers(state: Mapping[str, Any]) -> Speakers:
+    return Speakers.of(state.get("speaker_info", ()), state.get("trained_speakers", ()))
+
+
 def load(path: Path) -> Checkpoint:
     """The checkpoint in `path`, which `verify` has accepted or `whole_in` has found."""
     state = _state(path)
@@ -451,7 +458,7 @@ def load(path: Path) -> Checkpoint:
         optimizers={n: OptimizerState(load_file(path / f"optimizer_{n}.safetensors"), groups[n]) for n in MODELS},
         meter=state["meter"],
         num_ranks=state["num_ranks"],
-        trained_speakers=tuple(state.get("trained_speakers", ())),
+        speakers=_speakers(state),
         data=state.get("data", {}),
         loss_scales=state.get("loss_scales", {}),
     )

@@ -57,13 +57,15 @@ class ClipRef:
     """Of all its samples."""
     content: str = ""
     """Hash of the recording, where it is known."""
+    repeat: int = 1
+    """How often it counts in an epoch."""
 
     @classmethod
     def of(cls, header: Mapping[str, Any], unit: int, index: int, num_samples: int, num_frames: int) -> ClipRef:
         """Clip `index` of a unit with this `header`."""
         clip, duration_s = header["clips"][index], num_samples / header["sample_rate"]
         where = (clip["speaker"], str(clip["source"]), num_frames, clip["start_s"], duration_s)
-        return cls(unit, f"{index:05d}", *where, clip.get("content", ""))
+        return cls(unit, f"{index:05d}", *where, clip.get("content", ""), clip.get("repeat", 1))
 
 
 @dataclass(frozen=True)
@@ -219,13 +221,15 @@ class ClipTable:
     ) -> ClipTable:
         """`clips` without the held-out ones, and the silent clips of each speaker; `embedder` made the content.
 
+        A clip that counts several times an epoch is there so often, each with a noise and a part of its own.
+
         What the run was trained on stays on its side.
         """
         _, trained_on = Workspace(recipe.run_dir, recipe.name).trained_on()
         settled = settled_by(trained_on, recipe.data.holdout, recipe.train.seed)
         held, lost, shares = hold_out(clips, recipe.data.holdout, recipe.train.seed, settled)
         speakers = sorted({c.speaker for c in clips})
-        train = (c for c in clips if c not in held and c not in lost)
+        train = (c for c in clips if c not in held and c not in lost for _ in range(c.repeat))
         return cls(
             train=(*train, *(c for s in speakers for c in mutes(s))),
             holdout=tuple(c for c in clips if c in held),

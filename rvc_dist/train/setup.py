@@ -32,7 +32,7 @@ from rvc_dist.train.metrics import Meter
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.progress import Progress, total_steps
 from rvc_dist.train.step import GanStep, autocast
-from rvc_dist.workspace import StageError, Workspace, read_json
+from rvc_dist.workspace import Speakers, StageError, Workspace, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Origin:
     data: dict[str, Any]
     """`fingerprint.of_data`."""
     progress: Progress
-    trained_speakers: tuple[int, ...]
+    speakers: Speakers
 
 
 def find_origin(
@@ -102,13 +102,13 @@ def find_origin(
     path, saved = checkpoint.newest(accelerator, work.checkpoints_dir) or (None, None)
     shape, modules = networks.build(recipe, table, saved.identity if saved else None)
     identity, data = networks.identity(recipe, shape, table), fingerprint.of_data(recipe, table)
-    progress, speakers = Progress(), table.trained_speakers
+    progress, trained = Progress(), table.trained_speakers
     if path is not None and saved is not None:
         on_first_rank(accelerator, partial(checkpoint.check_identity, path, saved.identity, identity))
         on_first_rank(accelerator, partial(fingerprint.check, path, saved.data, data))
         progress = fingerprint.adjusted(saved.progress, saved.data, data)
-        speakers = tuple(sorted({*speakers, *saved.trained_speakers}))
-    return Origin(shape, modules, identity, data, progress, speakers), saved
+        trained += saved.speakers.trained
+    return Origin(shape, modules, identity, data, progress, Speakers.of(work.speakers().info, trained)), saved
 
 
 def budget(recipe: Recipe, table: ClipTable, loader: StepLoader, done: Progress) -> int:
@@ -281,14 +281,15 @@ def make_checkpoint(
         loss_scales={name: module.scale.state() for name, module in modules.items() if module.scale is not None},
         meter=meter_state,
         num_ranks=accelerator.num_processes,
-        trained_speakers=origin.trained_speakers,
+        speakers=origin.speakers,
         data=origin.data,
     )
 
 
-def prepare_run_folder(recipe: Recipe, work: Workspace, modules: Mapping[str, TrainedModule]) -> None:
-    """Make sure that checkpoints can be written, and keep the recipe."""
+def prepare_run_folder(recipe: Recipe, work: Workspace, origin: Origin, modules: Mapping[str, TrainedModule]) -> None:
+    """Make sure that checkpoints can be written, and keep the recipe and who is trained."""
     weights = sum(p.nbytes for m in modules.values() for p in m.module.parameters())
     checkpoint.prepare_folder(work.checkpoints_dir, 3 * weights)  # and two moments of each
     work.requeue_file.unlink(missing_ok=True)
     work.save_recipe(recipe)
+    work.save_speakers(origin.speakers)

@@ -106,7 +106,7 @@ class Trainer:
         self.validation = Validation(recipe, self.table, self.loader.dataset, self.accelerator, self.tracker)
 
     def _prepare_run_folder(self) -> None:
-        setup.prepare_run_folder(self.recipe, self.work, self.networks)
+        setup.prepare_run_folder(self.recipe, self.work, self.origin, self.networks)
 
     def train(self) -> None:
         """To the end of the budget.

@@ -10,8 +10,8 @@ from rvc_dist.config import Recipe
 from rvc_dist.files import atomic_write
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.voice.file import Dataset, voice_dict, write_voice
-from rvc_dist.workspace import ClipsReport, Shard, StageError, Workspace, read_json
+from rvc_dist.voice.file import Dataset, SpeakerInfo, voice_dict, write_voice
+from rvc_dist.workspace import ClipsReport, Shard, Speakers, StageError, Workspace, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,11 @@ def run(recipe: Recipe, shard: Shard) -> None:
     files: dict[int, Path] = {}
     for path in checkpoint.whole_in(work.checkpoints_dir):
         saved = checkpoint.load(path)
-        saved = replace(saved, trained_speakers=saved.trained_speakers or table.trained_speakers)
+        if not saved.speakers.trained:
+            saved = replace(saved, speakers=Speakers.of(work.speakers().info, table.trained_speakers))
         trained_length = saved.data.get("dataset_length") or dataset_length  # the recordings may be others by now
-        voice = voice_dict(recipe, saved, Dataset(trained_length, table.num_speakers))
+        speakers = [SpeakerInfo(id=s["id"], name=s["name"]) for s in saved.speakers.trained_info]
+        voice = voice_dict(recipe, saved, Dataset(trained_length, table.num_speakers, speakers))
         step, epoch = saved.progress.step, saved.progress.epoch
         files[step] = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
         write_voice(files[step], voice)

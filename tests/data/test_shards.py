@@ -22,11 +22,11 @@ PLACES = ("clips", "features", "index")
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo voice twice, for two speakers, and what no stage can use: eight units."""
+    """The demo voice twice, for two speakers with names, and what no stage can use: eight units."""
     folder = tmp_path_factory.mktemp("audio")
-    for speaker in ("0", "1"):
+    for speaker in ("bob", "alice"):
         shutil.copytree(VOICE, folder / speaker)
-    (folder / "0" / "text.wav").write_text("this is no sound")
+    (folder / "bob" / "text.wav").write_text("this is no sound")
     return folder
 
 
@@ -38,6 +38,7 @@ def options(audio: Path, run_dir: Path) -> list[str]:
 
 def contents(run_dir: Path) -> dict[str, bytes]:
     files = [path for place in PLACES for path in (run_dir / place).iterdir()]
+    files.append(run_dir / "speakers.json")
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
 
 
@@ -115,9 +116,9 @@ def test_a_changed_recording_redoes_its_unit_and_says_so(
     for stage in STAGES[:2]:
         rvc_dist(1, stage, *options(data, run_dir))
     before = {path: path.stat().st_mtime_ns for place in PLACES[:2] for path in (run_dir / place).glob("0*")}
-    shutil.copy(VOICE / "005.flac", data / "1" / "060.flac")
+    shutil.copy(VOICE / "005.flac", data / "bob" / "060.flac")
     output = rvc_dist(1, "preprocess", *options(data, run_dir))
-    assert "making stale clips again: recordings in data.audio_dir: 1 changed (1/060.flac)" in output
+    assert "making stale clips again: recordings in data.audio_dir: 1 changed (bob/060.flac)" in output
     output = rvc_dist(1, "extract", *options(data, run_dir))
     assert "making features again: other clips" in output
     redone = sorted(str(path.relative_to(run_dir)) for path, time in before.items() if path.stat().st_mtime_ns != time)

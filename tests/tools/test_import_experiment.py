@@ -291,10 +291,10 @@ def spoil(folder: Path) -> dict[str, str]:
     np.save(f0 / "0_0_2.wav.npy", array)
     (content / "3_1_0.npy").write_bytes(pickle.dumps({"run": "me"}))
     (waves / "3_1_1.wav").write_text("no wave")
-    for name in ("9_9_9.wav", "200_0_0.wav"):
+    for name in ("9_9_9.wav", "20000_0_0.wav"):
         with (folder / "filelist.txt").open("a") as stream:
             stream.write(f"\n/x/{name}|/x/a.npy|/x/b|/x/c|{name.split('_')[0]}")
-    shutil.copy(waves / "3_1_2.wav", waves / "200_0_0.wav")
+    shutil.copy(waves / "3_1_2.wav", waves / "20000_0_0.wav")
     return {
         "0_0_0.wav": "features not imported: extracted: missing",
         "0_0_1.wav": "features not imported: extracted: 0.40 s long, the clip 1.00 s",
@@ -302,7 +302,7 @@ def spoil(folder: Path) -> dict[str, str]:
         "3_1_0.wav": "features not imported: extracted: no .npy file of plain numbers",
         "3_1_1.wav": "not readable as audio (Format not recognised)",
         "9_9_9.wav": "in filelist.txt, but the wave is missing",
-        "200_0_0.wav": "speaker id 200 is above 108",
+        "20000_0_0.wav": "speaker id 20000 is above 9999",
     }
 
 

@@ -89,8 +89,8 @@ def test_a_run_leaves_checkpoints_scalars_pictures_and_sounds(tmp_path):
 def test_the_voice_file_knows_its_trained_speakers(tmp_path):
     recipe = replace(tiny_recipe(tmp_path, max_steps=1), data=DataConfig(sample_rate=24000, holdout=0.0))
     make_features(recipe, speakers=(1, 3))  # no folder 0/ and 2/; all of them have silent clips
-    assert train(recipe).trained_speakers == (1, 3)
-    assert train(with_train(recipe, max_steps=2)).trained_speakers == (1, 3)
+    assert train(recipe).speakers.trained == (1, 3)
+    assert train(with_train(recipe, max_steps=2)).speakers.trained == (1, 3)
     export.run(recipe, Shard())
     voice = Voice.load(Workspace(recipe.run_dir, recipe.name).last_voice_file, torch.device("cpu"))
     assert (voice.trained_speakers, voice.speaker(None)) == ((1, 3), 1)

@@ -115,7 +115,7 @@ class DoctorContext:
         Raises:
             StageError: it is not there, or none of its files can be used.
         """
-        return list_sources(Path(self.recipe.data.audio_dir), self.work.root)
+        return list_sources(Path(self.recipe.data.audio_dir), self.work)[0]
 
     @property
     def has_features_to_make(self) -> bool:
