@@ -171,6 +171,8 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw_8bit": OptimizerSpec("rvc_dist.train.optimizers:adamw_8bit", False, Package("bitsandbytes", "bitsandbytes")),
     # arXiv 2010.07468: its eps is added to the variance in every step, where 1e-9 would rule; its own 1e-16 is kept.
     "adabelief": _packaged("AdaBelief", True, lambda c: {"eps": None}),
+    # The same with AMSGrad (arXiv 1904.09237): the largest variance so far divides, so no step grows again.
+    "adabelief_v2": _packaged("AdaBelief", True, lambda c: {"eps": None, "ams_bound": True}),
     # arXiv 2208.06677: decays of the gradient, of its differences (the package's default), and of the squares.
     "adan": _packaged("Adan", True, lambda c: {"betas": (c.optim.beta1, 0.92, c.optim.beta2)}),
     # arXiv 2409.03137: the third decay is that of the slow momentum, which is what the method is about.

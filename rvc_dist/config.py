@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -270,6 +271,8 @@ class LossConfig:
     kl: FromZero = 1.0
     fm: FromZero = 1.0
     adv: FromZero = 1.0
+    stft: FromZero = 0.0
+    """Multi-resolution STFT loss beside the mel loss; 0: not computed."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,10 @@ class TrainConfig:
     """Optimizer steps, for runs that are not counted in epochs."""
     learning_rate: AboveZero = 1e-4
     """Of G and D alike; it does not depend on the number of ranks unless lr_scaling says so."""
+    learning_rate_d: AboveZero | None = None
+    """Of D, where it is to learn faster or slower than G; null: learning_rate."""
+    d_updates: Positive = 1
+    """Updates of D a step, on the same clips and what G made of them before the first; G's is one."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
     """Multiply learning_rate by 1, the square root of the number of ranks, or the number of ranks."""
     lr_schedule: Literal["exponential", "cosine", "constant"] = "exponential"
@@ -336,6 +343,9 @@ class TrainConfig:
     seed: Seed = 1234
     multiscale_mel_loss: bool = True
     """Mel loss over eight resolutions instead of one."""
+    mel_frames: Literal["middle", "edge"] = "middle"
+    """Where the windows of the eight resolutions are centred: in the middle of each hop, as those of the spectrograms
+    are, or at its edges, as in other tools of RVC."""
     loss: LossConfig = field(default_factory=LossConfig)
     pretrained: Annotated[str, one_of(BASE_MODELS)] | None = None
     """Base model to start from, by name: the files of this version, rate and pitch guidance, from the hub."""
@@ -506,12 +516,13 @@ class Recipe:
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, sentence) of every value that does not go with another."""
-    cut, pitch, model, train, plan = recipe.preprocess, recipe.extract, recipe.model, recipe.train, recipe.plan
-
-    def wrong(key: str, why: str) -> tuple[str, str]:
-        section, _, name = key.partition(".")
-        return key, f"{key}: got {getattr(getattr(recipe, section), name)}{why}"
-
+    cut, pitch, model, plan, wrong = (
+        recipe.preprocess,
+        recipe.extract,
+        recipe.model,
+        recipe.plan,
+        partial(_wrong, recipe),
+    )
     if cut.overlap_len > cut.chunk_len / 2:
         yield wrong("preprocess.overlap_len", f", expected at most half of preprocess.chunk_len ({cut.chunk_len})")
     try:
@@ -526,15 +537,27 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield wrong("model.pitch_guidance", why)
     if model.num_heads and model.hidden_channels % model.num_heads:
         yield wrong("model.num_heads", f", expected a divisor of model.hidden_channels ({model.hidden_channels})")
+    if plan.step_s is not None and plan.device_tflop_s is not None:
+        yield wrong("plan.device_tflop_s", f" with plan.step_s {plan.step_s}; set only one")
+    yield from _train_contradictions(recipe.train, wrong)
+    yield from _contradictions_of_base_model(recipe)
+
+
+def _wrong(recipe: Recipe, key: str, why: str) -> tuple[str, str]:
+    section, _, name = key.partition(".")
+    return key, f"{key}: got {getattr(getattr(recipe, section), name)}{why}"
+
+
+def _train_contradictions(
+    train: TrainConfig, wrong: Callable[[str, str], tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
     fitting = {"optimizer": ("adamw", "anyprecision_adamw"), "precision": ("fp32", "bf16")}  # defaults and its choices
     for name in (n for n, values in fitting.items() if train.bf16_adamw and getattr(train, n) not in values):
         yield wrong(f"train.{name}", f" with train.bf16_adamw, which chooses {fitting[name][-1]}; set only one")
-    if train.optimizer == "prodigy" and train.learning_rate < 0.1:
-        why = " with prodigy, which finds the rate by itself and multiplies it by this; expected 1.0 or near it"
-        yield wrong("train.learning_rate", why)
-    if plan.step_s is not None and plan.device_tflop_s is not None:
-        yield wrong("plan.device_tflop_s", f" with plan.step_s {plan.step_s}; set only one")
-    yield from _contradictions_of_base_model(recipe)
+    for name in ("learning_rate", "learning_rate_d") if train.optimizer == "prodigy" else ():
+        if (getattr(train, name) or 1.0) < 0.1:
+            why = " with prodigy, which finds the rate by itself and multiplies it by this; expected 1.0 or near it"
+            yield wrong(f"train.{name}", why)
 
 
 def _contradictions_of_base_model(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -22,11 +22,12 @@ MULTISCALE_MELS = (5, 10, 20, 40, 80, 160, 320, 480)
 _LOG_FLOOR = 1e-5
 
 
-def spectrogram(wave: Tensor, n_fft: int, hop: int) -> Tensor:
+def spectrogram(wave: Tensor, n_fft: int, hop: int, window: int | None = None) -> Tensor:
     """Magnitude sqrt(re^2 + im^2 + 1e-6) of `wave` [B, S] as [B, n_fft // 2 + 1, T], float32, T = S // hop.
 
     Frame t is a Hann window of n_fft samples centred on samples t * hop .. (t + 1) * hop, with reflection at both ends;
     a window shorter than the hop sees only the middle of its hop. At least (n_fft - hop) / 2 + 1 samples are needed.
+    With `window`, only so many samples in the middle of the frame are seen.
     """
     overhang = n_fft - hop
     left = overhang // 2
@@ -34,17 +35,24 @@ def spectrogram(wave: Tensor, n_fft: int, hop: int) -> Tensor:
         wave = F.pad(wave.float().unsqueeze(1), (left, overhang - left), mode="reflect").squeeze(1)
     else:
         wave = wave[:, -left : wave.shape[1] + overhang - left]
-    return spectrogram_with_reach(wave, n_fft, hop)
+    return spectrogram_with_reach(wave, n_fft, hop, window)
 
 
-def spectrogram_with_reach(wave: Tensor, n_fft: int, hop: int) -> Tensor:
+def spectrogram_at_edges(wave: Tensor, n_fft: int, hop: int) -> Tensor:
+    """`spectrogram` with windows centred on the samples t * hop, of which there is one more: T = S // hop + 1."""
+    padded = F.pad(wave.float().unsqueeze(1), (n_fft // 2, n_fft // 2), mode="reflect").squeeze(1)
+    return spectrogram_with_reach(padded, n_fft, hop)
+
+
+def spectrogram_with_reach(wave: Tensor, n_fft: int, hop: int, window: int | None = None) -> Tensor:
     """`spectrogram` of a `wave` [B, reach + T * hop + reach] that has what its first and last windows reach beyond it.
 
     The reach is (n_fft - hop) / 2 samples. Nothing is reflected here.
     """
     with torch.autocast(wave.device.type, enabled=False):
         wave = wave.float()
-        bins = torch.stft(wave, n_fft, hop, window=_hann(n_fft, wave.device), center=False, return_complex=True)
+        hann = _hann(window or n_fft, wave.device)
+        bins = torch.stft(wave, n_fft, hop, len(hann), hann, center=False, return_complex=True)
         return torch.view_as_real(bins).square().sum(-1).add(1e-6).sqrt()
 
 
@@ -58,17 +66,18 @@ def log_mel(wave: Tensor, rate: int, n_fft: int, hop: int, num_mels: int) -> Ten
     return mel_from_spectrogram(spectrogram(wave, n_fft, hop), rate, n_fft, num_mels)
 
 
-def multiscale_mels(wave: Tensor, rate: int) -> Tensor:
+def multiscale_mels(wave: Tensor, rate: int, at_edges: bool = False) -> Tensor:
     """Base-10 log-mel spectrograms of `wave` [B, S] or [B, 1, S], the bands of MULTISCALE_MELS in turn: [B, M, T].
 
     All scales share the hop, rate // 100, and its frames; the window of M bands is the power of two at or below
-    8 M / (rate / 2) seconds. As in `spectrogram`, windows are centred on their hop.
+    8 M / (rate / 2) seconds. Windows are centred on their hop, as in `spectrogram`, or `at_edges` of it.
     """
     wave = wave.flatten(1)
+    magnitude = spectrogram_at_edges if at_edges else spectrogram
     bands = []
     # 8 M / (rate / 2) * rate = 16 M, at any rate; the two widest scales share their window, and so their spectrogram.
     for n_fft, scales in groupby(MULTISCALE_MELS, lambda num_mels: 1 << ((16 * num_mels).bit_length() - 1)):
-        spec = spectrogram(wave, n_fft, rate // 100)
+        spec = magnitude(wave, n_fft, rate // 100)
         bands += [_mel_bands(spec, rate, n_fft, num_mels) for num_mels in scales]
     return torch.cat(bands, dim=1).clamp(min=_LOG_FLOOR).log10()
 

@@ -33,6 +33,7 @@ from rvc_dist.train import bad_steps, memory, setup
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
 from rvc_dist.train.loader import StepLoader
+from rvc_dist.train.losses import wanted
 from rvc_dist.train.metrics import Meter, PhaseTimer
 from rvc_dist.train.progress import kl_warmup
 from rvc_dist.train.step import GanStep, StepResult
@@ -312,6 +313,8 @@ def recipe_key(recipe: Recipe) -> dict[str, Any]:
         "activation_checkpointing": config.activation_checkpointing,
         "cache_on_device": config.cache_on_device,
         "multiscale_mel_loss": config.multiscale_mel_loss,
+        "d_updates": config.d_updates,
+        "losses": sorted(wanted(config.loss)),
         "sample_rate": recipe.data.sample_rate,
         **asdict(recipe.model),
     }

@@ -53,8 +53,9 @@ def measure(recipe: Recipe, num_ranks: int) -> dict[str, Any]:
     """
     settings = asked_for(recipe.train, num_ranks)
     # prodigy multiplies a rate that it finds by itself, so its 1.0 means nothing to AdamW.
-    rate = TrainConfig.learning_rate if recipe.train.optimizer == "prodigy" else recipe.train.learning_rate
-    plain = replace(recipe, train=replace(recipe.train, learning_rate=rate, **PLAIN))  # type: ignore[arg-type]
+    own = {"learning_rate": TrainConfig.learning_rate, "learning_rate_d": None}
+    rates = own if recipe.train.optimizer == "prodigy" else {}
+    plain = replace(recipe, train=replace(recipe.train, **(PLAIN | rates)))  # type: ignore[arg-type]
     sides = {name: _follow(side) for name, side in (("float32", plain), ("recipe", recipe))}
     curves = {name: side.pop("losses") for name, side in sides.items()}
     names = list(dict.fromkeys(key for step in curves["float32"] for key in step))

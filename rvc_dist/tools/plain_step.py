@@ -76,10 +76,11 @@ class PlainTrainer(NamedTuple):
         with in_step:
             out: GeneratorOutput = self.g(batch.content, batch.lengths, *pitch, spec, batch.speaker, noise)
         real = slice_samples(batch.wave, out.start, shape.segment_frames, shape.hop)
-        with in_step:
-            on_real, on_fake = self.d(real, out.wave.detach())
-        loss_d = losses.discriminator_loss([s for s, _ in on_real], [s for s, _ in on_fake])
-        self._update(self.optimizers[1], loss_d)
+        for _ in range(self.recipe.train.d_updates):
+            with in_step:
+                on_real, on_fake = self.d(real, out.wave.detach())
+            loss_d = losses.discriminator_loss([s for s, _ in on_real], [s for s, _ in on_fake])
+            self._update(self.optimizers[1], loss_d)
         with in_step:
             on_real, on_fake = self.d(real, out.wave)
         pairs = [(r, f) for (_, rs), (_, fs) in zip(on_real, on_fake, strict=True) for r, f in zip(rs, fs, strict=True)]
@@ -89,6 +90,11 @@ class PlainTrainer(NamedTuple):
             "adv": losses.generator_adversarial_loss([s for s, _ in on_fake]),
             "kl": losses.kl_loss(out.z_p, out.logs_q, out.m_p, out.logs_p, out.mask, batch.mean_frames),
         }
+        real_features, fake_features = ([f for _, f in side] for side in (on_real, on_fake))
+        scores = [s for s, _ in on_fake]
+        seen = losses.LossInputs(self.recipe, batch, out, real, real_features, fake_features, scores)
+        optional = losses.wanted(self.recipe.train.loss).items()
+        terms |= {name: loss(seen) for name, loss in optional if name not in terms}
         total = losses.weighted_sum(terms, self.recipe.train.loss, kl_warmup)
         self._update(self.optimizers[0], total)
         values = {f"loss/g_{name}": term for name, term in terms.items()} | {"loss/g_total": total, "loss/d": loss_d}

@@ -171,13 +171,14 @@ def make_plan(recipe: Recipe) -> RunPlan:
     pace, pace_from, machine = find_pace(recipe, traced, statistics.fmean(frames))
     cluster, pace, assumed = find_cluster(recipe, pace, machine)
     compressed = 2 if recipe.train.grad_compression == "bf16" else 1
+    updates = {"generator": 1, "discriminator": recipe.train.d_updates}
     rows = forecasts(
         recipe.train,
         lengths,
         sorted({*WORLD_SIZES, recipe.plan.ranks}),
         pace,
         cluster,
-        [n // compressed for n in traced.gradient_bytes.values()],
+        [n // compressed for name, n in traced.gradient_bytes.items() for _ in range(updates[name])],
         recipe.rate_spec.hop / recipe.data.sample_rate,
     )
     assumed += [

@@ -18,8 +18,14 @@ from torch import Tensor
 
 from rvc_dist.config import LossConfig, Recipe
 from rvc_dist.models.generator import GeneratorOutput
-from rvc_dist.models.spectral import log_mel, multiscale_mels, scale_weights
+from rvc_dist.models.spectral import log_mel, multiscale_mels, scale_weights, spectrogram
 from rvc_dist.train.dataset import Batch
+
+STFT_RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+"""Of `stft_loss`: size of the transform, hop and window in samples, those of Parallel WaveGAN (arXiv 1910.11480)."""
+QUIET_MAGNITUDE = 0.1
+"""Spectra of less than this in the mean are not what `stft_loss` divides by: those of silent clips, and of noise below
+some -40 dB."""
 
 
 def discriminator_loss(real_scores: Sequence[Tensor], fake_scores: Sequence[Tensor]) -> Tensor:
@@ -68,14 +74,28 @@ def mel_loss(real_wave: Tensor, fake_wave: Tensor, *, rate: int, n_fft: int, hop
     return F.l1_loss(fake, real.detach())
 
 
-def multiscale_mel_loss(real_wave: Tensor, fake_wave: Tensor, rate: int) -> Tensor:
+def multiscale_mel_loss(real_wave: Tensor, fake_wave: Tensor, rate: int, at_edges: bool = False) -> Tensor:
     """mean|log10-mel(real) - log10-mel(fake)| of every scale of `multiscale_mels`, and the mean of these.
 
     No gradient flows to `real`.
     """
-    real, fake = multiscale_mels(torch.cat([real_wave, fake_wave]), rate).chunk(2)
+    real, fake = multiscale_mels(torch.cat([real_wave, fake_wave]), rate, at_edges).chunk(2)
     distances = (fake - real.detach()).abs().mean((0, 2))
     return (distances * scale_weights(distances.device)).sum()
+
+
+def stft_loss(real_wave: Tensor, fake_wave: Tensor) -> Tensor:
+    """Multi-resolution STFT loss (arXiv 1910.11480) of waves [B, 1, S]; no gradient flows to `real`.
+
+    Mean over STFT_RESOLUTIONS and clips of |R - F| / |R| (norms of a clip's magnitudes) + mean|log R - log F|.
+    """
+    waves, losses = torch.cat([real_wave, fake_wave]).flatten(1), []
+    for n_fft, hop, window in STFT_RESOLUTIONS:
+        real, fake = spectrogram(waves, n_fft, hop, window).flatten(1).chunk(2)
+        real = real.detach()
+        size = real.norm(dim=1).clamp(min=QUIET_MAGNITUDE * real.shape[1] ** 0.5)
+        losses.append(((fake - real).norm(dim=1) / size).mean() + F.l1_loss(fake.log(), real.log()))
+    return torch.stack(losses).mean()
 
 
 class LossInputs(NamedTuple):
@@ -96,12 +116,16 @@ def recipe_mel_loss(recipe: Recipe, real: Tensor, fake: Tensor) -> Tensor:
     """The mel loss that the recipe chooses, of waves [B, 1, S]."""
     rate, spec = recipe.data.sample_rate, recipe.rate_spec
     if recipe.train.multiscale_mel_loss:
-        return multiscale_mel_loss(real, fake, rate)
+        return multiscale_mel_loss(real, fake, rate, recipe.train.mel_frames == "edge")
     return mel_loss(real, fake, rate=rate, n_fft=spec.n_fft, hop=spec.hop, num_mels=spec.num_mels)
 
 
 def _mel(x: LossInputs) -> Tensor:
     return recipe_mel_loss(x.recipe, x.real, x.out.wave) * x.batch.loss_scale
+
+
+def _stft(x: LossInputs) -> Tensor:
+    return stft_loss(x.real, x.out.wave) * x.batch.loss_scale
 
 
 def _feature_matching(x: LossInputs) -> Tensor:
@@ -124,16 +148,25 @@ GENERATOR_LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
     "fm": _feature_matching,
     "adv": _adversarial,
     "kl": _kl,
+    "stft": _stft,
 }
 """By field of LossConfig. Each gives [] this micro-batch's part of the global batch's loss: a mean over clips is
 multiplied by `batch.loss_scale`, which is 0 where a rank has no clip of its own."""
 
 
+def wanted(weights: LossConfig) -> dict[str, Callable[[LossInputs], Tensor]]:
+    """GENERATOR_LOSSES without those that are off by default and get no weight.
+
+    Others are computed even without one: gradients reach all parameters only through all of them.
+    """
+    on = {f.name for f in fields(weights) if getattr(weights, f.name) or f.default}
+    return {name: loss for name, loss in GENERATOR_LOSSES.items() if name in on}
+
+
 def weighted_sum(terms: Mapping[str, Tensor], weights: LossConfig, kl_warmup: float) -> Tensor:
     """The generator's loss, summed in the order of LossConfig's fields; `kl_warmup` in 0..1 scales the KL term."""
-    scaled: dict[str, float] = {
-        f.name: getattr(weights, f.name) * (kl_warmup if f.name == "kl" else 1.0) for f in fields(weights)
-    }
+    names = [f.name for f in fields(weights) if f.name in terms]
+    scaled: dict[str, float] = {n: getattr(weights, n) * (kl_warmup if n == "kl" else 1.0) for n in names}
     total, *others = [weight * terms[name] for name, weight in scaled.items()]
     for term in others:
         total = total + term

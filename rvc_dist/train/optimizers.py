@@ -446,10 +446,15 @@ def step_if(optimizer: Optimizer, good: Tensor) -> None:
         optimizer.step()
 
 
-def learning_rate(config: TrainConfig, step: int, epoch: int, total_steps: int, num_ranks: int) -> float:
-    """The learning rate of step `step` in epoch `epoch` (both from 0): a pure function, so resuming needs no state."""
+def learning_rate(
+    config: TrainConfig, step: int, epoch: int, total_steps: int, num_ranks: int, first: float | None = None
+) -> float:
+    """The learning rate of step `step` in epoch `epoch` (both from 0): a pure function, so resuming needs no state.
+
+    It begins at `first`, by default `config.learning_rate`.
+    """
     scale = {"none": 1.0, "sqrt": math.sqrt(num_ranks), "linear": float(num_ranks)}[config.lr_scaling]
-    rate = config.learning_rate * scale
+    rate = (first or config.learning_rate) * scale
     if step < config.warmup_steps:
         return rate * (step + 1) / config.warmup_steps
     if config.lr_schedule == "exponential":

@@ -22,7 +22,7 @@ from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.train import compilation, losses
 from rvc_dist.train.dataset import Batch
-from rvc_dist.train.ddp import TrainedModule
+from rvc_dist.train.ddp import TrainedModule, Update
 from rvc_dist.train.metrics import PhaseTimer
 
 
@@ -52,13 +52,14 @@ class GanStep:
         self.timer = timer or PhaseTimer(self.device)
 
     def __call__(self, batches: Sequence[Batch], kl_warmup: float = 1.0) -> StepResult:
-        """One update of D, then one of G, from all micro-batches: what one batch as large as all of them would do.
+        """D's updates, mostly one, then one of G, from all micro-batches: what one batch as large as all would do.
 
         `kl_warmup` in 0..1 scales the weight of the KL term.
         """
         self.timer.num_steps += 1
         last = len(batches) - 1
         values: dict[str, Tensor] = {}
+        slices: list[tuple[Tensor, Tensor]] = []
         finite = torch.ones(len(batches), dtype=torch.bool, device=self.device)
 
         for network in self.networks.values():
@@ -72,9 +73,13 @@ class GanStep:
                 loss_d = self.discriminator_backward(real, out.wave.detach(), batch)
             add_to(values, {"loss/d": loss_d})
             finite[i] &= loss_d.isfinite()
+            if self.config.d_updates > 1:
+                slices.append((real, out.wave.detach().clone()))  # CUDA graphs use the memory of their outputs again
         with self.timer.phase("d_step"):
             of_d = self.d.update(self.config.max_grad_norm)
             add_to(values, {"grad/norm_d": of_d.norm})
+            for _ in range(self.config.d_updates - 1):
+                of_d = self.update_discriminator_again(batches, slices, of_d)
 
         # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
         with self.d.frozen(self.dtype):
@@ -101,6 +106,17 @@ class GanStep:
             out: GeneratorOutput = network(batch.content, batch.lengths, *pitch, spec, batch.speaker, noise)
         return out, slice_samples(batch.wave, out.start, self.shape.segment_frames, self.spec.hop)
 
+    def update_discriminator_again(
+        self, batches: Sequence[Batch], slices: Sequence[tuple[Tensor, Tensor]], before: Update
+    ) -> Update:
+        """One more update from the same real and fake slices; what came of it and of those `before`."""
+        self.d.optimizer.zero_grad(set_to_none=True)
+        for i, (batch, (real, fake)) in enumerate(zip(batches, slices, strict=True)):
+            with self.d.no_sync(i < len(batches) - 1):
+                self.discriminator_backward(real, fake, batch)
+        now = self.d.update(self.config.max_grad_norm)
+        return Update(before.norm, before.good & now.good, before.bad | now.bad)
+
     def discriminator_backward(self, real: Tensor, fake: Tensor, batch: Batch) -> Tensor:
         """Add D's gradients of one micro-batch; its loss."""
         with self._autocast():
@@ -126,14 +142,15 @@ class GanStep:
                 real_features = self.d.compiled(real).features
             fake = self.d.compiled(out.wave)
         seen = losses.LossInputs(self.recipe, batch, out, real, real_features, fake.features, fake.scores)
-        return {name: loss(seen) for name, loss in losses.GENERATOR_LOSSES.items()}
+        return {name: loss(seen) for name, loss in losses.wanted(self.config.loss).items()}
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.config.autocast_precision)
 
-    def set_learning_rate(self, rate: float) -> None:
-        for network in self.networks.values():
-            for group in network.optimizer.param_groups:
+    def set_learning_rates(self, **rates: float) -> None:
+        """By network."""
+        for name, rate in rates.items():
+            for group in self.networks[name].optimizer.param_groups:
                 group["lr"] = rate
 
     def unwrapped(self, timer: PhaseTimer | None = None) -> GanStep:

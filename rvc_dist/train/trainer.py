@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import NoReturn
 
 from accelerate import Accelerator
@@ -181,6 +182,8 @@ class Trainer:
         self.check_recent_steps()
         if values:  # else all steps were bad, as was reported
             values["train/lr"] = self.step.g.optimizer.param_groups[0]["lr"]
+            if self.config.learning_rate_d is not None:
+                values["train/lr_d"] = self.step.d.optimizer.param_groups[0]["lr"]
             values["train/epoch"] = self.progress.epochs_done(len(self.table.train))
             values["perf/audio_s_per_s"] = audio_s_per_s
             report_steps(values, phases, self.progress, self.total_steps, self.tracker, bar)
@@ -252,9 +255,10 @@ class Trainer:
 def take_step(
     step: GanStep, batches: list[Batch], done: Progress, total_steps: int, accelerator: Accelerator
 ) -> StepResult:
-    """The update after `done` of a run of `total_steps`: with the learning rate and KL weight of that place."""
+    """The update after `done` of a run of `total_steps`: with the learning rates and KL weight of that place."""
     config = step.config
-    step.set_learning_rate(learning_rate(config, done.step, done.epoch, total_steps, accelerator.num_processes))
+    rate = partial(learning_rate, config, done.step, done.epoch, total_steps, accelerator.num_processes)
+    step.set_learning_rates(generator=rate(), discriminator=rate(config.learning_rate_d))
     full = all(len(batch.clips) == config.batch_size for batch in batches)
     with out_of_memory.advice(step, batches[0], accelerator.process_index), compilation.eager_unless(full):
         return step(batches, kl_warmup(config, done))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rvc_dist.models.spectral import MULTISCALE_MELS, log_mel, multiscale_mels
+from rvc_dist.models.spectral import MULTISCALE_MELS, log_mel, mel_from_spectrogram, multiscale_mels
 from rvc_dist.train.losses import (
     discriminator_loss,
     feature_matching_loss,
@@ -17,6 +22,7 @@ from rvc_dist.train.losses import (
     kl_loss,
     mel_loss,
     multiscale_mel_loss,
+    stft_loss,
 )
 
 
@@ -94,15 +100,65 @@ def test_losses_are_float32() -> None:
             kl_loss(latent, latent, latent, latent, mask),
             mel_loss(wave, wave.bfloat16(), rate=24000, n_fft=1024, hop=240, num_mels=80),
             multiscale_mel_loss(wave, wave.bfloat16(), 24000),
+            stft_loss(wave, wave.bfloat16()),
         )
     assert {loss.dtype for loss in losses} == {torch.float32}
 
 
-def test_mel_losses_have_finite_gradients_in_silence() -> None:
-    fake = torch.zeros(1, 1, 8640, requires_grad=True)
-    multiscale_mel_loss(torch.randn(1, 1, 8640), fake, 24000).backward()
-    assert fake.grad is not None
-    assert fake.grad.isfinite().all()
+def test_stft_loss() -> None:
+    """Per clip, so that it does not matter which clips a rank has together; silence is not divided by."""
+    torch.manual_seed(0)
+    wave = 0.5 * torch.randn(2, 1, 8640)
+    assert stft_loss(wave, wave).item() == 0
+    # Half the amplitude: |R - F| / |R| is a half, and the logarithms are log 2 apart.
+    assert stft_loss(wave, 0.5 * wave).item() == pytest.approx(0.5 + math.log(2), rel=1e-3)
+    fake = wave * torch.tensor([0.5, 1.0]).reshape(2, 1, 1)
+    clips = [stft_loss(wave[i : i + 1], fake[i : i + 1]).item() for i in range(2)]
+    assert stft_loss(wave, fake).item() == pytest.approx(sum(clips) / 2)
+    # By torch's own STFT, at one resolution.
+    resolutions = [(1024, 120, 600)]
+    with patch("rvc_dist.train.losses.STFT_RESOLUTIONS", resolutions):
+        padded = [F.pad(w, (452, 452), mode="reflect")[:, 0] for w in (wave, fake)]
+        window = torch.hann_window(600)
+        bins = [torch.stft(w, 1024, 120, 600, window, center=False, return_complex=True).abs() for w in padded]
+        real, made = ((b.square() + 1e-6).sqrt() for b in bins)
+        convergence = ((real - made).flatten(1).norm(dim=1) / real.flatten(1).norm(dim=1)).mean()
+        expected = convergence + (real.log() - made.log()).abs().mean()
+        assert stft_loss(wave, fake).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert stft_loss(torch.zeros_like(wave), 0.01 * wave).item() < 10
+
+
+def test_mel_frames_at_the_edges_of_hops() -> None:
+    """As `torch.stft` has them, in other tools of RVC; every frame half a hop earlier than in the middle, and one more.
+
+    The losses are alike, their gradients are not.
+    """
+    torch.manual_seed(0)
+    real, fake = 0.5 * torch.randn(2, 2, 1, 8640)
+    window = torch.hann_window(1024)
+    bins = torch.stft(real[:, 0], 1024, 240, window=window, center=True, pad_mode="reflect", return_complex=True)
+    mels = mel_from_spectrogram((bins.abs().square() + 1e-6).sqrt(), 24000, 1024, 80) / math.log(10)
+    at_edges = multiscale_mels(real, 24000, at_edges=True)
+    first = sum(MULTISCALE_MELS[: MULTISCALE_MELS.index(80)])
+    torch.testing.assert_close(at_edges[:, first : first + 80], mels, rtol=1e-4, atol=1e-5)
+    assert at_edges.shape[2] == multiscale_mels(real, 24000).shape[2] + 1 == 37
+    fake.requires_grad_()
+    losses = [multiscale_mel_loss(real, fake, 24000, at_edges) for at_edges in (False, True)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.05)
+    middle, edge = (torch.autograd.grad(loss, fake)[0].flatten() for loss in losses)
+    assert 0.1 < F.cosine_similarity(middle, edge, dim=0) < 0.9
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [partial(multiscale_mel_loss, rate=24000), partial(multiscale_mel_loss, rate=24000, at_edges=True), stft_loss],
+)
+def test_spectral_losses_have_finite_gradients_in_silence(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    for real in (torch.randn(1, 1, 8640), torch.zeros(1, 1, 8640)):
+        fake = torch.zeros(1, 1, 8640, requires_grad=True)
+        loss(real, fake).backward()
+        assert fake.grad is not None
+        assert fake.grad.isfinite().all()
 
 
 def test_mel_losses_transform_both_waves_in_one_pass() -> None:

@@ -126,7 +126,7 @@ def test_options_come_from_the_recipe_where_the_optimizer_has_them(name):
     config = config_of(name, beta1=0.7, beta2=0.95, eps=1e-5, weight_decay=0.1)
     group = make_optimizer(config, small_net()).param_groups[0]
     betas = {"adan": (0.7, 0.92, 0.95), "ademamix": (0.7, 0.95, 0.9999), "came": (0.7, 0.95, 0.9999)}
-    own_eps = {"adabelief": 1e-16, "came": None, "lion": None}
+    own_eps = {"adabelief": 1e-16, "adabelief_v2": 1e-16, "came": None, "lion": None}
     assert group["betas"] == betas.get(name, (0.7, 0.95))
     assert group.get("eps") == own_eps.get(name, 1e-5)
     assert group["weight_decay"] == 0.1
