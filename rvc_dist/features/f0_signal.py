@@ -278,7 +278,8 @@ def swipe_kernels(candidates: Hertz, frequencies: Hertz) -> Hertz:
         wave = np.cos(2.0 * np.pi * ratio)
         kernels += whole * np.where(distance < 0.25, wave, np.where(distance < 0.75, wave / 2.0, 0.0))
     kernels /= np.sqrt(frequencies)
-    return np.asarray(kernels / np.linalg.norm(kernels.clip(0.0), axis=1, keepdims=True))
+    # Above some 4,500 Hz not even the first harmonic is whole: such a candidate fits nothing.
+    return np.asarray(kernels / np.linalg.norm(kernels.clip(0.0), axis=1, keepdims=True).clip(min=1e-9))
 
 
 def _spline_matrix(size: int, frequencies: Hertz) -> Hertz:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from rvc_dist.models.modules import LEAKY_SLOPE, Conv1d, channels_last
+from rvc_dist.models.modules import LEAKY_SLOPE, Conv1d, channels_last, reflected
 
 PERIODS = {"v1": (2, 3, 5, 7, 11, 17), "v2": (2, 3, 5, 7, 11, 17, 23, 37)}
 FULL_CHANNELS = 1024
@@ -89,7 +89,7 @@ class PeriodDiscriminator(_Discriminator):
 
     def fold(self, wave: Tensor) -> Tensor:
         """[B, 1, S] to [1, 1, S / P, B * P], reflected at the end to a multiple of P."""
-        wave = F.pad(wave, (0, -wave.shape[2] % self.period), mode="reflect")
+        wave = reflected(wave, 0, -wave.shape[2] % self.period)
         return wave.reshape(wave.shape[0], -1, self.period).transpose(0, 1).flatten(1)[None, None]
 
     def unfold(self, x: Tensor) -> Tensor:

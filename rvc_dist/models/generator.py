@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rvc_dist.models.encoders import PosteriorEncoder, TextEncoder
 from rvc_dist.models.flow import Flow
-from rvc_dist.models.modules import frame_mask, slice_frames
+from rvc_dist.models.modules import KernelSearchFromHere, frame_mask, kernel_search, slice_frames
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.vocoders import vocoder_class
 
@@ -102,14 +102,18 @@ class Generator(nn.Module):
         segment = self.shape.segment_frames
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)
-        m_p, logs_p = self.enc_p(content, coarse, mask)
-        z, m_q, logs_q = self.enc_q(spec, mask, voice, noise.posterior)
-        z_p = self.flow(z, mask, voice)
+        with kernel_search(False):  # clips have many lengths, slices have one
+            m_p, logs_p = self.enc_p(content, coarse, mask)
+            z, m_q, logs_q = self.enc_q(spec, mask, voice, noise.posterior)
+            z_p = self.flow(z, mask, voice)
         num_starts = (lengths - segment + 1).clamp(min=1)
         start = (noise.start * num_starts).long()
         f0_slice = None if f0 is None else slice_frames(f0.unsqueeze(1), start, segment).squeeze(1)
         decode = self.dec if decoder is None else decoder
-        wave = decode(slice_frames(z, start, segment), f0_slice, voice, noise.vocoder)
+        z_slice = slice_frames(z, start, segment)
+        if torch.backends.cudnn.benchmark:
+            z_slice = KernelSearchFromHere.apply(z_slice)
+        wave = decode(z_slice, f0_slice, voice, noise.vocoder)
         return GeneratorOutput(wave, start, mask, z_p, m_p, logs_p, m_q, logs_q)
 
     @torch.no_grad()

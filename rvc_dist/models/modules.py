@@ -35,6 +35,49 @@ def slice_samples(wave: Tensor, start_frames: Tensor, segment_frames: int, hop: 
     return slice_frames(wave, start_frames * hop, segment_frames * hop)
 
 
+def reflected(x: Tensor, left: int, right: int) -> Tensor:
+    """`x` [B, C, S] with `left` and `right` samples more, mirrored at its ends as by F.pad.
+
+    Where determinism is asked for, by joining parts: the gradient of F.pad has no deterministic kernel on GPUs.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.pad(x, (left, right), mode="reflect")
+    size = x.shape[-1]
+    return torch.cat([x[..., 1 : left + 1].flip(-1), x, x[..., size - 1 - right : size - 1].flip(-1)], dim=-1)
+
+
+@contextmanager
+def kernel_search(on: bool | None = None) -> Iterator[None]:
+    """Inside, cuDNN looks for the fastest kernel of each new shape, or takes one that it knows to be good.
+
+    A search takes tenths of a second, so it is for shapes that come again. Without `on` all is as before; afterwards
+    it is in any case.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before if on is None else on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class KernelSearchFromHere(torch.autograd.Function):
+    """The same tensor; cuDNN searches for kernels in what is computed from it, and no more once its gradient is known.
+
+    So a backward pass, which takes the setting as it is by then, searches where the forward pass did.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        torch.backends.cudnn.benchmark = True
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        torch.backends.cudnn.benchmark = False
+        return gradient
+
+
 @contextmanager
 def weights_made_once(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, every weight that weight norm makes in `network` is made and cast to `dtype` once, not in every pass.

@@ -14,8 +14,9 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from rvc_dist.models.modules import reflected
 
 MULTISCALE_MELS = (5, 10, 20, 40, 80, 160, 320, 480)
 """Mel bands of each scale of the multi-scale mel loss."""
@@ -32,7 +33,7 @@ def spectrogram(wave: Tensor, n_fft: int, hop: int, window: int | None = None) -
     overhang = n_fft - hop
     left = overhang // 2
     if overhang >= 0:
-        wave = F.pad(wave.float().unsqueeze(1), (left, overhang - left), mode="reflect").squeeze(1)
+        wave = reflected(wave.float().unsqueeze(1), left, overhang - left).squeeze(1)
     else:
         wave = wave[:, -left : wave.shape[1] + overhang - left]
     return spectrogram_with_reach(wave, n_fft, hop, window)

@@ -80,6 +80,8 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
             InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s or config.timeout_s)),
         ],
     )
+    if accelerator.device.index is None:  # alone, Accelerate says "cuda"; memory is counted by a device's number
+        accelerator.state.device = local_device()
     if accelerator.num_processes != wanted:
         raise StageError(
             f"the launcher asked for {wanted} ranks but {accelerator.num_processes} joined;",

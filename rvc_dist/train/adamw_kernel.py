@@ -35,6 +35,73 @@ def _to_bfloat16(numbers):
 
 
 @triton.jit
+def _at(column, aligned: tl.constexpr, kind: tl.constexpr):
+    """Where the tensor of an address in a column begins."""
+    beginning = tl.load(column).to(tl.pointer_type(kind))
+    if aligned:
+        beginning = tl.multiple_of(beginning, 16)
+    return beginning
+
+
+@triton.jit
+def _load(pointers, wanted, masked: tl.constexpr):
+    return tl.load(pointers, mask=wanted, other=0.0) if masked else tl.load(pointers)
+
+
+@triton.jit
+def _store(pointers, numbers, wanted, masked: tl.constexpr):
+    if masked:
+        tl.store(pointers, numbers, mask=wanted)
+    else:
+        tl.store(pointers, numbers)
+
+
+@triton.jit
+def _update(
+    column,
+    num_tensors,
+    place,
+    size,
+    factors,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    decay,
+    half_variance: tl.constexpr,
+    kahan: tl.constexpr,
+    aligned: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """The arithmetic of `optimizers._adamw_`, in its order, for the elements `place` of one tensor."""
+    wanted = place < size
+    variance_type = tl.uint16 if half_variance else tl.float32
+    weights = _at(column, aligned, tl.float32) + place
+    gradients = _at(column + num_tensors, aligned, tl.float32) + place
+    momenta = _at(column + 2 * num_tensors, aligned, tl.uint16) + place
+    variances = _at(column + 3 * num_tensors, aligned, variance_type) + place
+
+    gradient = _load(gradients, wanted, masked)
+    change = _from_bfloat16(_load(momenta, wanted, masked)) * beta1 + gradient * rest1
+    _store(momenta, _to_bfloat16(change), wanted, masked)
+    square = _load(variances, wanted, masked)
+    if half_variance:
+        square = _from_bfloat16(square)
+    square = square * beta2 + rest2 * gradient * gradient
+    _store(variances, _to_bfloat16(square) if half_variance else square, wanted, masked)
+    denominator = tl.sqrt_rn(square) * tl.load(factors) + eps
+    change = tl.div_rn(change, denominator) * tl.load(factors + 1)
+    weight = _load(weights, wanted, masked)
+    change += weight * decay
+    if kahan:
+        compensations = _at(column + 4 * num_tensors, aligned, tl.uint16) + place
+        change += _from_bfloat16(_load(compensations, wanted, masked))
+        _store(compensations, _to_bfloat16(change - ((weight + change) - weight)), wanted, masked)
+    _store(weights, weight + change, wanted, masked)
+
+
+@triton.jit
 def _step(
     addresses,  # [columns, tensors]: of weights, gradients, momenta, variances and compensations
     sizes,  # [tensors]
@@ -51,37 +118,27 @@ def _step(
     decay,
     half_variance: tl.constexpr,
     kahan: tl.constexpr,
+    aligned: tl.constexpr,  # every tensor begins at a multiple of 16 bytes
     block_size: tl.constexpr,
 ):
-    """The arithmetic of `optimizers._adamw_`, in its order."""
-    block = tl.program_id(0)
-    tensor = tl.load(owners + block)
-    place = (block - tl.load(first_blocks + tensor)) * block_size + tl.arange(0, block_size)
-    wanted = (place < tl.load(sizes + tensor)) & (tl.load(skip) == 0)
-    variance_type = tl.uint16 if half_variance else tl.float32
-    column = addresses + tensor
-    weights = tl.load(column).to(tl.pointer_type(tl.float32)) + place
-    gradients = tl.load(column + num_tensors).to(tl.pointer_type(tl.float32)) + place
-    momenta = tl.load(column + 2 * num_tensors).to(tl.pointer_type(tl.uint16)) + place
-    variances = tl.load(column + 3 * num_tensors).to(tl.pointer_type(variance_type)) + place
-
-    gradient = tl.load(gradients, mask=wanted, other=0.0)
-    change = _from_bfloat16(tl.load(momenta, mask=wanted, other=0)) * beta1 + gradient * rest1
-    tl.store(momenta, _to_bfloat16(change), mask=wanted)
-    square = tl.load(variances, mask=wanted, other=0)
-    if half_variance:
-        square = _from_bfloat16(square)
-    square = square * beta2 + rest2 * gradient * gradient
-    tl.store(variances, _to_bfloat16(square) if half_variance else square, mask=wanted)
-    denominator = tl.sqrt_rn(square) * tl.load(factors) + eps
-    change = tl.div_rn(change, denominator) * tl.load(factors + 1)
-    weight = tl.load(weights, mask=wanted, other=0.0)
-    change += weight * decay
-    if kahan:
-        compensations = tl.load(column + 4 * num_tensors).to(tl.pointer_type(tl.uint16)) + place
-        change += _from_bfloat16(tl.load(compensations, mask=wanted, other=0))
-        tl.store(compensations, _to_bfloat16(change - ((weight + change) - weight)), mask=wanted)
-    tl.store(weights, weight + change, mask=wanted)
+    if tl.load(skip) == 0:
+        block = tl.program_id(0)
+        tensor = tl.load(owners + block)
+        size = tl.load(sizes + tensor)
+        start = (block - tl.load(first_blocks + tensor)) * block_size
+        place = start + tl.arange(0, block_size)
+        column = addresses + tensor
+        # Without a mask a thread moves 16 bytes at a time; a mask would be asked for each number.
+        if start + block_size <= size:
+            _update(
+                column, num_tensors, place, size, factors, beta1, rest1, beta2, rest2, eps, decay,
+                half_variance, kahan, aligned, False,
+            )  # fmt: skip
+        else:
+            _update(
+                column, num_tensors, place, size, factors, beta1, rest1, beta2, rest2, eps, decay,
+                half_variance, kahan, False, True,
+            )  # fmt: skip
 
 
 class Kernel:
@@ -94,6 +151,7 @@ class Kernel:
         self._addresses: list[int] = []
         self._columns = torch.empty(0, dtype=torch.int64)
         self._num_blocks = 0
+        self._is_aligned = False
 
     @classmethod
     def tried(cls, device: torch.device) -> Kernel:
@@ -132,6 +190,7 @@ class Kernel:
         if addresses != self._addresses:
             self._columns = torch.tensor(addresses).to(device, non_blocking=True)
             self._addresses = addresses
+            self._is_aligned = all(address % 16 == 0 for address in addresses)
 
     def step(self, group: dict[str, Any], rows: Sequence[tuple[Tensor, ...]], skip: Tensor | None) -> None:
         """One step for contiguous rows of (parameter, gradient, momentum, variance[, Kahan compensation]).
@@ -160,6 +219,7 @@ class Kernel:
                 -lr * group["weight_decay"],
                 half_variance=rows[0][3].dtype == torch.bfloat16,
                 kahan=len(rows[0]) == 5,
+                aligned=self._is_aligned,
                 block_size=BLOCK,
                 enable_fp_fusion=False,
             )

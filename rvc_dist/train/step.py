@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rvc_dist.config import Recipe
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
-from rvc_dist.models.modules import slice_samples
+from rvc_dist.models.modules import kernel_search, slice_samples
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.runtime.device import PRECISIONS
@@ -132,7 +132,8 @@ class GanStep:
         """Add G's gradients of one micro-batch; its losses."""
         terms = self.generator_terms(out, real, batch)
         loss = losses.weighted_sum(terms, self.config.loss, kl_warmup)
-        self.g.backward(loss)
+        with kernel_search():  # the backward pass ends where cuDNN does not search
+            self.g.backward(loss)
         return {f"loss/g_{k}": v for k, v in terms.items()} | {"loss/g_total": loss}
 
     def generator_terms(self, out: GeneratorOutput, real: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from rvc_dist.config import Recipe
 from rvc_dist.models.generator import Generator
+from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import log_mel
 from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
@@ -61,7 +60,7 @@ class Validation:
         clips = validated(self.recipe, self.table)
         mine = list(enumerate(clips))[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = torch.zeros(2, device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), no_kernel_search():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), kernel_search(False):
             for i, clip in mine or [(0, self.table.train[0])]:
                 torch.manual_seed(self.recipe.train.seed + i)
                 real, fake = self._resynthesise(generator, clip)
@@ -96,14 +95,3 @@ class Validation:
         self.tracker.mel_picture("mel/real_above_generated", [self._log_mel(real), self._log_mel(fake)], step)
         self.tracker.sound("audio/generated", fake, rate, step)
         self.tracker.sound("audio/real", real, rate, step)
-
-
-@contextmanager
-def no_kernel_search() -> Iterator[None]:
-    """Inside, cuDNN takes the kernels that it knows to be good: each clip has a length of its own, to be seen once."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

@@ -275,6 +275,13 @@ def test_noise_is_mostly_unvoiced(methods: dict[str, F0Method], name: str) -> No
     assert (methods[name](noise[None])[0] > 0).float().mean() < NOISE.get(name, 0.05)
 
 
+def test_swipe_hears_speech_with_a_range_beyond_what_it_can_tell() -> None:
+    """Where not even a candidate's first harmonic is below 8 kHz."""
+    wave, truth = voice(200.0)
+    f0 = load_f0(ExtractConfig(f0_method="swipe", f0_max=2000.0), CPU)(wave[None])[0]
+    assert ((f0 / truth - 1.0).abs() < 0.01).float().mean() > 0.9
+
+
 def test_hum_in_the_pauses_is_no_voice(methods: dict[str, F0Method]) -> None:
     hum = 1e-3 * torch.sin(2 * torch.pi * 100.0 * torch.arange(RATE) / RATE)
     wave = hum + F.pad(voice(200.0, 0.5)[0], (0, RATE // 2))

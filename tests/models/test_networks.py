@@ -372,6 +372,20 @@ def test_discriminator_compiles_as_one_graph() -> None:
         torch.testing.assert_close(fused, plain)
 
 
+def test_reflection_is_the_same_with_deterministic_kernels() -> None:
+    ends = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            wave = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            outputs = [modules.reflected(wave, left, right) for left, right in ((0, 0), (7, 3), (0, 49), (49, 0))]
+            sum((x * torch.arange(x.shape[2])).sum() for x in outputs).backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        ends.append([*outputs, wave.grad])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
 def test_folded_period_discriminator_equals_its_2d_form() -> None:
     torch.manual_seed(0)
     discriminator = PeriodDiscriminator(3, 64)

@@ -204,6 +204,18 @@ def fake_gpus(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_a_lone_ranks_gpu_has_a_number(monkeypatch):
+    """Accelerate calls it "cuda", and torch's allocator answers no question about that."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert accelerator.make_accelerator(TrainConfig()).device == torch.device("cuda", 0)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize(("visible", "index"), [(1, 0), (4, 3)])
 def test_ddp_and_barriers_get_the_number_of_the_ranks_device(fake_gpus, visible, index):
     """Under `srun --gpus-per-task=1` that is not the rank's number on its host; so does DeepSpeed, by LOCAL_RANK."""

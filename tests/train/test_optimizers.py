@@ -520,7 +520,7 @@ def test_the_kernel_compiles_for_gpus_and_touches_24_bytes_a_weight(capability):
 
     from rvc_dist.train import adamw_kernel
 
-    constants = {"half_variance": False, "kahan": False, "block_size": 128 * 4}
+    constants = {"half_variance": False, "kahan": False, "aligned": True, "block_size": 128 * 4}
     known = {"addresses": "*i64", "factors": "*fp32", "skip": "*u8", "num_tensors": "i32"}
     known |= dict.fromkeys(("sizes", "first_blocks", "owners"), "*i32") | dict.fromkeys(constants, "constexpr")
     types = {name: known.get(name, "fp32") for name in adamw_kernel._step.arg_names}
@@ -528,10 +528,12 @@ def test_the_kernel_compiles_for_gpus_and_touches_24_bytes_a_weight(capability):
     options = {"enable_fp_fusion": False, "num_warps": 4}
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     assert not re.search(r"fma\.|\.approx|\.ftz", ptx)
-    touched = [re.sub(r"\D", "", word) for word in re.findall(r"(?:ld|st)\.global\.b(?:16|32)\b", ptx)]
-    tables = 5 * 32 // 32  # sizes, first block, owner and two factors, once for all elements of a program
-    # Each of 128 threads has four elements.
-    assert sum(int(bits) // 8 for bits in touched) - 4 * tables == 4 * 24
+    touched = re.findall(r"(?:ld|st)\.global(?:\.v(\d))?\.b(16|32)\b", ptx)
+    # Once for all elements of a program: size, first block, owner, and two factors in either branch.
+    tables = (3 + 2 * 2) * 4
+    # Each of 128 threads has four elements, in one branch by 16 bytes at a time, in the other each by a mask.
+    assert sum(int(width or 1) * int(bits) // 8 for width, bits in touched) - tables == 2 * 4 * 24
+    assert touched.count(("4", "32")) == 5  # weights and variances in and out, gradients
 
 
 def test_without_triton_the_steps_are_those_without_the_kernel(monkeypatch, caplog):

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -657,6 +658,39 @@ def test_validation_searches_no_kernels_for_the_length_of_each_clip(tmp_path, mo
     run.close()
     assert set(searched) == {False}
     assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("searches", [True, False])
+def test_a_step_searches_kernels_for_slices_alone(tmp_path, monkeypatch, searches):
+    """In both directions: clips have hundreds of lengths, and a search for each took a GPU a minute in 20 steps."""
+    recipe = tiny_recipe(tmp_path, grad_accum_steps=2)
+    make_features(recipe)
+    run = trainer.Trainer(recipe)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", searches)
+    found: dict[str, set[bool]] = defaultdict(set)
+
+    def watch(name, module):
+        def note(*_: object) -> None:
+            found[name].add(torch.backends.cudnn.benchmark)
+
+        def forward(_module, _inputs, output):
+            note()
+            if output.requires_grad:
+                output.register_hook(note)
+
+        module.register_forward_hook(forward)
+
+    g, d = (run.networks[name].module for name in checkpoint.MODELS)
+    for name in ("enc_p.proj", "enc_q.pre", "enc_q.proj", "flow.flows.0.pre"):
+        watch("clips", g.get_submodule(name))
+    for module in (g.get_submodule("dec.conv_pre"), g.get_submodule("dec.conv_post"), d.discriminators[0].convs[0]):
+        watch("slices", module)
+    steps = run.loader.steps(run.progress)
+    for _ in range(2):
+        run.train_step(next(steps))
+    run.close()
+    assert found == {"clips": {False}, "slices": {searches}}
+    assert torch.backends.cudnn.benchmark == searches
 
 
 def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, caplog):
