@@ -41,7 +41,7 @@ def spectrogram(wave: Tensor, n_fft: int, hop: int, window: int | None = None) -
 
 def spectrogram_at_edges(wave: Tensor, n_fft: int, hop: int) -> Tensor:
     """`spectrogram` with windows centred on the samples t * hop, of which there is one more: T = S // hop + 1."""
-    padded = F.pad(wave.float().unsqueeze(1), (n_fft // 2, n_fft // 2), mode="reflect").squeeze(1)
+    padded = reflected(wave.float().unsqueeze(1), n_fft // 2, n_fft // 2).squeeze(1)
     return spectrogram_with_reach(padded, n_fft, hop)
 
 
