@@ -69,6 +69,11 @@ STAGES = {
         folders="RUN ...",
         keeps_log=False,
     ),
+    "fetch": Stage(
+        "rvc_dist.tools.fetch",
+        "Get the encoder, the pitch tracker's weights and the base model from the hub, for work without network.",
+        keeps_log=False,
+    ),
     "bench": Stage("rvc_dist.tools.bench", "Measure training steps; --parity compares losses with float32 ones."),
     "doctor": Stage(
         "rvc_dist.tools.doctor",

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from rvc_dist.files import NO_SPACE
+from rvc_dist.files import NO_SPACE, space
+from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
 
 Errors = tuple[type[Exception], ...]
-_CHECKS_CACHE: ContextVar[bool] = ContextVar("_CHECKS_CACHE", default=False)
+_LOOKED_AT: ContextVar[list[Path] | None] = ContextVar("_LOOKED_AT", default=None)
+"""Inside `checked`, the files that were given."""
 
 
 def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "") -> Path:
@@ -31,7 +33,7 @@ def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "
 
     Raises:
         FileNotFoundError: it is not to be had; says where it was looked for, and why.
-        OSError: the disk does not take it.
+        StageError: the disk of the cache has no room.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -42,7 +44,7 @@ def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "
     missing: Exception
     try:
         path = Path(download(local_files_only=True))
-        return _whole(path, sha256) if _CHECKS_CACHE.get() else path
+        return path if _LOOKED_AT.get() is None else _given(_whole(path, sha256))
     except reasons as error:
         missing = error
     damage = str(missing) if isinstance(missing, _DamagedError) else ""
@@ -54,13 +56,18 @@ def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "
         reason = hub_silence()
         try:
             if not reason:
+                logger.info(f"fetching {filename} of {repository} from {constants.ENDPOINT}")
                 path = _whole(Path(download()), sha256)
                 logger.info(f"fetched {filename} of {repository}, {path.stat().st_size / 1e6:.1f} MB")
-                return path
+                return _given(path)
         except reasons as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:
-                raise OSError(error.errno, os.strerror(error.errno), constants.HF_HUB_CACHE) from error
-            missing, reason = error, str(error).splitlines()[0]
+                raise StageError(
+                    f"{filename} of {repository} cannot be written to the cache {constants.HF_HUB_CACHE} "
+                    f"({os.strerror(error.errno or 0)}; {space(Path(constants.HF_HUB_CACHE))}):",
+                    "free some space, or let HF_HOME name a folder on another disk",
+                ) from error
+            missing, reason = error, f"{' '.join(str(error).split()):.200}"
         how = f"and {constants.ENDPOINT} did not give it ({reason})."
     where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
     at = f" (revision {revision})" if revision else ""
@@ -68,13 +75,24 @@ def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "
 
 
 @contextmanager
-def checked() -> Iterator[None]:
-    """Inside, files of the cache are compared with their hashes as well, and fetched again where they differ."""
-    token = _CHECKS_CACHE.set(True)
+def checked() -> Iterator[list[Path]]:
+    """Inside, files of the cache are compared with their hashes as well, and fetched again where they differ.
+
+    Yields the files that were given, each once.
+    """
+    files: list[Path] = []
+    token = _LOOKED_AT.set(files)
     try:
-        yield
+        yield files
     finally:
-        _CHECKS_CACHE.reset(token)
+        _LOOKED_AT.reset(token)
+
+
+def _given(path: Path) -> Path:
+    files = _LOOKED_AT.get()
+    if files is not None and path not in files:
+        files.append(path)
+    return path
 
 
 class _DamagedError(OSError):
