@@ -353,6 +353,8 @@ class TrainConfig:
     """Generator weights to start from instead (.pth)."""
     pretrained_d: Text | None = None
     """Discriminator weights to start from instead (.pth)."""
+    fresh_speakers: bool = False
+    """Begin the dataset's speakers with new rows of the mean norm, not with those of the base model's speakers."""
     save_every_steps: Positive = 1000
     """Steps between checkpoints; one is always written at the end and when the run is stopped."""
     save_every_epochs: Positive | None = None
@@ -417,8 +419,8 @@ class InferConfig:
     """Share of retrieved features, 0 (no index) to 1."""
     protect: Annotated[float, within(0.0, 0.5)] = 0.33
     """Share of retrieved features kept in unvoiced frames; 0.5 turns the protection off."""
-    speaker: Count | None = None
-    """Id of a trained speaker; null: the only one, the lowest of several, or 0 where the voice does not say."""
+    speaker: Count | Text | None = None
+    """Id or name of a trained speaker; null: the only one, the lowest of several, or 0 where the voice does not say."""
     window_s: Annotated[float, within(2.0, 600.0)] = 30.0
     """Longest piece converted at once, in seconds: bounds the memory."""
     seed: Seed = 1234

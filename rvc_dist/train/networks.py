@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PRETRAINED = {"generator": "pretrained_g", "discriminator": "pretrained_d"}
 """The recipe's key of each network's first weights."""
+SPEAKER_TABLE = "emb_g.weight"
 RECOMPUTED = (ResBlock, ResidualLayers, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscriminator)
 """What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
 
@@ -56,7 +57,11 @@ def build(
         with gathered(problems):
             pretrained["generator"].check_embedder(EmbedderId.from_features(table.embedder))
         with gathered(problems):
-            num_speakers = pretrained["generator"].num_speakers(num_speakers)
+            fresh = table.trained_speakers if config.fresh_speakers else ()
+            pretrained["generator"] = pretrained["generator"].with_speakers(num_speakers, fresh, config.seed)
+            num_speakers = len(pretrained["generator"].state[SPEAKER_TABLE])
+    elif config.fresh_speakers:
+        logger.warning("train.fresh_speakers does nothing: without a pretrained generator all speakers are new")
     shape = GeneratorShape.from_recipe(recipe, table.content_channels, num_speakers)
     torch.manual_seed(config.seed)
     modules = make_networks(recipe, shape)
@@ -182,20 +187,34 @@ class Pretrained:
         except ValueError as error:
             raise StageError(f"{where} does not say what it was trained with: {error}") from error
 
-    def num_speakers(self, wanted: int) -> int:
-        """The speakers that this generator has: at least as many as are `wanted`.
+    def with_speakers(self, count: int, fresh: Sequence[int], seed: int) -> Pretrained:
+        """With at least `count` rows in the generator's speaker table.
+
+        Those that it lacks, and the `fresh` ones, point in random directions and have the mean norm of its rows: the
+        networks meet somebody new who is no farther off than those whom they know.
 
         Raises:
-            StageError: it has fewer, or it is no generator.
+            StageError: it is no generator.
         """
-        table = self.state.get("emb_g.weight")
-        if table is None or table.ndim != 2:
-            raise StageError(f"{self.where} holds no generator (no emb_g.weight)")
-        if len(table) < wanted:
-            raise StageError(
-                f"{self.where} has {len(table)} speakers, the dataset's highest speaker id is {wanted - 1}"
+        known = self.state.get(SPEAKER_TABLE)
+        if known is None or known.ndim != 2 or not len(known):
+            raise StageError(f"{self.where} holds no generator (no {SPEAKER_TABLE})")
+        num_rows = max(count, len(known))
+        rows = sorted({*fresh, *range(len(known), num_rows)})
+        if not rows:
+            return self
+        random = torch.Generator().manual_seed(seed)
+        drawn = nn.functional.normalize(torch.randn(num_rows, known.shape[1], generator=random))
+        table = torch.cat([known.float(), drawn[len(known) :]])
+        table[rows] = drawn[rows] * known.float().norm(dim=1).mean()
+        if num_rows > len(known):
+            logger.info(
+                f"{self.where}: its speaker table grows from {len(known)} to {num_rows} rows, since the dataset's "
+                f"highest speaker id is {num_rows - 1}"
             )
-        return len(table)
+        if fresh:
+            logger.info(f"train.fresh_speakers: {len(fresh)} of the dataset begin with new rows")
+        return replace(self, state={**self.state, SPEAKER_TABLE: table})
 
     def check_embedder(self, features: EmbedderId) -> None:
         """Make sure that these weights know the content features that they are to go on with.

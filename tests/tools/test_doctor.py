@@ -788,7 +788,7 @@ def test_a_run_that_lacks_nothing_begins_and_looks_no_more_once_its_data_is_made
 def test_all_that_a_run_lacks_is_told_at_once_before_anything_is_made(new_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     monkeypatch.setattr(disk.shutil, "disk_usage", full(10**6))
-    torch.save({"model": {"emb_g.weight": torch.zeros(1, 8)}}, tmp_path / "G.pth")
+    torch.save({"model": {"enc_q.x": torch.zeros(1)}}, tmp_path / "G.pth")
     recipe = with_train(
         replace(new_run, extract=ExtractConfig(f0_method="hybrid[rmvpe+yin]", embedder_model="contentvec")),
         pretrained_g=str(tmp_path / "G.pth"),
@@ -803,7 +803,7 @@ def test_all_that_a_run_lacks_is_told_at_once_before_anything_is_made(new_run, t
         "--extract.embedder_model FOLDER",
         "the weights of rmvpe",
         "train.pretrained_g: ",
-        "has 1 speakers, the dataset's highest speaker id is 1",
+        "holds no generator (no emb_g.weight)",
         "D48k.pth does not exist",
         "/dev/shm has 1 MB free",
         "the disk has 1 MB free",
