@@ -143,8 +143,11 @@ class PreprocessConfig:
     """Overlap of neighbouring clips in seconds."""
     process_effects: bool = True
     """High-pass at 48 Hz (5th-order Butterworth)."""
-    normalization: Literal["none", "pre", "post"] = "post"
-    """Level recordings before cutting (pre), each clip after it (post), or not at all (none)."""
+    normalization: Literal["none", "pre", "post", "lufs"] = "post"
+    """Level recordings before cutting (pre), each clip after it (post), all clips to one loudness (lufs), or nothing
+    (none)."""
+    loudness: Annotated[float, within(-60.0, -5.0)] | None = None
+    """Of lufs, in LUFS: lowered for all clips where one of them would peak above -1 dB; null: the most they bear."""
     clean_dataset: bool = False
     """Reduce noise by spectral gating, on the GPU if there is one; it also takes a little of the voice."""
     clean_strength: Fraction = 0.5

@@ -406,10 +406,18 @@ class Unit:
         return fingerprint(settings, [f.identity for f in self.files])
 
 
-WorkListFile = record(
-    version=int, listing=str, settings=dict[str, Any], units=list[list[SourceFile]], excluded=list[SourceFile]
-)
-"""RUN/clips/plan.json."""
+class OldWorkListFile(TypedDict):
+    version: int
+    listing: str
+    settings: dict[str, Any]
+    units: list[list[SourceFile]]
+    excluded: list[SourceFile]
+
+
+class WorkListFile(OldWorkListFile, total=False):
+    """RUN/clips/plan.json."""
+
+    lufs: float
 
 
 @dataclass(frozen=True)
@@ -423,6 +431,13 @@ class WorkList:
     units: tuple[Unit, ...]
     excluded: tuple[SourceFile, ...]
     """Files that no unit holds, each with its reason."""
+    lufs: float | None = None
+    """The loudness that all clips are brought to, where they are; it depends on all recordings."""
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What the clips of a unit depend on besides its recordings."""
+        return self.settings | ({} if self.lufs is None else {"lufs": self.lufs})
 
     @property
     def imported_from(self) -> str | None:
@@ -431,7 +446,7 @@ class WorkList:
 
     def fingerprints(self) -> dict[Unit, str]:
         """Of every unit's clips."""
-        return {unit: unit.fingerprint(self.settings) for unit in self.units}
+        return {unit: unit.fingerprint(self.made_with) for unit in self.units}
 
     def undone(self, work: Workspace) -> list[Unit]:
         """The units whose clips are still to be made."""
@@ -440,7 +455,8 @@ class WorkList:
     def dumps(self) -> str:
         units = [[asdict(f) for f in unit.files] for unit in self.units]
         data = {"version": FORMAT_VERSION, "listing": self.listing, "settings": self.settings, "units": units}
-        return to_json(data | {"excluded": [asdict(f) for f in self.excluded]})
+        found = {} if self.lufs is None else {"lufs": self.lufs}
+        return to_json(data | {"excluded": [asdict(f) for f in self.excluded]} | found)
 
     @classmethod
     def load(cls, path: Path) -> WorkList | None:
@@ -457,7 +473,8 @@ class WorkList:
                 f"{path}: not a work list of ours ({error});", "delete it and run the stage again"
             ) from error
         units = tuple(Unit(i, tuple(SourceFile(**f) for f in files)) for i, files in enumerate(data["units"]))
-        return cls(data["listing"], data["settings"], units, tuple(SourceFile(**f) for f in data["excluded"]))
+        excluded = tuple(SourceFile(**f) for f in data["excluded"])
+        return cls(data["listing"], data["settings"], units, excluded, data.get("lufs"))
 
 
 def cut_units(files: Sequence[SourceFile]) -> tuple[Unit, ...]:

@@ -33,7 +33,7 @@ class ClipStage(UnitStage[ClipsHeader]):
         self.work_list = work_list
 
     def fingerprints(self, unit: Unit) -> tuple[str]:
-        return (unit.fingerprint(self.work_list.settings),)
+        return (unit.fingerprint(self.work_list.made_with),)
 
     @abstractmethod
     def make_unit(self, unit: Unit) -> None:
@@ -86,7 +86,7 @@ def imported_clip_settings(recipe: Recipe) -> dict[str, Any]:
 def clip_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that the bytes of a clip depend on, under their recipe keys."""
     p = recipe.preprocess
-    return {
+    settings = {
         "data.sample_rate": recipe.data.sample_rate,
         "preprocess.cut_method": p.cut_method,
         "preprocess.chunk_len": float(p.chunk_len),  # 3 and 3.0 are one setting
@@ -95,6 +95,7 @@ def clip_settings(recipe: Recipe) -> dict[str, Any]:
         "preprocess.normalization": p.normalization,
         "preprocess.clean": float(p.clean_strength) if p.clean_dataset else 0.0,
     }
+    return settings | ({"preprocess.loudness": p.loudness} if p.normalization == "lufs" else {})
 
 
 def check_made(recipe: Recipe, work: Workspace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from rvc_dist.data.clip_files import (
     pieces,
     upsampled_recordings,
 )
+from rvc_dist.data.loudness import LoudnessMeter
 from rvc_dist.data.sources import check_recordings, content_by, list_sources, repeat_of
 from rvc_dist.files import atomic_write, write_json
 from rvc_dist.unit_stage import in_threads
@@ -166,14 +168,58 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
     if any(name != str(i) for i, name in speakers.names.items()):
         logger.info("preprocess: speakers %s", ", ".join(map(speakers.label, speakers.names)))
     units = cut_units([part for f in measured if not f.reason for part in f.slices()])
-    work_list = WorkList(listing, settings, units, tuple(f for f in measured if f.reason))
-    if old is not None and (why := changes(old.settings, settings) or _source_changes(old, measured)):
+    lufs = common_loudness(recipe, [part for unit in units for part in unit.files])
+    work_list = WorkList(listing, settings, units, tuple(f for f in measured if f.reason), lufs)
+    if old is not None and (why := changes(old.made_with, work_list.made_with) or _source_changes(old, measured)):
         logger.info("preprocess: making stale clips again: %s", why)
     elif old is not None:
         logger.info("preprocess: the content of the recordings is what it was: what was made of it is kept")
     work.clips_report_file.unlink(missing_ok=True)  # `complete` must not take the old report for this work list's
     atomic_write(work.work_list_file, work_list.dumps())
     return work_list
+
+
+def common_loudness(recipe: Recipe, parts: Sequence[SourceFile]) -> float | None:
+    """What preprocess.normalization lufs brings every clip to, in LUFS; None with another.
+
+    The recipe's loudness, or the most at which no clip of any of `parts` peaks above -1 dB, whichever is less.
+    """
+    if recipe.preprocess.normalization != "lufs":
+        return None
+    gate, meter, wanted = make_gate(recipe), LoudnessMeter(recipe.data.sample_rate), recipe.preprocess.loudness
+    as_it_is = replace(recipe, preprocess=replace(recipe.preprocess, normalization="none"))
+
+    def most(part: SourceFile) -> tuple[float, str] | None:
+        try:
+            clips = cut_file(as_it_is, part, gate).clips
+        except decode.AudioError:
+            return None
+        levels = [(meter.most(clip.wave), clip.start_s) for clip in clips]
+        return min(((most, f"{part.path} at {at:.1f} s") for most, at in levels if most is not None), default=None)
+
+    progress = "preprocess: heard %d of %d recordings, to know their loudness"
+    found = [level for level in in_threads(recipe.preprocess.num_workers, most, parts, progress) if level is not None]
+    bearable, where = min(found, default=(0.0, ""))
+    bearable = math.floor(100 * bearable) / 100
+    if wanted is not None and wanted <= bearable:
+        logger.info("preprocess: all clips are brought to %.2f LUFS", wanted)
+        return wanted
+    told = f"preprocess: all clips are brought to {bearable:.2f} LUFS, the most at which none peaks above -1 dB"
+    limit = f" ({printable(where)} does there)"
+    if wanted is None:
+        logger.info("%s%s", told, limit)
+    else:
+        logger.warning("%s, not to preprocess.loudness %g%s", told, wanted, limit)
+    return bearable
+
+
+def make_gate(recipe: Recipe) -> NoiseGate | None:
+    """What clean_dataset asks for."""
+    if not recipe.preprocess.clean_dataset:
+        return None
+    from rvc_dist.data.denoise import NoiseGate  # the one part of this stage that needs torch
+
+    return NoiseGate(recipe.data.sample_rate, recipe.preprocess.clean_strength)
 
 
 def _source_changes(old: WorkList, sources: list[SourceFile]) -> str:
@@ -212,12 +258,13 @@ class Preprocess(ClipStage):
 
     name = "preprocess"
     gate: NoiseGate | None = None
+    meter: LoudnessMeter | None = None
 
     def make_units(self, units: Sequence[Unit]) -> None:
-        if self.recipe.preprocess.clean_dataset and units:
-            from rvc_dist.data.denoise import NoiseGate  # the one part of this stage that needs torch
-
-            self.gate = NoiseGate(self.recipe.data.sample_rate, self.recipe.preprocess.clean_strength)
+        if units:
+            self.gate = make_gate(self.recipe)
+            if self.work_list.lufs is not None:
+                self.meter = LoudnessMeter(self.recipe.data.sample_rate)
         super().make_units(units)
 
     def make_unit(self, unit: Unit) -> None:
@@ -237,11 +284,15 @@ class Preprocess(ClipStage):
 
     def _outcome(self, file: SourceFile) -> Outcome:
         try:
-            return cut_file(self.recipe, file, self.gate)
+            outcome = cut_file(self.recipe, file, self.gate)
         except decode.MissingDecoderError as error:
             raise _missing_decoder(file, error) from error
         except decode.AudioError as error:
             return Outcome([], file.duration_s, {decode.UNREADABLE: file.duration_s}, str(error))
+        if self.meter is None or (lufs := self.work_list.lufs) is None:
+            return outcome
+        levelled = [clip._replace(wave=self.meter.levelled(clip.wave, lufs)) for clip in outcome.clips]
+        return outcome._replace(clips=levelled)
 
     def report(self, headers: list[ClipsHeader]) -> None:
         files, work = self.recordings(headers), self.work
@@ -250,6 +301,8 @@ class Preprocess(ClipStage):
         low, remedy = low_rates(self.recipe, rates)
         upsampled = upsampled_recordings(self.recipe, used)
         report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low, "upsampled": upsampled}
+        if self.work_list.lufs is not None:
+            report["loudness_lufs"] = self.work_list.lufs
         if not used:
             # The report and the work list too: nothing may look like a finished stage.
             for path in [*unit_files(work.clips_dir), work.clips_report_file, work.work_list_file]:
