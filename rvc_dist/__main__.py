@@ -56,7 +56,9 @@ STAGES = {
     "index": Stage("rvc_dist.features.index", "Build the retrieval index over the content features."),
     "train": Stage("rvc_dist.train.trainer", "Train the voice; continues from the newest checkpoint."),
     "export": Stage("rvc_dist.voice.export", "Write voice files from the run's checkpoints."),
-    "infer": Stage("rvc_dist.voice.infer", "Convert a recording with a trained voice.", keeps_log=False),
+    "infer": Stage(
+        "rvc_dist.voice.infer", "Convert recordings with a trained voice.", takes_shard=True, keeps_log=False
+    ),
     "run": Stage("rvc_dist.pipeline", "All of it in order: preprocess, extract, index, train, export."),
     "import": Stage(
         "rvc_dist.tools.import_experiment",

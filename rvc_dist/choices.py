@@ -1,4 +1,4 @@
-"""What a recipe chooses by name: encoders, pitch trackers, vocoders, optimizers and base models, one entry each.
+"""What a recipe chooses by name: encoders, trackers, vocoders, optimizers, base models, sound files: one entry each.
 
 An entry says what makes the thing: a class, a function, or "module:name", which is imported when it is first made.
 Nothing heavy is imported here, so that the recipe is checked against these tables at once.
@@ -329,3 +329,28 @@ BASE_MODELS: dict[str, BaseModelSpec] = {
     ),
 }
 """By the name in `train.pretrained`."""
+
+
+class SoundSpec(NamedTuple):
+    """A kind of sound file that conversion writes."""
+
+    form: str
+    """As libsndfile calls it."""
+    subtype: str
+    rates: tuple[int, ...] = ()
+    """The sample rates in Hz that it can have, rising; without them any."""
+
+    def rate(self, wanted: int) -> int:
+        """`wanted`, or the lowest one above it, or the highest of all."""
+        return next((r for r in self.rates if r >= wanted), self.rates[-1]) if self.rates else wanted
+
+
+_MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+SOUNDS = {
+    "wav": SoundSpec("WAV", "PCM_16"),
+    "flac": SoundSpec("FLAC", "PCM_16"),
+    "mp3": SoundSpec("MP3", "MPEG_LAYER_III", _MP3_RATES),
+    "ogg": SoundSpec("OGG", "VORBIS"),
+    "opus": SoundSpec("OGG", "OPUS", (8000, 12000, 16000, 24000, 48000)),
+}
+"""By the end of the file's name."""

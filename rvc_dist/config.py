@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, VOCODERS, HubFile
+from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, SOUNDS, VOCODERS, HubFile
 from rvc_dist.files import ForeignFileError, read_bounded
 from rvc_dist.schema import (
     MAX_YAML_BYTES,
@@ -90,7 +90,12 @@ class ConfigError(ValueError):
 
 _TEXT = Rule("a text", (str,))
 _CLEAN = Rule("no zero bytes and no halves of letters", (str,), lambda text: not UNCLEAN.search(text))
-_SOUND = Rule("a name that ends in .wav or .flac", (str,), lambda t: Path(t).suffix.lower() in (".wav", ".flac"))
+_KINDS = ", ".join(f".{kind}" for kind in SOUNDS)
+_SOUND = Rule(
+    f"a folder, or a file whose name ends in one of {_KINDS}",
+    (str,),
+    lambda t: t.endswith("/") or Path(t).suffix.lower() in ("", *(f".{kind}" for kind in SOUNDS)),
+)
 _PLAIN_NAME = Rule(
     "a file name without slashes",
     (str,),
@@ -101,6 +106,16 @@ _SHORT = Rule(
 )
 Text = Annotated[str, _TEXT, _CLEAN]
 """May have bytes that are no UTF-8, as names of files do: lone surrogates in Python."""
+Texts = Annotated[
+    str | tuple[str, ...],
+    Rule(
+        "a text, or a list of texts such as [a.wav, b.wav]",
+        (str, list, tuple),
+        lambda x: isinstance(x, str) or (bool(x) and all(_TEXT.fits(t) for t in x)),
+    ),
+    Rule("no zero bytes and no halves of letters", (str, list, tuple), lambda x: not UNCLEAN.search("".join(x))),
+]
+"""One, or a list of them; what begins with a bracket is a list."""
 Layers = Annotated[
     tuple[int, ...],
     Rule(
@@ -404,26 +419,45 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class InferConfig:
-    """Conversion of one file. A voice file is enough: nothing else of the recipe is needed."""
+    """Conversion of recordings. A voice file is enough: nothing else of the recipe is needed."""
 
-    input: Text = "input.wav"
-    """Recording to convert, of any length and rate."""
+    input: Texts = "input.wav"
+    """Recording to convert, of any length and rate; or a folder of them; or a list: [a.wav, b.mp3]."""
     output: Annotated[Text, _SOUND] = "output.wav"
-    """Where the result goes (wav or flac)."""
+    """Where the result goes: a file (wav, flac, mp3, ogg or opus), or a folder, which several recordings need."""
+    format: Annotated[str, one_of(SOUNDS)] = "wav"
+    """Kind of the files that go into a folder: wav, flac, mp3, ogg or opus."""
     model: Text | None = None
     """Voice file; by default the run's voice/NAME_last.pth."""
     index: Text | None = None
     """Retrieval index; by default the run's, when there is one."""
     embedder_model: Text | None = None
     """Content encoder; by default the one that the voice file names. One given here is used even if it is another."""
+    f0_method: Text | None = None
+    """Pitch tracker (extract.f0_method); by default the one that the voice was trained with."""
+    f0_min: AboveZero | None = None
+    """Lowest pitch in Hz; by default the voice's, as f0_max. A voice of another tool takes these from `extract`."""
+    f0_max: AboveZero | None = None
+    """Highest pitch in Hz."""
+    f0_file: Text | None = None
+    """Pitch of the result: a file of lines `seconds,hz` (0: unvoiced), between which it is interpolated. It is not
+    transposed; before its first and after its last line the recording's own pitch counts."""
     pitch: Annotated[float, within(-48.0, 48.0)] = 0.0
     """Transposition in semitones."""
+    auto_pitch: bool = False
+    """Transpose by whole semitones that bring the recording's median pitch nearest to the voice's; `pitch` is added."""
+    autotune: Fraction | None = None
+    """Move the pitch toward the nearest semitone, 0 (not at all) to 1; null: as the voice was trained."""
     index_rate: Fraction = 0.75
     """Share of retrieved features, 0 (no index) to 1."""
     protect: Annotated[float, within(0.0, 0.5)] = 0.33
     """Share of retrieved features kept in unvoiced frames; 0.5 turns the protection off."""
     speaker: Count | Text | None = None
     """Id or name of a trained speaker; null: the only one, the lowest of several, or 0 where the voice does not say."""
+    channels: Literal["mix", "keep"] = "mix"
+    """mix: the mean of all channels is converted; keep: each of them, and the result has as many."""
+    loudness_mix: Fraction = 1.0
+    """Share of the result's own loudness: 1 leaves it, 0 gives it the recording's, second by second (rms_mix_rate)."""
     window_s: Annotated[float, within(2.0, 600.0)] = 30.0
     """Longest piece converted at once, in seconds: bounds the memory."""
     seed: Seed = 1234
@@ -612,7 +646,8 @@ def load_recipe(path: Path) -> Recipe:
 def as_types(value: Any, kind: Any) -> Any:
     """`value` with what is text read as YAML, and whole numbers made others, where `kind` says so."""
     types = types_of(kind)
-    if isinstance(value, str) and value.strip() and str not in types:
+    is_list = isinstance(value, str) and tuple in types and value.lstrip().startswith("[")
+    if isinstance(value, str) and value.strip() and (is_list or str not in types):
         with contextlib.suppress(ForeignFileError, UnicodeError):
             value = parse_yaml(value.encode())
     if value in ("null", "~") and type(None) in types:
@@ -620,7 +655,7 @@ def as_types(value: Any, kind: Any) -> Any:
     if type(value) is int and float in types:
         return float(value)
     if isinstance(value, list) and tuple in types:
-        return tuple(as_types(item, int) for item in value)
+        return tuple(as_types(item, str if str in types else int) for item in value)
     if isinstance(value, dict) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
         return {k: as_types(v, hints[k]) if k in hints else v for k, v in value.items()}

@@ -126,7 +126,10 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
         (["extract", "--shard", "half"], "--shard: got 'half'"),
         (["extract", "--shard"], "--shard: expected one argument"),
         (["extract", "--shard", "0/2", "--shard", "1/2"], "--shard: got 0/2, 1/2, expected one"),
-        (["train", "--shard", "0/2"], "--shard: train is not a stage that can be split so, only preprocess, extract"),
+        (
+            ["train", "--shard", "0/2"],
+            "--shard: train is not a stage that can be split so, only preprocess, extract, infer",
+        ),
     ],
 )
 def test_a_mistake_is_told_and_exits_with_2(

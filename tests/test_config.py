@@ -104,7 +104,7 @@ WRONG = [
     ("infer.protect", 0.6),
     ("infer.speaker", -1),
     ("infer.window_s", 1.0),
-    ("infer.output", "a.mp3"),
+    ("infer.output", "a.m4a"),
 ]
 
 

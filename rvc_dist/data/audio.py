@@ -41,13 +41,16 @@ SPECTRUM_SAMPLES, NUM_SPECTRA, BAND = 1024, 16, 8
 
 
 class Resampler:
-    """soxr in its very high quality (as librosa's soxr_vhq), block by block: the same bits as all at once."""
+    """soxr in its very high quality (as librosa's soxr_vhq), block by block: the same bits as all at once.
 
-    def __init__(self, rate: int, new_rate: int) -> None:
+    Blocks are [S], or [S, channels].
+    """
+
+    def __init__(self, rate: int, new_rate: int, channels: int = 1) -> None:
         import soxr
 
         same = rate == new_rate
-        self._stream = None if same else soxr.ResampleStream(rate, new_rate, 1, dtype="float32", quality="VHQ")
+        self._stream = None if same else soxr.ResampleStream(rate, new_rate, channels, dtype="float32", quality="VHQ")
 
     def __call__(self, wave: Wave, last: bool = False) -> Wave:
         if self._stream is None:
@@ -232,24 +235,28 @@ def _sounding(
     return [*pieces, (begin, total)]
 
 
-def stream(recording: Recording, rate: int) -> Iterator[Wave]:
-    """Decode a recording of any length block by block: mono [S] float32 at `rate`.
+def stream(recording: Recording, rate: int, keep_channels: bool = False) -> Iterator[Samples]:
+    """Decode a recording of any length block by block at `rate`: mono [S] float32, or all channels [S, channels].
+
+    Channels that cancel each other become one of the recording's notes; of a downmix the louder one is taken.
 
     Raises:
         AudioError: the file is damaged, or has samples that are not numbers.
     """
-    resampler, downmix = Resampler(recording.rate, rate), Downmix()
+    downmix, channels = Downmix(), 1
     for block in recording.blocks():  # of several channels: whether they cancel is known at the end
-        if block.shape[1] == 1:
+        if (channels := block.shape[1]) == 1:
             break
         downmix(block)
     channel = downmix.loudest_of_cancelling()
     if channel is not None:
-        logger.warning("%s", cancelling_note(channel))
-    downmix = Downmix(channel)
+        note = "its channels cancel each other where they are mixed" if keep_channels else cancelling_note(channel)
+        recording.notes = (*recording.notes, note)
+    downmix, keeps = Downmix(channel), keep_channels and channels > 1
+    resampler = Resampler(recording.rate, rate, channels if keeps else 1)
     for block in recording.blocks():
-        yield resampler(downmix(block))
-    yield resampler(np.zeros(0, np.float32), last=True)
+        yield resampler(block if keeps else downmix(block))
+    yield resampler(np.zeros((0, channels) if keeps else 0, np.float32), last=True)
 
 
 def cancelling_note(channel: int) -> str:

@@ -99,6 +99,6 @@ class Extractor(NamedTuple):
             if count > MAX_AT_EDGE * pitched:
                 logger.warning(
                     "%s: %.0f%% of the frames with a pitch are at the %s that is taken, %g Hz, or %s it, where all is "
-                    "unvoiced: %s extract.%s if the voice goes there",
-                    *(stage, 100 * count / pitched, end, getattr(self.f0_method, key), side, change, key),
+                    "unvoiced: %s %s.%s if the voice goes there",
+                    *(stage, 100 * count / pitched, end, getattr(self.f0_method, key), side, change, stage, key),
                 )

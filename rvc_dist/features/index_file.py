@@ -198,7 +198,7 @@ class Retriever:
                 f"infer.index: {path} is no index for this voice: {error};",
                 "give the added_*.index that was made with it, or --infer.index_rate 0",
             ) from error
-        self._path, is_large = path, path.stat().st_size > MAX_IN_MEMORY
+        self.path, is_large = path, path.stat().st_size > MAX_IN_MEMORY
         self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if is_large else 0)
         self._vectors: Vectors | None = None if is_large else self._index.reconstruct_n(0, self._index.ntotal)
 
@@ -213,7 +213,7 @@ class Retriever:
             distances, neighbours, nearest = self._index.search_and_reconstruct(queries, NUM_NEIGHBOURS)
             nearest[neighbours < 0] = 0.0  # FAISS fills them with NaN
             if not np.isfinite(nearest).all():  # of a small index, its file was looked at
-                raise StageError(f"infer.index: {self._path} holds numbers that are not finite;", "make it again")
+                raise StageError(f"infer.index: {self.path} holds numbers that are not finite;", "make it again")
         else:  # faster
             distances, neighbours = self._index.search(queries, NUM_NEIGHBOURS)
             nearest = self._vectors[np.maximum(neighbours, 0)]

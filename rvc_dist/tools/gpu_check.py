@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, resolve
-from rvc_dist.config import FEATURE_RATE, DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
+from rvc_dist.config import F0_PER_S, FEATURE_RATE, DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
 from rvc_dist.data.audio import Wave
 from rvc_dist.features import content, f0, penn, precision, rmvpe
 from rvc_dist.features.extractor import Extractor
@@ -57,7 +57,8 @@ from rvc_dist.train import networks
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.optimizers import make_optimizer, step_if
 from rvc_dist.voice.file import Voice
-from rvc_dist.voice.infer import Converter, convert
+from rvc_dist.voice.infer import Converter
+from rvc_dist.voice.windows import convert
 from rvc_dist.workspace import Shard, StageError
 
 logger = logging.getLogger(__name__)
@@ -367,7 +368,8 @@ def conversion_row(check: Check, kind: str, method: str) -> Row:
     voice = Voice(generator, extractor.embedder.identity, "v2")
     converter = Converter(voice, extractor, None, recipe, check.device, 0)
     wave = np.tile(np.concatenate(check.clips), 1 if check.tiny else 5)
-    seconds = check.timed(lambda: sum(len(block) for block in convert(converter, iter([wave])))).wall_s
+    window = round(recipe.infer.window_s * F0_PER_S)
+    seconds = check.timed(lambda: sum(map(len, convert(converter, iter([wave]), voice.rate, window)))).wall_s
     length_s = len(wave) / FEATURE_RATE
     return {"s": seconds, "recording s": length_s, "audio s/s": length_s / seconds}
 

@@ -180,6 +180,6 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def update(self, step: int, losses_text: str, audio_s_per_s: float) -> None:
-        text = f"{losses_text}, {audio_s_per_s:.1f} s audio/s"
-        self._bar.update(self._task, completed=step, description=text)
+    def update(self, done: int, what: str, audio_s_per_s: float) -> None:
+        text = f"{what}, {audio_s_per_s:.1f} s audio/s"
+        self._bar.update(self._task, completed=done, description=text)

@@ -25,7 +25,7 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream, to_upstream
 from rvc_dist.models.torch_file import load_pth, weights
-from rvc_dist.schema import Word, check, within
+from rvc_dist.schema import MAX_YAML_BYTES, Word, check, parse_yaml, record, within
 from rvc_dist.train.checkpoint import Checkpoint
 from rvc_dist.workspace import StageError, Workspace
 
@@ -60,6 +60,14 @@ class _Fields(_Pitch, total=False):
     trained_speakers: list[int]
     speaker_info: list[SpeakerInfo] | None
     unvoiced: Unvoiced
+    recipe: str | None
+
+
+CONVERTED_AS = {
+    "preprocess": ("process_effects",),
+    "extract": ("f0_method", "f0_min", "f0_max", "f0_autotune", "f0_autotune_strength"),
+}
+"""Of the recipe in a voice file, what conversion does as training did."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ class Voice:
     """None where the file does not say, as those of other tools."""
     f0_median: float | None = None
     """Of all voiced frames that it was trained on, in Hz, where the file says it."""
+    trained_with: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """CONVERTED_AS by section and key, as far as the file says it; a `Recipe` will judge the values."""
 
     def speaker(self, asked: int | str | None) -> int:
         """The row to speak with: that of an id or a name, or the voice's only one, or the lowest of several (logged).
@@ -137,6 +147,7 @@ class Voice:
             with _numbers_of_at_most(sum(v.numel() for v in state.values())):
                 generator = Generator(replace(shape, num_speakers=num_speakers), without_posterior=True)
             embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
+            trained_with = _trained_with(fields.get("recipe") or "")
             named = {info["id"]: info for info in fields.get("speaker_info") or []}
             trained = tuple(sorted(set(fields.get("trained_speakers") or named)))
             for key, rows in ("trained_speakers", trained), ("speaker_info", tuple(named)):
@@ -154,8 +165,21 @@ class Voice:
             # rvc-next, which tells the median pitch, does not tell that it draws on.
             "unvoiced": fields.get("unvoiced") or ("interpolated" if fields.get("f0_median") else None),
             "f0_median": fields.get("f0_median") or None,
+            "trained_with": trained_with,
         }
         return cls(generator.to(device).eval(), embedder, version, trained, named, **told)
+
+
+def _trained_with(text: str) -> dict[str, dict[str, Any]]:
+    """What a voice file's recipe says of CONVERTED_AS.
+
+    Raises:
+        ValueError: it is no recipe.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"its recipe has {len(text)} letters, expected at most {MAX_YAML_BYTES}")
+    tree = check(parse_yaml(text.encode()) or {}, record(False, **dict.fromkeys(CONVERTED_AS, dict)), "its recipe")
+    return {part: {k: v for k, v in tree.get(part, {}).items() if k in keys} for part, keys in CONVERTED_AS.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""The infer stage: convert a recording of any length with a voice file, window by window.
+"""The infer stage: convert recordings of any length with a voice file, window by window.
 
 Shapes: S samples, T frames, C channels. Positions in the input are counted in frames of 10 ms.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import math
 import os
-import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +22,29 @@ import torch
 from torch import Tensor
 
 from rvc_dist.choices import EMBEDDERS
-from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE, InferConfig, Recipe
+from rvc_dist.config import F0_PER_S, FEATURE_RATE, ConfigError, ExtractConfig, InferConfig, Recipe
 from rvc_dist.data import audio, decode
+from rvc_dist.data.sources import content_of
 from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.extractor import Extractor
-from rvc_dist.features.f0 import drawn_on
+from rvc_dist.features.f0 import autotune, drawn_on
 from rvc_dist.features.index_file import Retriever
-from rvc_dist.files import BESIDE_GLOB, beside, remove_half_written, space
+from rvc_dist.files import atomic_write
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.runtime.device import compute_exactly
 from rvc_dist.train.dataset import covered_frames, feature_frames
-from rvc_dist.voice.file import Voice
-from rvc_dist.workspace import Shard, StageError, Workspace
+from rvc_dist.train.metrics import ProgressBar
+from rvc_dist.voice.file import CONVERTED_AS, Voice
+from rvc_dist.voice.loudness import Loudness, matched
+from rvc_dist.voice.pitch import GivenPitch, median_f0
+from rvc_dist.voice.recordings import Job, list_jobs, share_of
+from rvc_dist.voice.sound_file import check_output, stamp_of, write
+from rvc_dist.voice.windows import CONTEXT, convert
+from rvc_dist.workspace import Shard, StageError, Workspace, fingerprint, listed, wait_for
 
 logger = logging.getLogger(__name__)
 
-CONTEXT = F0_PER_S
-"""Frames of context on either side of a window: more than the encoders' and the decoder's reach at the joins."""
-FADE = 4
-"""Frames over which neighbouring windows are cross-faded."""
-SEARCH_SHARE = 0.25
-"""The join is put at the quietest place of this last part of a window."""
-MAX_PEAK = 0.99
+LOG_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Converter:
     recipe: Recipe
     device: torch.device
     speaker: int
+    semitones: float = 0.0
+    """Transposition that this recording needs besides infer.pitch."""
+    given_pitch: GivenPitch | None = None
+    """infer.f0_file"""
 
     @classmethod
     def load(cls, recipe: Recipe) -> Converter:
@@ -64,24 +72,68 @@ class Converter:
         work, config, device = Workspace(recipe.run_dir, recipe.name), recipe.infer, compute_exactly("infer")
         voice = Voice.load(Path(config.model) if config.model else work.last_voice_file, device)
         speaker = voice.speaker(config.speaker)
+        recipe = as_trained(recipe, voice)
         extractor = _extractor(recipe, voice)
         width = voice.generator.shape.content_channels
-        return cls(voice, extractor, _retriever(config, work, width), recipe, device, speaker)
+        given = GivenPitch(Path(config.f0_file)) if config.f0_file else None
+        retriever = _retriever(config, work, width)
+        return cls(voice, extractor, retriever, recipe, device, speaker, given_pitch=given)
+
+    def settings(self) -> dict[str, Any]:
+        """All that a result depends on besides its recording."""
+        recipe, work = self.recipe, Workspace(self.recipe.run_dir, self.recipe.name)
+        chosen = {k: v for k, v in asdict(recipe.infer).items() if k not in ("input", "output", "index", "f0_file")}
+        files = {"model": recipe.infer.model or str(work.last_voice_file), "f0_file": recipe.infer.f0_file}
+        files["index"] = str(self.retriever.path) if self.retriever else None
+        return (
+            chosen
+            | {key: file and content_of(Path(file)) for key, file in files.items()}
+            | {key: getattr(getattr(recipe, part), key) for part, keys in CONVERTED_AS.items() for key in keys}
+            | {key: getattr(recipe.extract, key) for key in ("f0_model", "f0_penn_model", "unvoiced")}
+            | {"embedder": self.extractor.embedder.describe(), "speaker": self.speaker}
+        )
+
+    def for_recording(self, recording: decode.Recording) -> Converter:
+        """This, with the transposition that brings the recording's median pitch to the voice's (infer.auto_pitch).
+
+        Raises:
+            StageError: the voice's is not known.
+        """
+        if not self.recipe.infer.auto_pitch or self.extractor.f0_method is None:
+            return self
+        wanted = self.voice.median_f0(self.speaker)
+        if wanted is None:
+            raise StageError(
+                "infer.auto_pitch: the voice file does not say its median pitch (f0_median);",
+                "give infer.pitch in semitones instead, or export the voice again",
+            )
+        found = median_f0(recording, self.extractor.f0_method, self._filtered)
+        semitones = round(12.0 * math.log2(wanted / found)) if found else 0
+        logger.info(
+            "infer: median pitch %s Hz, the voice's %.1f Hz: %+d semitones",
+            f"{found:.1f}" if found else "unknown (nothing is voiced), 0",
+            *(wanted, semitones),
+        )
+        return replace(self, semitones=float(semitones))
+
+    def _filtered(self, wave: audio.Wave, rate: int) -> audio.Wave:
+        """As the clips were in training: without it a young voice hums a constant that no mel loss hears."""
+        return audio.highpass(wave, rate) if self.recipe.preprocess.process_effects else wave
 
     @torch.inference_mode()
-    def __call__(self, wave: audio.Wave) -> audio.Wave:
+    def __call__(self, wave: audio.Wave, at: int = 0) -> audio.Wave:
         """One window [S] at 16 kHz -> [S / 16000 * rate] at the voice's rate; its last frames may be silent.
+
+        Without its context it begins at frame `at` of the recording. Its noise depends on that alone.
 
         Raises:
             StageError: the network gives something else than finite numbers.
         """
         config, shape = self.recipe.infer, self.voice.generator.shape
-        # Input and output as the clips were in training: without it a young voice hums a constant that no mel loss
-        # hears. The context swallows the filter's onset.
-        effects = self.recipe.preprocess.process_effects
-        wave = audio.highpass(wave, FEATURE_RATE) if effects else wave
+        torch.manual_seed(config.seed + at)
+        wave = self._filtered(wave, FEATURE_RATE)  # the context swallows the filter's onset
         ((_, content, f0),) = self.extractor([wave])
-        f0 = f0 * 2.0 ** (config.pitch / 12.0)
+        f0 = self._pitch(f0, at)
         if self.retriever is not None:
             mixed = self.retriever(content, config.index_rate)
             kept = self._kept_share(f0, len(content))
@@ -97,8 +149,18 @@ class Converter:
             raise StageError(
                 "infer.model: the voice gives samples that are not finite numbers; its weights are damaged"
             )
-        made = audio.highpass(made[:wanted], shape.sample_rate) if effects else made[:wanted]
+        made = self._filtered(made[:wanted], shape.sample_rate)
         return np.pad(made, (0, wanted - len(made)))
+
+    def _pitch(self, f0: Any, at: int) -> Any:
+        """The pitch of the result of a tracked one: [T100] in Hz, 0 where unvoiced."""
+        config, tuned = self.recipe.infer, self.recipe.extract
+        f0 = f0 * 2.0 ** ((config.pitch + self.semitones) / 12.0)
+        as_trained = tuned.f0_autotune_strength if tuned.f0_autotune else 0.0
+        strength = as_trained if config.autotune is None else config.autotune
+        if strength > 0.0:
+            f0 = np.where(f0 > 0, autotune(torch.from_numpy(f0), strength).numpy(), f0)
+        return self.given_pitch(f0, at - CONTEXT) if self.given_pitch else f0
 
     def _kept_share(self, f0: Any, num_content: int) -> Any:
         """How much of the retrieval each content frame [T50] keeps: unvoiced consonants are easily smeared by it.
@@ -117,6 +179,30 @@ class Converter:
         speaker = torch.tensor([self.speaker], device=self.device)
         coarse = coarse_pitch(f0) if guided else None
         return self.voice.generator.infer(content, lengths, coarse, f0 if guided else None, speaker)[0, 0].float()
+
+
+def as_trained(recipe: Recipe, voice: Voice) -> Recipe:
+    """The recipe with the settings that the voice was trained with, where its file says them and `infer` does not.
+
+    Raises:
+        StageError: they are none that this version knows.
+    """
+    given = {key: getattr(recipe.infer, key) for key in ("f0_method", "f0_min", "f0_max")}
+    told = {part: dict(values) for part, values in voice.trained_with.items()}
+    pitch = told.setdefault("extract", {})
+    for key, default in asdict(ExtractConfig()).items():
+        asked = getattr(recipe.extract, key)
+        if key in pitch and given.get(key) is None and asked not in (default, pitch[key]):
+            other = f"infer.{key} overrules it" if key in given else "infer.autotune overrules it"
+            logger.warning("extract.%s: the voice was trained with %s, not with %s; %s", key, pitch[key], asked, other)
+    pitch.update({key: value for key, value in given.items() if value is not None})
+    try:
+        return replace(recipe, **{part: replace(getattr(recipe, part), **values) for part, values in told.items()})
+    except ConfigError as error:
+        raise StageError(
+            f"infer.model: how the voice was trained is not known here, or not with what `infer` says: {error};",
+            "say --infer.f0_method, --infer.f0_min and --infer.f0_max",
+        ) from error
 
 
 def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
@@ -142,7 +228,12 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
     used = replace(
         recipe,
         extract=replace(
-            recipe.extract, embedder_model=encoder, embedder_mix=wanted.mix, precision="fp32", unvoiced="zero"
+            recipe.extract,
+            embedder_model=encoder,
+            embedder_mix=wanted.mix,
+            precision="fp32",
+            f0_autotune=False,
+            unvoiced="zero",
         ),
         model=replace(recipe.model, version=voice.version),
     )
@@ -182,145 +273,147 @@ def _retriever(config: InferConfig, work: Workspace, width: int) -> Retriever | 
 
 
 def run(recipe: Recipe, shard: Shard) -> None:
-    """Convert infer.input to infer.output.
+    """Convert this process's share of infer.input; what was made of the same recording and settings stays as it is.
+
+    What is wrong with one recording keeps nobody from the others.
 
     Raises:
-        StageError: the input cannot be read, the output not be written, or `Converter.load` fails.
+        StageError: recordings cannot be read, a result not be written, or `Converter.load` fails.
     """
-    if not shard.is_first:
-        return
-    source, target = Path(recipe.infer.input), Path(recipe.infer.output)
-    if not source.is_file():
-        raise StageError(f"infer.input: {source} {'is not a file' if source.exists() else 'does not exist'}")
+    jobs = list_jobs(recipe.infer)
+    if recipe.infer.f0_file and len(jobs) > 1:
+        raise StageError(f"infer.f0_file: got one for {len(jobs)} recordings;", "convert one alone")
+    mine, failed = share_of(jobs, shard), dict[Path, str]()
+    for job in mine:
+        with contextlib.suppress(OSError):  # `check_output` names what is wrong
+            job.failure_file.unlink()
+    lengths = {job: seconds for job in mine if (seconds := _seconds(job, failed)) is not None}
+    if lengths:
+        check_output(next(iter(lengths)).target)
+    if lengths or (len(jobs) > 1 and shard.is_first):
+        converter = Converter.load(recipe)
+        stamps = Stamps(converter.settings())
+        _convert_all(converter, lengths, stamps, failed, shard.is_first or shard.array)
+        converter.extractor.warn_at_edges("infer")
+        if shard.count > 1 and not shard.array:
+            failed = _failures_of_all(jobs, mine, stamps, failed, shard)
+    if failed and len(jobs) == 1:
+        raise StageError(f"infer.input: {jobs[0].source}: {failed[jobs[0].source]}")
+    if failed:
+        reasons = listed((str(source), why) for source, why in failed.items())
+        raise StageError(f"infer.input: {len(failed)} of {len(jobs)} recordings were not converted:", listed=reasons)
+
+
+class Stamps(dict[Job, str]):
+    """What the results of jobs are known by: the settings and the recording's bytes, read when they are asked for."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def __missing__(self, job: Job) -> str:
+        self[job] = fingerprint(self.settings, content_of(job.source))
+        return self[job]
+
+
+def _seconds(job: Job, failed: dict[Path, str]) -> float | None:
+    """How long a recording is; None, with the reason in `failed`, where it is none."""
     try:
-        with decode.opened(source) as recording:
-            check_output(source, target)
-            converter = Converter.load(recipe)
-            torch.manual_seed(recipe.infer.seed)
-            logger.info("infer: %s, %.1f s", source, recording.duration_s)
-            rate, blocks = converter.voice.rate, audio.stream(recording, FEATURE_RATE)
-            num_samples = round(recording.duration_s * rate)
-            write(target, convert(converter, blocks, num_samples), rate, num_samples)
+        return decode.duration(job.source)
     except decode.AudioError as error:
-        raise StageError(f"infer.input: {source}: {error}") from error
-    for note in recording.told():
-        logger.warning("infer: %s: %s", source, note)
-    converter.extractor.warn_at_edges("infer")
-    logger.info("infer: %s", target)
+        failed[job.source] = str(error)
+        return None
 
 
-def check_output(source: Path, target: Path) -> None:
-    """Find out now whether `target` can be written, not after the conversion.
+def _outcome(job: Job, stamp: str) -> str | None:
+    """Of a job of any rank: why it failed, nothing when it is done, None when it is neither."""
+    if stamp_of(job.target) == stamp:
+        return ""
+    with contextlib.suppress(OSError):
+        found, _, reason = job.failure_file.read_text(encoding="utf-8", errors="replace").partition("\n")
+        return reason if found == stamp else None
+    return None
 
-    Raises:
-        StageError: it cannot, or it is the recording itself.
+
+def _failures_of_all(
+    jobs: list[Job], mine: list[Job], stamps: Stamps, failed: dict[Path, str], shard: Shard
+) -> dict[Path, str]:
+    """On the first rank, which waits for the others, what all failed at; else nothing.
+
+    A rank that ended with an error would end those that still work: only the first one does, when all are done.
     """
-    try:
-        if target.is_dir():
-            raise StageError(f"infer.output: {target} is a folder, expected a file name that ends in .wav or .flac")
-        with beside(target) as probe:
-            probe.touch(exist_ok=False)
-        is_source = target.exists() and target.samefile(source)
-        remove_half_written(target.parent, BESIDE_GLOB)
-    except OSError as error:
-        raise StageError(f"infer.output: {target} cannot be written ({error.strerror})") from error
-    if is_source:
-        raise StageError(f"infer.output: {target} is infer.input itself;", "give the result another name")
+    for job in mine:
+        if job.source in failed:
+            atomic_write(job.failure_file, f"{stamps[job]}\n{failed[job.source]}")
+    if not shard.is_first:
+        return {}
+    outcomes = {
+        job.source: wait_for(f"{job.target} of another rank", partial(_outcome, job, stamps[job])) for job in jobs
+    }
+    return {source: reason for source, reason in outcomes.items() if reason}
 
 
-def convert(converter: Converter, blocks: Iterator[audio.Wave], num_samples: int | None = None) -> Iterator[audio.Wave]:
-    """Convert a stream of 16 kHz blocks [S] into a stream of blocks at the voice's rate, of the same total length.
-
-    `num_samples` is that length where it is known better than 16 kHz tell it: to the sample of the voice's rate.
-
-    Each window is converted with a second of context on both sides; windows meet where the input is quietest and are
-    cross-faded there, so that no join clicks. At most two windows are in memory.
-    """
-    rate = converter.voice.rate
-    per_frame = rate // F0_PER_S
-    context, fade = CONTEXT * per_frame, FADE * per_frame
-    half = fade // 2
-    ramp = (0.5 - 0.5 * np.cos(np.pi * (np.arange(fade) + 0.5) / fade)).astype(np.float32)
-    tail: audio.Wave | None = None
-    done = 0
-    for piece, length, last in windows(blocks, int(converter.recipe.infer.window_s * F0_PER_S)):
-        size = length * rate // FEATURE_RATE
-        if last and num_samples is not None and abs(num_samples - done - size) < per_frame:
-            size = num_samples - done
-        done += size
-        made = converter(piece)[context - half : context + size + half]  # a half fade more on either side
-        if tail is None:
-            made = made[half:]
-        else:
-            yield tail * (1 - ramp) + made[:fade] * ramp
-            made = made[fade:]
-        if last:
-            yield made[:-half]
-        else:
-            yield made[:-fade]
-            tail = made[-fade:]
-
-
-def windows(blocks: Iterator[audio.Wave], window: int) -> Iterator[tuple[audio.Wave, int, bool]]:
-    """Cut a stream of 16 kHz blocks into pieces of at most `window` frames, each with its context around it.
-
-    Yields (piece with CONTEXT frames of context on both sides, silence beyond the ends; samples that it stands for;
-    whether it is the last).
-    """
-    context, most = CONTEXT * F0_HOP, window * F0_HOP
-    buffer = silence = np.zeros(context, dtype=np.float32)
-    for block in itertools.chain(blocks, [silence]):
-        # buffer[0] is always `context` samples before the next window.
-        buffer = np.concatenate([buffer, block])
-        while len(buffer) - 2 * context > most:
-            cut = quietest_frame(buffer[context : context + most]) * F0_HOP
-            yield buffer[: cut + 2 * context], cut, False
-            buffer = buffer[cut:]
-    # Whole frames: the encoders and the pitch tracker count in them.
-    length = len(buffer) - 2 * context
-    yield np.pad(buffer, (0, -len(buffer) % F0_HOP)), length, True
-
-
-def quietest_frame(wave: audio.Wave) -> int:
-    """The 10 ms frame in the last part of `wave` before and after which a fade would meet the least energy.
-
-    At least one fade is left on either side of it.
-    """
-    energy = np.square(wave[: len(wave) // F0_HOP * F0_HOP].reshape(-1, F0_HOP)).sum(axis=1)
-    # faded[i] is the energy of the frames i .. i + FADE - 1, which a cut at frame i + FADE // 2 fades over.
-    faded = np.convolve(energy, np.ones(FADE), mode="valid")
-    first = max(FADE, int(len(energy) * (1 - SEARCH_SHARE)))
-    candidates = faded[first - FADE // 2 : len(energy) - FADE - FADE // 2 + 1]
-    return first + int(np.argmin(candidates))
-
-
-def write(path: Path, blocks: Iterator[audio.Wave], rate: int, num_samples: int | None = None) -> None:
-    """Write blocks as 16-bit wav or flac, turned down if any sample would clip. The file appears when it is whole.
-
-    Raises:
-        OSError, StageError: it cannot be written; where the disk is full, they say what `num_samples` need.
-    """
-    import soundfile
-
-    peak = 0.0
-    num_bytes = num_samples and 6 * num_samples  # as float32, then in 16 bits
-    with beside(path, num_bytes) as half, tempfile.TemporaryFile(dir=path.parent) as raw:
-        for block in blocks:
-            peak = max(peak, float(np.abs(block).max(initial=0.0)))
-            raw.write(block.astype(np.float32).tobytes())
-        raw.seek(0)
-        gain = np.float32(min(1.0, MAX_PEAK / peak) if peak > 0 else 1.0)
-        kind = path.suffix[1:].upper()
-        form: dict[str, Any] = {"samplerate": rate, "channels": 1, "format": kind, "subtype": "PCM_16"}
-        with half.open("xb+") as stream:
+def _convert_all(
+    converter: Converter, lengths: dict[Job, float], stamps: Stamps, failed: dict[Path, str], shows_bar: bool
+) -> None:
+    """Convert recordings of so many seconds that were not converted before; `failed` gets why one could not be."""
+    todo = {job: seconds for job, seconds in lengths.items() if stamp_of(job.target) != stamps[job]}
+    if done := len(lengths) - len(todo):
+        told = next(iter(lengths)).target if len(lengths) == 1 else f"{done} of {len(lengths)} results"
+        logger.info("infer: %s: made before of the same with the same settings", told)
+    with ProgressBar(math.ceil(sum(todo.values())), 0, shows_bar) as bar:
+        progress = Progress(bar, sum(todo.values()))
+        for number, (job, seconds) in enumerate(todo.items(), 1):
+            logger.info("infer: %s, %.1f s (%d of %d)", job.source, seconds, number, len(todo))
+            progress.name = job.source.name
             try:
-                with soundfile.SoundFile(stream.fileno(), "w", closefd=False, **form) as file:
-                    while samples := raw.read(1 << 22):
-                        file.write(np.frombuffer(samples, dtype=np.float32) * gain)
-            except soundfile.LibsndfileError as error:
-                # It says "System error" of whatever the disk refuses: a write of our own meets the same and names it.
-                stream.seek(0, os.SEEK_END)
-                stream.write(bytes(1 << 22))
-                stream.flush()
-                raise StageError(f"infer.output: {path} cannot be written ({error}); {space(path)}") from error
-        half.replace(path)
+                convert_recording(converter, job, stamps[job], progress)
+            except decode.AudioError as error:
+                logger.warning("infer: %s: %s", job.source, error)
+                failed[job.source] = str(error)
+            else:
+                logger.info("infer: %s", job.target)
+
+
+class Progress:
+    """How far the conversion is: on the bar of a terminal, and now and then in the log."""
+
+    def __init__(self, bar: ProgressBar, total_s: float) -> None:
+        self.bar, self.total_s, self.name = bar, total_s, ""
+        self.done_s, self.began_at = 0.0, time.monotonic()
+        self.logged_at = self.began_at
+
+    def __call__(self, made: Iterator[decode.Samples], rate: int) -> Iterator[decode.Samples]:
+        """`made`, counted as it passes."""
+        for block in made:
+            self.done_s += len(block) / rate
+            speed = self.done_s / max(1e-9, time.monotonic() - self.began_at)
+            self.bar.update(int(self.done_s), self.name, speed)
+            if time.monotonic() - self.logged_at > LOG_EVERY_S:
+                self.logged_at = time.monotonic()
+                left_s = (self.total_s - self.done_s) / speed
+                logger.info("infer: %.0f of %.0f s, about %.0f s left", self.done_s, self.total_s, left_s)
+            yield block
+
+
+def convert_recording(converter: Converter, job: Job, stamp: str, progress: Progress) -> None:
+    """Convert one recording as `infer` says.
+
+    Raises:
+        AudioError: it cannot be read.
+        StageError, OSError: the result cannot be made or written.
+    """
+    config, rate = converter.recipe.infer, converter.voice.rate
+    with decode.opened(job.source) as recording:
+        converter = converter.for_recording(recording)
+        blocks = audio.stream(recording, FEATURE_RATE, config.channels == "keep")
+        first, source = next(blocks), Loudness(FEATURE_RATE)
+        num_channels = first.shape[1] if first.ndim == 2 else 1
+        num_samples = round(recording.duration_s * rate)
+        blocks = source.noted(itertools.chain([first], blocks))
+        made = convert(converter, blocks, rate, round(config.window_s * F0_PER_S), num_samples)
+        if config.loudness_mix < 1.0:
+            made = matched(made, rate, source, config.loudness_mix)
+        write(job.target, progress(made, rate), rate, num_samples, num_channels, stamp)
+    for note in recording.told():
+        logger.warning("infer: %s: %s", job.source, note)

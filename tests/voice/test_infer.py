@@ -13,7 +13,6 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import faiss
@@ -42,7 +41,7 @@ from rvc_dist.data import audio, decode
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import from_upstream
-from rvc_dist.voice import infer
+from rvc_dist.voice import infer, sound_file, windows
 from rvc_dist.voice.file import Voice, write_voice
 from rvc_dist.workspace import Shard, StageError
 
@@ -114,10 +113,10 @@ LENGTHS = [
 @pytest.mark.parametrize("block", [701, 64000])
 def test_windows_tile_the_recording_and_carry_their_true_context(length: int, block: int) -> None:
     wave = noise(length / FEATURE_RATE, FEATURE_RATE)
-    context = infer.CONTEXT * F0_HOP
+    context = windows.CONTEXT * F0_HOP
     padded = np.pad(wave, (context, context + F0_HOP))
     at = 0
-    cuts = list(infer.windows(blocks_of(wave, block), WINDOW))
+    cuts = list(windows.windows(blocks_of(wave, block), WINDOW))
     for piece, stands_for, last in cuts:
         assert len(piece) % F0_HOP == 0
         assert stands_for <= WINDOW_SAMPLES
@@ -139,9 +138,9 @@ def test_windows_do_not_read_ahead_more_than_a_window() -> None:
             yield noise(1.0, FEATURE_RATE, seed=taken)
 
     done = 0
-    for _, stands_for, _ in itertools.islice(infer.windows(endless(), WINDOW), 50):
+    for _, stands_for, _ in itertools.islice(windows.windows(endless(), WINDOW), 50):
         done += stands_for
-        assert taken - done < WINDOW_SAMPLES + 2 * infer.CONTEXT * F0_HOP + 16000
+        assert taken - done < WINDOW_SAMPLES + 2 * windows.CONTEXT * F0_HOP + 16000
     assert done > 50 * 0.7 * WINDOW_SAMPLES
 
 
@@ -149,12 +148,12 @@ def test_a_window_ends_where_it_is_quietest_and_leaves_room_for_the_fades() -> N
     wave = np.ones(WINDOW_SAMPLES, np.float32)
     wave[170 * F0_HOP : 174 * F0_HOP] = 0.1  # four frames: what a fade around frame 172 covers
     wave[20 * F0_HOP : 40 * F0_HOP] = 0.0  # too early to count
-    assert infer.quietest_frame(wave) == 172
+    assert windows.quietest_frame(wave) == 172
     wave[170 * F0_HOP : 174 * F0_HOP] = 1.0
     wave[-2 * F0_HOP :] = 0.0  # too late: what is left would be shorter than its fades
-    assert infer.quietest_frame(wave) == 150
+    assert windows.quietest_frame(wave) == 150
     loud_end = np.linspace(0.1, 1.0, WINDOW_SAMPLES, dtype=np.float32)
-    assert infer.quietest_frame(loud_end) == 150
+    assert windows.quietest_frame(loud_end) == 150
 
 
 class Repeater:
@@ -162,45 +161,45 @@ class Repeater:
 
     def __init__(self, factor: int) -> None:
         self.factor = factor
-        self.voice = SimpleNamespace(rate=factor * FEATURE_RATE)
-        self.recipe = Recipe(infer=InferConfig(window_s=WINDOW / 100))
+        self.rate = factor * FEATURE_RATE
 
-    def __call__(self, wave: audio.Wave) -> audio.Wave:
+    def __call__(self, wave: audio.Wave, at: int) -> audio.Wave:
         return np.repeat(wave, self.factor)
+
+    def made(self, blocks: Iterator[audio.Wave], num_samples: int | None = None) -> audio.Wave:
+        return np.concatenate(list(windows.convert(self, blocks, self.rate, WINDOW, num_samples)))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_joined_windows_are_the_whole(length: int) -> None:
     wave = noise(length / FEATURE_RATE, FEATURE_RATE)
-    converter: Any = Repeater(3)
-    made = np.concatenate(list(infer.convert(converter, blocks_of(wave, 16000))))
+    made = Repeater(3).made(blocks_of(wave, 16000))
     assert len(made) == 3 * length
     np.testing.assert_allclose(made, np.repeat(wave, 3), atol=1e-6)
 
 
 def test_the_length_is_exact_where_16_khz_cannot_tell_it(caplog: pytest.LogCaptureFixture) -> None:
     wave = noise(1.0, FEATURE_RATE)
-    converter: Any = Repeater(3)
+    converter = Repeater(3)
     for wanted in (47998, 48000, 48002):
-        made = np.concatenate(list(infer.convert(converter, blocks_of(wave, 16000), wanted)))
+        made = converter.made(blocks_of(wave, 16000), wanted)
         assert len(made) == wanted
         shared = min(wanted, 48000)
         assert np.array_equal(made[:shared], np.repeat(wave, 3)[:shared])
     assert not caplog.records
     # A header that promises something else than a rounding error is not believed.
-    assert len(np.concatenate(list(infer.convert(converter, blocks_of(wave, 16000), 90000)))) == 48000
+    assert len(converter.made(blocks_of(wave, 16000), 90000)) == 48000
 
 
 def test_windows_that_disagree_are_faded_into_each_other() -> None:
     count = itertools.count()
 
     class Counter(Repeater):
-        def __call__(self, wave: audio.Wave) -> audio.Wave:
+        def __call__(self, wave: audio.Wave, at: int) -> audio.Wave:
             return np.full(len(wave) * self.factor, next(count), np.float32)
 
-    converter: Any = Counter(3)
     length = 4 * WINDOW_SAMPLES
-    made = np.concatenate(list(infer.convert(converter, blocks_of(noise(8.0, FEATURE_RATE), 16000))))
+    made = Counter(3).made(blocks_of(noise(8.0, FEATURE_RATE), 16000))
     num_windows = next(count)
     assert num_windows >= 4
     assert len(made) == 3 * length
@@ -208,7 +207,7 @@ def test_windows_that_disagree_are_faded_into_each_other() -> None:
     steps = np.diff(made)
     assert steps.min() >= -1e-6
     # A raised cosine over FADE frames of 10 ms: its steepest step is pi / 2 over its length.
-    fade = infer.FADE * 480
+    fade = windows.FADE * 480
     assert steps.max() == pytest.approx(np.pi / 2 / fade, rel=0.01)
     assert np.count_nonzero(steps) == pytest.approx((num_windows - 1) * fade, rel=0.01)
 
@@ -243,10 +242,10 @@ def test_joins_do_not_click(guided: bool, recipe: Recipe, tmp_path: Path, monkey
     cuts: list[int] = []
 
     def made(window_s: float) -> audio.Wave:
-        converter = infer.Converter.load(changed(recipe, "infer", window_s=window_s))
-        pieces = infer.windows(blocks_of(wave, 16000), int(window_s * 100))
+        converter, window = infer.Converter.load(recipe), round(window_s * 100)
+        pieces = windows.windows(blocks_of(wave, 16000), window)
         cuts[:] = np.cumsum([length for _, length, _ in pieces])[:-1] * 3 // 2
-        return np.concatenate(list(infer.convert(converter, blocks_of(wave, 16000))))
+        return np.concatenate(list(windows.convert(converter, blocks_of(wave, 16000), RATE, window)))
 
     whole = made(30.0)
     assert not cuts
@@ -354,11 +353,6 @@ def test_an_unreadable_input_is_named(content: bytes | None, message: str, recip
     assert not Path(recipe.infer.output).exists()
 
 
-def test_a_folder_is_no_input(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"infer\.input: .* is not a file"):
-        infer.run(changed(recipe, "infer", input=str(tmp_path)), ALONE)
-
-
 def test_samples_that_are_not_numbers_leave_no_output_behind(recipe: Recipe, tmp_path: Path) -> None:
     wave = tone(1.0)
     wave[12345] = np.nan
@@ -405,13 +399,13 @@ def test_the_longest_name_and_a_link_in_the_place_of_a_half_written_file_do_no_h
 def test_an_output_beyond_a_limit_is_told_and_leaves_nothing(first, suffix, tmp_path, monkeypatch) -> None:
     """The samples are written twice: as they come, then turned down, by libsndfile, which names no error."""
     if first == "memory":
-        monkeypatch.setattr(infer.tempfile, "TemporaryFile", lambda dir: io.BytesIO())
+        monkeypatch.setattr(sound_file.tempfile, "TemporaryFile", lambda dir: io.BytesIO())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     blocks = iter([noise(20000 / RATE)])
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
         with pytest.raises(OSError, match=r"File too large; 0\.120 MB needed, \d+ MB free, no file may have") as caught:
-            infer.write(tmp_path / f"a.{suffix}", blocks, RATE, 20000)
+            sound_file.write(tmp_path / f"a.{suffix}", blocks, RATE, 20000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.errno == errno.EFBIG
@@ -421,11 +415,11 @@ def test_an_output_beyond_a_limit_is_told_and_leaves_nothing(first, suffix, tmp_
 
 def test_an_impossible_output_is_refused_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "folder.wav" / "in.wav").mkdir(parents=True)
     nowhere = changed(recipe, "infer", model=str(tmp_path / "none.pth"))
     for output, message in [
         (tmp_path / "file" / "out.wav", r"infer\.output: .*out\.wav cannot be written"),
-        (tmp_path / "folder.wav", r"infer\.output: .*folder\.wav is a folder"),
+        (tmp_path / "folder.wav", r"infer\.output: .*in\.wav is a folder"),
         (tmp_path / "in.wav", r"infer\.output: .*in\.wav is infer\.input itself"),
     ]:
         with pytest.raises(StageError, match=message):
@@ -435,11 +429,11 @@ def test_an_impossible_output_is_refused_before_anything_is_loaded(recipe: Recip
 def test_what_would_clip_is_turned_down_as_a_whole(tmp_path: Path) -> None:
     loud = tone(1.0, level=1.0) * 3
     assert np.abs(loud).max() > 2
-    infer.write(tmp_path / "a.wav", iter([loud[:10000], loud[10000:]]), RATE)
+    sound_file.write(tmp_path / "a.wav", iter([loud[:10000], loud[10000:]]), RATE)
     made, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
-    np.testing.assert_allclose(made, loud * (infer.MAX_PEAK / np.abs(loud).max()), atol=1 / 32768)
+    np.testing.assert_allclose(made, loud * (sound_file.MAX_PEAK / np.abs(loud).max()), atol=1 / 32768)
     quiet = tone(1.0, level=0.1)
-    infer.write(tmp_path / "b.wav", iter([quiet]), RATE)
+    sound_file.write(tmp_path / "b.wav", iter([quiet]), RATE)
     made, _ = soundfile.read(tmp_path / "b.wav", dtype="float32")
     np.testing.assert_allclose(made, quiet, atol=1 / 32768)
 
@@ -512,10 +506,10 @@ def test_a_voice_without_pitch_needs_no_tracker(
 def test_a_recording_beyond_the_range_of_pitch_is_told(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for hz, told in ((40.0, "lower extract.f0_min"), (220.0, ""), (1500.0, "raise extract.f0_max")):
+    for hz, told in ((40.0, "lower infer.f0_min"), (220.0, ""), (1500.0, "raise infer.f0_max")):
         caplog.clear()
         monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(type("Steady", (SteadyPitch,), {"HZ": hz})))
-        convert_file(recipe)
+        infer.run(changed(recipe, "infer", output=f"{recipe.run_dir}/{hz}.wav"), ALONE)
         warned = [r.getMessage() for r in caplog.records if "frames with a pitch" in r.getMessage()]
         assert len(warned) == bool(told)
         assert all(w.startswith("infer: 100% of the frames") and f"{told} if" in w for w in warned)
@@ -712,7 +706,7 @@ def test_a_voice_whose_encoder_cannot_be_had_is_not_sent_to_another(
 
 
 def test_a_tracker_that_cannot_be_had_is_no_matter_of_the_encoder(recipe: Recipe) -> None:
-    lost = changed(recipe, "extract", f0_method="rmvpe", f0_model="/none/rmvpe.pt")
+    lost = changed(changed(recipe, "extract", f0_model="/none/rmvpe.pt"), "infer", f0_method="rmvpe")
     with pytest.raises(StageError, match=r"^extract\.f0_model: (?!.*the voice was trained)"):
         infer.run(lost, ALONE)
 
