@@ -62,7 +62,7 @@ STAGES = {
     "run": Stage("rvc_dist.pipeline", "All of it in order: preprocess, extract, index, train, export."),
     "import": Stage(
         "rvc_dist.tools.import_experiment",
-        "Take over an experiment folder of Applio, ARVC or RVC-WebUI.",
+        "Take over an experiment folder of Applio, ARVC, RVC-WebUI or rvc-next.",
         folders="DIR",
     ),
     "dataset": Stage(
@@ -252,7 +252,9 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
             raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
         folder = os.path.abspath(folders[0])
         voice = os.path.basename(folder)
-        given = [("name", voice), ("run_dir", f"runs/{voice}"), *given, ("data.audio_dir", folder)]
+        given = [("name", voice), ("run_dir", f"runs/{voice}"), *given]
+        more = {"given": given}
+        given = [*given, ("data.audio_dir", folder)]
     recipe = recipe_of(given)
     if found.print_config:
         print(recipe.to_yaml(), end="")

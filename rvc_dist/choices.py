@@ -41,6 +41,8 @@ class EmbedderSpec(NamedTuple):
     """Where in the repository its files are."""
     make: Maker | None = None
     """Of (version, EmbedderMix, device) a `rvc_dist.features.content.Embedder`."""
+    aliases: tuple[str, ...] = ()
+    """What else the files of other tools call it."""
 
     def path(self, filename: str) -> str:
         return f"{self.folder}/{filename}" if self.folder else filename
@@ -49,28 +51,37 @@ class EmbedderSpec(NamedTuple):
         return f"{self.repository} (folder {self.folder})" if self.folder else self.repository
 
 
-def _of_applio(folder: str) -> EmbedderSpec:
+def _of_applio(folder: str, *aliases: str) -> EmbedderSpec:
     """An encoder as Applio hands it out: a voice that names it means these weights, whatever their origin has since."""
     revision = "70ed563897504c756ec94067c12c902c4fd42025"
-    return EmbedderSpec("IAHispano/Applio", revision, f"Resources/embedders/{folder}")
+    return EmbedderSpec("IAHispano/Applio", revision, f"Resources/embedders/{folder}", aliases=aliases)
 
 
 EMBEDDERS: dict[str, EmbedderSpec] = {
     # ContentVec (Qian et al. 2022, arXiv:2204.09224) in the transformers format, with the final projection that v1
     # needs. Of this revision, pytorch_model.bin has the sha256 d8dd400e054ddf4e6be75dab5a2549db748cc99e756a097c496c099f
-    # 65a4854e: the file that Applio ships as its contentvec.
-    "contentvec": EmbedderSpec("lengyue233/content-vec-best", "ab04aa7067b99ee05cc82499bc64916b980a1967"),
+    # 65a4854e: the file that Applio ships as its contentvec. The hubert_base.pt of RVC holds ContentVec's weights.
+    "contentvec": EmbedderSpec(
+        "lengyue233/content-vec-best",
+        "ab04aa7067b99ee05cc82499bc64916b980a1967",
+        aliases=("contentvec_base", "hubert_base"),
+    ),
     # Speaker-invariant clustering (Chang et al. 2023, arXiv:2305.11072) on HuBERT base.
-    "spin": _of_applio("spin"),
-    "spin-v2": _of_applio("spin-v2"),
+    "spin": _of_applio("spin", "spin_v1"),
+    "spin-v2": _of_applio("spin-v2", "spin_v2"),
     # HuBERT base (Hsu et al. 2021, arXiv:2106.07447) of one language. Their files are smaller than the others by the
     # final projection: they are for v2.
-    "chinese-hubert-base": _of_applio("chinese_hubert_base"),
-    "japanese-hubert-base": _of_applio("japanese_hubert_base"),
-    "korean-hubert-base": _of_applio("korean_hubert_base"),
+    "chinese-hubert-base": _of_applio("chinese_hubert_base", "chinese_hubert_base"),
+    "japanese-hubert-base": _of_applio("japanese_hubert_base", "japanese_hubert_base"),
+    "korean-hubert-base": _of_applio("korean_hubert_base", "korean_hubert_base"),
     "mfcc": EmbedderSpec(make="rvc_dist.features.content:Mfcc"),
 }
 """By the name in `extract.embedder_model`, which may be a folder or a hub id instead."""
+
+
+def embedder_called(text: str) -> str:
+    """The key into EMBEDDERS of what another tool's file says; the text itself when there is none."""
+    return next((name for name, spec in EMBEDDERS.items() if text in spec.aliases), text)
 
 
 class F0Spec(NamedTuple):

@@ -289,6 +289,8 @@ class SlicedClip(ClipEntry, total=False):
     slice_s: Seconds
     content: str
     repeat: Repeat
+    guessed: bool
+    """start_s is only what the clip's number and those before it tell, as in an import."""
 
 
 class Rates(TypedDict, total=False):

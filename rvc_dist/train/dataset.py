@@ -59,13 +59,16 @@ class ClipRef:
     """Hash of the recording, where it is known."""
     repeat: int = 1
     """How often it counts in an epoch."""
+    guessed: bool = False
+    """`start_s` is: so of its recording all is held out, or nothing, where that is possible."""
 
     @classmethod
     def of(cls, header: Mapping[str, Any], unit: int, index: int, num_samples: int, num_frames: int) -> ClipRef:
         """Clip `index` of a unit with this `header`."""
         clip, duration_s = header["clips"][index], num_samples / header["sample_rate"]
         where = (clip["speaker"], str(clip["source"]), num_frames, clip["start_s"], duration_s)
-        return cls(unit, f"{index:05d}", *where, clip.get("content", ""), clip.get("repeat", 1))
+        more = clip.get("content", ""), clip.get("repeat", 1), clip.get("guessed", False)
+        return cls(unit, f"{index:05d}", *where, *more)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Which clips validation has and training never sees: a share of each speaker's seconds, at the ends of recordings.
 
+Recordings that another tool cut are held out whole, since where their clips lie is only guessed; only of a speaker
+whose recordings are all too long for that, the end of one.
+
 A recording's part hangs on a draw from its own name, its content and the seed, so that others may come and go. Only
 where the draws of a speaker's recordings give too little or too much do they depend on one another; what a run has
 trained on stays on its side then, since its checkpoints know what was held out.
@@ -88,6 +91,8 @@ class _Recording:
         self.seconds, self.count, self.held_s = _seconds(clips), 0, 0.0
         self.draw = _draw(seed, clips[0].source, *sorted({c.content for c in clips}))
         self._longest_s = max(c.duration_s for c in clips)
+        self.is_whole = any(c.guessed for c in clips)
+        """All of it is held out, or nothing."""
         starts_s = [settled[c.content] for c in clips if c.content in settled]
         self.is_settled = bool(starts_s)
         if starts_s:
@@ -124,6 +129,8 @@ class _Recording:
             beyond = held_s - goal_s
             if held_s > most_s + SAME_S or beyond >= best:
                 break
+            if self.is_whole and count < len(self.clips):
+                continue
             lost_s = _seconds(self._overlapping(count))
             cost = max(beyond, -2 * beyond) + lost_s
             if cost < best and lost_s <= held_s + SAME_S:
@@ -142,28 +149,44 @@ def _hold_out_of_speaker(recordings: list[_Recording], share: float) -> None:
     _hold_by_draw(ordered, share, most_s)
     held_s = sum(r.held_s for r in recordings)
     for recording in reversed(ordered):
-        if held_s > min(TOO_MUCH * goal_s, most_s) + SAME_S and share * recording.seconds < STRETCH_S:
+        is_short = recording.is_whole or share * recording.seconds < STRETCH_S
+        if held_s > min(TOO_MUCH * goal_s, most_s) + SAME_S and is_short:
             held_s -= recording.held_s
             recording.release()
-    # Of each recording no more than were it the speaker's only one, then whatever there is.
-    for bound, recording in product((most_share, 1.0), ordered):
+    held_s = _hold_more(ordered, held_s, goal_s, most_share, most_s)
+    if held_s <= SAME_S:  # those that were to be held out whole are too long for it
+        for recording in ordered:
+            recording.is_whole = False
+        held_s = _hold_more(ordered, held_s, goal_s, most_share, most_s)
+    if total_s - held_s - sum(_seconds(r.lost) for r in recordings) <= SAME_S:  # a speaker's only speech
+        for recording in recordings:
+            recording.release()
+
+
+def _hold_more(
+    recordings: Sequence[_Recording], held_s: float, goal_s: float, most_share: float, most_s: float
+) -> float:
+    """Hold out more than the `held_s` seconds until they are about `goal_s`; returns how many they are.
+
+    Of each recording no more than were it the speaker's only one, then whatever there is.
+    """
+    for bound, recording in product((most_share, 1.0), recordings):
         if held_s < ENOUGH * goal_s:
             others_s = held_s - recording.held_s
             recording.hold(goal_s - others_s, min(most_s - others_s, bound * recording.seconds))
             held_s = others_s + recording.held_s
-    if total_s - held_s - sum(_seconds(r.lost) for r in recordings) <= SAME_S:  # a speaker's only speech
-        for recording in recordings:
-            recording.release()
+    return held_s
 
 
 def _hold_by_draw(recordings: Iterable[_Recording], share: float, most_s: float) -> None:
     """Of each recording its share, or, where that is too short a stretch, a longer one of as many fewer recordings."""
     for recording in recordings:
         goal_s = share * recording.seconds
-        if goal_s >= STRETCH_S:
+        if goal_s >= STRETCH_S and not recording.is_whole:
             recording.hold(goal_s, max(share, MOST_SHARE) * recording.seconds)
             continue
-        stretch_s = STRETCH_S if recording.seconds >= 3 * STRETCH_S else recording.seconds
+        is_cut = recording.seconds >= 3 * STRETCH_S and not recording.is_whole
+        stretch_s = STRETCH_S if is_cut else recording.seconds
         if recording.draw * stretch_s < goal_s:
             recording.hold(stretch_s, most_s)
 

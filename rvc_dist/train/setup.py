@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -22,7 +23,7 @@ from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.device import BACKENDS
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, networks, out_of_memory
+from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, moments, networks, out_of_memory
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.ddp import GradientReducer, TrainedModule
 from rvc_dist.train.deepspeed import ZeroNetwork
@@ -226,6 +227,13 @@ def resume(
             f"the checkpoint was made on {saved.num_ranks} ranks, this run has {num_ranks}: it continues from the same "
             f"weights, optimizers and place in the data, with steps of {num_clips} clips"
         )
+
+
+def begin(recipe: Recipe, modules: Mapping[str, TrainedModule]) -> None:
+    """Give new optimizers what an import kept of the experiment's beside the weights that the networks begin with."""
+    for name, key in networks.PRETRAINED.items():
+        if (file := getattr(recipe.train, key)) is not None:
+            moments.begin_with(modules[name], Path(file), recipe.train.optimizer_name)
 
 
 def load_weights(saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModule], work: Workspace) -> None:

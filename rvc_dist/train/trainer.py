@@ -93,6 +93,8 @@ class Trainer:
         self.recent: list[RecentStep] = []
         if saved is not None:
             setup.resume(recipe, self.accelerator, saved, self.progress, self.networks, self.meter)
+        else:
+            setup.begin(recipe, self.networks)
         self.writer = checkpoint.AsyncCheckpointWriter(
             self.work.checkpoints_dir,
             self.config.keep_checkpoints,

@@ -27,7 +27,8 @@ from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import Recipe, TrainConfig, load_recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, feature_files, index, index_file
-from rvc_dist.tools import import_experiment
+from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.tools import experiment, import_experiment
 from rvc_dist.train import checkpoint, trainer
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.voice import export
@@ -96,7 +97,7 @@ def test_waves_features_and_speakers_are_taken_over_to_the_last_bit(made: tuple[
     for name, (_, wave) in expected.items():
         np.testing.assert_array_equal(waves[name], wave)
 
-    _, _, _, hz, content = FOLDERS[tool]
+    content = FOLDERS[tool][4]
     work_list = WorkList.load(work.work_list_file)
     assert work_list is not None
     for unit in work_list.units:
@@ -107,9 +108,11 @@ def test_waves_features_and_speakers_are_taken_over_to_the_last_bit(made: tuple[
             stem = Path(file.path).stem
             assert clip["speaker"] == expected[file.path][0]
             assert (clip["source"], clip["start_s"]) == (stem.rpartition("_")[0], round(0.7 * int(stem[-1]), 1))
+            assert clip["guessed"]
             assert (clip["num_samples"], clip["num_content"], clip["num_f0"]) == (RATE, 50, 101)
             np.testing.assert_array_equal(arrays[f"{i:05d}.content"], np.load(folder / content / f"{stem}.npy"))
-            f0 = np.load(folder / hz / f"{stem}.wav.npy")
+            number = list(expected).index(file.path)
+            f0 = experiments.pitch_of(tool, number, 101)["true" if tool == "arvc" else "hz"]
             assert arrays[f"{i:05d}.f0"].dtype == np.float32
             np.testing.assert_array_equal(arrays[f"{i:05d}.f0"], f0.astype(np.float32))
 
@@ -117,21 +120,23 @@ def test_waves_features_and_speakers_are_taken_over_to_the_last_bit(made: tuple[
     assert (report["clips"], report["clip_seconds"], report["files_left_out"]) == (6, 6.0, 0)
     assert report["files_without_features"] == 0
     assert report["total_dataset_duration"] == ("00:00:08" if tool == "applio" else "00:00:06")
-    assert report["speakers"] == ([0, 3] if tool == "applio" else [0])
+    assert report["speakers"] == sorted({speaker for speaker, _ in expected.values()})
     assert (recipe.data.sample_rate, recipe.data.audio_dir) == (RATE, str(folder))
     assert (recipe.model.version, recipe.model.pitch_guidance) == ("v2", True)
     assert (recipe.model.inter_channels, recipe.model.num_layers) == (16, 1)
     assert (recipe.extract.embedder_model, recipe.extract.include_mutes) == ("mfcc", 0)
+    assert recipe.extract.unvoiced == ("interpolated" if experiments.has_names(tool) else "zero")
 
 
+@pytest.mark.parametrize("made", ["applio", "webui", "rvc-next"], indirect=True)
 def test_the_run_goes_on_from_the_weights_to_a_voice(
     made: tuple[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool, original = made
     folder = Path(shutil.copytree(original, tmp_path / "logs" / "voice"))
     narrow = changed(narrow_recipe(tmp_path), "data", sample_rate=RATE)
-    experiments.add_weights(folder, 40, narrow)
-    states = experiments.add_weights(folder, 100, narrow)
+    experiments.add_weights(folder, 40, narrow, tool=tool)
+    states = experiments.add_weights(folder, 100, narrow, tool=tool)
     (folder / "G_2333333.pth").write_bytes(b"a save that was cut short")
     shutil.copy(folder / "D_100.pth", folder / "D_2333333.pth")
     given = experiments.add_index(folder, tool)
@@ -140,11 +145,15 @@ def test_the_run_goes_on_from_the_weights_to_a_voice(
     recipe = imported(recipe_for(folder, tmp_path / "run", train=train))
     work = workspace_of(recipe)
     assert "the weights of step 2333333 are left out" in caplog.text
-    assert "training starts from G_100.pth and D_100.pth: weights alone, without the optimizers' moments" in caplog.text
+    assert "training starts from G_100.pth and D_100.pth" in caplog.text
     kept = torch.load(recipe.train.pretrained_g, weights_only=True)
-    assert kept.keys() == {"model"}
+    assert kept.keys() == {"model", "moments"}
     assert kept["model"].keys() == states["G"].keys()
     assert all(torch.equal(kept["model"][k], v) for k, v in states["G"].items())
+    wanted = {n: experiments.moments_of(w) for n, w in from_upstream(states["G"]).items() if "conv_k.bias" not in n}
+    found = {f"{name}/{key}": m for name, moments in wanted.items() for key, m in moments.items()}
+    assert kept["moments"].keys() - found.keys() == {f"{name}/step" for name in wanted}
+    assert all(torch.equal(kept["moments"][key], m) for key, m in found.items())  # numbered in the tool's order there
     assert Path(recipe.train.pretrained_d).parent == work.root / "pretrained"
 
     # No encoder and no tracker is as much as looked for.
@@ -166,15 +175,19 @@ def test_the_run_goes_on_from_the_weights_to_a_voice(
     caplog.clear()
     trainer.run(recipe, Shard())
     assert f"train.pretrained_g: {recipe.train.pretrained_g}" in caplog.text
+    assert caplog.text.count("the optimizer goes on with the moments of") == 2
+    saved = checkpoint.load(checkpoint.latest(work.checkpoints_dir))
+    assert {float(t) for k, t in saved.optimizers["generator"].tensors.items() if k.endswith("step")} == {102.0}
     export.run(recipe, Shard())
     voice = torch.load(work.last_voice_file, weights_only=True)
-    assert (voice["step"], voice["speakers_id"]) == (2, 4 if tool == "applio" else 1)
-    assert voice["weight"]["emb_g.weight"].shape[0] == 5
+    assert (voice["step"], voice["speakers_id"]) == (2, 1 + max(s for _, s, _ in experiments.clips(tool)))
+    assert voice["weight"]["emb_g.weight"].shape[0] == experiments.ROWS.get(tool, 5)
     trained, start = voice["weight"]["enc_p.emb_phone.weight"].float(), states["G"]["enc_p.emb_phone.weight"]
     assert 0 < (trained - start).abs().max() < 1e-3  # two steps away from the experiment's weights
-    table = ClipTable.load(changed(recipe, "data", holdout=0.34 if tool == "applio" else 0.2))
+    num_speakers = len({speaker for _, speaker, _ in experiments.clips(tool)})
+    table = ClipTable.load(changed(recipe, "data", holdout=0.34))
     held = {c.source: c.start_s for c in table.holdout}
-    assert len(held) == len(table.holdout) == (2 if tool == "applio" else 1), "of each speaker a clip"
+    assert len(held) == len(table.holdout) == num_speakers, "of each speaker a clip"
     assert set(held.values()) == {1.4}, "the last of a recording"
     assert len(table.train) == 6 - 2 * len(held), "the one beside it is on neither side"
     assert all(c.start_s == 0.0 for c in table.train if c.source in held)
@@ -253,12 +266,12 @@ def test_speakers_without_a_filelist_come_from_the_names(tmp_path: Path, applio:
         0,
         3,
     ]
-    assert import_experiment._speaker_of("4_17_0.wav") == 4
-    assert import_experiment._speaker_of("17_0.wav") == 0  # RVC-WebUI: recording 17
-    assert import_experiment.recording_of("4_17_0.wav") == ("4_17", 0)
-    assert import_experiment.recording_of("17_10.wav") == ("17", 10)
-    assert import_experiment.recording_of("ms0001_s000_0a1b2c_3.wav") == ("ms0001_s000_0a1b2c", 3)
-    assert import_experiment.recording_of("song.wav") == ("song.wav", 0)
+    assert experiment.speaker_in("4_17_0.wav") == 4
+    assert experiment.speaker_in("17_0.wav") == 0  # RVC-WebUI: recording 17
+    assert experiment.recording_of("4_17_0.wav") == ("4_17", 0)
+    assert experiment.recording_of("17_10.wav") == ("17", 10)
+    assert experiment.recording_of("ms0001_s000_0a1b2c_3.wav") == ("ms0001_s000_0a1b2c", 3)
+    assert experiment.recording_of("song.wav") == ("song.wav", 0)
 
 
 def test_a_name_that_is_no_utf8_is_that_of_the_filelist(copied: Path, tmp_path: Path) -> None:
@@ -423,7 +436,9 @@ def test_a_folder_that_is_no_experiment(tmp_path: Path, copied: Path) -> None:
         == f"{tmp_path / 'none'} does not exist; expected the folder of an experiment, such as logs/NAME"
     )
     assert "is a file" in error(copied / "config.json")
-    assert "expected .wav files in sliced_audios/ (Applio, ARVC) or 0_gt_wavs/ (RVC-WebUI)" in error(copied / "f0")
+    assert "expected .wav files in sliced_audios/ (Applio, ARVC) or 0_gt_wavs/ (RVC-WebUI, rvc-next)" in error(
+        copied / "f0"
+    )
     assert "found 0_0_0.wav.npy, " in error(copied / "f0")
     (copied.parent / "mute" / "sliced_audios").mkdir(parents=True)
     assert f"{copied.parent} is no experiment but holds some: name one of them (voice)" in error(copied.parent)
@@ -638,7 +653,7 @@ def test_reports_are_plain_json(tmp_path: Path, applio: Path) -> None:
 def test_a_list_has_bounds(listed: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "filelist.txt").write_text(listed)
     with pytest.raises(StageError, match=expected):
-        import_experiment.read_filelist(tmp_path / "filelist.txt")
+        experiment.read_filelist(tmp_path / "filelist.txt")
 
 
 def test_a_fifo_among_the_waves_is_named_and_not_waited_for(tmp_path: Path, copied: Path) -> None:
@@ -652,4 +667,4 @@ def test_a_fifo_among_the_waves_is_named_and_not_waited_for(tmp_path: Path, copi
 
 @pytest.mark.parametrize("written", ["/etc/passwd", "/home/me/secret.npy", "logs/mute/../../x/mute.npy", "mute.npy\0"])
 def test_a_list_names_no_file_but_a_silent_clips(written: str, tmp_path: Path, applio: Path) -> None:
-    assert import_experiment._find_mute(import_experiment.read_experiment(applio), written) is None
+    assert experiment._find_mute(experiment.read_experiment(applio), written) is None
