@@ -108,12 +108,11 @@ class Converter:
                 "give infer.pitch in semitones instead, or export the voice again",
             )
         found = median_f0(recording, self.extractor.f0_method, self._filtered)
-        semitones = round(12.0 * math.log2(wanted / found)) if found else 0
-        logger.info(
-            "infer: median pitch %s Hz, the voice's %.1f Hz: %+d semitones",
-            f"{found:.1f}" if found else "unknown (nothing is voiced), 0",
-            *(wanted, semitones),
-        )
+        if found is None:
+            logger.warning("infer.auto_pitch: nothing is voiced, so nothing is transposed")
+            return self
+        semitones = round(12.0 * math.log2(wanted / found))
+        logger.info("infer: median pitch %.1f Hz, the voice's %.1f Hz: %+d semitones", found, wanted, semitones)
         return replace(self, semitones=float(semitones))
 
     def _filtered(self, wave: audio.Wave, rate: int) -> audio.Wave:
@@ -284,18 +283,19 @@ def run(recipe: Recipe, shard: Shard) -> None:
     if recipe.infer.f0_file and len(jobs) > 1:
         raise StageError(f"infer.f0_file: got one for {len(jobs)} recordings;", "convert one alone")
     mine, failed = share_of(jobs, shard), dict[Path, str]()
+    waits = len(jobs) > 1 and shard.count > 1 and not shard.array
     for job in mine:
         with contextlib.suppress(OSError):  # `check_output` names what is wrong
             job.failure_file.unlink()
     lengths = {job: seconds for job in mine if (seconds := _seconds(job, failed)) is not None}
     if lengths:
         check_output(next(iter(lengths)).target)
-    if lengths or (len(jobs) > 1 and shard.is_first):
+    if lengths or (waits and (mine or shard.is_first)):
         converter = Converter.load(recipe)
         stamps = Stamps(converter.settings())
         _convert_all(converter, lengths, stamps, failed, shard.is_first or shard.array)
         converter.extractor.warn_at_edges("infer")
-        if shard.count > 1 and not shard.array:
+        if waits:
             failed = _failures_of_all(jobs, mine, stamps, failed, shard)
     if failed and len(jobs) == 1:
         raise StageError(f"infer.input: {jobs[0].source}: {failed[jobs[0].source]}")
@@ -350,6 +350,8 @@ def _failures_of_all(
     outcomes = {
         job.source: wait_for(f"{job.target} of another rank", partial(_outcome, job, stamps[job])) for job in jobs
     }
+    for job in jobs:
+        job.failure_file.unlink(missing_ok=True)
     return {source: reason for source, reason in outcomes.items() if reason}
 
 

@@ -27,7 +27,6 @@ from helpers import (
     changed,
     make_generator,
     make_ssl_folder,
-    narrow_recipe,
     noise,
     tone,
     voice_contents,
@@ -36,7 +35,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from rvc_dist.choices import F0_METHODS, F0Spec
-from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, EmbedderMix, ExtractConfig, InferConfig, Recipe
+from rvc_dist.config import F0_HOP, FEATURE_RATE, RATES, DataConfig, EmbedderMix, ExtractConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.models.generator import Generator
@@ -48,28 +47,7 @@ from rvc_dist.workspace import Shard, StageError
 ALONE = Shard(0, 1)
 
 
-@pytest.fixture(autouse=True)
-def _quick_pitch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
-
-
-@pytest.fixture(scope="session")
-def voice_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("voice")
-    config = narrow_recipe(folder)
-    path = folder / "tiny.pth"
-    write_voice(path, voice_contents(config, make_generator(config, num_speakers=2)))
-    return path
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, voice_file: Path) -> Recipe:
-    """A conversion of one second of tone that works."""
-    soundfile.write(tmp_path / "in.wav", tone(1.0), RATE)
-    config = InferConfig(
-        input=str(tmp_path / "in.wav"), output=str(tmp_path / "out.wav"), model=str(voice_file), index_rate=0.0
-    )
-    return narrow_recipe(tmp_path, infer=config)
+pytestmark = pytest.mark.usefixtures("quick_pitch")
 
 
 def convert_file(recipe: Recipe) -> audio.Wave:
