@@ -348,8 +348,9 @@ class TrainConfig:
     """TF32, cuDNN benchmark, allocator, compile and loader settings on every rank; changes no formula."""
     bf16_adamw: bool = False
     """Shortcut for precision bf16 and optimizer anyprecision_adamw; needs a GPU with bf16, or a CPU."""
-    compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile of D and of G's decoder. auto: with fast_train, where the plan repays it and a trial here gains."""
+    compile: Literal["auto", "graphs", "always", "never"] = "auto"
+    """D and G's decoder. auto: with fast_train, where the plan repays it and a trial here gains: on CUDA as CUDA graphs
+    of PyTorch's kernels, elsewhere by torch.compile. graphs: so without a trial. always: torch.compile without one."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     grad_compression: Literal["none", "bf16"] = "none"

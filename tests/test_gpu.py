@@ -1,5 +1,6 @@
 """What only a CUDA device shows. Skipped where there is none; `pytest -m gpu` runs these alone."""
 
+import gc
 import re
 
 import pytest
@@ -85,13 +86,13 @@ def test_the_allocator_has_the_settings_of_fast_train():
     assert shown.split() == ["expandable_segments:True"]
 
 
-@pytest.mark.slow
-def test_cuda_graphs_of_two_networks_do_not_overwrite_each_others_outputs(tmp_path):
+@pytest.mark.parametrize("mode", ["graphs", pytest.param("always", marks=pytest.mark.slow)])
+def test_cuda_graphs_of_two_networks_do_not_overwrite_each_others_outputs(tmp_path, mode):
     """G's output feeds D, D's features feed G's loss: values over several steps, two lengths and micro-batches."""
     for accum in (1, 2):
         runs = []
-        for mode in ("never", "always"):
-            recipe = tiny_recipe(tmp_path / f"{mode}{accum}", compile=mode, grad_accum_steps=accum, learning_rate=1e-5)
+        for how in ("never", mode):
+            recipe = tiny_recipe(tmp_path / f"{how}{accum}", compile=how, grad_accum_steps=accum, learning_rate=1e-5)
             make_features(recipe, num_clips=15)
             runs.append(losses_of(recipe, 8))
         for eager, compiled in zip(*runs, strict=True):
@@ -167,6 +168,8 @@ def test_batches_copied_ahead_come_whole_and_their_memory_is_not_used_early():
 def test_out_of_memory_names_a_batch_that_fits(tmp_path):
     recipe = tiny_recipe(tmp_path, batch_size=64, cache_on_device=True)
     make_features(recipe, num_clips=90)
+    gc.collect()  # what other tests left would count
+    torch.cuda.empty_cache()
     limit = 300e6 / torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(limit)
     try:

@@ -34,8 +34,7 @@ def sine_excitation(f0: Tensor, noise: Tensor, sample_rate: int, phase: Tensor |
     # MPS has no float64: one number a frame is computed on the host there.
     hop, on_host = noise.shape[-1], f0.device.type == "mps"
     cycles = (f0.cpu() if on_host else f0).double() / sample_rate
-    start = (cycles * hop).cumsum(-1).roll(1, -1)
-    start[..., 0] = 0
+    start = F.pad((cycles * hop).cumsum(-1)[..., :-1], (1, 0))
     start = (start if phase is None else start + (phase.cpu() if on_host else phase)) % 1
     step = torch.arange(1, hop + 1, device=f0.device, dtype=torch.float32)
     start, cycles = start.float().to(f0.device), cycles.float().to(f0.device)

@@ -65,7 +65,7 @@ def check_backend(config: TrainConfig, num_ranks: int) -> None:
     """Refuse what this rank's kind of device cannot do.
 
     Raises:
-        StageError: several ranks without a collective between them, or compiling without a compiler.
+        StageError: several ranks without a collective between them, or compiling without a compiler or CUDA graphs.
     """
     backend = BACKENDS[local_device().type]
     has_collective = backend.collective != "xccl" or dist.is_xccl_available()
@@ -73,6 +73,10 @@ def check_backend(config: TrainConfig, num_ranks: int) -> None:
         raise StageError(
             f"{num_ranks} ranks were started, but this PyTorch has no collective for {backend.name};",
             "train on one device, without a launcher, or on the CPUs: export ACCELERATE_USE_CPU=true",
+        )
+    if config.compile == "graphs" and backend is not BACKENDS["cuda"]:
+        raise StageError(
+            f"train.compile: graphs are for CUDA, not for {backend.name};", "set train.compile auto, always or never"
         )
     if config.compile == "always" and not backend.compiles:
         raise StageError(f"train.compile: networks are not compiled on {backend.name};", "set train.compile auto")

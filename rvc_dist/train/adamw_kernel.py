@@ -7,6 +7,7 @@ Triton comes with torch for GPUs, and needs a C compiler; only optimizers.py imp
 # Triton takes no annotations but its own.
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from subprocess import CalledProcessError
 from typing import Any
@@ -108,7 +109,7 @@ def _step(
     first_blocks,  # [tensors]
     owners,  # [blocks]: the tensor
     factors,  # [2]: of the root of the variance, and of the update
-    skip,  # [1]
+    found_inf,  # [1]: of no step if it is not zero
     num_tensors,
     beta1,
     rest1,
@@ -121,7 +122,7 @@ def _step(
     aligned: tl.constexpr,  # every tensor begins at a multiple of 16 bytes
     block_size: tl.constexpr,
 ):
-    if tl.load(skip) == 0:
+    if tl.load(found_inf) == 0:
         block = tl.program_id(0)
         tensor = tl.load(owners + block)
         size = tl.load(sizes + tensor)
@@ -141,6 +142,22 @@ def _step(
             )  # fmt: skip
 
 
+@triton.jit
+def _count(
+    step,  # [1] float64: how many were taken
+    found_inf,  # [1]
+    constants,  # [3] float64: the logarithms of the betas, and the learning rate
+    factors,  # [2]: for `_step`
+):
+    """Count the step, unless it is skipped, and correct the moments' bias; in float64, as 1 - 0.99 ** 1 needs it."""
+    count = tl.load(step) + tl.where(tl.load(found_inf) == 0, 1, 0)
+    tl.store(step, count)
+    bias1 = 1 - tl.exp(count * tl.load(constants))
+    bias2 = 1 - tl.exp(count * tl.load(constants + 1))
+    tl.store(factors, (1 / tl.sqrt(bias2)).to(tl.float32))
+    tl.store(factors + 1, (-tl.load(constants + 2) / bias1).to(tl.float32))
+
+
 class Kernel:
     """Keeps on the device, from step to step, where the tensors are and which blocks belong to which."""
 
@@ -152,6 +169,8 @@ class Kernel:
         self._columns = torch.empty(0, dtype=torch.int64)
         self._num_blocks = 0
         self._is_aligned = False
+        self._constants: tuple[float, ...] = ()
+        self._constants_there = torch.empty(0)
 
     @classmethod
     def tried(cls, device: torch.device) -> Kernel:
@@ -192,24 +211,30 @@ class Kernel:
             self._addresses = addresses
             self._is_aligned = all(address % 16 == 0 for address in addresses)
 
-    def step(self, group: dict[str, Any], rows: Sequence[tuple[Tensor, ...]], skip: Tensor | None) -> None:
-        """One step for contiguous rows of (parameter, gradient, momentum, variance[, Kahan compensation]).
+    def step(self, group: dict[str, Any], rows: Sequence[tuple[Tensor, ...]], found_inf: Tensor | None) -> None:
+        """One step, counted in group["step"], for rows of (parameter, gradient, momentum, variance[, compensation]).
 
-        `skip` is a bool [] on the device, None for none.
+        All are contiguous. `found_inf` is a float [1] on the device: not zero where nothing is to change.
         """
         self._locate(rows)
         device = self._columns.device
         (beta1, beta2), lr = group["betas"], group["lr"]
-        bias1, bias2 = (1 - beta ** torch.as_tensor(group["step"], dtype=torch.float64) for beta in (beta1, beta2))
-        factors = torch.stack([bias2**-0.5, -lr / bias1]).float().to(device, non_blocking=True)
-        if skip is None:
-            skip = torch.zeros((), dtype=torch.bool, device=device)
+        constants = (*(math.log(beta) if beta else -math.inf for beta in group["betas"]), lr)
+        if constants != self._constants:
+            self._constants_there = torch.tensor(constants, dtype=torch.float64).to(device, non_blocking=True)
+            self._constants = constants
+        if not isinstance(group["step"], Tensor):
+            group["step"] = torch.full((), group["step"], dtype=torch.float64, device=device)
+        if found_inf is None:
+            found_inf = torch.zeros(1, device=device)
+        factors = torch.empty(2, device=device)
         with torch.cuda.device_of(rows[0][0]):
+            _count[(1,)](group["step"], found_inf, self._constants_there, factors)
             _step[(self._num_blocks,)](
                 self._columns,
                 *self._layout,
                 factors,
-                skip.reshape(1).to(torch.uint8),
+                found_inf,
                 len(rows),
                 beta1,
                 1 - beta1,

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 COMPILE_S = 60.0
 """What compiling one network takes at the least (90 s for D on two CPU cores)."""
+GRAPHS_S = 15.0
+"""What it takes to trace one and to record it as CUDA graphs (15 s for D beside an H200)."""
 BEST_SAVING = 0.5
 """Share of a step's time that compiled networks save at the best: 1.3 to 2 times faster, says the reference."""
 WORTH_IT = 0.97
@@ -54,21 +56,33 @@ class DecodingCompiled(nn.Module):
         return output
 
 
-def compiled(module: nn.Module, device: torch.device, deterministic: bool = False) -> nn.Module:
+def compiled(module: nn.Module, device: torch.device, config: TrainConfig) -> nn.Module:
     """D compiled, or G with its decoder compiled, sharing the parameters; it compiles when it is first called.
 
     Each shape that it meets has a graph of its own: D's own pass has the real and the fake clips, G's have one of both.
     On CUDA they are CUDA graphs, as in the reference; `begin_step` says when their outputs may be overwritten.
     """
     if isinstance(module, Generator):
-        return DecodingCompiled(module, compiled(module.dec, device, deterministic))
+        return DecodingCompiled(module, compiled(module.dec, device, config))
+    if records_graphs(config, device):
+        recorded: nn.Module = torch.compile(module, dynamic=False, backend="cudagraphs")  # type: ignore[assignment]
+        return recorded
     # Read when inductor is imported, which the first call here does: by default every rank would take all cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores_of_rank())))
     options: dict[str, Any] = {"triton.cudagraphs": device.type == "cuda"}
-    if deterministic:
+    if config.deterministic:
         options["deterministic"] = True
     result: nn.Module = torch.compile(module, dynamic=False, options=options)  # type: ignore[assignment]
     return result
+
+
+def records_graphs(config: TrainConfig, device: torch.device) -> bool:
+    """Whether "compiled" means PyTorch's own kernels, recorded as CUDA graphs.
+
+    A GPU waits for the host three quarters of a step in half precision (H200, batch 4): launching is what costs. New
+    kernels take minutes to generate, so they are for those who ask for them by `always`.
+    """
+    return device.type == "cuda" and config.compile != "always"
 
 
 def begin_step() -> None:
@@ -94,9 +108,9 @@ def asked_for(config: TrainConfig) -> bool:
     With `deterministic` nothing may depend on measured times: neither this choice, nor the compiler's of kernels.
     """
     always = config.compile == "always"
-    wanted = always or (config.compile == "auto" and config.fast_train)
-    if wanted and config.deterministic and not (always and compiles_deterministically()):
-        reason = "this torch's compiler" if always else "a trial (train.compile always needs none)"
+    wanted = always or config.compile == "graphs" or (config.compile == "auto" and config.fast_train)
+    if config.deterministic and (config.compile == "auto" or (always and not compiles_deterministically())) and wanted:
+        reason = "this torch's compiler" if always else "a trial (train.compile graphs or always needs none)"
         logger.info(f"compile: not with train.deterministic, since {reason} decides by measured times")
         return False
     return wanted
@@ -148,16 +162,18 @@ def choose(
     if config.compile == "auto":
         seconds = _slowest(accelerator, _median_s(lambda: step(eager), accelerator.device))
     best_s = steps_left * seconds * BEST_SAVING
-    if config.compile == "auto" and best_s < COMPILE_S * len(names):
+    needed_s = len(names) * (GRAPHS_S if records_graphs(config, accelerator.device) else COMPILE_S)
+    if config.compile == "auto" and best_s < needed_s:
         logger.info(
             f"compile: not for {steps_left} steps of {seconds:.2f} s, which it could shorten by {best_s:.0f} s in all; "
-            f"compiling takes {COMPILE_S * len(names):.0f} s"
+            f"compiling takes {needed_s:.0f} s"
         )
         return eager
     chosen = {name: _gains(config, accelerator, name, eager, step, seconds) for name in names}
-    # Inside DDP networks are compiled in parts, so that gradients are sent while others are still computed: training
-    # must not go on with the trial's, and a resumed run, which has no trial, has to compute the same way.
-    torch.compiler.reset()
+    if accelerator.num_processes > 1:
+        # Inside DDP networks are compiled in parts, so that gradients are sent while others are still computed:
+        # training must not go on with the trial's, and a resumed run, which has no trial, has to compute the same way.
+        torch.compiler.reset()
     return chosen
 
 
@@ -183,7 +199,7 @@ def _gains(
     if compiled_s == float("inf"):
         return False
     spent_s = time.monotonic() - began_at - TIMED_STEPS * compiled_s
-    if config.compile == "always":
+    if config.compile != "auto":
         logger.info("compile: the %s is compiled (%.0f s)", name, spent_s)
         return True
     gains = compiled_s <= WORTH_IT * eager_s

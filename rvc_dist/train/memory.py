@@ -21,7 +21,8 @@ RESERVE = 0.08
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated; of a CPU, the system's."""
     if device.type == "cuda":
-        return min(torch.cuda.mem_get_info(device)[0], _allowed(device) - torch.cuda.memory_reserved(device))
+        mine = max(0, _allowed(device) - torch.cuda.memory_reserved(device))
+        return min(torch.cuda.mem_get_info(device)[0], mine)
     return int(psutil.virtual_memory().available)
 
 

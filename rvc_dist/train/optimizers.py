@@ -94,21 +94,22 @@ class AnyPrecisionAdamW(Optimizer):
                 return loss
             found_inf = None
         for group in self.param_groups:
-            self._step_group(group, None if found_inf is None else found_inf.reshape(()) != 0)
+            self._step_group(group, found_inf)
         return loss
 
-    def _step_group(self, group: dict[str, Any], skip: Tensor | None) -> None:
-        """One step; `skip` is a bool [] on the device, None where the host already knows that it is wanted."""
+    def _step_group(self, group: dict[str, Any], found_inf: Tensor | None) -> None:
+        """One step; `found_inf` has one element on the device, None where the host knows that the step is wanted."""
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        group["step"] = group["step"] + (1 if skip is None else (~skip).double())
         device = params[0].device
         weights = [p.contiguous() for p in params]  # the parameter itself, unless its memory has another order
         rows = [(w, p.grad.contiguous(), *self._state_of(p)) for p, w in zip(params, weights, strict=True)]
         if (kernel := self._kernel_for(device, rows)) is not None:
-            kernel.step(group, rows, skip)
+            kernel.step(group, rows, found_inf)
         else:
+            skip = None if found_inf is None else found_inf.reshape(()) != 0
+            group["step"] = group["step"] + (1 if skip is None else (~skip).double())
             self._step_runs(group, rows, skip)
         for parameter, weight in zip(params, weights, strict=True):
             if weight is not parameter:

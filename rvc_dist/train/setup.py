@@ -153,7 +153,7 @@ def choose_compiled(
             use_channels_last(modules[name], bool(on))
         chosen: dict[str, bool] = dict(kept["compiled"])
         return chosen
-    compiled = {name: compilation.compiled(module, device, config.deterministic) for name, module in modules.items()}
+    compiled = {name: compilation.compiled(module, device, config) for name, module in modules.items()}
     optimizers = {name: make_optimizer(config, module) for name, module in modules.items()}
     batch = loader.next_batch(origin.progress)
 
@@ -197,7 +197,7 @@ def _trained(
     recipe: Recipe, accelerator: Accelerator, module: nn.Module, is_compiled: bool, reducer: GradientReducer
 ) -> TrainedModule:
     config, device = recipe.train, accelerator.device
-    compiled = compilation.compiled(module, device, config.deterministic) if is_compiled else module
+    compiled = compilation.compiled(module, device, config) if is_compiled else module
     optimizer = make_optimizer(config, module)
     if zero_stage(accelerator):
         in_step = autocast(device, config.autocast_precision)

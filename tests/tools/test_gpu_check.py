@@ -105,17 +105,6 @@ def test_rows_that_fail_are_told_from_those_that_cannot_be(tmp_path, monkeypatch
     assert len(json.loads((tmp_path / "gpu_check.json").read_text())) == 6
 
 
-@pytest.mark.parametrize("asked", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
-def test_graphs_are_left_out_whoever_asks_for_them(monkeypatch, asked):
-    got = []
-    monkeypatch.setattr(torch, "compile", lambda module, **settings: got.append(settings))
-    before = torch.compile
-    with gpu_check.without_graphs():
-        torch.compile(torch.nn.Identity(), **asked)
-    assert torch.compile is before
-    assert got == [{"options": {"triton.cudagraphs": False}}]
-
-
 @pytest.mark.slow
 def test_the_whole_check_runs_to_its_end_without_a_gpu(tmp_path):
     command = [*SCRIPT, "--device", "cpu", "--tiny"]

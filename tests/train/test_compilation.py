@@ -72,6 +72,8 @@ def test_a_short_plan_is_not_worth_it_and_says_so(caplog):
         ({"compile": "never", "fast_train": True}, False),
         ({"fast_train": True, "deterministic": True}, False),
         ({"compile": "always", "deterministic": True}, True),
+        ({"compile": "graphs"}, True),
+        ({"compile": "graphs", "deterministic": True}, True),
     ],
 )
 def test_compiling_is_tried_where_it_is_asked_for(config, tried):
@@ -81,7 +83,7 @@ def test_compiling_is_tried_where_it_is_asked_for(config, tried):
 def test_what_is_deterministic_is_compiled_without_measuring_or_not_at_all(monkeypatch, caplog):
     given = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: given.append(options["options"]) or module)
-    compilation.compiled(torch.nn.Linear(1, 1), torch.device("cpu"), deterministic=True)
+    compilation.compiled(torch.nn.Linear(1, 1), torch.device("cpu"), TrainConfig(deterministic=True))
     assert given[0]["deterministic"]
     assert hasattr(torch._inductor.config, "deterministic"), "the option is known"
     monkeypatch.setattr(compilation, "compiles_deterministically", lambda: False)
@@ -242,14 +244,15 @@ def test_after_the_trial_networks_are_compiled_anew_inside_ddp_in_parts(monkeypa
     cpu = torch.device("cpu")
 
     def step(which):
-        (compilation.compiled(network, cpu) if which["generator"] else network)(wave).sum().backward()
+        (compilation.compiled(network, cpu, TrainConfig()) if which["generator"] else network)(wave).sum().backward()
 
+    ranks = SimpleNamespace(num_processes=2, device=cpu, gather=lambda values: values)
     choose = compilation.choose
-    assert choose(TrainConfig(compile="always"), Accelerator(cpu=True), ("generator",), step, 9) == {"generator": True}
+    assert choose(TrainConfig(compile="always"), ranks, ("generator",), step, 9) == {"generator": True}
     assert len(graphs) == 1
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        DistributedDataParallel(compilation.compiled(network, cpu))(wave).sum().backward()
+        DistributedDataParallel(compilation.compiled(network, cpu, TrainConfig()))(wave).sum().backward()
     finally:
         dist.destroy_process_group()
     assert len(graphs) > 2

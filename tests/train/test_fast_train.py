@@ -143,14 +143,17 @@ def cores(monkeypatch, mine, launchers, num_ranks=1):
 def test_row_5_both_networks_are_compiled_with_cuda_graphs_on_cuda(monkeypatch, given):
     """By as many threads as the rank has cores, or as the user says."""
     options = []
-    monkeypatch.setattr(torch, "compile", lambda module, **given: options.append(given["options"]) or module)
+    monkeypatch.setattr(torch, "compile", lambda module, **given: options.append(given) or module)
     cores(monkeypatch, 64, 64, 4)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", given)
     if not given:
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-    for device in (CUDA, CPU):
-        compilation.compiled(torch.nn.Linear(1, 1), device)
-    assert options == [torch._inductor.list_mode_options("reduce-overhead"), {"triton.cudagraphs": False}]
+    for device, compile in ((CUDA, "auto"), (CUDA, "graphs"), (CUDA, "always"), (CPU, "auto")):
+        compilation.compiled(torch.nn.Linear(1, 1), device, TrainConfig(compile=compile))
+    assert [given.pop("dynamic") for given in options] == [False] * 4
+    graphs = {"backend": "cudagraphs"}
+    by_inductor = ({"options": {"triton.cudagraphs": on}} for on in (True, False))
+    assert options == [graphs, graphs, *by_inductor]
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == (given or "16")
     # That it tries both, and keeps what gains: test_compilation.py.
 

@@ -521,7 +521,7 @@ def test_the_kernel_compiles_for_gpus_and_touches_24_bytes_a_weight(capability):
     from rvc_dist.train import adamw_kernel
 
     constants = {"half_variance": False, "kahan": False, "aligned": True, "block_size": 128 * 4}
-    known = {"addresses": "*i64", "factors": "*fp32", "skip": "*u8", "num_tensors": "i32"}
+    known = {"addresses": "*i64", "factors": "*fp32", "found_inf": "*fp32", "num_tensors": "i32"}
     known |= dict.fromkeys(("sizes", "first_blocks", "owners"), "*i32") | dict.fromkeys(constants, "constexpr")
     types = {name: known.get(name, "fp32") for name in adamw_kernel._step.arg_names}
     source = triton.compiler.ASTSource(fn=adamw_kernel._step, signature=types, constexprs=constants)
@@ -529,8 +529,8 @@ def test_the_kernel_compiles_for_gpus_and_touches_24_bytes_a_weight(capability):
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     assert not re.search(r"fma\.|\.approx|\.ftz", ptx)
     touched = re.findall(r"(?:ld|st)\.global(?:\.v(\d))?\.b(16|32)\b", ptx)
-    # Once for all elements of a program: size, first block, owner, and two factors in either branch.
-    tables = (3 + 2 * 2) * 4
+    # Once for all elements of a program: found_inf, size, first block, owner, and two factors in either branch.
+    tables = (4 + 2 * 2) * 4
     # Each of 128 threads has four elements, in one branch by 16 bytes at a time, in the other each by a mask.
     assert sum(int(width or 1) * int(bits) // 8 for width, bits in touched) - tables == 2 * 4 * 24
     assert touched.count(("4", "32")) == 5  # weights and variances in and out, gradients
