@@ -55,7 +55,9 @@ STAGES = {
     "extract": Stage("rvc_dist.features.extract", "Compute content features and pitch of the clips.", takes_shard=True),
     "index": Stage("rvc_dist.features.index", "Build the retrieval index over the content features."),
     "train": Stage("rvc_dist.train.trainer", "Train the voice; continues from the newest checkpoint."),
-    "export": Stage("rvc_dist.voice.export", "Write voice files from the run's checkpoints."),
+    "export": Stage(
+        "rvc_dist.voice.export", "Write voice files, base models or an experiment's folder from the run's checkpoints."
+    ),
     "infer": Stage(
         "rvc_dist.voice.infer", "Convert recordings with a trained voice.", takes_shard=True, keeps_log=False
     ),
@@ -220,20 +222,27 @@ def shard_of(name: str, shards: list[str]) -> Shard:
     return shard
 
 
-def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
-    """The recipe, which part of the work this process does, and what the stage's `run` is given besides."""
-    stage = STAGES[name]
-    about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
-    parser = recipe_parser(f"{name} {stage.folders}".strip(), about)
-    parser.add_argument("--shard", action="append", default=[], help=argparse.SUPPRESS)
+def add_own_options(name: str, parser: argparse.ArgumentParser) -> None:
+    """Options of one stage alone, and short forms of keys."""
     if name == "dataset":
         parser.add_argument("--json", action="store_true", help="Print JSON.")
     if name == "bench":
         parser.add_argument(
             "--parity", action=Given, dest="bench.parity", nargs=0, const="true", help=argparse.SUPPRESS
         )
+    if name == "export":
+        parser.add_argument("--as", "--layout", action=Given, dest="export.format", help=argparse.SUPPRESS)
     if name == "run":
         parser.add_argument("--look-ahead", action="store_true", help="Begin nothing: look for what a stage will need.")
+
+
+def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
+    """The recipe, which part of the work this process does, and what the stage's `run` is given besides."""
+    stage = STAGES[name]
+    about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
+    parser = recipe_parser(f"{name} {stage.folders}".strip(), about)
+    parser.add_argument("--shard", action="append", default=[], help=argparse.SUPPRESS)
+    add_own_options(name, parser)
     found, others = parser.parse_known_args(words)
     folders = [word for word in others if stage.folders and not word.startswith("-")]
     check_words(name, words, [word for word in others if word not in folders])

@@ -43,6 +43,8 @@ class EmbedderSpec(NamedTuple):
     """Of (version, EmbedderMix, device) a `rvc_dist.features.content.Embedder`."""
     aliases: tuple[str, ...] = ()
     """What else the files of other tools call it."""
+    sha256: str = ""
+    """Of the file with its weights, where it is known."""
 
     def path(self, filename: str) -> str:
         return f"{self.folder}/{filename}" if self.folder else filename
@@ -59,12 +61,12 @@ def _of_applio(folder: str, *aliases: str) -> EmbedderSpec:
 
 EMBEDDERS: dict[str, EmbedderSpec] = {
     # ContentVec (Qian et al. 2022, arXiv:2204.09224) in the transformers format, with the final projection that v1
-    # needs. Of this revision, pytorch_model.bin has the sha256 d8dd400e054ddf4e6be75dab5a2549db748cc99e756a097c496c099f
-    # 65a4854e: the file that Applio ships as its contentvec. The hubert_base.pt of RVC holds ContentVec's weights.
+    # needs: the file that Applio ships as its contentvec. The hubert_base.pt of RVC holds ContentVec's weights.
     "contentvec": EmbedderSpec(
         "lengyue233/content-vec-best",
         "ab04aa7067b99ee05cc82499bc64916b980a1967",
         aliases=("contentvec_base", "hubert_base"),
+        sha256="d8dd400e054ddf4e6be75dab5a2549db748cc99e756a097c496c099f65a4854e",
     ),
     # Speaker-invariant clustering (Chang et al. 2023, arXiv:2305.11072) on HuBERT base.
     "spin": _of_applio("spin", "spin_v1"),

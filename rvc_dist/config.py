@@ -413,9 +413,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The voice file."""
+    """What is written of a trained run."""
 
     author: Text = ""
+    """Named in voice files and on the card of a hub folder."""
+    format: Literal["voice", "pretrained", "hub", "applio", "rvc"] = "voice"
+    """voice: files to convert with; pretrained: G and D as base models are shared; hub: a folder for the Hugging Face
+    hub; applio, rvc: an experiment's folder in which Applio or RVC-WebUI trains on. Short for it: --as, --layout."""
+    folder: Text = ""
+    """Where anything but voice files goes, a folder that is not there yet; by default RUN/export/FORMAT."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -74,6 +75,15 @@ def read_bounded(path: Path, most: int) -> bytes:
         raise ForeignFileError(f"{size} bytes, expected at most {most}")
     with path.open("rb") as stream:
         return stream.read(size)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def not_regular(mode: int) -> str:

@@ -5,11 +5,13 @@ B clips, S samples at 16 kHz, T frames at 50 per second, C features.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import struct
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
@@ -24,7 +26,7 @@ from rvc_dist.config import FEATURE_RATE, EmbedderMix, ExtractConfig
 from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.features.precision import lower
-from rvc_dist.files import ForeignFileError, read_bounded, regular_size
+from rvc_dist.files import ForeignFileError, read_bounded, regular_size, sha256_of
 from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
 from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.schema import Rule, parse_json, record, within
@@ -351,6 +353,34 @@ def load_embedder(config: ExtractConfig, version: Version, device: torch.device)
     network = (Whisper if is_whisper else SelfSupervised)(source, version, mix, device)
     network.lower(PRECISIONS[config.precision])
     return network
+
+
+def published(embedder: EmbedderId) -> EmbedderId:
+    """`embedder` under the name of the published encoder that has its weights, by which other tools find it.
+
+    Which one that is, its folder tells where the file in it is known, or else the hub's cache: nothing is fetched.
+    """
+    if embedder.name in EMBEDDERS or not embedder.hash:
+        return embedder
+    files = [file for name in WEIGHT_FILES if (file := Path(embedder.name) / name).is_file()]
+    own = {sha256_of(file) for file in files}
+    for name, spec in EMBEDDERS.items():
+        if spec.repository and (spec.sha256 in own or _cached_hash(spec) == embedder.hash):
+            logger.info("the encoder %s is %s by its weights, and is called so", embedder.name, name)
+            return replace(embedder, name=name)
+    return embedder
+
+
+def _cached_hash(spec: EmbedderSpec) -> str | None:
+    """Of a published encoder's weights in the hub's cache; None where they are not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for filename in WEIGHT_FILES:
+        path = try_to_load_from_cache(spec.repository, spec.path(filename), revision=spec.revision)
+        if isinstance(path, str):
+            with contextlib.suppress(ValueError):  # damaged: whoever uses it says so
+                return _hash(_encoder_tensors(read_tensors(Path(path))))
+    return None
 
 
 class _Source(NamedTuple):

@@ -41,6 +41,18 @@ class VoiceConfig(TypedDict):
 
 
 _POSITIONS = tuple(VoiceConfig.__annotations__)
+_UPSTREAM = {
+    "segment": "segment_size",
+    "num_heads": "n_heads",
+    "num_layers": "n_layers",
+    "dropout": "p_dropout",
+    "resblock_kernels": "resblock_kernel_sizes",
+    "resblock_dilations": "resblock_dilation_sizes",
+    "upsample_kernels": "upsample_kernel_sizes",
+    "num_speakers": "spk_embed_dim",
+    "sample_rate": "sr",
+}
+"""What the networks of the tools call those of their arguments that have other names here."""
 _FIXED = {"segment": 32, "resblock": "1"}
 """Entries that are no fields of a GeneratorShape: no reader uses the length of a segment."""
 
@@ -111,6 +123,11 @@ class GeneratorShape:
         """The `config` list of a voice file."""
         fields = asdict(self) | _FIXED
         return [_nested(list, fields[name]) for name in _POSITIONS]
+
+    def to_upstream_arguments(self) -> dict[str, Any]:
+        """The arguments of the tools' own networks, by name."""
+        named = zip(_POSITIONS, self.to_export_config(), strict=True)
+        return {_UPSTREAM.get(name, name): value for name, value in named} | {"segment_size": self.segment_frames}
 
     @classmethod
     def from_export_config(

@@ -7,7 +7,6 @@ written last, lists every file's size and SHA-256. Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.identity import EmbedderId
-from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, space
+from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, sha256_of, space
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.schema import MAX_JSON_BYTES, Count, FileName, Positive, SpeakerId, Word, check, parse_json, record
 from rvc_dist.train.loss_scale import LossScaleState
@@ -240,7 +239,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             **({"loss_scales": checkpoint.loss_scales} if checkpoint.loss_scales else {}),
         }
         atomic_write(beside / STATE, json.dumps(state, indent=1))
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(beside.iterdir())}
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(beside.iterdir())}
         atomic_write(beside / MANIFEST, json.dumps(manifest, indent=1))
         _sync_folder(beside)
         if os.path.lexists(final):
@@ -298,14 +297,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -371,7 +362,7 @@ def find_corruption(path: Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size:
             problems.append(f"{name} has {file.stat().st_size} bytes, expected {size}")
-        elif _sha256(file) != digest:
+        elif sha256_of(file) != digest:
             problems.append(f"{name} was changed (its SHA-256 differs)")
     return problems
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rvc_dist.choices import VOCODERS
 from rvc_dist.config import Recipe
+from rvc_dist.features.content import published
 from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.identity import EmbedderId
-from rvc_dist.files import ForeignFileError, atomic_write
+from rvc_dist.files import ForeignFileError
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream, to_upstream
-from rvc_dist.models.torch_file import load_pth, weights
+from rvc_dist.models.torch_file import load_pth, save_pth, weights
 from rvc_dist.schema import MAX_YAML_BYTES, Word, check, parse_yaml, record, within
 from rvc_dist.train.checkpoint import Checkpoint
 from rvc_dist.workspace import StageError, Workspace
@@ -235,6 +235,8 @@ class Dataset:
     speakers: Sequence[SpeakerInfo] = ()
     """Those that have names."""
     f0_median: float | None = None
+    trained_at: datetime.datetime = field(default_factory=datetime.datetime.now)
+    """When the checkpoint was written: exported again, it gives the same bytes."""
 
     def to_voice(self) -> dict[str, Any]:
         """The fields of a voice file; those that say nothing are left out."""
@@ -249,23 +251,12 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
     Raises:
         StageError: a weight is not a finite number of float16.
     """
-    weight = {
-        k: v.half().contiguous()
-        for k, v in to_upstream(saved.models["generator"]).items()
-        if not k.startswith("enc_q.")
-    }
-    progress = saved.progress
-    wrong = [k for k, v in weight.items() if not v.isfinite().all()]
-    if wrong:
-        raise StageError(
-            f"the checkpoint of step {progress.step} has weights that are not finite numbers of 16 bits "
-            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}):",
-            "remove it, and train on with a lower train.learning_rate or train.max_grad_norm set",
-        )
+    progress, generator = saved.progress, to_upstream(saved.models["generator"])
+    weight = halved({k: v for k, v in generator.items() if not k.startswith("enc_q.")}, progress.step)
     trained_with = Workspace(recipe.run_dir, recipe.name).config_file
     try:
         shape = GeneratorShape.from_identity(saved.identity)
-        embedder, vocoder = EmbedderId.from_features(saved.identity["embedder"]), VOCODERS[shape.vocoder]
+        embedder, vocoder = embedder_of(saved), VOCODERS[shape.vocoder]
         version = saved.identity["discriminator.version"]
     except (KeyError, ValueError) as error:
         raise StageError(f"the checkpoint of step {progress.step} is of no network of ours ({error})") from error
@@ -282,7 +273,7 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
         "f0": int(shape.pitch_guidance),
         "version": version,
         "info": f"{recipe.name}: {progress.epoch} epochs, {progress.step} steps of rvc_dist",
-        "creation_date": datetime.datetime.now().isoformat(),
+        "creation_date": dataset.trained_at.isoformat(),
         "model_hash": model_hash(weight),
         "model_name": recipe.name,
         "author": recipe.export.author,
@@ -298,6 +289,27 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
     }
 
 
+def halved(weights: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    """The weights of the checkpoint of `step` in float16.
+
+    Raises:
+        StageError: a weight is not a finite number of float16.
+    """
+    halves = {k: v.half().contiguous() for k, v in weights.items()}
+    if wrong := [k for k, v in halves.items() if not v.isfinite().all()]:
+        raise StageError(
+            f"the checkpoint of step {step} has weights that are not finite numbers of 16 bits "
+            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}):",
+            "remove it, and train on with a lower train.learning_rate or train.max_grad_norm set",
+        )
+    return halves
+
+
+def embedder_of(saved: Checkpoint) -> EmbedderId:
+    """The content encoder that a checkpoint was trained with, under its published name where it has one."""
+    return published(EmbedderId.from_features(saved.identity["embedder"]))
+
+
 def model_hash(weight: dict[str, Tensor]) -> str:
     """SHA-256 over the names and bytes of the weights."""
     digest = hashlib.sha256()
@@ -308,6 +320,4 @@ def model_hash(weight: dict[str, Tensor]) -> str:
 
 
 def write_voice(path: Path, voice: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(voice, buffer)
-    atomic_write(path, buffer.getvalue())
+    save_pth(path, voice)

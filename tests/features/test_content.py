@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ from torch import Tensor
 import rvc_dist
 from rvc_dist.choices import EMBEDDERS
 from rvc_dist.config import EmbedderMix, ExtractConfig
-from rvc_dist.features.content import Embedder, Version, load_embedder
+from rvc_dist.features.content import Embedder, Version, load_embedder, published
 from rvc_dist.features.hub import hub_silence
+from rvc_dist.features.identity import EmbedderId
 from rvc_dist.workspace import StageError
 
 CPU = torch.device("cpu")
@@ -394,6 +396,32 @@ def test_each_named_encoder_is_read_from_its_place_in_the_cache(tmp_path: Path, 
         snapshot = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / EMBEDDERS[name].revision
         assert load(snapshot / folder).weights_hash == hashes[name]
         assert load(name).name == name
+
+
+def test_a_folder_with_published_weights_has_their_name(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the digest of its file, or by what the hub's cache holds; nothing is fetched."""
+    folder = tmp_path / "mine"
+    make_ssl_folder(folder, "Hubert", num_layers=2)
+    own = EmbedderId(str(folder), load(folder).weights_hash, EmbedderMix((1,), 0.5))
+    assert published(own) == own
+    assert published(EmbedderId("mfcc", "00ff")).name == "mfcc"
+    assert published(EmbedderId("custom", "")).name == "custom"  # an import: of unknown weights
+
+    spec = EMBEDDERS["spin"]
+    place = cache / f"models--{spec.repository.replace('/', '--')}" / "snapshots" / spec.revision / spec.folder
+    place.mkdir(parents=True)
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), place / "pytorch_model.bin")
+    with caplog.at_level("INFO"):
+        assert published(own) == EmbedderId("spin", own.hash, own.mix)
+    assert f"the encoder {folder} is spin by its weights" in caplog.text
+    (place / "pytorch_model.bin").write_bytes(b"damaged")
+    assert published(own) == own
+
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setitem(EMBEDDERS, "contentvec", EMBEDDERS["contentvec"]._replace(sha256=digest))
+    assert published(own) == EmbedderId("contentvec", own.hash, own.mix)
 
 
 @pytest.mark.usefixtures("cache")

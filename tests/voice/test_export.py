@@ -109,6 +109,7 @@ def test_every_field_that_readers_know(recipe: Recipe, generator: Generator) -> 
         "embedder_hash": EMBEDDER["hash"],
         "dataset_length": "00:00:04",
         "unvoiced": "zero",
+        "f0_median": 150.0,
     }
     assert voice == expected
     assert {k: type(v) for k, v in voice.items()} == {k: type(v) for k, v in expected.items()}
