@@ -31,10 +31,10 @@ FOLDERS = {
     "rvc-next": WEBUI,
 }
 """Of each tool: waves, waves at 16 kHz, coarse f0, f0 in Hz, content."""
-NAMES = {5: "7", 108: "Zoë B."}
+NAMES = {5: "7", 109: "Zoë B."}
 """Speakers of RVC-WebUI and rvc-next: one is called by another id, one has the last row of their table."""
 ROWS = {"webui": 110, "rvc-next": 110}
-REPEATS = {5: 2, 108: 1}
+REPEATS = {5: 2, 109: 1}
 
 
 def clips(tool: str) -> Iterator[tuple[str, int, audio.Wave]]:

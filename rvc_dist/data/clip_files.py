@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 HEARD_RATE = 40000
 """Recordings of this rate in Hz and more lack nothing that is heard: 44100 is not below a voice of 48000."""
+TOLD_FILES = 10
+"""Recordings that are named of those with the same reason; the report has all."""
 TOLD_SLICES = 3
 """Of a recording, what is said of at most so many slices."""
 
@@ -53,13 +55,19 @@ class ClipStage(UnitStage[ClipsHeader]):
         in_threads(self.recipe.preprocess.num_workers, self.make_unit, units, f"{self.name}: %d of %d units")
 
     def recordings(self, headers: list[ClipsHeader]) -> list[dict[str, Any]]:
-        """What became of each recording, given the headers of all units; reasons are logged."""
+        """What became of each recording, given the headers of all units; each reason is logged."""
         files = _by_recording([dict(f) for h in headers for f in h["files"]])
         files += [file_entry(f) for f in self.work_list.excluded]
         files.sort(key=lambda f: (f["speaker"], f["path"]))
+        by_reason: dict[str, list[str]] = {}
         for file in files:
             if file["reason"]:
-                logger.warning("%s: %s: %s", self.name, printable(file["path"]), file["reason"])
+                by_reason.setdefault(file["reason"], []).append(printable(file["path"]))
+        for reason, paths in by_reason.items():
+            for path in paths[:TOLD_FILES]:
+                logger.warning("%s: %s: %s", self.name, path, reason)
+            if num_more := len(paths[TOLD_FILES:]):
+                logger.warning("%s: and %d more (%s): %s", self.name, num_more, self.work.clips_report_file, reason)
         return files
 
 

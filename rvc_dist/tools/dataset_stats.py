@@ -25,6 +25,8 @@ from safetensors import safe_open
 from rvc_dist.config import Recipe
 from rvc_dist.data.audio import SLICE_THRESHOLD_DB
 from rvc_dist.data.clip_files import account, sum_lost
+from rvc_dist.features.feature_files import read_report
+from rvc_dist.features.unvoiced import UnvoicedCount
 from rvc_dist.tools.tables import console, print_table
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -52,6 +54,15 @@ NUM_CENTS = 1200 * 9
 BAND_CENTS = 400
 """Width of a band of the printed histogram: a third of an octave."""
 NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+UNVOICED = {
+    "zero": "",
+    "interpolated": "Unvoiced frames have an interpolated pitch, as the features say (extract.unvoiced).",
+    "interpolated, untold": "Unvoiced frames have an interpolated pitch, which the features do not say: import again.",
+    "clipped": "Unvoiced frames have 50 Hz, as ARVC writes them: import again, which makes them 0.",
+}
+"""What is said of the pitch."""
+ENOUGH_FRAMES = 1000
+"""Of pitch, to tell from it alone what unvoiced frames have: whoever sings for 10 s may voice them all."""
 MAX_LINES = 50
 """Lines of what was left out."""
 MAX_NAMES = 3
@@ -79,6 +90,7 @@ class Tally:
     frames: int = 0
     silent_frames: int = 0
     f0_frames: int = 0
+    unvoiced: UnvoicedCount = field(default_factory=UnvoicedCount)
     cents: Counts = field(default_factory=lambda: np.zeros(NUM_CENTS, np.int64))
     """Voiced frames by their pitch in cents above C0."""
 
@@ -122,6 +134,8 @@ class Summary:
     units_without_features: int
     speakers: dict[int, Figures]
     total: Figures
+    unvoiced: str
+    """What unvoiced frames have: by UNVOICED. Only where they are 0 is a share of voiced ones told."""
     pitch: tuple[Band, ...]
     left_out: list[tuple[str, str]]
     """(recording, reason), also of recordings of which a part was left out."""
@@ -194,14 +208,16 @@ def summarise(root: Path) -> Summary:
     total = Tally()
     for tally in by_speaker.values():
         total.add(tally)
+    unvoiced = unvoiced_in(work, total.unvoiced)
     return Summary(
         run=str(root),
         sample_rate=rate,
         units=len(work_list.units),
         missing_units=len(undone),
         units_without_features=bare,
-        speakers={speaker: figures(tally) for speaker, tally in sorted(by_speaker.items())},
-        total=figures(total),
+        speakers={speaker: figures(tally, unvoiced) for speaker, tally in sorted(by_speaker.items())},
+        total=figures(total, unvoiced),
+        unvoiced=unvoiced,
         pitch=bands(total.cents),
         left_out=left_out + [(f["path"], f["reason"]) for f in files if f["reason"]],
         seconds_in=sum(f["seconds_in"] for f in files),
@@ -258,12 +274,23 @@ def add_pitch(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, clips_h
             voiced = f0[f0 > 0.0].astype(np.float64)
             cents = np.clip(np.round(1200.0 * np.log2(voiced / LOWEST_HZ)), 0, NUM_CENTS - 1).astype(np.int64)
             tally.f0_frames += len(f0)
+            tally.unvoiced += UnvoicedCount.of(f0)
             tally.cents += np.bincount(cents, minlength=NUM_CENTS)
     return True
 
 
-def figures(tally: Tally) -> Figures:
-    return {key: number(tally) for quantity in QUANTITIES for key, number in quantity.numbers.items()}
+def unvoiced_in(work: Workspace, counted: UnvoicedCount) -> str:
+    """By UNVOICED, what the features' report says of the pitch, and what is counted where it says nothing."""
+    report = read_report(work)
+    if report and "extract.unvoiced" in report["settings"]:
+        return "interpolated"
+    found = counted.convention if counted.frames >= ENOUGH_FRAMES else "zero"
+    return "interpolated, untold" if found == "interpolated" else found
+
+
+def figures(tally: Tally, unvoiced: str) -> Figures:
+    found = {key: number(tally) for quantity in QUANTITIES for key, number in quantity.numbers.items()}
+    return found if unvoiced == "zero" else found | {"voiced_share": None}
 
 
 def ratio(part: int, whole: int) -> float | None:
@@ -333,9 +360,11 @@ def show(out: Console, summary: Summary, with_pitch: bool) -> None:
     if len(rows) > 1:
         rows["all"] = summary.total
     for title, quantities in (f"{printable(summary.run)}: {summary.sample_rate} Hz", SOUND), ("Pitch", PITCH):
-        if quantities is SOUND or summary.total["voiced_share"] is not None:
+        if quantities is SOUND or any(summary.total[key] is not None for q in quantities for key in q.numbers):
             columns = ["speaker", *(q.column for q in quantities)]
             print_table(out, columns, ([s, *(q.cell(f) for q in quantities)] for s, f in rows.items()), title)
+    if told := UNVOICED[summary.unvoiced]:
+        out.print(told)
     if summary.missing_units:
         out.print(
             f"{summary.missing_units} of {summary.units} units are not made yet: run `rvc-dist preprocess` to its end"
@@ -357,6 +386,7 @@ def show_comparison(out: Console, summaries: list[Summary]) -> None:
         "sample rate": lambda s: f"{s.sample_rate} Hz",
         "speakers": lambda s: str(len(s.speakers)),
         **{q.column: partial(lambda quantity, s: quantity.cell(s.total), q) for q in QUANTITIES},
+        "unvoiced frames": lambda s: s.unvoiced,
         "left out, incomplete": lambda s: str(len(s.left_out)),
         "min in no clip": lambda s: f"{sum(s.lost.values()) / 60:.2f}",
     }

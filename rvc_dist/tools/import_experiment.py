@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rvc_dist.data.sources import check_recordings, content_by
 from rvc_dist.features.feature_files import imported_feature_settings, pack_unit, write_mute, write_report
 from rvc_dist.features.index_file import KMEANS_ABOVE, KMEANS_CENTRES, check_index, index_name, wanted_fingerprint
 from rvc_dist.files import ForeignFileError, atomic_write, beside, write_json
+from rvc_dist.schema import SpeakerName, faults
 from rvc_dist.tools.experiment import (
     CONTENT_PER_S,
     MAX_MUTES,
@@ -39,6 +41,7 @@ from rvc_dist.tools.experiment import (
     read_features,
     read_mute,
     recording_of,
+    some,
     weight_pairs,
 )
 from rvc_dist.unit_stage import read_headers
@@ -46,6 +49,8 @@ from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
     Shard,
+    Speaker,
+    Speakers,
     StageError,
     Unit,
     WorkList,
@@ -190,8 +195,11 @@ class Import(ClipStage):
                     features.append((len(clips), *read_features(self.experiment, file.path, len(wave) / rate)))
                 except ForeignFileError as error:
                     reason = f"features not imported: {error}"
-            where = {"source": recording_of(file.path)[0], "slice_s": 0.0, "start_s": file.start_s, "guessed": True}
-            clips.append(({"speaker": file.speaker, "content": file.content} | where, wave))
+            clip = {"speaker": file.speaker, "content": file.content, "source": recording_of(file.path)[0]}
+            clip |= {"slice_s": 0.0, "start_s": file.start_s, "guessed": True}
+            if (repeat := self.experiment.repeat_of(file.path)) > 1:
+                clip["repeat"] = repeat
+            clips.append((clip, wave))
             seconds = round(len(wave) / rate, 6)
             entry = file_entry(replace(file, reason=reason), seconds)
             files.append(entry | {"clips": 1, "seconds_out": round(seconds, 3)})
@@ -215,6 +223,7 @@ class Import(ClipStage):
         if not lacking:
             self.take_mutes({f["speaker"] for f in used})
             self.take_index(write_report(work, self.features, self.work_list.fingerprints(), features))
+        self.take_speakers({f["speaker"] for f in used})
         self.take_weights(1 + max(f["speaker"] for f in used))
         work.save_recipe(self.recipe, reads_recordings=True)
         total_s = experiment.total_seconds() or sum(f["seconds_in"] for f in used)
@@ -224,6 +233,22 @@ class Import(ClipStage):
         left = f"{without} without features, for extract to make" if lacking else "with all features"
         counts = f"{len(used)} clips, {len(files) - len(used)} left out, {left}"
         logger.info("import: %s; go on with `rvc-dist run --config %s`", counts, work.config_file)
+
+    def take_speakers(self, used: set[int]) -> None:
+        """Keep the ids, and the names as far as they are names and tell speakers apart."""
+        known, names, taken = self.experiment.names, dict[int, str](), set[str]()
+        for speaker in sorted(used, key=lambda i: (i not in known, i)):
+            tried = chain([known.get(speaker, str(speaker))], (f"speaker {speaker}" + n * "'" for n in count()))
+            name = next(n for n in tried if n.casefold() not in taken and not any(faults(n, SpeakerName)))
+            names[speaker] = name
+            taken.add(name.casefold())
+        renamed = [f"{i} ({printable(known[i][:80])})" for i in names if known.get(i, names[i]) != names[i]]
+        if renamed:
+            logger.warning("import: not the name of one speaker alone, and called by the id: %s", some(renamed))
+        speakers = Speakers.of([Speaker(id=i, name=name) for i, name in names.items()], self.work.speakers().trained)
+        self.work.save_speakers(speakers)
+        if known:
+            logger.info("import: speakers %s", ", ".join(map(speakers.label, sorted(names))))
 
     def take_mutes(self, speakers: set[int]) -> None:
         """Take over the features of silence; without any there are no silent clips: they would need the encoder."""

@@ -16,7 +16,7 @@ import pytest
 
 from rvc_dist import __main__ as cli
 from rvc_dist.config import Recipe
-from rvc_dist.files import atomic_write
+from rvc_dist.files import atomic_write, write_json
 from rvc_dist.tools import dataset_stats
 from rvc_dist.tools.dataset_stats import BAND_CENTS, LOWEST_HZ, NUM_CENTS, bands, hz_of, note, percentile, summarise
 from rvc_dist.workspace import Shard, SourceFile, StageError, Unit, WorkList, Workspace, save_arrays
@@ -121,6 +121,31 @@ def test_levels_and_shares_are_those_worked_by_hand(tmp_path: Path) -> None:
     assert total["silence_share"] == 0.25
     assert total["voiced_share"] == 0.5
     assert total["f0_hz_median"] == pytest.approx(110)
+
+
+@pytest.mark.parametrize(
+    ("settings", "unvoiced", "told", "share"),
+    [
+        ({}, 0.0, "", 0.6),
+        ({"extract.unvoiced": "interpolated"}, 220.0, "as the features say", None),
+        ({}, 220.0, "do not say: import again", None),  # of an import before it was looked for
+        ({}, 50.0, "50 Hz, as ARVC writes them: import again", None),
+    ],
+)
+def test_what_unvoiced_frames_have_is_told_instead_of_a_share_of_all(
+    settings: dict[str, str], unvoiced: float, told: str, share: float | None, tmp_path: Path, capsys: Any
+) -> None:
+    f0 = np.where(np.arange(1500) % 50 < 30, 220.0, unvoiced).astype(np.float32)
+    make_run(tmp_path, [[(0, sine(0.5, 15.0))]], [[f0]])
+    embedder = {"name": "mfcc", "hash": "", "width": 1}
+    report = {"settings": settings | {"embedder": embedder}, "clips": "", "content_frames": 1}
+    write_json(tmp_path / "features" / "report.json", report)
+    summary = summarise(tmp_path)
+    assert summary.total["voiced_share"] == summary.speakers[0]["voiced_share"] == share
+    assert summary.total["f0_hz_median"] == pytest.approx(220, abs=0.1)
+    text = shown(capsys, tmp_path)
+    assert told in text
+    assert row(text, "0", "-" if share is None else "60.0%", "220 Hz A3", "220 Hz A3", "220 Hz A3") == (unvoiced != 50)
 
 
 def test_silence_is_what_lies_below_the_level_at_which_recordings_are_cut(tmp_path: Path) -> None:
