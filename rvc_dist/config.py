@@ -257,6 +257,16 @@ class IndexConfig:
     """Cells searched a query; more is slower and finds nearer neighbours."""
     recall: Fraction | None = None
     """Raise nprobe until this share of the 8 nearest neighbours is found, 0 to 1; 1 may search every cell."""
+    speakers: Literal["common", "each", "both"] = "common"
+    """common: one index of all; each: one a speaker, which conversion takes; both."""
+
+    @property
+    def has_common(self) -> bool:
+        return self.speakers != "each"
+
+    @property
+    def has_each(self) -> bool:
+        return self.speakers != "common"
 
 
 @dataclass(frozen=True)

@@ -248,12 +248,14 @@ class Workspace:
             return load_recipe(self.config_file) if self.config_file.is_file() else None
         return None
 
-    def index_file(self) -> Path | None:
-        """The run's retrieval index, or None when the index stage has not run."""
+    def index_file(self, speaker: int | None = None) -> Path | None:
+        """The run's retrieval index: of a `speaker` where there is one, else of all; None when there is neither."""
         if not self.index_report_file.is_file():
             return None
-        path = self.index_dir / read_json(self.index_report_file, IndexReport)["file"]
-        return path if path.is_file() else None
+        report = read_json(self.index_report_file, IndexReport)
+        own = [entry["file"] for entry in report.get("speakers", []) if entry["speaker"] == speaker]
+        paths = (self.index_dir / name for name in [*own, report.get("file")] if name is not None)
+        return next((path for path in paths if path.is_file()), None)
 
 
 class TrainedOn(TypedDict, total=False):
@@ -271,8 +273,22 @@ SpeakersFile = record(False, speakers=list[Speaker], trained=list[SpeakerId])
 """RUN/speakers.json."""
 KnowingState = record(False, data=TrainedOn, speaker_info=list[Speaker], trained_speakers=list[SpeakerId])
 """Of a checkpoint's STATE, what is read without its networks."""
-IndexReport = record(stamp=str, file=FileName)
-"""RUN/index/report.json, as far as it is read."""
+
+
+class IndexOfSpeaker(TypedDict):
+    speaker: SpeakerId
+    file: FileName
+
+
+class IndexReport(TypedDict, total=False):
+    """RUN/index/report.json, as far as it is read."""
+
+    stamp: str
+    file: FileName
+    """Of all speakers."""
+    speakers: list[IndexOfSpeaker]
+
+
 ClipsReport = record(total_dataset_duration=str)
 """RUN/clips/report.json, as far as it is read."""
 

@@ -100,8 +100,10 @@ class SteadyPitch(F0Method):
         return torch.full((wave.shape[0] // 160,), self.HZ)
 
 
-def write_features(recipe: Recipe, units: Sequence[Sequence[npt.NDArray[np.float32]]]) -> None:
-    """A finished features folder: for each unit its clips' content [T50, C]; f0 is 150 Hz throughout.
+def write_features(
+    recipe: Recipe, units: Sequence[Sequence[npt.NDArray[np.float32]]], speakers: Sequence[int] = (0,)
+) -> None:
+    """A finished features folder: for each unit its clips' content [T50, C], of `speakers` in turn; f0 is 150 Hz.
 
     Each clip counts as a source file of its own. Beside it lie the work list and the report of the clips, but no clips.
     """
@@ -117,7 +119,9 @@ def write_features(recipe: Recipe, units: Sequence[Sequence[npt.NDArray[np.float
             num_samples = len(content) * recipe.data.sample_rate // 50
             seconds += len(content) / 50
             sizes = {"num_samples": num_samples, "num_content": len(content), "num_f0": num_f0}
-            clips.append({"source": f"{number}_{i}.wav", "speaker": 0, "start_s": 0.0} | sizes)
+            clips.append(
+                {"source": f"{number}_{i}.wav", "speaker": speakers[i % len(speakers)], "start_s": 0.0} | sizes
+            )
         width = contents[0].shape[1] if contents else EMBEDDER["width"]
         header = {
             "stamp": fingerprint(number),

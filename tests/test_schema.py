@@ -40,7 +40,8 @@ SUMMARY = {"series": {"longest": {"wall_s": 1.0}, "dealt": DEALT}, "longest_fram
 DOCUMENTS: dict[Any, dict[str, Any]] = {
     workspace.WorkListFile: {"version": 2, "listing": "", "settings": {}, "units": [[SOURCE]], "excluded": [SOURCE]},
     workspace.FeaturesReport: {"settings": {}, "clips": "", "content_frames": 1},
-    workspace.IndexReport: {"stamp": "", "file": "a.index"},
+    workspace.IndexReport: {"stamp": "", "file": "a.index", "speakers": [{"speaker": 0, "file": "b.index"}]},
+    workspace.SpeakersFile: {"speakers": [{"id": 0, "name": "alice"}], "trained": [0]},
     workspace.ClipsReport: {"total_dataset_duration": "00:00:01"},
     workspace.ClipsHeader: {"stamp": "", "sample_rate": 48000, "clips": [CLIP], "files": [FILE]},
     workspace.FeaturesHeader: {"stamp": "", "sample_rate": 48000, "embedder": EMBEDDER, "clips": [CLIP | SIZES]},

@@ -120,7 +120,7 @@ def num_cells(num_vectors: int) -> int:
 
 
 def run(recipe: Recipe, shard: Shard) -> None:
-    """Build the index on the first rank, and measure its recall.
+    """Build the index, or one of each speaker, on the first rank, and measure the recall.
 
     Raises:
         StageError: the features are missing or damaged, faiss is missing, or the folder cannot be written.
@@ -131,11 +131,30 @@ def run(recipe: Recipe, shard: Shard) -> None:
     work.check_name()
     wanted = wanted_fingerprint(recipe, work)
     if complete(recipe):
-        logger.info("index: %s is up to date", work.index_file())
+        logger.info("index: %s is up to date", work.index_file() or work.index_dir)
         return
     load_faiss()  # before all frames are read, not after
     remove_half_written(work.index_dir)
-    frames = Frames.find(work)
+    frames, report = Frames.find(work), dict[str, Any]()
+    if recipe.index.has_common:
+        report = build(recipe, work, frames)
+    if recipe.index.has_each:
+        speakers = ({"speaker": s} | build(recipe, work, frames.of(s), s) for s in frames.speakers)
+        report["speakers"] = list(speakers)
+    files = {entry["file"] for entry in (report, *report.get("speakers", [])) if "file" in entry}
+    for old in work.index_dir.glob("added_*.index"):
+        if old.name not in files:
+            old.unlink(missing_ok=True)  # by another job too
+    if not recipe.index.has_common:
+        work.vectors_file.unlink(missing_ok=True)
+    write_json(work.index_report_file, {"stamp": wanted, **report})
+
+
+def build(recipe: Recipe, work: Workspace, frames: Frames, speaker: int | None = None) -> dict[str, Any]:
+    """Build one index, of all speakers or of one, and return its entry in the report.
+
+    total_fea.npy stays beside that of all speakers.
+    """
     with beside(work.vectors_file, 4 * len(frames) * frames.width) as vectors_beside:
         sample, queries = save_vectors(recipe, frames, vectors_beside)
         vectors = VectorFile(vectors_beside)
@@ -143,20 +162,17 @@ def run(recipe: Recipe, shard: Shard) -> None:
         index = train(sample, num_cells(len(vectors)))
         del sample
         index.nprobe = recipe.index.nprobe
-        file = work.index_dir / index_name(recipe, index.nlist, index.nprobe)
+        file = work.index_dir / index_name(recipe, index.nlist, index.nprobe, speaker)
         with beside(file, 4 * len(vectors) * frames.width) as index_beside:
             write_index(index, vectors, index_beside)
             found = fit_nprobe(recipe, index, index_beside, Recall(vectors, queries))
-            file = work.index_dir / index_name(recipe, index.nlist, index.nprobe)
+            file = work.index_dir / index_name(recipe, index.nlist, index.nprobe, speaker)
             # From here to the end no report may call files of two datasets one index that is up to date.
             work.index_report_file.unlink(missing_ok=True)
             index_beside.replace(file)
-        vectors_beside.replace(work.vectors_file)
-    for old in work.index_dir.glob("added_*.index"):
-        if old != file:
-            old.unlink(missing_ok=True)  # by another job too
-    report = {
-        "stamp": wanted,
+        if speaker is None:
+            vectors_beside.replace(work.vectors_file)
+    entry = {
         "file": file.name,
         "frames": len(frames),
         "vectors": len(vectors),
@@ -166,11 +182,10 @@ def run(recipe: Recipe, shard: Shard) -> None:
         "recall": round(found, 4),
         "queries": len(queries.vectors),
     }
-    write_json(work.index_report_file, report)
     logger.info(
         "index: %(vectors)d of %(frames)d frames in %(cells)d cells, nprobe %(nprobe)d, recall@%(of)d %(recall).3f; "
         "%(file)s",
-        report | {"of": NUM_NEIGHBOURS, "file": file},
+        entry | {"of": NUM_NEIGHBOURS, "file": file},
     )
     size = file.stat().st_size
     if size > MAX_IN_MEMORY:
@@ -179,6 +194,7 @@ def run(recipe: Recipe, shard: Shard) -> None:
             "so index.algorithm kmeans suits a voice that is passed on",
             size / 1e9,
         )
+    return entry
 
 
 def spread(num: int, most: int) -> Numbers:
@@ -202,16 +218,33 @@ class Queries(NamedTuple):
         return Queries(self.vectors[chosen], self.own[chosen])
 
 
+class ClipFrames(NamedTuple):
+    """The content of a clip in a features file."""
+
+    number: int
+    speaker: int
+    length: int
+
+
 @dataclass(frozen=True)
 class Frames:
-    """Every content frame of a run, in the order of the units; nothing is read but headers until it is asked for."""
+    """Content frames of a run, in the order of the units; nothing is read but headers until it is asked for."""
 
-    units: list[tuple[Path, list[int]]]
-    """Each features file, and the number of frames of each of its clips."""
+    units: list[tuple[Path, list[ClipFrames]]]
     width: int
 
     def __len__(self) -> int:
-        return sum(sum(lengths) for _, lengths in self.units)
+        return sum(clip.length for _, clips in self.units for clip in clips)
+
+    @property
+    def speakers(self) -> list[int]:
+        """Rising ids of those who have frames."""
+        return sorted({clip.speaker for _, clips in self.units for clip in clips if clip.length})
+
+    def of(self, speaker: int) -> Frames:
+        """Those of a speaker alone."""
+        chosen = ((path, [c for c in clips if c.speaker == speaker]) for path, clips in self.units)
+        return Frames([(path, clips) for path, clips in chosen if clips], self.width)
 
     @classmethod
     def find(cls, work: Workspace) -> Frames:
@@ -223,9 +256,9 @@ class Frames:
         units, width = [], 0
         for path in unit_files(work.features_dir):
             header = unit_header(path, FeaturesHeader, "extract")
-            lengths = [clip["num_content"] for clip in header["clips"]]
-            width = header["embedder"]["width"] if any(lengths) else width
-            units.append((path, lengths))
+            clips = [ClipFrames(i, c["speaker"], c["num_content"]) for i, c in enumerate(header["clips"])]
+            width = header["embedder"]["width"] if any(clip.length for clip in clips) else width
+            units.append((path, clips))
         if not width:
             raise StageError(f"{work.features_dir} holds no frame:", "run `rvc-dist extract` first")
         return cls(units, width)
@@ -238,12 +271,12 @@ class Frames:
         """
         from safetensors import SafetensorError, safe_open
 
-        for path, lengths in self.units:
+        for path, clips in self.units:
             try:
                 with safe_open(path, framework="numpy") as file:
-                    for i, length in enumerate(lengths):
-                        content = file.get_tensor(f"{i:05d}.content")
-                        if content.shape != (length, self.width) and length:
+                    for clip in clips:
+                        content = file.get_tensor(f"{clip.number:05d}.content")
+                        if content.shape != (clip.length, self.width) and clip.length:
                             raise _unfit(path, "is damaged")
                         if not np.isfinite(content).all():
                             raise _unfit(path, "holds numbers that are not finite")

@@ -34,17 +34,23 @@ KMEANS_CENTRES = 10_000
 Vectors = npt.NDArray[np.float32]
 
 
-def index_name(recipe: Recipe, cells: int, nprobe: int) -> str:
-    return f"added_IVF{cells}_Flat_nprobe_{nprobe}_{recipe.name}_{recipe.model.version}.index"
+def index_name(recipe: Recipe, cells: int, nprobe: int, speaker: int | None = None) -> str:
+    """The name that other tools look for, of the index of all or of one speaker."""
+    whose = "" if speaker is None else f"_spkid{speaker}"
+    return f"added_IVF{cells}_Flat_nprobe_{nprobe}_{recipe.name}_{recipe.model.version}{whose}.index"
 
 
 def complete(recipe: Recipe) -> bool | None:
-    """True when the index is there and made of the present features, else None."""
+    """True when the index is there, or that of each speaker, and made of the present features, else None."""
     work = Workspace(recipe.run_dir, recipe.name)
-    file = work.index_file()
-    if file is None or read_json(work.index_report_file, IndexReport)["stamp"] != wanted_fingerprint(recipe, work):
+    if not work.index_report_file.is_file():
         return None
-    return True
+    report = read_json(work.index_report_file, IndexReport)
+    of_speakers = [entry["file"] for entry in report.get("speakers", [])]
+    is_wanted = ("file" in report, bool(of_speakers)) == (recipe.index.has_common, recipe.index.has_each)
+    names = of_speakers + ([report["file"]] if "file" in report else [])
+    is_there = all((work.index_dir / name).is_file() for name in names)
+    return (is_wanted and is_there and report.get("stamp") == wanted_fingerprint(recipe, work)) or None
 
 
 def wanted_fingerprint(recipe: Recipe, work: Workspace) -> str:
@@ -55,7 +61,10 @@ def wanted_fingerprint(recipe: Recipe, work: Workspace) -> str:
     """
     if not work.features_report_file.is_file():
         raise StageError(f"{work.features_dir} has no features:", "run `rvc-dist extract` first")
-    return fingerprint(read_json(work.features_report_file), asdict(recipe.index), recipe.name)
+    settings = asdict(recipe.index)
+    if not recipe.index.has_each:  # as before there were others
+        del settings["speakers"]
+    return fingerprint(read_json(work.features_report_file), settings, recipe.name)
 
 
 class IndexSize(NamedTuple):

@@ -76,7 +76,7 @@ class Converter:
         extractor = _extractor(recipe, voice)
         width = voice.generator.shape.content_channels
         given = GivenPitch(Path(config.f0_file)) if config.f0_file else None
-        retriever = _retriever(config, work, width)
+        retriever = _retriever(config, work, width, speaker)
         return cls(voice, extractor, retriever, recipe, device, speaker, given_pitch=given)
 
     def settings(self) -> dict[str, Any]:
@@ -261,12 +261,15 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
     return extractor
 
 
-def _retriever(config: InferConfig, work: Workspace, width: int) -> Retriever | None:
-    """infer.index, or the run's own index for a voice of that run; None when there is none or it is not wanted."""
+def _retriever(config: InferConfig, work: Workspace, width: int, speaker: int) -> Retriever | None:
+    """infer.index, or the run's own index for a voice of that run: the speaker's, else that of all.
+
+    None when there is none or it is not wanted.
+    """
     if config.index_rate == 0:
         return None
     is_own = config.model is None or os.path.dirname(os.path.realpath(config.model)) == os.path.realpath(work.voice_dir)
-    index = Path(config.index) if config.index else work.index_file() if is_own else None
+    index = Path(config.index) if config.index else work.index_file(speaker) if is_own else None
     logger.info("infer: index %s", index or "none, so infer.index_rate has no effect")
     return Retriever(index, width) if index is not None else None
 

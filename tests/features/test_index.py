@@ -126,6 +126,41 @@ def test_a_finished_index_is_kept_and_a_stale_one_made_again(recipe: Recipe) -> 
     assert complete(other) is None
 
 
+@pytest.mark.parametrize("speakers", ["each", "both"])
+def test_each_speaker_has_an_index_of_their_own_frames(speakers: str, recipe: Recipe) -> None:
+    recipe = changed(recipe, "index", speakers=speakers)
+    anns, bobs = frames(100), frames(30, seed=1)
+    units = [[anns[:40], bobs[:10], np.zeros((0, WIDTH), np.float32)], [anns[40:], bobs[10:]]]
+    write_features(recipe, units, speakers=(3, 5, 7))
+    assert complete(recipe) is None
+    index.run(recipe, ALONE)
+    work = workspace_of(recipe)
+    expected = {3: (2, anns), 5: (1, bobs)}
+    common = {"added_IVF3_Flat_nprobe_9_tiny_v2.index", "total_fea.npy"} if speakers == "both" else set()
+    names = {i: f"added_IVF{cells}_Flat_nprobe_9_tiny_v2_spkid{i}.index" for i, (cells, _) in expected.items()}
+    assert {p.name for p in folder(recipe).iterdir()} == {*names.values(), *common, "report.json"}
+    for i, (_, vectors) in expected.items():
+        file = work.index_file(i)
+        assert file == folder(recipe) / names[i]
+        read = faiss.read_index(str(file))
+        assert np.array_equal(read.reconstruct_n(0, read.ntotal), vectors)
+    assert work.index_file(7) == work.index_file(), "who has no frames has the common one"
+    assert (work.index_file() is not None) == (speakers == "both")
+
+    assert complete(recipe) is True
+    of_bob = work.index_file(5)
+    assert of_bob is not None
+    of_bob.unlink()
+    assert complete(recipe) is None
+    index.run(recipe, ALONE)
+    assert of_bob.is_file()
+    again = changed(recipe, "index", speakers="common")
+    assert complete(again) is None
+    index.run(again, ALONE)
+    assert {p.name for p in folder(recipe).iterdir()} == {index_file(recipe).name, "total_fea.npy", "report.json"}
+    assert work.index_file(5) == index_file(recipe)
+
+
 def test_other_ranks_leave_it_to_the_first(recipe: Recipe) -> None:
     write_features(recipe, [[frames(10)]])
     index.run(recipe, Shard(1, 2))

@@ -52,10 +52,11 @@ def data_bytes(context: DoctorContext) -> Iterator[float]:
     if recipe.preprocess.cut_method != "skip":
         seconds *= recipe.preprocess.chunk_len / (recipe.preprocess.chunk_len - recipe.preprocess.overlap_len)
     frames = seconds * F0_PER_S / 2
-    vectors = frames if recipe.index.algorithm == "faiss" else min(frames, index_file.KMEANS_ABOVE)
+    index = recipe.index
+    vectors = frames if index.algorithm == "faiss" or index.has_each else min(frames, index_file.KMEANS_ABOVE)
     yield seconds * recipe.data.sample_rate * 4
     yield frames * (width + 2) * 4
-    yield 2 * vectors * width * 4  # total_fea.npy and the index file
+    yield (1 + index.has_common + index.has_each) * vectors * width * 4  # total_fea.npy and the index files
 
 
 def room(folder: Path, one: int, total: int) -> Findings:
