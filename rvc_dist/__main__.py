@@ -181,6 +181,11 @@ def check_words(stage: str, words: list[str], others: list[str]) -> None:
     for word in words:
         is_other = bool(rest) and word == rest[0]
         meant += meant_by(stage, rest.pop(0)) if is_other else [word]
+    inputs = [word for option, word in pairwise(meant) if option == "--infer.input"]
+    if len(inputs) > 1:  # as `songs/*.wav` becomes
+        at = meant.index("--infer.input")
+        rest = [w for i, w in enumerate(meant) if "--infer.input" not in (w, meant[i - 1])]
+        meant = [*rest[:at], "--infer.input", f"[{', '.join(inputs)}]", *rest[at:]]
     if meant != words:
         raise ConfigError(f"{others[0]!r} is no option; did you mean: rvc-dist {stage} {shlex.join(meant)}")
     raise ConfigError(f"{others[0]!r} is no option; expected --section.key VALUE (--help lists every key)")

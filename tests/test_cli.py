@@ -116,6 +116,8 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
         (["my.yaml"], "did you mean: rvc-dist run --config my.yaml"),
         (["--config", "my.yaml"], "did you mean: rvc-dist run --config my.yaml"),
         (["song.wav"], "did you mean: rvc-dist infer --infer.input song.wav"),
+        (["infer", "a.wav", "b.wav", "--seed", "1"], "unknown key seed"),
+        (["infer", "--infer.pitch", "1", "a.wav", "b.wav"], "--infer.pitch 1 --infer.input '[a.wav, b.wav]'"),
         (["infer", "a.pth", "song.wav"], "did you mean: rvc-dist infer --infer.model a.pth --infer.input song.wav"),
         (["train", "train.batch_size=4"], "did you mean: rvc-dist train --train.batch_size=4"),
         (["train", "--name", "a", "-batch_size", "4"], "did you mean: rvc-dist train --name a --train.batch_size 4"),
