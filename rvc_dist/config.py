@@ -430,6 +430,8 @@ class ExportConfig:
     format: Literal["voice", "pretrained", "hub", "applio", "rvc"] = "voice"
     """voice: files to convert with; pretrained: G and D as base models are shared; hub: a folder for the Hugging Face
     hub; applio, rvc: an experiment's folder in which Applio or RVC-WebUI trains on. Short for it: --as, --layout."""
+    each_speaker: bool = False
+    """With the voice of all speakers, one of each, NAME_spkid3_last.pth: who takes it hears speaker 3 under any id."""
     folder: Text = ""
     """Where anything but voice files goes, a folder that is not there yet; by default RUN/export/FORMAT."""
 

@@ -110,9 +110,9 @@ class Speakers:
 
     @property
     def trained_info(self) -> list[Speaker]:
-        """For a voice file: those who were trained, if any of them was given a name."""
+        """For a voice file: those who were trained, if there are several or one was given a name."""
         found = [speaker for speaker in self.info if speaker["id"] in self.trained]
-        return found if any(speaker["name"] != str(speaker["id"]) for speaker in found) else []
+        return found if len(found) > 1 or any(s["name"] != str(s["id"]) for s in found) else []
 
     def label(self, speaker: int) -> str:
         """For a sentence: the id, and the name where there is one."""

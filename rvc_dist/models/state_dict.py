@@ -25,6 +25,9 @@ _ORDERS = {
 }
 """Layers that the networks of Applio and ARVC, and of RVC-WebUI, rvc-next and ZeroRVC, have in another order."""
 
+SPEAKER_TABLE = "emb_g.weight"
+"""Of the generator, [speakers, gin_channels]."""
+
 
 def upstream_order(names: Iterable[str], tool: str) -> list[str]:
     """Our networks' parameters in the order in which the optimizers of a tool (`applio`, `rvc`) number them.

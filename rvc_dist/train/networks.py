@@ -23,6 +23,7 @@ from rvc_dist.models.encoders import Transformer
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import ResBlock, ResidualLayers, WaveNet
 from rvc_dist.models.shape import GeneratorShape
+from rvc_dist.models.state_dict import SPEAKER_TABLE
 from rvc_dist.models.weights_file import GENERATOR, WeightsFile, kind_of, misfits, shapes_of
 from rvc_dist.train import memory
 from rvc_dist.train.dataset import ClipTable
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 PRETRAINED = {"generator": "pretrained_g", "discriminator": "pretrained_d"}
 """The recipe's key of each network's first weights."""
-SPEAKER_TABLE = "emb_g.weight"
 RECOMPUTED = (ResBlock, ResidualLayers, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscriminator)
 """What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
 

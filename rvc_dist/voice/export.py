@@ -22,7 +22,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.files import atomic_write
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.voice.file import Dataset, SpeakerInfo, voice_dict, write_voice
+from rvc_dist.voice.file import Dataset, SpeakerInfo, of_speaker, voice_dict, write_voice
 from rvc_dist.workspace import (
     CHECKPOINT_MANIFEST,
     ClipsReport,
@@ -141,20 +141,27 @@ class Trained:
 
 
 def write_voices(trained: Trained) -> None:
-    """Write NAME_{epoch}e_{step}s.pth for every checkpoint, NAME_last.pth and, when there is one, NAME_best.pth."""
+    """Write NAME_{epoch}e_{step}s.pth for every checkpoint, NAME_last.pth and, when there is one, NAME_best.pth.
+
+    With export.each_speaker, NAME_spkid3_last.pth and so on beside them.
+    """
     recipe, work = trained.recipe, trained.work
-    files: dict[int, Path] = {}
+    files: dict[int, dict[str, Path]] = {}
     for path in trained.checkpoints:
         saved, dataset = trained.load(path)
-        voice = voice_dict(recipe, saved, dataset)
-        step, epoch = saved.progress.step, saved.progress.epoch
-        files[step] = work.voice_dir / f"{recipe.name}_{epoch}e_{step}s.pth"
-        write_voice(files[step], voice)
-        logger.info("export: %s", files[step])
-    atomic_write(work.last_voice_file, files[step].read_bytes())
-    progress, best_file = saved.progress, work.voice_dir / f"{recipe.name}_best.pth"
+        whole, progress = voice_dict(recipe, saved, dataset), saved.progress
+        voices = {recipe.name: whole}
+        if recipe.export.each_speaker:
+            voices |= {f"{recipe.name}_spkid{i}": of_speaker(whole, i) for i in saved.speakers.trained}
+        files[progress.step] = {}
+        for name, voice in voices.items():
+            file = files[progress.step][name] = work.voice_dir / f"{name}_{progress.epoch}e_{progress.step}s.pth"
+            write_voice(file, voice)
+            logger.info("export: %s", file)
+    copy_as("last", files[progress.step])
+    best_file = work.voice_dir / f"{recipe.name}_best.pth"
     if progress.best_step in files and progress.best_metric is not None:
-        atomic_write(best_file, files[progress.best_step].read_bytes())
+        copy_as("best", files[progress.best_step])
         why = f"its mel distance on the held-out clips, {progress.best_metric:.4f}, is the lowest that was measured"
         logger.info("export: %s is of step %d, epoch %d: %s", best_file, progress.best_step, progress.best_epoch, why)
         return
@@ -167,3 +174,9 @@ def write_voices(trained: Trained) -> None:
         "the one that is there is of an earlier export" if best_file.exists() else f"no {best_file.name} is written"
     )
     logger.warning("export: %s: %s", before, why)
+
+
+def copy_as(word: str, files: dict[str, Path]) -> None:
+    """Copy the voice files of a checkpoint, by NAME, to NAME_{word}.pth."""
+    for name, file in files.items():
+        atomic_write(file.with_name(f"{name}_{word}.pth"), file.read_bytes())

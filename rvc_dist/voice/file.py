@@ -23,7 +23,7 @@ from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.models.state_dict import from_upstream, to_upstream
+from rvc_dist.models.state_dict import SPEAKER_TABLE, from_upstream, to_upstream
 from rvc_dist.models.torch_file import load_pth, save_pth, weights
 from rvc_dist.schema import MAX_YAML_BYTES, Word, check, parse_yaml, record, within
 from rvc_dist.train.checkpoint import Checkpoint
@@ -99,7 +99,7 @@ class Voice:
             StageError: `asked` was never trained, or is the name of several speakers.
         """
         known = self.trained_speakers or range(self.generator.shape.num_speakers)
-        names = {row: self.speakers[row]["name"] for row in known if row in self.speakers}
+        names = {row: one["name"] for row, one in self.speakers.items() if row in known and one["name"] != str(row)}
         listed = (f"{row} ({names[row]})" if row in names else str(row) for row in self.trained_speakers)
         ids = ", ".join(listed) or f"0 to {len(known) - 1}"
         if asked is None:
@@ -143,7 +143,7 @@ class Voice:
                 vocoder=fields.get("vocoder") or "HiFi-GAN",
             )
             # The list carries one row a speaker of the network it was made from; the table itself is what counts.
-            num_speakers = state["emb_g.weight"].shape[0]
+            num_speakers = state[SPEAKER_TABLE].shape[0]
             with _numbers_of_at_most(sum(v.numel() for v in state.values())):
                 generator = Generator(replace(shape, num_speakers=num_speakers), without_posterior=True)
             embedder = EmbedderId.from_voice(data) or EmbedderId("contentvec")
@@ -287,6 +287,16 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
         "overtrain_info": overtrain_info,
         "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
     }
+
+
+def of_speaker(voice: dict[str, Any], speaker: int) -> dict[str, Any]:
+    """A voice of `voice_dict` with one of its speakers alone, who answers to every id: most tools ask for 0."""
+    table = voice["weight"][SPEAKER_TABLE]
+    weight = {**voice["weight"], SPEAKER_TABLE: table[speaker].repeat(len(table), 1)}
+    info = [one for one in voice.get("speaker_info", []) if one["id"] == speaker]
+    own = {"speaker_info": info, "f0_median": info[0].get("f0_median")} if info else {}
+    known = {key: value for key, value in (voice | own).items() if value is not None}
+    return known | {"weight": weight, "model_hash": model_hash(weight), "trained_speakers": [speaker]}
 
 
 def halved(weights: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:

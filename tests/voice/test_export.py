@@ -35,7 +35,7 @@ from rvc_dist.train.progress import Progress
 from rvc_dist.voice import export
 from rvc_dist.voice.file import Dataset, Voice, voice_dict
 from rvc_dist.voice.infer import Converter
-from rvc_dist.workspace import Shard, StageError
+from rvc_dist.workspace import Shard, Speakers, StageError
 
 ALONE = Shard(0, 1)
 SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_shapes.json").read_text())
@@ -143,6 +143,25 @@ def test_the_weights_are_those_of_the_checkpoint(recipe: Recipe, generator: Gene
     assert torch.equal(weight["emb_g.weight"], state["emb_g.weight"].half())
     assert torch.equal(weight["dec.ups.0.weight_g"], state["dec.ups.0.parametrizations.weight.original0"].half())
     assert torch.equal(weight["dec.ups.0.weight_v"], state["dec.ups.0.parametrizations.weight.original1"].half())
+
+
+def test_each_speaker_may_have_a_voice_of_their_own(recipe: Recipe) -> None:
+    write_features(recipe, [[np.ones((100, 768), np.float32)] * 2], speakers=(1, 3))
+    saved = make_checkpoint(recipe, make_generator(recipe, num_speakers=5))
+    known = Speakers({1: "1", 3: "alice"}, trained=(1, 3))
+    checkpoint.save(workspace_of(recipe).checkpoints_dir, dataclasses.replace(saved, speakers=known))
+    export.run(changed(recipe, "export", each_speaker=True), ALONE)
+    prefixes, folder = ("tiny", "tiny_spkid1", "tiny_spkid3"), workspace_of(recipe).voice_dir
+    assert names(recipe) == sorted(f"{prefix}_{word}.pth" for prefix in prefixes for word in ("2e_10s", "last"))
+    whole, alice = (load(folder / f"{prefix}_last.pth") for prefix in ("tiny", "tiny_spkid3"))
+    assert [(info["id"], info["name"]) for info in whole["speaker_info"]] == [(1, "1"), (3, "alice")]
+    assert alice["speaker_info"] == whole["speaker_info"][1:]
+    assert torch.equal(alice["weight"]["emb_g.weight"], whole["weight"]["emb_g.weight"][[3] * 5])
+    assert alice["config"] == whole["config"]
+    voice = Voice.load(folder / "tiny_spkid3_last.pth", torch.device("cpu"))
+    assert (voice.speaker(None), voice.speaker("alice"), voice.speaker(3)) == (3, 3, 3)
+    with pytest.raises(StageError, match=r"got 1, this voice was trained on speaker 3 \(alice\)$"):
+        voice.speaker(1)
 
 
 def test_last_is_the_newest_and_best_the_best(

@@ -9,7 +9,7 @@ import torch
 from helpers import make_features, tiny_recipe, with_train
 
 from rvc_dist.config import Recipe
-from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.models.state_dict import SPEAKER_TABLE, to_upstream
 from rvc_dist.train import networks
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import StageError
@@ -35,7 +35,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def speaker_rows(recipe: Recipe) -> torch.Tensor:
     shape, modules = networks.build(recipe, ClipTable.load(recipe))
-    rows = modules["generator"].state_dict()[networks.SPEAKER_TABLE]
+    rows = modules["generator"].state_dict()[SPEAKER_TABLE]
     assert len(rows) == shape.num_speakers == 5
     return rows
 
@@ -43,7 +43,7 @@ def speaker_rows(recipe: Recipe) -> torch.Tensor:
 @pytest.mark.parametrize(("fresh", "new"), [(False, [3, 4]), (True, [1, 3, 4])])
 def test_more_speakers_than_the_base_model_has_grow_its_table(recipe, fresh, new, caplog):
     caplog.set_level(logging.INFO)
-    base = torch.load(recipe.train.pretrained_g)["model"][networks.SPEAKER_TABLE]
+    base = torch.load(recipe.train.pretrained_g)["model"][SPEAKER_TABLE]
     recipe = with_train(recipe, fresh_speakers=fresh)
     rows = speaker_rows(recipe)
     assert [i for i in range(5) if i >= ROWS or not torch.equal(rows[i], base[i])] == new
@@ -64,6 +64,6 @@ def test_fresh_speakers_without_a_base_model_are_said_to_be_nothing_else(recipe,
 def test_a_base_model_without_a_speaker_table_is_refused(recipe):
     state = torch.load(recipe.train.pretrained_g)["model"]
     for table in (None, torch.zeros(0, 4), torch.zeros(4)):
-        torch.save({"model": state | {networks.SPEAKER_TABLE: table}}, recipe.train.pretrained_g)
+        torch.save({"model": state | {SPEAKER_TABLE: table}}, recipe.train.pretrained_g)
         with pytest.raises(StageError, match=r"train\.pretrained_g"):
             speaker_rows(recipe)
