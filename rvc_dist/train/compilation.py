@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 COMPILE_S = 60.0
 """What compiling one network takes at the least (90 s for D on two CPU cores)."""
+LAYOUT_S = 9.0
+"""What cuDNN's search takes for the kernels of a network in another layout (H200)."""
 GRAPHS_S = 15.0
 """What it takes to trace one and to record it as CUDA graphs (15 s for D beside an H200)."""
 BEST_SAVING = 0.5
@@ -124,7 +126,11 @@ def compiles_deterministically() -> bool:
 
 
 def choose_layout(
-    config: TrainConfig, accelerator: Accelerator, modules: Mapping[str, nn.Module], step: Callable[[], None]
+    config: TrainConfig,
+    accelerator: Accelerator,
+    modules: Mapping[str, nn.Module],
+    step: Callable[[], None],
+    steps_left: int,
 ) -> dict[str, bool]:
     """Which of `modules` compute `channels_last` from here on: where a step is faster so, the same on all ranks.
 
@@ -134,6 +140,8 @@ def choose_layout(
     if accelerator.device.type != "cuda" or config.autocast_precision == "fp32" or config.deterministic:
         return layout
     seconds = _slowest(accelerator, _median_s(step, accelerator.device))
+    if steps_left * seconds * BEST_SAVING < LAYOUT_S * len(layout):
+        return layout
     for name, module in modules.items():
         use_channels_last(module)
         with_it_s = _slowest(accelerator, _median_s(step, accelerator.device))

@@ -162,8 +162,10 @@ def choose_compiled(
         return GanStep(recipe, {n: TrainedModule(m, calls[n], calls[n], optimizers[n]) for n, m in modules.items()})
 
     with out_of_memory.advice(trial({}), batch, accelerator.process_index):
-        layout = compilation.choose_layout(config, accelerator, modules, lambda: trial({}).local_dry_run(batch))
         steps_left = total - origin.progress.step
+        layout = compilation.choose_layout(
+            config, accelerator, modules, lambda: trial({}).local_dry_run(batch), steps_left
+        )
         chosen = compilation.choose(
             config, accelerator, checkpoint.MODELS, lambda which: trial(which).local_dry_run(batch), steps_left
         )

@@ -171,7 +171,7 @@ def test_the_layout_of_each_network_is_what_its_step_is_faster_in(monkeypatch, c
     monkeypatch.setattr(compilation, "_median_s", lambda *_: next(seconds))
     half = TrainConfig(fast_train=True, precision="bf16")
     with caplog.at_level(logging.INFO):
-        layout = compilation.choose_layout(half, cuda, modules, lambda: None)
+        layout = compilation.choose_layout(half, cuda, modules, lambda: None, 10**6)
     assert layout == {name: module.channels_last for name, module in modules.items()}
     assert layout == {"generator": True, "discriminator": False}
     assert "the generator is channels-last: a step takes 0.500 s with it so, 1.000 s without" in caplog.text
@@ -180,7 +180,9 @@ def test_the_layout_of_each_network_is_what_its_step_is_faster_in(monkeypatch, c
         (TrainConfig(fast_train=True), cuda),
         (TrainConfig(precision="bf16", deterministic=True), cuda),
     ):
-        assert not any(compilation.choose_layout(config, accelerator, modules, lambda: None).values())
+        assert not any(compilation.choose_layout(config, accelerator, modules, lambda: None, 10**6).values())
+    seconds = iter([1.0])
+    assert not any(compilation.choose_layout(half, cuda, modules, lambda: None, 35).values()), "not repaid: not tried"
 
 
 def in_a_pool(pool: list[torch.UntypedStorage]):
