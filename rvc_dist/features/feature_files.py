@@ -27,7 +27,12 @@ from rvc_dist.workspace import (
     save_arrays,
 )
 
-SINCE = {"extract.precision": "fp32", "extract.unvoiced": "zero"}
+SINCE: dict[str, str | None] = {
+    "extract.precision": "fp32",
+    "extract.unvoiced": "zero",
+    "extract.f0_djcm_model": None,
+    "extract.f0_crepe_model": None,
+}
 """Settings that came later, and what features were made with before: it is left out, so that those are not stale."""
 
 

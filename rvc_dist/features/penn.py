@@ -74,7 +74,7 @@ class PennPitch(F0Method):
         from torchaudio.transforms import Resample
 
         check_range(config, "penn", LOWEST_HZ, LOWEST_HZ * 2.0 ** (NUM_BINS * CENTS_PER_BIN / 1200.0))
-        network = load_network(FCNF0, "extract.f0_penn_model", config.f0_penn_model, "penn", "FCNF0++")
+        network = load_network(lambda _: FCNF0(), "extract.f0_penn_model", config.f0_penn_model, "penn", "FCNF0++")
         self.network = network.to(device)
         lower(self.network, self.dtype, last=self.network[-1])
         self.resample = Resample(FEATURE_RATE, RATE).to(device)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig
-from rvc_dist.features.f0 import PITCH_BINS, F0Method, load_network, local_average_hz, of_length
+from rvc_dist.features.f0 import PITCH_BINS, F0Method, load_network, of_length, peak_hz
 from rvc_dist.features.precision import lower
 
 NUM_MELS = 128
@@ -94,7 +94,9 @@ class _UNet(nn.Module):
         return x
 
 
-class _BiGRU(nn.Module):
+class BiGRU(nn.Module):
+    """[B, T, width_in] -> [B, T, 2 * hidden]."""
+
     def __init__(self, width_in: int, hidden: int) -> None:
         super().__init__()
         self.gru = nn.GRU(width_in, hidden, batch_first=True, bidirectional=True)
@@ -111,7 +113,7 @@ class RMVPE(nn.Module):
         super().__init__()
         self.unet = _UNet()
         self.cnn = nn.Conv2d(TOP_CHANNELS, 3, 3, padding=1)
-        self.fc = nn.Sequential(_BiGRU(3 * NUM_MELS, 256), nn.Linear(512, PITCH_BINS), nn.Sigmoid())
+        self.fc = nn.Sequential(BiGRU(3 * NUM_MELS, 256), nn.Linear(512, PITCH_BINS), nn.Sigmoid())
 
     def forward(self, mel: Tensor) -> Tensor:
         x = self.cnn(self.unet(mel.transpose(1, 2)[:, None]))
@@ -129,7 +131,7 @@ class RmvpePitch(F0Method):
         super().__init__(config, device)
         from librosa.filters import mel
 
-        self.network = load_network(RMVPE, "extract.f0_model", config.f0_model, "rmvpe", "RMVPE").to(device)
+        self.network = load_network(lambda _: RMVPE(), "extract.f0_model", config.f0_model, "rmvpe", "RMVPE").to(device)
         if self.dtype != torch.float32:  # whose kernels are a third faster in this layout
             self.network.to(memory_format=torch.channels_last)
         # The mel spectrogram, and the recurrent layer with what follows, stay in float32.
@@ -148,15 +150,16 @@ class RmvpePitch(F0Method):
         return of_length(self._track(waves), waves.shape[1] // F0_HOP)
 
     def _track(self, waves: Tensor) -> Tensor:
-        num_pad = N_FFT // 2
-        # torch.stft reflects too, but refuses a clip shorter than half its window.
-        waves = F.pad(waves, (num_pad, num_pad), mode="reflect" if waves.shape[1] > num_pad else "constant")
-        spectrum = torch.stft(waves, N_FFT, F0_HOP, window=self.window, center=False, return_complex=True).abs()
-        mel = (self.mel_filters @ spectrum).clamp_min(1e-5).log()
+        mel = (self.mel_filters @ magnitudes(waves, self.window)).clamp_min(1e-5).log()
         num_frames = mel.shape[-1]
         missing = -num_frames % 2**DEPTH
         mel = F.pad(mel, (0, missing), mode="reflect" if missing < num_frames else "replicate")
-        salience = self.network(mel)[:, :num_frames]
-        peak, centre = salience.max(dim=2)
-        f0 = local_average_hz(salience.flatten(0, 1), centre.flatten()).reshape(peak.shape)
-        return torch.where(peak > THRESHOLD, f0, 0.0)
+        return peak_hz(self.network(mel)[:, :num_frames], THRESHOLD)
+
+
+def magnitudes(waves: Tensor, window: Tensor) -> Tensor:
+    """The spectrum around samples 0, 160, ...: [B, S], [n_fft] -> [B, n_fft // 2 + 1, S // 160 + 1]."""
+    num_pad = len(window) // 2
+    # torch.stft reflects too, but refuses a clip shorter than half its window.
+    waves = F.pad(waves, (num_pad, num_pad), mode="reflect" if waves.shape[1] > num_pad else "constant")
+    return torch.stft(waves, len(window), F0_HOP, window=window, center=False, return_complex=True).abs()

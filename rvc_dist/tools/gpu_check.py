@@ -32,7 +32,7 @@ from torch import nn
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, resolve
 from rvc_dist.config import F0_PER_S, FEATURE_RATE, DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
 from rvc_dist.data.audio import Wave
-from rvc_dist.features import content, f0, penn, precision, rmvpe
+from rvc_dist.features import content, djcm, f0, penn, precision, rmvpe
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.files import write_json
@@ -300,7 +300,8 @@ def extraction(check: Check) -> Rows:
         for name in check.precisions:
             yield f"{kind} {name}", partial(features_row, check, name, kind, "")
     for method, spec in F0_METHODS.items():
-        if "f0_signal" not in str(spec.make):  # those are the CPU's
+        # Those of signal processing are the CPU's; the sizes of crepe in the middle lie between the two at the ends.
+        if "f0_signal" not in str(spec.make) and method not in ("crepe-large", "crepe-medium", "crepe-small"):
             for name in check.precisions[::2]:
                 yield f"{method} {name}", partial(features_row, check, name, "", method)
 
@@ -328,11 +329,11 @@ def extract_config(check: Check, kind: str, method: str) -> ExtractConfig:
             sizes = SMALL_ENCODER.get(kind, SMALL_ENCODER["hubert"]) if check.tiny else ENCODERS[kind]
             model(model.config_class(**sizes)).save_pretrained(folder)
         config = replace(config, embedder_model=str(folder))
-    if network := {"rmvpe": rmvpe.RMVPE, "penn": penn.FCNF0}.get(method):
+    if network := {"rmvpe": rmvpe.RMVPE, "penn": penn.FCNF0, "djcm": djcm.DJCM}.get(method):
         path = check.folder / f"{method}.pt"
         if not path.is_file():
             torch.save(network().state_dict(), path)
-        config = replace(config, f0_model=str(path), f0_penn_model=str(path))
+        config = replace(config, f0_model=str(path), f0_penn_model=str(path), f0_djcm_model=str(path))
     return config
 
 

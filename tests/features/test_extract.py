@@ -23,6 +23,7 @@ from helpers import (
     noise,
     tone,
     workspace_of,
+    write_djcm,
 )
 from safetensors.numpy import load_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from rvc_dist import workspace
 from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import EmbedderMix, PreprocessConfig, Recipe
 from rvc_dist.data import preprocess
-from rvc_dist.features import extract, feature_files, index
+from rvc_dist.features import djcm, extract, feature_files, index
 from rvc_dist.features.content import Embedder, Mfcc
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.workspace import Shard, StageError, read_header, read_json, unit_files
@@ -158,11 +159,21 @@ def test_the_index_takes_them_in_the_order_of_the_units(recipe: Recipe) -> None:
 # Any number of ranks, any interruption
 
 
-@pytest.mark.parametrize(("f0_method", "precision"), [("pyin", "fp32"), ("crepe-tiny", "fp32"), ("crepe-tiny", "bf16")])
-def test_the_bytes_do_not_depend_on_the_ranks(f0_method: str, precision: str, recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("f0_method", "precision"),
+    [("pyin", "fp32"), ("crepe-tiny", "fp32"), ("crepe-tiny", "bf16"), ("djcm", "fp32")],
+)
+def test_the_bytes_do_not_depend_on_the_ranks(
+    f0_method: str, precision: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_whisper_folder(tmp_path / "enc", whole=False)
     encoder = "mfcc" if precision == "fp32" else str(tmp_path / "enc")
     recipe = changed(recipe, "extract", f0_method=f0_method, embedder_model=encoder, precision=precision)
+    if f0_method == "djcm":
+        monkeypatch.setattr(djcm, "WIDTHS", (4, 4, 4, 4, 4, 4))
+        monkeypatch.setattr(djcm, "SEGMENT", 64)
+        weights = write_djcm(tmp_path / "djcm.pt", 2048, True, peak=99)  # 99.5 Hz
+        recipe = changed(recipe, "extract", f0_djcm_model=str(weights), unvoiced="interpolated")
     extract.run(recipe, ALONE)
     halves = elsewhere(recipe, tmp_path, "halves")
     torch.set_num_threads(2)  # what a launcher chooses has no effect

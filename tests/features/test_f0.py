@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rvc_dist
 from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import ConfigError, ExtractConfig, Recipe, f0_method_names
+from rvc_dist.features.crepe import CrepePitch
 from rvc_dist.features.f0 import (
-    CrepePitch,
     F0Method,
     HybridPitch,
     SwiftPitch,
