@@ -89,7 +89,11 @@ class Converter:
             chosen
             | {key: file and content_of(Path(file)) for key, file in files.items()}
             | {key: getattr(getattr(recipe, part), key) for part, keys in CONVERTED_AS.items() for key in keys}
-            | {key: getattr(recipe.extract, key) for key in ("f0_model", "f0_penn_model", "unvoiced")}
+            | {
+                key: value
+                for key, value in asdict(recipe.extract).items()
+                if key.endswith("_model") or key == "unvoiced"
+            }
             | {"embedder": self.extractor.embedder.describe(), "speaker": self.speaker}
         )
 
