@@ -78,6 +78,12 @@ STAGES = {
         "Get the encoder, the pitch tracker's weights and the base model from the hub, for work without network.",
         keeps_log=False,
     ),
+    "inspect": Stage(
+        "rvc_dist.tools.inspect_file",
+        "Say what a .pth, index, checkpoint, run or experiment is, and whether it fits the recipe.",
+        folders="FILE ...",
+        keeps_log=False,
+    ),
     "bench": Stage("rvc_dist.tools.bench", "Measure training steps; --parity compares losses with float32 ones."),
     "doctor": Stage(
         "rvc_dist.tools.doctor",
@@ -227,6 +233,15 @@ def shard_of(name: str, shards: list[str]) -> Shard:
     return shard
 
 
+def import_options(folders: list[str], given: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`given` after what the experiment's folder gives: the voice's name and its run folder."""
+    if len(folders) != 1:
+        got = " and ".join(folders) or "no folder"
+        raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
+    voice = os.path.basename(os.path.abspath(folders[0]))
+    return [("name", voice), ("run_dir", f"runs/{voice}"), *given]
+
+
 def add_own_options(name: str, parser: argparse.ArgumentParser) -> None:
     """Options of one stage alone, and short forms of keys."""
     if name == "dataset":
@@ -260,15 +275,12 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
         more = {"only_look": found.look_ahead}
     if name == "dataset":
         more = {"runs": folders, "as_json": found.json}
+    if name == "inspect":
+        more = {"paths": folders}
     if name == "import":
-        if len(folders) != 1:
-            got = " and ".join(folders) or "no folder"
-            raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
-        folder = os.path.abspath(folders[0])
-        voice = os.path.basename(folder)
-        given = [("name", voice), ("run_dir", f"runs/{voice}"), *given]
+        given = import_options(folders, given)
         more = {"given": given}
-        given = [*given, ("data.audio_dir", folder)]
+        given = [*given, ("data.audio_dir", os.path.abspath(folders[0]))]
     recipe = recipe_of(given)
     if found.print_config:
         print(recipe.to_yaml(), end="")

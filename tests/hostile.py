@@ -66,6 +66,7 @@ from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.runtime import run_lock, watchdog
 from rvc_dist.runtime.logs import RankLog
 from rvc_dist.tools import bench, bench_report, dataset_stats, measuring, plan
+from rvc_dist.tools.inspect_file import inspect
 from rvc_dist.tools.tracing import TracedStep
 from rvc_dist.train import checkpoint, networks, setup
 from rvc_dist.train.dataset import ClipTable
@@ -341,6 +342,25 @@ def make_weights(folder: Path, rng: Random) -> None:
 
 def read_weights(folder: Path) -> int:
     return told("extract", lambda: [read_tensors(path) for path in folder.glob("weights.*")])
+
+
+def make_inspected(folder: Path, rng: Random) -> None:
+    """One of the files that other kinds have, under its name or another's."""
+    makers: tuple[Callable[[Path, Random], None], ...] = (
+        lambda f, r: write_torch(f / "voice.pth", voice(), "weight", r),
+        *(make_pretrained, make_weights, make_index),
+    )
+    makers[rng.integers(len(makers))](folder, rng)
+    for path in list(folder.iterdir()):
+        if rng.integers(8) == 0:
+            path.rename(folder / f"x{rng.choice(['.pth', '.index', '.safetensors', '.npy', ''])}")
+
+
+def read_inspected(folder: Path) -> int:
+    found = [inspect(path, narrow_recipe(folder)) for path in [*folder.iterdir(), folder]]
+    for thing in found:
+        sys.stderr.write("".join(f"rvc-dist inspect: {line:.400}\n" for line in (thing.what, *thing.facts.values())))
+    return int(not all(thing.is_known for thing in found))
 
 
 # Safetensors of the run folder
@@ -877,6 +897,9 @@ KINDS: dict[str, Kind] = {
     "voice": Kind(120, prepare_infer, lambda f, rng: write_torch(f / "voice.pth", voice(), "weight", rng), infer),
     "pretrained": Kind(80, lambda folder: None, make_pretrained, read_pretrained),
     "weights": Kind(60, lambda folder: None, make_weights, read_weights),
+    "inspect": Kind(
+        120, lambda folder: (folder / "voice.pth").write_bytes(saved(voice())), make_inspected, read_inspected
+    ),
     "features": Kind(80, prepare_features, make_features, read_features),
     "index": Kind(200, lambda folder: None, make_index, read_index),
     "npy": Kind(100, prepare_experiment, make_npy, read_npy),

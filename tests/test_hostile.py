@@ -18,7 +18,7 @@ MOST_BYTES = 1e9
 FEW = tuple(kind for kind in KINDS if kind != "encoder")
 GROUPS = (
     ("voice",),
-    ("pretrained", "weights"),
+    ("pretrained", "weights", "inspect"),
     ("features", "index"),
     ("npy", "import"),
     ("run", "recipe", "lock", "beat", "results"),

@@ -383,14 +383,14 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
             else "no other whole checkpoint is left; remove the folder to start over"
         )
         raise StageError(f"{path} is damaged and was not used;", remedy, "".join(f"\n  {p}" for p in problems))
-    state = _state(path)
+    state = state_of(path)
     if identity is not None:
         check_identity(path, state["identity"], identity)
 
 
 def identity_of(path: Path) -> dict[str, Any]:
     """The identity of the checkpoint in `path`, which `verify` has accepted."""
-    identity: dict[str, Any] = _state(path)["identity"]
+    identity: dict[str, Any] = state_of(path)["identity"]
     return identity
 
 
@@ -404,7 +404,7 @@ def check_identity(path: Path, made_with: Mapping[str, Any], identity: Mapping[s
         raise StageError(f"{path} was made with other settings;", remedy, listed)
 
 
-def _state(path: Path) -> Any:
+def state_of(path: Path) -> Any:
     """The contents of a whole checkpoint's STATE.
 
     Raises:
@@ -440,7 +440,7 @@ def _speakers(state: Mapping[str, Any]) -> Speakers:
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint in `path`, which `verify` has accepted or `whole_in` has found."""
-    state = _state(path)
+    state = state_of(path)
     groups = state["optimizer_groups"]
     return Checkpoint(
         progress=Progress.from_file(state["progress"]),
