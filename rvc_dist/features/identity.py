@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
-from rvc_dist.choices import EMBEDDERS
+from rvc_dist.choices import EMBEDDERS, embedder_called
 from rvc_dist.config import EmbedderMix, Fraction, Layers
 from rvc_dist.schema import check, record
 
@@ -47,7 +47,10 @@ class EmbedderId:
         """
         check(data, _VOICE)
         fields = {key: data.get(name) for key, name in IN_VOICES.items()}
-        return None if fields["name"] is None else cls.from_features(fields)
+        if fields["name"] is None:
+            return None
+        name = fields["name"] if fields["hash"] else embedder_called(fields["name"])  # of another tool
+        return cls.from_features(fields | {"name": name})
 
     def to_voice(self) -> dict[str, Any]:
         return {IN_VOICES[key]: value for key, value in self.to_features().items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from rvc_dist.data.clip_files import ClipStage, clips_report, file_entry, finish
 from rvc_dist.data.sources import check_recordings, content_by
 from rvc_dist.features.feature_files import imported_feature_settings, pack_unit, write_mute, write_report
 from rvc_dist.features.index_file import KMEANS_ABOVE, KMEANS_CENTRES, check_index, index_name, wanted_fingerprint
-from rvc_dist.files import ForeignFileError, atomic_write, beside, write_json
+from rvc_dist.files import ForeignFileError, atomic_write, write_json
 from rvc_dist.schema import SpeakerName, faults
 from rvc_dist.tools.experiment import (
     CONTENT_PER_S,
@@ -315,9 +314,8 @@ class Import(ClipStage):
         Raises:
             StageError: a file cannot be read, or does not fit the recipe.
         """
-        import torch
-
         from rvc_dist.models.state_dict import to_upstream
+        from rvc_dist.models.torch_file import save_pth
         from rvc_dist.train import checkpoint, moments, networks
         from rvc_dist.train.dataset import ClipTable
 
@@ -334,12 +332,7 @@ class Import(ClipStage):
                 contents[moments.KEPT] = moments.read(source, modules[name])
             except ForeignFileError as error:
                 logger.warning("import: %s: the moments of its optimizer are left out: %s", source.name, error)
-            with beside(target) as half:
-                with half.open("xb") as stream:
-                    torch.save(contents, stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                half.replace(target)
+            save_pth(target, contents)
         return [str(target) for target in kept]
 
 

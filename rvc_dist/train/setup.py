@@ -235,7 +235,8 @@ def begin(recipe: Recipe, modules: Mapping[str, TrainedModule]) -> None:
     """Give new optimizers what an import kept of the experiment's beside the weights that the networks begin with."""
     for name, key in networks.PRETRAINED.items():
         if (file := getattr(recipe.train, key)) is not None:
-            moments.begin_with(modules[name], Path(file), recipe.train.optimizer_name)
+            without = networks.SPEAKER_TABLE if recipe.train.fresh_speakers else ""
+            moments.begin_with(modules[name], Path(file), recipe.train.optimizer_name, without)
 
 
 def load_weights(saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModule], work: Workspace) -> None:
