@@ -1,7 +1,7 @@
 """Which clips validation has and training never sees: a share of each speaker's seconds, at the ends of recordings.
 
 Recordings that another tool cut are held out whole, since where their clips lie is only guessed; only of a speaker
-whose recordings are all too long for that, the end of one.
+whose recordings are all too long for that, their ends.
 
 A recording's part hangs on a draw from its own name, its content and the seed, so that others may come and go. Only
 where the draws of a speaker's recordings give too little or too much do they depend on one another; what a run has

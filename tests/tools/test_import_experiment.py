@@ -27,6 +27,7 @@ from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import Recipe, TrainConfig, load_recipe
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, feature_files, index, index_file
+from rvc_dist.features.unvoiced import UnvoicedCount
 from rvc_dist.models.state_dict import from_upstream
 from rvc_dist.tools import experiment, import_experiment
 from rvc_dist.train import checkpoint, trainer
@@ -199,9 +200,11 @@ def test_the_run_goes_on_from_the_weights_to_a_voice(
     assert all(c.start_s == 0.0 for c in table.train if c.source in held)
 
 
-def test_silent_clips_are_found_by_the_paths_of_another_machine(copied: Path, tmp_path: Path) -> None:
-    path = experiments.add_mutes(copied, "applio")
-    recipe = imported(recipe_for(copied, tmp_path / "run"))
+@pytest.mark.parametrize("tool", ["applio", "rvc-next"])
+def test_silent_clips_are_found_by_the_paths_of_another_machine(tool: str, tmp_path: Path) -> None:
+    folder = experiments.make(tmp_path / "logs" / "voice", tool)
+    path = experiments.add_mutes(folder, tool)
+    recipe = imported(recipe_for(folder, tmp_path / "run"))
     assert recipe.extract.include_mutes == 2
     work = workspace_of(recipe)
     arrays, header = load_file(work.mute_file), read_header(work.mute_file)
@@ -210,7 +213,7 @@ def test_silent_clips_are_found_by_the_paths_of_another_machine(copied: Path, tm
     assert (header["num_content"], header["num_f0"], header["num_samples"]) == (149, 298, 149 * RATE // 50)
     assert feature_files.complete(recipe)
     mutes = [c for c in ClipTable.load(recipe).train if c.unit == -1]
-    assert sorted(c.speaker for c in mutes) == [0, 0, 3, 3]
+    assert sorted(c.speaker for c in mutes) == ([0, 0, 3, 3] if tool == "applio" else [5, 5, 109, 109])
 
 
 def test_silent_clips_that_are_gone_or_do_not_fit_are_left_out(
@@ -237,6 +240,53 @@ def test_without_a_pitch_folder_the_voice_has_no_pitch_guidance(tmp_path: Path) 
     assert not feature_files.complete(changed(recipe, "model", pitch_guidance=True))
 
 
+def test_clipped_pitch_is_mended_from_the_coarse_pitch_or_without_it(tmp_path: Path, copied: Path) -> None:
+    (copied / "f0_voiced").rename(copied / "gone")
+    recipe, hz, coarse = recipe_for(copied, tmp_path / "run"), copied / "f0_voiced", copied / "f0"
+    hz.mkdir()
+    for number, (name, _, _) in enumerate(experiments.clips("applio")):
+        f0 = experiments.pitch_of("arvc", number, 101)
+        f0["coarse"][2] = 80  # a voiced frame among unvoiced ones: smoothing took it for one
+        np.save(hz / f"{name}.wav.npy", f0["hz"])
+        np.save(coarse / f"{name}.wav.npy", f0["coarse"])
+
+    def f0_of(run: str) -> dict[int, np.ndarray]:
+        imported(replace(recipe, run_dir=str(tmp_path / run)))
+        arrays = load_file(workspace_of(replace(recipe, run_dir=str(tmp_path / run))).features_file(0))
+        return {int(k[:5]): v for k, v in arrays.items() if k.endswith("f0")}
+
+    for i, f0 in f0_of("run").items():
+        true = experiments.pitch_of("arvc", i, 101)["true"]
+        assert f0[2] == pytest.approx(284.73, abs=0.01), "the middle of step 80"
+        np.testing.assert_array_equal(np.delete(f0, 2), np.delete(true, 2).astype(np.float32))
+    np.save(coarse / "0_0_0.wav.npy", np.zeros(101))
+    np.save(coarse / "0_0_1.wav.npy", np.ones(50))
+    found = imported(replace(recipe, run_dir=str(tmp_path / "damaged")))
+    assert reasons(found) == {
+        "0_0_0.wav": "features not imported: f0: 101 steps from 0 to 0, expected 101 from 1 to 255",
+        "0_0_1.wav": "features not imported: f0: 50 steps from 1 to 1, expected 101 from 1 to 255",
+    }
+    shutil.rmtree(coarse)
+    for i, f0 in f0_of("no coarse").items():
+        np.testing.assert_array_equal(f0, experiments.pitch_of("arvc", i, 101)["true"].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("f0", "expected"),
+    [
+        ([[0, 0, 200, 200, 0, 0, 210, 0]], "zero"),
+        ([[0, 0, 200, 200, 205, 210, 0, 0], [0] * 8], "interpolated"),  # padded with zeros; a clip without any voice
+        ([[50, 50, 200, 200, 50, 50, 210, 50]], "clipped"),
+        ([[200] * 8, [200] * 4 + [0] + [200] * 3], "zero"),  # most clips are voiced throughout
+        ([[0] * 8], "zero"),
+        ([], "zero"),
+    ],
+)
+def test_what_unvoiced_frames_have_is_told_by_the_numbers(f0: list[list[float]], expected: str) -> None:
+    counts = [UnvoicedCount.of(np.array(clip, np.float32)) for clip in f0]
+    assert sum(counts, UnvoicedCount()).convention == expected
+
+
 def test_features_256_wide_are_of_v1(tmp_path: Path, applio: Path) -> None:
     folder = Path(shutil.copytree(applio, tmp_path / "voice"))
     (folder / "extracted").rename(folder / "v1_extracted")
@@ -254,13 +304,15 @@ def test_features_256_wide_are_of_v1(tmp_path: Path, applio: Path) -> None:
         ({"embedder_model": "hubert_base"}, "contentvec", "contentvec"),
         ({"embedder_model": "spin"}, "/my/encoder", "/my/encoder"),
         ({"embedder_model": "someone/evil"}, "contentvec", "custom"),  # nothing is fetched because a file names it
+        ({"embedder_model": "spin_v1"}, "contentvec", "spin"),  # of codename-rvc-fork
+        ({"embedder": "spin_v2"}, "contentvec", "spin-v2"),  # rvc-next's key
         ({}, "contentvec", "contentvec"),
     ],
 )
 def test_the_encoder_is_that_of_the_experiment_unless_the_user_names_one(
     copied: Path, tmp_path: Path, info: dict[str, str], chosen: str, expected: str
 ) -> None:
-    experiments.write_json(copied / "model_info.json", info)
+    experiments.write_json(copied / ("experiment.json" if "embedder" in info else "model_info.json"), info)
     recipe = changed(recipe_for(copied, tmp_path / "run"), "extract", embedder_model=chosen)
     assert imported(recipe).extract.embedder_model == expected
 
@@ -278,6 +330,92 @@ def test_speakers_without_a_filelist_come_from_the_names(tmp_path: Path, applio:
     assert experiment.recording_of("17_10.wav") == ("17", 10)
     assert experiment.recording_of("ms0001_s000_0a1b2c_3.wav") == ("ms0001_s000_0a1b2c", 3)
     assert experiment.recording_of("song.wav") == ("song.wav", 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "speaker", "name"),
+    [
+        ("w.wav|c|f|h|5|7", 5, "7"),
+        ("w.wav|c|5|7", 5, "7"),
+        ("C:\\RVC\\w.wav|c|f|h|109|Zoë  B.", 109, "Zoë  B."),
+        ("w.wav|c|f|h|3", 3, None),
+        ("w.wav|c|3", 3, None),
+        ("w.wav|c|f|h|energy.npy|3", 3, None),  # ARVC's with energy
+        ("w.wav|c|energy.npy|3", 3, None),
+        ("w.wav|c|f|h|5|", 5, None),
+    ],
+)
+def test_a_line_ends_in_an_id_or_in_an_id_and_a_name(line: str, speaker: int, name: str | None, tmp_path: Path) -> None:
+    (tmp_path / "filelist.txt").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    found = experiment.read_filelist(tmp_path / "filelist.txt")
+    assert (found.speakers, found.repeats) == ({"w.wav": speaker}, {"w.wav": 2})
+    assert found.names == ({speaker: name} if name else {})
+
+
+def test_what_is_wrong_in_a_list_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = ["a.wav|c|f|h|5|al", "no line", "b.wav|c|f|h|5|bo", "a.wav|c|f|h|6|cy", "c.wav|c|x", *["d.wav|c|-1"] * 9]
+    (tmp_path / "filelist.txt").write_text("\n".join(lines))
+    found = experiment.read_filelist(tmp_path / "filelist.txt")
+    assert (found.speakers, found.names) == ({"a.wav": 5, "b.wav": 5}, {5: "al", 6: "cy"})
+    (record,) = caplog.records
+    assert record.getMessage().partition(": ")[2].partition(": ")[2] == (
+        "line 2, 5, 6, 7, 8, ... is not `wave|features|...|speaker id[|name]`; "
+        "a.wav: listed for several speakers, the first counts; speaker 5 has several names, the first counts"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "told"),
+    [
+        ({0: "bob", 3: "Bob"}, {0: "bob", 3: "speaker 3"}, "3 (Bob)"),
+        ({3: "0"}, {3: "0", 0: "speaker 0"}, ""),
+        ({0: "\x1b[2J", 3: "a" * 300}, {0: "speaker 0", 3: "speaker 3"}, "0 ('\\x1b[2J'), 3 (aaa"),
+        ({0: "speaker 3", 3: "SPEAKER 3"}, {0: "speaker 3", 3: "speaker 3'"}, "3 (SPEAKER 3)"),
+    ],
+)
+def test_names_that_tell_nobody_apart_are_replaced(
+    names: dict[int, str], expected: dict[int, str], told: str, copied: Path, tmp_path: Path, caplog: Any
+) -> None:
+    info = {"speaker_info": [{"id": i, "name": name} for i, name in names.items()]}
+    experiments.write_json(copied / "config.json", read_json(copied / "config.json") | info)
+    recipe = imported(recipe_for(copied, tmp_path / "run"))
+    assert workspace_of(recipe).speakers().names == expected
+    assert told in caplog.text
+    assert ("called by the id" in caplog.text) == bool(told)
+
+
+def test_the_manifest_tells_speakers_and_repeats_where_the_list_is_gone(tmp_path: Path) -> None:
+    folder = experiments.make(tmp_path / "logs" / "voice", "rvc-next")
+    (folder / "filelist.txt").unlink()
+    (folder / "config.json").unlink()
+    recipe = imported(recipe_for(folder, tmp_path / "run"))
+    assert workspace_of(recipe).speakers().names == experiments.NAMES
+    clips = [c for p in unit_files(workspace_of(recipe).clips_dir) for c in read_header(p)["clips"]]
+    assert {(c["speaker"], c.get("repeat", 1)) for c in clips} == {*experiments.REPEATS.items()}
+    assert experiment.speaker_in("ms0001_s042_9f86d081_3.wav") == 42
+
+
+@pytest.mark.parametrize("name", ["experiment.json", "multispeaker_manifest.json", "config.json"])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"{",
+        b"[" * 100_000,
+        b"x" * (33 << 20),
+        b'{"speaker_info": [{"id": -1, "name": "a"}], "speakers": [{"id": true}], "embedder": 3',
+        b'{"speaker_info": [{"id": 5, "name": 3}], "speakers": [7], "entries": [{"repeat": 1e99}], "embedder": "../x"}',
+    ],
+)
+def test_a_damaged_foreign_or_hostile_text_is_named_and_left_out(
+    name: str, contents: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "0_gt_wavs").mkdir()
+    (tmp_path / "0_gt_wavs" / "0_0.wav").write_bytes(b"")
+    (tmp_path / name).write_bytes(contents)
+    found = experiment.read_experiment(tmp_path)
+    assert not found.names
+    assert not found.recordings
+    assert (len(caplog.records), str(tmp_path / name) in caplog.text) == ((0, False) if found.encoder else (1, True))
 
 
 def test_a_name_that_is_no_utf8_is_that_of_the_filelist(copied: Path, tmp_path: Path) -> None:
@@ -640,6 +778,26 @@ def test_the_command(
         cli.main(["import", "--help"])
     assert caught.value.code == 0
     assert "usage: rvc-dist import DIR" in capsys.readouterr().out
+
+
+def test_keys_that_the_experiment_overrules_are_told(
+    tmp_path: Path, applio: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extract: {unvoiced: interpolated}\nmodel: {gin_channels: 8}\n")
+    given = ["--config", "mine.yaml", "--data.sample_rate", "48000", "--data.audio_dir=elsewhere", "--name", "a"]
+    given += ["--extract.include_mutes", "2", "--model.version", "v2", "--extract.embedder_model", "contentvec"]
+    told = (
+        f"the experiment decides otherwise than the recipe: data.audio_dir: elsewhere -> {applio}, "
+        "data.sample_rate: 48000 -> 24000, extract.unvoiced: interpolated -> zero, extract.include_mutes: 2 -> 0"
+    )
+    for _ in range(2):  # the second time there is nothing to do
+        assert cli.main(["import", str(applio), *given]) == 0
+        assert told in caplog.text
+        assert "the encoder is contentvec, as the recipe says; the experiment names mfcc" in caplog.text
+        caplog.clear()
+    assert cli.main(["import", str(applio), "--name", "b"]) == 0
+    assert "decides otherwise" not in caplog.text
 
 
 def test_reports_are_plain_json(tmp_path: Path, applio: Path) -> None:

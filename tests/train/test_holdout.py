@@ -125,6 +125,25 @@ def test_a_recording_in_slices_is_one_recording_and_clips_that_do_not_overlap_lo
     assert not hold_out(apart, SHARE, SEED).lost
 
 
+@pytest.mark.parametrize(("lengths", "num_speakers"), [([20] * 30, 2), ([6.3] * 95, 1), ([60, 30, 30] * 9, 3)])
+def test_recordings_that_another_tool_cut_are_held_out_whole(lengths, num_speakers):
+    clips = [replace(c, guessed=True) for c in dataset(lengths, num_speakers)]
+    held, lost, shares = hold_out(clips, SHARE, SEED)
+    assert not lost
+    assert all(0.75 * SHARE <= s.held <= 0.1 for s in shares)
+    assert not {c.source for c in held} & {c.source for c in clips if c not in held}
+    settled = settled_by(choice(SHARE, SEED, held) | {"recordings": {c.content: c.source for c in clips}}, SHARE, SEED)
+    assert hold_out(clips + cut("new.wav", 30), SHARE, SEED, settled).clips >= held, "a run that goes on"
+
+
+def test_only_where_all_recordings_are_too_long_ends_of_them_are_held_out_as_of_any():
+    for lengths in ([600], [60] * 3):
+        guessed = {replace(c, guessed=True) for c in dataset(lengths)}
+        held, lost, _ = hold_out(guessed, SHARE, SEED)
+        assert held
+        assert not any(overlap(a, b) for a in guessed if a not in held | lost for b in held)
+
+
 def test_a_speakers_only_speech_is_never_held_out():
     clips = dataset([600]) + cut("short.wav", 12.0, speaker=1) + [ClipRef(0, "0", 2, "one.wav", 900, 0.0, 300.0)]
     for share in (SHARE, 0.5):
