@@ -20,6 +20,7 @@ from rvc_dist.features import feature_files
 from rvc_dist.files import write_json
 from rvc_dist.models.modules import use_channels_last
 from rvc_dist.models.shape import GeneratorShape
+from rvc_dist.models.state_dict import SPEAKER_TABLE
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.device import BACKENDS
 from rvc_dist.runtime.launcher import zero_stage
@@ -235,7 +236,7 @@ def begin(recipe: Recipe, modules: Mapping[str, TrainedModule]) -> None:
     """Give new optimizers what an import kept of the experiment's beside the weights that the networks begin with."""
     for name, key in networks.PRETRAINED.items():
         if (file := getattr(recipe.train, key)) is not None:
-            without = networks.SPEAKER_TABLE if recipe.train.fresh_speakers else ""
+            without = SPEAKER_TABLE if recipe.train.fresh_speakers else ""
             moments.begin_with(modules[name], Path(file), recipe.train.optimizer_name, without)
 
 

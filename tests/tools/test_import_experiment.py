@@ -796,7 +796,7 @@ def test_keys_that_the_experiment_overrules_are_told(
         assert told in caplog.text
         assert "the encoder is contentvec, as the recipe says; the experiment names mfcc" in caplog.text
         caplog.clear()
-    assert cli.main(["import", str(applio), "--name", "b"]) == 0
+    assert cli.main(["import", str(applio), "--run_dir", "b"]) == 0
     assert "decides otherwise" not in caplog.text
 
 
