@@ -138,6 +138,7 @@ VOCODERS: dict[str, VocoderSpec] = {
         "rvc_dist.models.vocoders:NSFHiFiGAN", "rvc_dist.models.vocoders:HiFiGAN", "HiFi-GAN", aliases=("Default",)
     ),
     "mrf-hifi-gan": VocoderSpec("rvc_dist.models.mrf_hifigan:MRFHiFiGAN", None, "MRF HiFi-GAN", ("MRF-HiFi-GAN",)),
+    "refinegan": VocoderSpec("rvc_dist.models.refinegan:RefineGAN", None, "RefineGAN"),
 }
 """By the name in `model.vocoder`."""
 

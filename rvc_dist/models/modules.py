@@ -259,14 +259,17 @@ def residual_conv(channels: int, kernel_size: int, dilation: int = 1) -> Conv1d:
 class ResBlock(nn.Module):
     """Residual dilated convolutions, [B, C, S] to [B, C, S]: resblock "1" of HiFi-GAN (arXiv 2010.05646)."""
 
-    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, dilations: tuple[int, ...], slope: float = LEAKY_SLOPE
+    ) -> None:
         super().__init__()
+        self.slope = slope
         self.convs1 = nn.ModuleList(residual_conv(channels, kernel_size, dilation) for dilation in dilations)
         self.convs2 = nn.ModuleList(residual_conv(channels, kernel_size) for _ in dilations)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
-            x = x + conv2(F.leaky_relu(conv1(F.leaky_relu(x, LEAKY_SLOPE)), LEAKY_SLOPE))
+            x = x + conv2(F.leaky_relu(conv1(F.leaky_relu(x, self.slope)), self.slope))
         return x
 
 

@@ -12,14 +12,13 @@ from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.vocoders import (
     Excited,
     SineSource,
-    UpsamplingVocoder,
     noise_layers,
     residual_blocks,
     upsampling_layers,
 )
 
 
-class MRFHiFiGAN(Excited, UpsamplingVocoder):
+class MRFHiFiGAN(Excited):
     """HiFi-GAN (arXiv 2010.05646) driven by f0 and its overtones, with weight norm in its first and last layers too."""
 
     num_harmonics = 9

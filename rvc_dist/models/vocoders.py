@@ -70,6 +70,14 @@ class Vocoder(nn.Module):
     of standard normal numbers, one for each of `noise_shapes`, used in that order.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last = False
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """`x` in the memory layout that this decoder computes in."""
+        return channels_last(x) if self.channels_last or x.device.type == "cpu" else x
+
     @classmethod
     def noise_shapes(cls, shape: GeneratorShape, num_frames: int) -> list[tuple[int, ...]]:
         """What noise it takes for a clip of `num_frames` frames."""
@@ -86,15 +94,9 @@ class UpsamplingVocoder(Vocoder):
     cond: nn.Module
     conv_post: nn.Module
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.channels_last = False
-
     def forward(self, z: Tensor, f0: Tensor | None, speaker: Tensor, noise: Iterable[Tensor]) -> Tensor:
         source = self.source(f0, noise)
-        x: Tensor = self.conv_pre(z) + self.cond(speaker)
-        if self.channels_last or x.device.type == "cpu":
-            x, source = channels_last(x), None if source is None else channels_last(source)
+        x = self.laid_out(self.conv_pre(z) + self.cond(speaker))
         for stage, (up, blocks) in enumerate(self.stages()):
             x = self.excite(up(self.before_upsampling(x)), source, stage)
             x = reduce(torch.add, (block(x) for block in blocks)) / len(blocks)
@@ -122,8 +124,8 @@ class UpsamplingVocoder(Vocoder):
         return F.leaky_relu(x)
 
 
-class Excited:
-    """Of an UpsamplingVocoder: a sine at f0 and its harmonics (NSF), which every stage hears at its own rate.
+class Excited(UpsamplingVocoder):
+    """One driven by a sine at f0 and its harmonics (NSF, arXiv 1904.12088), which every stage hears at its own rate.
 
     It has the modules m_source and noise_convs.
     """
@@ -138,10 +140,9 @@ class Excited:
         return [(harmonics, num_frames, shape.hop), *([(harmonics, 1)] if harmonics > 1 else [])]
 
     def source(self, f0: Tensor | None, noise: Iterable[Tensor]) -> Tensor | None:
-        """The harmonics begin anywhere: a normal number of cycles is as good as uniform on the circle, to 1e-8."""
+        """Harmonics begin anywhere: a normal number of cycles is as good as uniform on the circle, to 1e-8."""
         assert f0 is not None
-        source: Tensor = self.m_source(f0, *noise)
-        return source
+        return self.laid_out(self.m_source(f0, *noise))
 
     def excite(self, x: Tensor, source: Tensor | None, stage: int) -> Tensor:
         excited: Tensor = x + self.noise_convs[stage](source)
