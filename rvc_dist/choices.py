@@ -131,6 +131,11 @@ class VocoderSpec(NamedTuple):
     """What voice files call it."""
     aliases: tuple[str, ...] = ()
     """What else the voice files of other tools call it."""
+    discriminator: str | None = None
+    """The key into DISCRIMINATORS of what it is always trained with, and then with the multi-scale mel loss; None: the
+    version's."""
+    num_stages: int | None = None
+    """Upsampling stages that it has layers for; None: any number."""
 
 
 VOCODERS: dict[str, VocoderSpec] = {
@@ -138,7 +143,9 @@ VOCODERS: dict[str, VocoderSpec] = {
         "rvc_dist.models.vocoders:NSFHiFiGAN", "rvc_dist.models.vocoders:HiFiGAN", "HiFi-GAN", aliases=("Default",)
     ),
     "mrf-hifi-gan": VocoderSpec("rvc_dist.models.mrf_hifigan:MRFHiFiGAN", None, "MRF HiFi-GAN", ("MRF-HiFi-GAN",)),
-    "refinegan": VocoderSpec("rvc_dist.models.refinegan:RefineGAN", None, "RefineGAN"),
+    "refinegan": VocoderSpec(
+        "rvc_dist.models.refinegan:RefineGAN", None, "RefineGAN", discriminator="v3", num_stages=4
+    ),
 }
 """By the name in `model.vocoder`."""
 
@@ -147,6 +154,34 @@ def vocoder_of_voice(text: str) -> str:
     """The key into VOCODERS of what a voice file says; in lower case when there is none."""
     names = {name: key for key, spec in VOCODERS.items() for name in (key, spec.voice_name, *spec.aliases)}
     return names.get(text, text.lower())
+
+
+class DiscriminatorSpec(NamedTuple):
+    """A discriminator over the wave itself, and others."""
+
+    periods: tuple[int, ...]
+    """Each of which one looks at every so many samples of."""
+    resolutions: tuple[tuple[int, int, int], ...] = ()
+    """FFT size, hop and window, in samples, of the spectrograms that one each looks at."""
+    num_light: int = 0
+    """So many at the end count a quarter in the adversarial losses."""
+
+    @property
+    def score_weights(self) -> tuple[float, ...]:
+        count = 1 + len(self.periods) + len(self.resolutions)
+        return (1.0,) * (count - self.num_light) + (0.25,) * self.num_light
+
+
+_V2_PERIODS = (2, 3, 5, 7, 11, 17, 23, 37)
+_RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+
+DISCRIMINATORS: dict[str, DiscriminatorSpec] = {
+    "v1": DiscriminatorSpec((2, 3, 5, 7, 11, 17)),
+    "v2": DiscriminatorSpec(_V2_PERIODS),
+    "v3": DiscriminatorSpec((2, 3, 5, 7, 11), _RESOLUTIONS, num_light=4),
+    "v2-mrd": DiscriminatorSpec(_V2_PERIODS, _RESOLUTIONS, num_light=3),
+}
+"""By the name in `model.discriminator`."""
 
 
 Options: TypeAlias = Callable[["TrainConfig"], dict[str, Any]]

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
+from rvc_dist import choices
 from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, SOUNDS, VOCODERS, HubFile
 from rvc_dist.files import ForeignFileError, read_bounded
 from rvc_dist.schema import (
@@ -64,6 +65,9 @@ class RateSpec(NamedTuple):
     def reach(self) -> int:
         """How far a frame's window reaches beyond its hop, on either side: n_fft - hop is even everywhere."""
         return (self.n_fft - self.hop) // 2
+
+    def suits(self, vocoder: choices.VocoderSpec) -> bool:
+        return vocoder.num_stages in (None, len(self.upsample_rates))
 
 
 _V2 = {
@@ -281,7 +285,8 @@ class ModelConfig:
     version: Literal["v1", "v2"] = "v2"
     """v1: 6 period discriminators, 256 features; v2: 8, and the encoder's own width."""
     vocoder: Annotated[str, one_of(VOCODERS)] = "hifi-gan"
-    """Decoder: hifi-gan (NSF-HiFiGAN; without pitch guidance plain HiFiGAN) or mrf-hifi-gan (its overtones too)."""
+    """Decoder: hifi-gan (NSF-HiFiGAN; without pitch guidance plain HiFiGAN), mrf-hifi-gan (the same with overtones), or
+    refinegan."""
     pitch_guidance: bool = True
     """Follow f0: right for speech and singing alike."""
     inter_channels: Annotated[int, multiple_of(2)] = 192
@@ -294,6 +299,23 @@ class ModelConfig:
     """Width of the speaker embedding."""
     discriminator_channels: Annotated[int, multiple_of(64)] = 1024
     """Width of the widest discriminator layer; the others keep their proportion to it."""
+    discriminator: Literal["auto", "v1", "v2", "v3", "v2-mrd"] = "auto"
+    """v1 and v2 look at periods, v3 at fewer and at spectrograms of three resolutions, v2-mrd at v2's and at those
+    three. auto: the version's; v3 for refinegan and bigvgan."""
+
+    @property
+    def discriminator_kind(self) -> str:
+        """The key into `choices.DISCRIMINATORS`."""
+        return self.discriminator if self.discriminator != "auto" else self.own_discriminator
+
+    @property
+    def own_discriminator(self) -> str:
+        """What `auto` stands for."""
+        return VOCODERS[self.vocoder].discriminator or self.version
+
+    @property
+    def discriminator_spec(self) -> choices.DiscriminatorSpec:
+        return choices.DISCRIMINATORS[self.discriminator_kind]
 
 
 @dataclass(frozen=True)
@@ -557,6 +579,11 @@ class Recipe:
         return RATES[self.model.version][self.data.sample_rate]
 
     @property
+    def multiscale_mel_loss(self) -> bool:
+        """Whether the mel loss has all scales: also for vocoders that are always trained with it."""
+        return self.train.multiscale_mel_loss or VOCODERS[self.model.vocoder].discriminator is not None
+
+    @property
     def base_model_files(self) -> dict[str, HubFile]:
         """The files of train.pretrained, by `checkpoint.MODELS`; empty without it, or where it lacks this kind."""
         return self.files_of_base_model(self.train.pretrained) if self.train.pretrained is not None else {}
@@ -598,6 +625,13 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if vocoder and (vocoder.guided if model.pitch_guidance else vocoder.plain) is None:
         why = f" with vocoder {model.vocoder}, which cannot; expected {not model.pitch_guidance}"
         yield wrong("model.pitch_guidance", why)
+    rates = [rate for rate, spec in RATES[model.version].items() if vocoder and spec.suits(vocoder)]
+    if vocoder and recipe.data.sample_rate not in rates:
+        why = f" with vocoder {model.vocoder}, which has no layers for it; expected {' or '.join(map(str, rates))}"
+        yield wrong("data.sample_rate", why)
+    if vocoder and vocoder.discriminator and model.discriminator not in ("auto", vocoder.discriminator):
+        why = f" with vocoder {model.vocoder}, which is trained with {vocoder.discriminator}; expected auto"
+        yield wrong("model.discriminator", why)
     if model.num_heads and model.hidden_channels % model.num_heads:
         yield wrong("model.num_heads", f", expected a divisor of model.hidden_channels ({model.hidden_channels})")
     if plan.step_s is not None and plan.device_tflop_s is not None:

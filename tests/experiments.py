@@ -150,7 +150,7 @@ def add_weights(
     shape = GeneratorShape.from_recipe(recipe, content_channels, num_speakers=ROWS.get(tool, 5))
     modules = {
         "G": Generator(shape),
-        "D": MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
+        "D": MultiPeriodDiscriminator(recipe.model.discriminator_spec, recipe.model.discriminator_channels),
     }
     states = {}
     for letter, module in modules.items():

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from rvc_dist import __main__ as cli
+from rvc_dist import choices
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
 from rvc_dist.data.audio import Wave
 from rvc_dist.features.djcm import DJCM
 from rvc_dist.features.f0 import F0Method
 from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.files import write_json
-from rvc_dist.models import discriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream, to_upstream
@@ -306,4 +306,8 @@ def thin_networks(patch: Callable[[object, str, object], None]) -> None:
         return dataclasses.replace(shape, resblock_kernels=(3,), resblock_dilations=((1,),))
 
     patch(GeneratorShape, "from_recipe", classmethod(thin))
-    patch(discriminator, "PERIODS", {"v1": (2,), "v2": (2,)})
+    thin_specs = {
+        name: choices.DiscriminatorSpec((2,), spec.resolutions[:1], min(spec.num_light, 1))
+        for name, spec in choices.DISCRIMINATORS.items()
+    }
+    patch(choices, "DISCRIMINATORS", thin_specs)

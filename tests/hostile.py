@@ -57,7 +57,7 @@ from torch import Tensor
 
 from rvc_dist import files, workspace
 from rvc_dist.__main__ import run_stage, set_up_logging
-from rvc_dist.choices import F0_METHODS, F0Spec
+from rvc_dist.choices import DISCRIMINATORS, F0_METHODS, F0Spec
 from rvc_dist.config import ExtractConfig, InferConfig, Recipe, load_recipe
 from rvc_dist.features.content import load_embedder, read_tensors
 from rvc_dist.features.index_file import Retriever
@@ -312,7 +312,7 @@ def networks_of_a_run() -> dict[str, dict[str, Tensor]]:
     generator = make_generator(narrow_recipe(Path("unused")))
     return {
         "g": to_upstream(generator.state_dict()),
-        "d": to_upstream(MultiPeriodDiscriminator("v2", NARROW.discriminator_channels).state_dict()),
+        "d": to_upstream(MultiPeriodDiscriminator(DISCRIMINATORS["v2"], NARROW.discriminator_channels).state_dict()),
     }
 
 

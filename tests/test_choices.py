@@ -107,10 +107,15 @@ class Bright(Vocoder):
     """A vocoder that has nothing of the others: a layer, and each frame's channels are its samples."""
 
     def __init__(self, shape):
-        super().__init__()
+        super().__init__(shape)
         self.layer = torch.nn.Conv1d(shape.inter_channels, shape.hop, 3, padding=1)
 
+    @classmethod
+    def noise_shapes(cls, shape, num_frames):
+        return [(num_frames, shape.hop)]
+
     def forward(self, z, f0, speaker, noise):
+        (noise,) = noise
         excited = self.layer(z).transpose(1, 2) + 0.1 * noise * (f0 > 0).unsqueeze(2)
         return torch.tanh(excited.flatten(1).unsqueeze(1).float())
 

@@ -1,6 +1,7 @@
-"""The discriminators of RVC: one over scales and several over periods (HiFi-GAN, arXiv 2010.05646).
+"""The discriminators of RVC: over scales, periods (HiFi-GAN, arXiv 2010.05646) and spectrograms (UnivNet, 2106.07889).
 
-B batch, S samples, C channels, P period. Attribute names are the state-dict keys of upstream RVC.
+B batch, S samples, C channels, P period, F frequency bins, T frames. Attribute names are the state-dict keys of
+upstream RVC.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from rvc_dist.choices import DiscriminatorSpec
 from rvc_dist.models.modules import LEAKY_SLOPE, Conv1d, channels_last, reflected
+from rvc_dist.models.spectral import rectangular_spectrogram
 
 PERIODS = {"v1": (2, 3, 5, 7, 11, 17), "v2": (2, 3, 5, 7, 11, 17, 23, 37)}
 FULL_CHANNELS = 1024
@@ -26,10 +29,10 @@ class DiscriminatorOutput(NamedTuple):
     scores: list[Tensor]
     """[B, -1], towards 1 for real."""
     features: list[list[Tensor]]
-    """Output of every layer, [B, C, L] over scales and [B * P, C, L] over periods."""
+    """Output of every layer, [B, C, L] over scales, [B * P, C, L] over periods, [B, C, F, T] over spectrograms."""
 
 
-class _Discriminator(nn.Module):
+class SubDiscriminator(nn.Module):
     """Convolutions with leaky ReLUs, and a last one for the score."""
 
     def __init__(self, layers: Sequence[nn.Module], last: nn.Module) -> None:
@@ -59,7 +62,7 @@ class _Discriminator(nn.Module):
         return x
 
 
-class ScaleDiscriminator(_Discriminator):
+class ScaleDiscriminator(SubDiscriminator):
     """Strided grouped convolutions over the wave itself."""
 
     def __init__(self, channels: int) -> None:
@@ -72,7 +75,7 @@ class ScaleDiscriminator(_Discriminator):
         super().__init__(layers, Conv1d(channels, 1, 3, padding=1))
 
 
-class PeriodDiscriminator(_Discriminator):
+class PeriodDiscriminator(SubDiscriminator):
     """Looks at every P-th sample: the wave is folded into P phases, which share their weights.
 
     The layers see one image [1, C, L, B * P] and not, as upstream, B thin ones [B, C, L, P]: a kernel never mixes
@@ -97,20 +100,33 @@ class PeriodDiscriminator(_Discriminator):
         return x.squeeze(0).permute(2, 0, 1)
 
 
-class MultiPeriodDiscriminator(nn.Module):
-    """The scale discriminator and the period discriminators of an RVC version: `wave` [B, 1, S] to scores and features.
+class ResolutionDiscriminator(SubDiscriminator):
+    """Looks at the magnitudes of a spectrogram, of the FFT size, hop and window in `resolution`."""
 
-    `channels` is the width of the widest layer (a multiple of 64); 1024 has the shapes of upstream. Raises ValueError
-    for an unknown version.
+    def __init__(self, resolution: tuple[int, int, int], channels: int) -> None:
+        width = channels // 32
+        layers = [nn.Conv2d(1, width, (3, 9), padding=(1, 4))]
+        layers += [nn.Conv2d(width, width, (3, 9), (1, 2), padding=(1, 4)) for _ in range(3)]
+        layers.append(nn.Conv2d(width, width, 3, padding=1))
+        super().__init__(layers, nn.Conv2d(width, 1, 3, padding=1))
+        self.resolution = resolution
+
+    def fold(self, wave: Tensor) -> Tensor:
+        """[B, 1, S] to [B, 1, F, T]."""
+        return rectangular_spectrogram(wave.squeeze(1), *self.resolution).unsqueeze(1)
+
+
+class MultiPeriodDiscriminator(nn.Module):
+    """All that `spec` names: `wave` [B, 1, S] to scores and features.
+
+    `channels` is the width of the widest layer (a multiple of 64); 1024 has the shapes of upstream.
     """
 
-    def __init__(self, version: str, channels: int = FULL_CHANNELS) -> None:
+    def __init__(self, spec: DiscriminatorSpec, channels: int = FULL_CHANNELS) -> None:
         super().__init__()
-        if version not in PERIODS:
-            raise ValueError(f"version: got {version!r}, expected {' or '.join(PERIODS)}")
-        self.discriminators = nn.ModuleList(
-            [ScaleDiscriminator(channels), *(PeriodDiscriminator(period, channels) for period in PERIODS[version])]
-        )
+        over_periods = (PeriodDiscriminator(period, channels) for period in spec.periods)
+        over_spectrograms = (ResolutionDiscriminator(resolution, channels) for resolution in spec.resolutions)
+        self.discriminators = nn.ModuleList([ScaleDiscriminator(channels), *over_periods, *over_spectrograms])
 
     def forward(self, wave: Tensor) -> DiscriminatorOutput:
         outputs = [discriminator(wave) for discriminator in self.discriminators]

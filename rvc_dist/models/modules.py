@@ -259,9 +259,7 @@ def residual_conv(channels: int, kernel_size: int, dilation: int = 1) -> Conv1d:
 class ResBlock(nn.Module):
     """Residual dilated convolutions, [B, C, S] to [B, C, S]: resblock "1" of HiFi-GAN (arXiv 2010.05646)."""
 
-    def __init__(
-        self, channels: int, kernel_size: int, dilations: tuple[int, ...], slope: float = LEAKY_SLOPE
-    ) -> None:
+    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...], slope: float = LEAKY_SLOPE) -> None:
         super().__init__()
         self.slope = slope
         self.convs1 = nn.ModuleList(residual_conv(channels, kernel_size, dilation) for dilation in dilations)

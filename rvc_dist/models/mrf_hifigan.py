@@ -24,7 +24,7 @@ class MRFHiFiGAN(Excited):
     num_harmonics = 9
 
     def __init__(self, shape: GeneratorShape) -> None:
-        super().__init__()
+        super().__init__(shape)
         channels = shape.upsample_initial_channel
         self.m_source = SineSource(shape.sample_rate, self.num_harmonics)
         self.conv_pre = weight_norm(Conv1d(shape.inter_channels, channels, 7, padding=3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ that it lets pass, and the shape of its Kaiser window ("kaiser_best" of resampy)
 
 class RefineGAN(Vocoder):
     def __init__(self, shape: GeneratorShape) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.rates = shape.upsample_rates
         channels = shape.upsample_initial_channel
         narrow = channels >> (len(self.rates) + 1)
@@ -96,16 +96,21 @@ class _Stage(nn.Module):
         super().__init__()
         self.input_conv = Conv1d(channels + channels // 4, channels // 2, 7, padding=3)
         nn.init.normal_(self.input_conv.weight, std=0.01)
-        channels //= 2
+        blocks = residual_blocks(shape, channels // 2, partial(ResBlock, slope=SLOPE))
         self.blocks = nn.ModuleList(
-            nn.ModuleList([_Noise(channels), block, _Noise(channels)])
-            for block in residual_blocks(shape, channels, lambda *sizes: ResBlock(*sizes, slope=SLOPE))
+            nn.ModuleList([_Noise(channels // 2), block, _Noise(channels // 2)]) for block in blocks
         )
 
     def forward(self, x: Tensor, noise: Iterator[Tensor]) -> Tensor:
         x = self.input_conv(x)
-        ends = [last(block(first(x, next(noise))), next(noise)) for first, block, last in self.blocks]
-        return reduce(torch.add, ends) / len(ends)
+        return reduce(torch.add, (self.branch(x, block, noise) for block in self.blocks)) / len(self.blocks)
+
+    @staticmethod
+    def branch(x: Tensor, block: nn.Module, noise: Iterator[Tensor]) -> Tensor:
+        assert isinstance(block, nn.ModuleList)
+        noise_before, convolutions, noise_after = block
+        y: Tensor = noise_after(convolutions(noise_before(x, next(noise))), next(noise))
+        return y
 
 
 class _Noise(nn.Module):

@@ -57,6 +57,17 @@ def spectrogram_with_reach(wave: Tensor, n_fft: int, hop: int, window: int | Non
         return torch.view_as_real(bins).square().sum(-1).add(1e-6).sqrt()
 
 
+def rectangular_spectrogram(wave: Tensor, n_fft: int, hop: int, window: int) -> Tensor:
+    """Magnitude of `wave` [B, S], seen through `window` samples in the middle of each frame: [B, n_fft // 2 + 1, T]."""
+    reach = (n_fft - hop) // 2
+    with torch.autocast(wave.device.type, enabled=False):
+        padded = reflected(wave.float().unsqueeze(1), reach, reach).squeeze(1)
+        edges = torch.ones(window, device=wave.device)
+        bins = torch.stft(padded, n_fft, hop, window, edges, center=False, return_complex=True)
+        magnitude: Tensor = torch.linalg.vector_norm(torch.view_as_real(bins), dim=-1)  # gradient 0 where it is 0
+        return magnitude
+
+
 def mel_from_spectrogram(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
     """Natural log of the slaney mel bands, 0 Hz to rate / 2, of a magnitude spectrogram: [B, F, T] to [B, M, T]."""
     return _mel_bands(spec, rate, n_fft, num_mels).clamp(min=_LOG_FLOOR).log()

@@ -70,7 +70,7 @@ class Vocoder(nn.Module):
     of standard normal numbers, one for each of `noise_shapes`, used in that order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: GeneratorShape) -> None:
         super().__init__()
         self.channels_last = False
 
@@ -183,7 +183,7 @@ class HiFiGAN(UpsamplingVocoder):
     """
 
     def __init__(self, shape: GeneratorShape) -> None:
-        super().__init__()
+        super().__init__(shape)
         channels = shape.upsample_initial_channel
         self.conv_pre = nn.Conv1d(shape.inter_channels, channels, 7, padding=3)
         self.cond = nn.Conv1d(shape.gin_channels, channels, 1)
@@ -219,5 +219,9 @@ def vocoder_class(shape: GeneratorShape) -> type[Vocoder]:
         ways += [(name, "without", spec.plain) for name, spec in VOCODERS.items()]
         allowed = ", ".join(f"{name} {how} pitch" for name, how, maker in ways if maker)
         raise ValueError(f"vocoder: got {shape.vocoder!r}, pitch_guidance {shape.pitch_guidance}; expected {allowed}")
+    assert spec is not None
+    if spec.num_stages not in (None, len(shape.upsample_rates)):
+        got = f"{len(shape.upsample_rates)} upsample_rates, expected {spec.num_stages}"
+        raise ValueError(f"vocoder: {shape.vocoder} got {got}")
     kind: type[Vocoder] = resolve(maker)
     return kind

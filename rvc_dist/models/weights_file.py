@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import RATES
 from rvc_dist.files import ForeignFileError
 from rvc_dist.models.state_dict import from_upstream
@@ -37,7 +38,7 @@ _VOCODERS = (
     ("dec.amps.", "BigVGAN"),
     ("dec.ups.", "HiFi-GAN"),
 )
-_VERSION_OF_PARTS = {(1, 6, 0): "v1", (1, 8, 0): "v2"}
+_VERSION_OF_PARTS = {(1, len(spec.periods), len(spec.resolutions)): name for name, spec in DISCRIMINATORS.items()}
 """Discriminators over scales, periods and resolutions -> version."""
 _STATES = ("model", "weight", "state_dict")
 """Where files keep their weights; those of encoders are the file itself."""

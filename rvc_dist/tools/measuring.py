@@ -239,7 +239,7 @@ class MeasuredRun:
         """The yardstick with weights like these, in `precision` fp32 or recipe; both begin without optimizer state."""
         model, optim = self.recipe.model, self.config.optim
         generator = Generator(self.shape)
-        discriminator = MultiPeriodDiscriminator(model.version, model.discriminator_channels)
+        discriminator = MultiPeriodDiscriminator(model.discriminator_spec, model.discriminator_channels)
         optimizers = []
         for network, copy in (self.step.g, generator), (self.step.d, discriminator):
             copy.to(self.device).load_state_dict(network.module.state_dict())
@@ -312,7 +312,7 @@ def recipe_key(recipe: Recipe) -> dict[str, Any]:
         "grad_compression": config.grad_compression,
         "activation_checkpointing": config.activation_checkpointing,
         "cache_on_device": config.cache_on_device,
-        "multiscale_mel_loss": config.multiscale_mel_loss,
+        "multiscale_mel_loss": recipe.multiscale_mel_loss,
         "d_updates": config.d_updates,
         "losses": sorted(wanted(config.loss)),
         "sample_rate": recipe.data.sample_rate,

@@ -72,14 +72,14 @@ class PlainTrainer(NamedTuple):
         spec = spectrogram_with_reach(batch.wave_with_reach.squeeze(1), self.recipe.rate_spec.n_fft, shape.hop)
         pitch = (coarse_pitch(batch.f0), batch.f0) if shape.pitch_guidance else (None, None)
         noise = Noise.draw(shape, batch.seeds, batch.content.shape[1], device)
-        in_step = autocast(device, self.precision)
+        in_step, weights = autocast(device, self.precision), self.recipe.model.discriminator_spec.score_weights
         with in_step:
             out: GeneratorOutput = self.g(batch.content, batch.lengths, *pitch, spec, batch.speaker, noise)
         real = slice_samples(batch.wave, out.start, shape.segment_frames, shape.hop)
         for _ in range(self.recipe.train.d_updates):
             with in_step:
                 on_real, on_fake = self.d(real, out.wave.detach())
-            loss_d = losses.discriminator_loss([s for s, _ in on_real], [s for s, _ in on_fake])
+            loss_d = losses.discriminator_loss([s for s, _ in on_real], [s for s, _ in on_fake], weights)
             self._update(self.optimizers[1], loss_d)
         with in_step:
             on_real, on_fake = self.d(real, out.wave)
@@ -87,7 +87,7 @@ class PlainTrainer(NamedTuple):
         terms = {
             "mel": losses.recipe_mel_loss(self.recipe, real, out.wave),
             "fm": 2 * torch.stack([F.l1_loss(fake.float(), real.float()) for real, fake in pairs]).sum(),
-            "adv": losses.generator_adversarial_loss([s for s, _ in on_fake]),
+            "adv": losses.generator_adversarial_loss([s for s, _ in on_fake], weights),
             "kl": losses.kl_loss(out.z_p, out.logs_q, out.m_p, out.logs_p, out.mask, batch.mean_frames),
         }
         real_features, fake_features = ([f for _, f in side] for side in (on_real, on_fake))

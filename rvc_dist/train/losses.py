@@ -28,17 +28,24 @@ QUIET_MAGNITUDE = 0.1
 some -40 dB."""
 
 
-def discriminator_loss(real_scores: Sequence[Tensor], fake_scores: Sequence[Tensor]) -> Tensor:
-    """Least squares: sum over sub-discriminators of mean((1 - D(real))^2) + mean(D(fake)^2)."""
+def discriminator_loss(
+    real_scores: Sequence[Tensor], fake_scores: Sequence[Tensor], weights: Sequence[float] | None = None
+) -> Tensor:
+    """Least squares: sum over sub-discriminators of mean((1 - D(real))^2) + mean(D(fake)^2), each times its weight."""
     pairs = zip(real_scores, fake_scores, strict=True)
-    return torch.stack(
-        [(1 - real.float()).square().mean() + fake.float().square().mean() for real, fake in pairs]
-    ).sum()
+    return _weighted(
+        [(1 - real.float()).square().mean() + fake.float().square().mean() for real, fake in pairs], weights
+    )
 
 
-def generator_adversarial_loss(fake_scores: Sequence[Tensor]) -> Tensor:
-    """Least squares: sum over sub-discriminators of mean((1 - D(fake))^2)."""
-    return torch.stack([(1 - fake.float()).square().mean() for fake in fake_scores]).sum()
+def generator_adversarial_loss(fake_scores: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Least squares: sum over sub-discriminators of mean((1 - D(fake))^2), each times its weight."""
+    return _weighted([(1 - fake.float()).square().mean() for fake in fake_scores], weights)
+
+
+def _weighted(terms: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    pairs = zip(terms, weights or [1.0] * len(terms), strict=True)
+    return torch.stack([term if weight == 1 else weight * term for term, weight in pairs]).sum()
 
 
 def feature_matching_loss(
@@ -115,7 +122,7 @@ class LossInputs(NamedTuple):
 def recipe_mel_loss(recipe: Recipe, real: Tensor, fake: Tensor) -> Tensor:
     """The mel loss that the recipe chooses, of waves [B, 1, S]."""
     rate, spec = recipe.data.sample_rate, recipe.rate_spec
-    if recipe.train.multiscale_mel_loss:
+    if recipe.multiscale_mel_loss:
         return multiscale_mel_loss(real, fake, rate, recipe.train.mel_frames == "edge")
     return mel_loss(real, fake, rate=rate, n_fft=spec.n_fft, hop=spec.hop, num_mels=spec.num_mels)
 
@@ -133,7 +140,9 @@ def _feature_matching(x: LossInputs) -> Tensor:
 
 
 def _adversarial(x: LossInputs) -> Tensor:
-    return generator_adversarial_loss(x.fake_scores) * x.batch.loss_scale
+    return (
+        generator_adversarial_loss(x.fake_scores, x.recipe.model.discriminator_spec.score_weights) * x.batch.loss_scale
+    )
 
 
 def _kl(x: LossInputs) -> Tensor:

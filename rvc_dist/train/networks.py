@@ -18,7 +18,11 @@ from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.hub import hub_file
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError
-from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
+from rvc_dist.models.discriminator import (
+    MultiPeriodDiscriminator,
+    ResolutionDiscriminator,
+    SubDiscriminator,
+)
 from rvc_dist.models.encoders import Transformer
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import ResBlock, ResidualLayers, WaveNet
@@ -33,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 PRETRAINED = {"generator": "pretrained_g", "discriminator": "pretrained_d"}
 """The recipe's key of each network's first weights."""
-RECOMPUTED = (ResBlock, ResidualLayers, WaveNet, Transformer, PeriodDiscriminator, ScaleDiscriminator)
+RECOMPUTED = (ResBlock, ResidualLayers, WaveNet, Transformer, SubDiscriminator)
 """What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
 
 
@@ -82,7 +86,7 @@ def make_networks(recipe: Recipe, shape: GeneratorShape) -> dict[str, nn.Module]
     """Both networks with random weights, by checkpoint.MODELS."""
     return {
         "generator": Generator(shape),
-        "discriminator": MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels),
+        "discriminator": MultiPeriodDiscriminator(recipe.model.discriminator_spec, recipe.model.discriminator_channels),
     }
 
 
@@ -142,6 +146,8 @@ def identity(recipe: Recipe, shape: GeneratorShape, table: ClipTable) -> dict[st
     }
     if recipe.model.pitch_guidance and recipe.extract.unvoiced != SINCE["extract.unvoiced"]:
         values["extract.unvoiced"] = recipe.extract.unvoiced
+    if recipe.model.discriminator_kind != recipe.model.version:
+        values["discriminator.kind"] = recipe.model.discriminator_kind
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
@@ -244,17 +250,23 @@ class Pretrained:
             )
 
     def fill(self, module: nn.Module) -> None:
-        """Give `module` these weights.
+        """Give `module` these weights; discriminators over spectrograms keep theirs where these are of periods alone.
 
         Raises:
             StageError: keys or shapes do not fit, all of them listed.
         """
-        causes, tensors = misfits(shapes_of(self.state), shapes_of(module.state_dict()))
+        own = module.state_dict()
+        of_spectrograms = tuple(f"{k}." for k, d in module.named_modules() if isinstance(d, ResolutionDiscriminator))
+        state = self.state
+        if of_spectrograms and not any(k.startswith(of_spectrograms) for k in state):
+            logger.info(f"{self.where} has no discriminators over spectrograms: they start from random numbers")
+            state = state | {k: v for k, v in own.items() if k.startswith(of_spectrograms)}
+        causes, tensors = misfits(shapes_of(state), shapes_of(own))
         if tensors:
             shown = [*(f"likely cause: {cause}" for cause in causes), *tensors[:20]]
             more = f"\n  and {len(tensors) - 20} more" if len(tensors) > 20 else ""
             raise StageError(
                 f"{self.where} does not fit this recipe's network:" + "".join(f"\n  {line}" for line in shown) + more
             )
-        module.load_state_dict({k: v.float() for k, v in self.state.items()})
+        module.load_state_dict({k: v.float() for k, v in state.items()})
         logger.info(self.where)

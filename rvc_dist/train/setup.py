@@ -101,6 +101,8 @@ def find_origin(
         StageError: the checkpoint is damaged, was made with other settings, or of other recordings alone; or
             pretrained weights do not fit.
     """
+    if recipe.multiscale_mel_loss and not recipe.train.multiscale_mel_loss:
+        logger.info(f"train.multiscale_mel_loss is switched on: {recipe.model.vocoder} is always trained with it")
     path, saved = checkpoint.newest(accelerator, work.checkpoints_dir) or (None, None)
     shape, modules = networks.build(recipe, table, saved.identity if saved else None)
     identity, data = networks.identity(recipe, shape, table), fingerprint.of_data(recipe, table)

@@ -122,7 +122,8 @@ class GanStep:
         with self._autocast():
             scores = self.d.wrapped(torch.cat([real, fake])).scores
         real_scores, fake_scores = zip(*(s.chunk(2) for s in scores), strict=True)
-        loss = losses.discriminator_loss(real_scores, fake_scores) * batch.loss_scale
+        weights = self.recipe.model.discriminator_spec.score_weights
+        loss = losses.discriminator_loss(real_scores, fake_scores, weights) * batch.loss_scale
         self.d.backward(loss)
         return loss
 

@@ -13,8 +13,10 @@ from helpers import NARROWEST, changed, golden_weights
 from torch import Tensor
 
 from rvc_dist.choices import VOCODERS
-from rvc_dist.config import RATES, DataConfig, Recipe
+from rvc_dist.config import RATES, ConfigError, DataConfig, Recipe
+from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.models.modules import use_channels_last
+from rvc_dist.models.refinegan import decimate
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.models.vocoders import Vocoder, vocoder_class
@@ -54,8 +56,16 @@ def test_golden_vectors(vocoder: str) -> None:
     torch.testing.assert_close(wave, golden["wave"], rtol=0, atol=1e-3 * golden["wave"].std().item())
 
 
-@pytest.mark.parametrize(("version", "rate"), [*(("v2", rate) for rate in RATES["v2"]), ("v1", 32000), ("v1", 48000)])
-@pytest.mark.parametrize("vocoder", VOCODERS)
+@pytest.mark.parametrize(
+    ("vocoder", "version", "rate"),
+    [
+        (name, version, rate)
+        for name, spec in VOCODERS.items()
+        for version, rates in RATES.items()
+        for rate, numbers in rates.items()
+        if numbers.suits(spec) and (version == "v2" or numbers != RATES["v2"][rate])
+    ],
+)
 def test_every_rate_has_its_length_and_every_parameter_its_gradient(vocoder: str, version: str, rate: int) -> None:
     network, shape = narrow(vocoder, rate, version)
     z, f0, speaker, noise = inputs(network, shape, 7)
@@ -75,7 +85,7 @@ def test_pitch_noise_and_layout_count_as_they_should(vocoder: str) -> None:
     z, f0, speaker, noise = inputs(network, shape, 6)
     with torch.no_grad():
         wave = network(z, f0, speaker, noise)
-        assert not torch.allclose(network(z, 2 * f0, speaker, noise), wave)
+        assert not torch.equal(network(z, 2 * f0, speaker, noise), wave)
         for i, drawn in enumerate(noise):
             other = [*noise[:i], torch.randn_like(drawn), *noise[i + 1 :]]
             assert not torch.equal(network(z, f0, speaker, other), wave), i
@@ -96,3 +106,28 @@ def test_a_vocoder_compiles_as_one_graph(vocoder: str) -> None:
     plain, fused = network(*given), compiled(*given)
     fused.square().mean().backward()
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_rates_that_a_vocoder_has_no_layers_for_are_refused() -> None:
+    recipe = Recipe(data=DataConfig(sample_rate=44100))
+    with pytest.raises(ConfigError, match=r"^data\.sample_rate: got 44100 with vocoder refinegan.*expected 24000 or"):
+        changed(recipe, "model", vocoder="refinegan")
+    shape = GeneratorShape.from_recipe(recipe, 768, 1)
+    with pytest.raises(ValueError, match="refinegan got 5 upsample_rates, expected 4"):
+        vocoder_class(dataclasses.replace(shape, vocoder="refinegan"))
+
+
+@pytest.mark.parametrize("vocoder", [name for name, spec in VOCODERS.items() if not spec.plain])
+def test_vocoders_without_a_plain_form_follow_pitch(vocoder: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.pitch_guidance: got False with vocoder {vocoder}, which cannot"):
+        changed(Recipe(), "model", vocoder=vocoder, pitch_guidance=False)
+
+
+def test_samples_are_left_out_as_by_torchaudio() -> None:
+    make_torchaudio_importable()
+    resample = pytest.importorskip("torchaudio").functional.resample
+    x = torch.randn(2, 3, 120)
+    for rate in (2, 12):
+        settings = {"lowpass_filter_width": 64, "rolloff": 0.9475937167399596, "beta": 14.769656459379492}
+        expected = resample(x, rate, 1, resampling_method="sinc_interp_kaiser", **settings)
+        torch.testing.assert_close(decimate(x, rate), expected, rtol=0, atol=1e-5)

@@ -15,6 +15,7 @@ from launching import rvc_dist
 from safetensors.numpy import load_file
 
 from rvc_dist import __main__ as cli
+from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import BenchConfig, ConfigError, LossConfig, Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator, ScaleDiscriminator
 from rvc_dist.tools import bench, bench_report, measuring, parity, peak
@@ -362,7 +363,7 @@ def test_the_plain_step_costs_ds_gradients_once_more(tmp_path):
 def test_a_thin_image_gives_the_same_score_and_features():
     from rvc_dist.tools.plain_step import PlainDiscriminator
 
-    network = MultiPeriodDiscriminator("v2", 64)
+    network = MultiPeriodDiscriminator(DISCRIMINATORS["v2"], 64)
     real, fake = torch.randn(2, 2, 1, 1001)
     with torch.no_grad():
         plain, _ = PlainDiscriminator(network)(real, fake)

@@ -22,6 +22,7 @@ from helpers import NARROW, make_ssl_folder, narrow_recipe
 from huggingface_hub import constants
 
 from rvc_dist import __main__ as cli
+from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import DataConfig
 from rvc_dist.features import hub as hub_module
 from rvc_dist.features import rmvpe
@@ -75,7 +76,7 @@ def fill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = narrow_recipe(folder, data=DataConfig(sample_rate=48000))
     modules = {
         "G": Generator(GeneratorShape.from_recipe(recipe, 16, 109)),
-        "D": MultiPeriodDiscriminator("v2", NARROW.discriminator_channels),
+        "D": MultiPeriodDiscriminator(DISCRIMINATORS["v2"], NARROW.discriminator_channels),
     }
     target = folder / "lj1995" / "VoiceConversionWebUI" / "pretrained_v2"
     target.mkdir(parents=True)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.models.spectral import MULTISCALE_MELS, log_mel, mel_from_spectrogram, multiscale_mels
 from rvc_dist.train.losses import (
     discriminator_loss,
@@ -33,6 +34,11 @@ def test_adversarial_losses() -> None:
     assert discriminator_loss(real, fake).item() == pytest.approx(5.25)
     # (1 + 0.25) / 2, then 1
     assert generator_adversarial_loss(fake).item() == pytest.approx(1.625)
+    # The later ones of v3 count a quarter.
+    assert discriminator_loss(real, fake, (1.0, 0.25)).item() == pytest.approx(0.25 + 5 / 4)
+    assert generator_adversarial_loss(fake, (1.0, 0.25)).item() == pytest.approx(0.625 + 1 / 4)
+    assert DISCRIMINATORS["v3"].score_weights == (1.0,) * 5 + (0.25,) * 4
+    assert set(DISCRIMINATORS["v2"].score_weights) == {1.0}
 
 
 def test_feature_matching_loss() -> None:

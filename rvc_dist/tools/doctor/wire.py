@@ -100,7 +100,7 @@ def gradient_bytes(context: DoctorContext) -> int:
     recipe, table = context.recipe, stand_in_table(context)
     shape = context.shape or GeneratorShape.from_recipe(recipe, table.content_channels, table.num_speakers)
     with torch.device("meta"):
-        discriminator = MultiPeriodDiscriminator(recipe.model.version, recipe.model.discriminator_channels)
+        discriminator = MultiPeriodDiscriminator(recipe.model.discriminator_spec, recipe.model.discriminator_channels)
         parameters = [*Generator(shape).parameters(), *discriminator.parameters()]
     return sum(p.numel() for p in parameters if p.requires_grad) * (2 if recipe.train.grad_compression == "bf16" else 4)
 

@@ -11,7 +11,7 @@ import torch
 from helpers import NARROW, WIDTH, changed, narrow_recipe
 from torch import nn
 
-from rvc_dist.config import DataConfig, Recipe
+from rvc_dist.config import ConfigError, DataConfig, Recipe
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.train import checkpoint, networks
 from rvc_dist.train.dataset import ClipTable
@@ -86,3 +86,33 @@ def test_a_base_model_that_is_not_to_be_had_says_what_to_do(monkeypatch: pytest.
     ) as error:
         networks.build(changed(recipe, "train", pretrained="titan"), TABLE)
     assert "the discriminator of titan" in str(error.value)
+
+
+def test_discriminators_over_spectrograms_join_pretrained_ones(tmp_path: Path, caplog) -> None:
+    recipe = narrow_recipe(tmp_path)
+    wanted = write_pair(tmp_path, recipe)["discriminator"].state_dict()
+    recipe = changed(recipe, "train", pretrained_d=str(tmp_path / "D.pth"))
+    with caplog.at_level("INFO"):
+        found = networks.build(changed(recipe, "model", discriminator="v2-mrd"), TABLE)[1]["discriminator"]
+    state = found.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in wanted.items())
+    assert len(found.discriminators) == 12
+    assert "D.pth has no discriminators over spectrograms: they start from random numbers" in caplog.text
+    with pytest.raises(StageError, match=r"it has v2 \(1 over scales, 8 over periods, 0 over res.*this recipe v3"):
+        networks.build(changed(recipe, "model", discriminator="v3"), TABLE)
+
+
+def test_refinegan_is_judged_by_v3_alone(tmp_path: Path) -> None:
+    recipe = changed(narrow_recipe(tmp_path), "model", vocoder="refinegan")
+    recipe = changed(recipe, "train", multiscale_mel_loss=False)
+    assert (recipe.model.discriminator_kind, recipe.multiscale_mel_loss) == ("v3", True)
+    shape, modules = networks.build(recipe, TABLE)
+    assert len(modules["discriminator"].discriminators) == 9
+    identity = networks.identity(recipe, shape, TABLE)
+    assert (identity["discriminator.version"], identity["discriminator.kind"]) == ("v2", "v3")
+    plain = narrow_recipe(tmp_path)
+    assert "discriminator.kind" not in networks.identity(plain, networks.build(plain, TABLE)[0], TABLE)
+    with pytest.raises(
+        ConfigError, match=r"^model\.discriminator: got v2 with vocoder refinegan, which is trained with v3"
+    ):
+        changed(recipe, "model", discriminator="v2")
