@@ -30,6 +30,7 @@ from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import SPEAKER_TABLE
 from rvc_dist.models.weights_file import GENERATOR, WeightsFile, kind_of, misfits, shapes_of
 from rvc_dist.train import memory
+from rvc_dist.train.checkpoint import Checkpoint
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import StageError
 
@@ -152,6 +153,45 @@ def identity(recipe: Recipe, shape: GeneratorShape, table: ClipTable) -> dict[st
     return plain
 
 
+def speaker_table(known: Tensor, count: int, fresh: Sequence[int], seed: int, where: str) -> Tensor:
+    """The speaker table `known` of `where` with `count` rows; those that it lacks, and the `fresh` ones, are new.
+
+    New rows point in random directions and have the mean norm of the others: the networks meet somebody who is no
+    farther off than those whom they know.
+    """
+    if count > len(known):
+        logger.info(
+            f"{where}: its speaker table grows from {len(known)} to {count} rows, since the dataset's highest speaker "
+            f"id is {count - 1}"
+        )
+    random = torch.Generator().manual_seed(seed)
+    drawn = nn.functional.normalize(torch.randn(count, known.shape[1], generator=random))
+    drawn *= known.norm(dim=1).mean()
+    table = torch.cat([known, drawn[len(known) :]])
+    rows = list(fresh)
+    table[rows] = drawn[rows]
+    return table
+
+
+def with_speakers(saved: Checkpoint, count: int) -> Checkpoint:
+    """`saved` with at least `count` rows in its speaker table; of new ones the optimizer remembers nothing."""
+    known, step, state = saved.models["generator"][SPEAKER_TABLE], saved.progress.step, saved.optimizers["generator"]
+    missing = count - len(known)
+    if missing <= 0:
+        return saved
+    table = speaker_table(known, count, (), step, f"the checkpoint of step {step}")
+    moments = {
+        key: torch.cat([moment, moment.new_zeros(missing, *moment.shape[1:])])
+        for key, moment in state.tensors.items()
+        if key.startswith(f"{SPEAKER_TABLE}/") and moment.ndim and len(moment) == len(known)
+    }
+    return replace(
+        saved,
+        models={**saved.models, "generator": {**saved.models["generator"], SPEAKER_TABLE: table}},
+        optimizers={**saved.optimizers, "generator": replace(state, tensors=state.tensors | moments)},
+    )
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """The contents of a `G_*.pth` or `D_*.pth`: weights that a run begins with."""
@@ -194,10 +234,7 @@ class Pretrained:
             raise StageError(f"{where} does not say what it was trained with: {error}") from error
 
     def with_speakers(self, count: int, fresh: Sequence[int], seed: int) -> Pretrained:
-        """With at least `count` rows in the generator's speaker table.
-
-        Those that it lacks, and the `fresh` ones, point in random directions and have the mean norm of its rows: the
-        networks meet somebody new who is no farther off than those whom they know.
+        """With at least `count` rows in the generator's speaker table; those that it lacks and `fresh` ones are new.
 
         Raises:
             StageError: it is no generator.
@@ -206,18 +243,7 @@ class Pretrained:
         if known is None or known.ndim != 2 or not len(known):
             raise StageError(f"{self.where} holds no generator (no {SPEAKER_TABLE})")
         num_rows = max(count, len(known))
-        rows = sorted({*fresh, *range(len(known), num_rows)})
-        if not rows:
-            return self
-        random = torch.Generator().manual_seed(seed)
-        drawn = nn.functional.normalize(torch.randn(num_rows, known.shape[1], generator=random))
-        table = torch.cat([known.float(), drawn[len(known) :]])
-        table[rows] = drawn[rows] * known.float().norm(dim=1).mean()
-        if num_rows > len(known):
-            logger.info(
-                f"{self.where}: its speaker table grows from {len(known)} to {num_rows} rows, since the dataset's "
-                f"highest speaker id is {num_rows - 1}"
-            )
+        table = speaker_table(known.float(), num_rows, fresh, seed, self.where)
         if fresh:
             logger.info(f"train.fresh_speakers: {len(fresh)} of the dataset begin with new rows")
         return replace(self, state={**self.state, SPEAKER_TABLE: table})

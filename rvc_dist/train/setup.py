@@ -248,6 +248,7 @@ def load_weights(saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModu
     Raises:
         StageError: the state of an optimizer does not fit.
     """
+    saved = networks.with_speakers(saved, len(modules["generator"].module.get_parameter(SPEAKER_TABLE)))
     for name, module in modules.items():
         try:
             module.load(saved.models[name], saved.optimizers[name])

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_features, tiny_recipe, with_train
+from accelerate.state import AcceleratorState
+from helpers import make_features, tiny_recipe, with_train, workspace_of
 
 from rvc_dist.config import Recipe
 from rvc_dist.models.state_dict import SPEAKER_TABLE, to_upstream
-from rvc_dist.train import networks
+from rvc_dist.train import checkpoint, networks, trainer
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.workspace import StageError
+from rvc_dist.workspace import Shard, StageError
 
 ROWS = 3
 """Of the base model's speaker table."""
@@ -67,3 +68,28 @@ def test_a_base_model_without_a_speaker_table_is_refused(recipe):
         torch.save({"model": state | {SPEAKER_TABLE: table}}, recipe.train.pretrained_g)
         with pytest.raises(StageError, match=r"train\.pretrained_g"):
             speaker_rows(recipe)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "anyprecision_adamw", "radam"])
+def test_a_trained_run_takes_more_speakers(tmp_path, optimizer, caplog):
+    caplog.set_level(logging.INFO)
+    recipe = tiny_recipe(tmp_path, max_steps=2, learning_rate=1e-9, num_workers=1, optimizer=optimizer)
+    make_features(recipe, speakers=(1,))
+    first = trained(recipe)
+    make_features(recipe, num_clips=12, speakers=(1, 4))
+    second = trained(with_train(recipe, max_steps=3))
+    before, after = (saved.models["generator"][SPEAKER_TABLE] for saved in (first, second))
+    torch.testing.assert_close(after[:2], before, atol=1e-6, rtol=0)
+    torch.testing.assert_close(after[2:].norm(dim=1), before.norm(dim=1).mean().expand(3), atol=1e-5, rtol=0)
+    assert "the checkpoint of step 2: its speaker table grows from 2 to 5 rows" in caplog.text
+    assert (second.identity["generator.num_speakers"], second.speakers.trained) == (5, (1, 4))
+    make_features(recipe, speakers=(1,))
+    assert trained(with_train(recipe, max_steps=4)).identity["generator.num_speakers"] == 5
+
+
+def trained(recipe: Recipe) -> checkpoint.Checkpoint:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.run(recipe, Shard())
+    path = checkpoint.latest(workspace_of(recipe).checkpoints_dir)
+    assert path is not None
+    return checkpoint.load(path)
