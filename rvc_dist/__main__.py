@@ -58,6 +58,7 @@ STAGES = {
     "export": Stage(
         "rvc_dist.voice.export", "Write voice files, base models or an experiment's folder from the run's checkpoints."
     ),
+    "push": Stage("rvc_dist.voice.hub", "Put a run's newest voice on the Hugging Face hub.", folders="RUN OWNER/NAME"),
     "infer": Stage(
         "rvc_dist.voice.infer", "Convert recordings with a trained voice.", takes_shard=True, keeps_log=False
     ),
@@ -233,15 +234,6 @@ def shard_of(name: str, shards: list[str]) -> Shard:
     return shard
 
 
-def import_options(folders: list[str], given: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """`given` after what the experiment's folder gives: the voice's name and its run folder."""
-    if len(folders) != 1:
-        got = " and ".join(folders) or "no folder"
-        raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
-    voice = os.path.basename(os.path.abspath(folders[0]))
-    return [("name", voice), ("run_dir", f"runs/{voice}"), *given]
-
-
 def add_own_options(name: str, parser: argparse.ArgumentParser) -> None:
     """Options of one stage alone, and short forms of keys."""
     if name == "dataset":
@@ -254,6 +246,27 @@ def add_own_options(name: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--as", "--layout", action=Given, dest="export.format", help=argparse.SUPPRESS)
     if name == "run":
         parser.add_argument("--look-ahead", action="store_true", help="Begin nothing: look for what a stage will need.")
+
+
+def with_folders(
+    name: str, folders: list[str], given: list[tuple[str, str]], more: dict[str, Any]
+) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """What the folders of a command line add to the keys that are `given`, and to what the stage's `run` is given."""
+    if name == "push":
+        if len(folders) != 2:
+            raise ValueError(f"got {' and '.join(folders) or 'nothing'}, expected two: rvc-dist push RUN OWNER/NAME")
+        run_dir, more["repository"] = folders
+        given = [("config", os.path.join(run_dir, "config.yaml")), *given, ("run_dir", run_dir)]
+    if name == "import":
+        if len(folders) != 1:
+            got = " and ".join(folders) or "no folder"
+            raise ValueError(f"got {got}, expected one: rvc-dist import DIR, an experiment's folder, such as logs/NAME")
+        folder = os.path.abspath(folders[0])
+        voice = os.path.basename(folder)  # the run is called after it
+        given = [("name", voice), ("run_dir", f"runs/{voice}"), *given]
+        more = {"given": given}
+        given = [*given, ("data.audio_dir", folder)]
+    return given, more
 
 
 def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
@@ -277,10 +290,7 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
         more = {"runs": folders, "as_json": found.json}
     if name == "inspect":
         more = {"paths": folders}
-    if name == "import":
-        given = import_options(folders, given)
-        more = {"given": given}
-        given = [*given, ("data.audio_dir", os.path.abspath(folders[0]))]
+    given, more = with_folders(name, folders, given, more)
     recipe = recipe_of(given)
     if found.print_config:
         print(recipe.to_yaml(), end="")

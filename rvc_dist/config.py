@@ -461,6 +461,8 @@ class ExportConfig:
     """With the voice of all speakers, one of each, NAME_spkid3_last.pth: who takes it hears speaker 3 under any id."""
     folder: Text = ""
     """Where anything but voice files goes, a folder that is not there yet; by default RUN/export/FORMAT."""
+    private: bool = True
+    """Whether a repository that `push` makes on the hub is private."""
 
 
 @dataclass(frozen=True)

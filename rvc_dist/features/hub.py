@@ -40,7 +40,7 @@ def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "
 
     logging.getLogger("huggingface_hub").handlers.clear()  # else each of its warnings is printed here and by the root
     download = partial(hf_hub_download, repository, filename, revision=revision or None)
-    reasons: Errors = (OSError, EntryNotFoundError, HFValidationError, *_transport_errors())
+    reasons: Errors = (OSError, EntryNotFoundError, HFValidationError, *transport_errors())
     missing: Exception
     try:
         path = Path(download(local_files_only=True))
@@ -128,7 +128,7 @@ def hub_silence() -> str:
     """Why the hub does not answer, or an empty text; asked once, since each of its own retries takes half a minute."""
     from huggingface_hub import constants, get_session
 
-    reasons: Errors = (OSError, *_transport_errors())
+    reasons: Errors = (OSError, *transport_errors())
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT / 2)
     except reasons as error:
@@ -136,7 +136,7 @@ def hub_silence() -> str:
     return ""
 
 
-def _transport_errors() -> Errors:
+def transport_errors() -> Errors:
     """What the libraries raise that versions of huggingface_hub ask the hub by, where it is no OSError."""
     return tuple(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
 
