@@ -289,6 +289,8 @@ class ModelConfig:
     refinegan."""
     pitch_guidance: bool = True
     """Follow f0: right for speech and singing alike."""
+    energy: bool = False
+    """Follow how loud the source is, too, frame by frame."""
     inter_channels: Annotated[int, multiple_of(2)] = 192
     hidden_channels: Annotated[int, multiple_of(2)] = 192
     filter_channels: Positive = 768
@@ -328,6 +330,8 @@ class LossConfig:
     adv: FromZero = 1.0
     stft: FromZero = 0.0
     """Multi-resolution STFT loss beside the mel loss; 0: not computed."""
+    energy: FromZero = 0.0
+    """Loudness (RMS) of frames, likewise."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from rvc_dist import choices
 from rvc_dist.config import DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
 from rvc_dist.data.audio import Wave
 from rvc_dist.features.djcm import DJCM
+from rvc_dist.features.energy import energy_arrays
 from rvc_dist.features.f0 import F0Method
 from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.files import write_json
@@ -281,12 +282,16 @@ def make_features(
             sizes = {"num_samples": num_samples, "num_content": num_content, "num_f0": 2 * num_content + 2}
             where = {"source": f"{unit}.wav", "content": f"{voice} {unit}", "start_s": round(i * seconds, 4)}  # overlap
             clips.append({"speaker": speakers[unit % len(speakers)], **where, **sizes})
+        quiet = (np.resize(wave, 160 * len(features[f"{key}.f0"])) for key, wave in waves.items())
+        features |= energy_arrays(recipe, features, quiet)
         header = {"stamp": "tiny", "sample_rate": rate, "clips": clips}
         save_arrays(work.clips_file(unit), waves, header)
         save_arrays(work.features_file(unit), features, header | {"embedder": EMBEDDER | {"width": WIDTH}})
     mute = {"00000.content": np.zeros((50, WIDTH), np.float32), "00000.f0": np.zeros(100, np.float32)}
+    mute |= energy_arrays(recipe, mute, [np.zeros(16000, np.float32)])
     save_arrays(work.mute_file, mute, {"stamp": "tiny", "num_samples": rate, "num_content": 50, "num_f0": 100})
-    write_json(work.features_report_file, {"settings": {}, "clips": "tiny", "content_frames": 0})
+    settings = {"model.energy": True} if recipe.model.energy else {}
+    write_json(work.features_report_file, {"settings": settings, "clips": "tiny", "content_frames": 0})
     write_json(work.clips_report_file, {"total_dataset_duration": "00:00:05", "total_seconds": 5.0})
 
 

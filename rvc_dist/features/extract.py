@@ -15,6 +15,7 @@ import torch
 
 from rvc_dist.config import FEATURE_RATE, Recipe
 from rvc_dist.data import audio, clip_files
+from rvc_dist.features.energy import energy_arrays
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.feature_files import (
     SINCE,
@@ -160,8 +161,8 @@ class Extract(UnitStage[FeaturesHeader]):
     def compute(self, read: ReadUnit) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         """The features of a unit: their file, arrays and header, as `save_arrays` takes them."""
         features, wanted = self.extractor(read.waves), self.fingerprints(read.unit)[0]
-        packed = pack_unit(read.header, read.lengths, features, self.settings["embedder"], wanted)
-        return self.file(read.unit), *packed
+        arrays, header = pack_unit(read.header, read.lengths, features, self.settings["embedder"], wanted)
+        return self.file(read.unit), arrays | energy_arrays(self.recipe, arrays, read.waves), header
 
     def report(self, headers: list[FeaturesHeader]) -> None:
         if not mute_done(self.recipe, self.work, self.settings):

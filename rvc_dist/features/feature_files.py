@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rvc_dist.config import Recipe
+from rvc_dist.config import F0_HOP, Recipe
+from rvc_dist.features.energy import energy_arrays
 from rvc_dist.files import write_json
 from rvc_dist.unit_stage import check_settings
 from rvc_dist.workspace import (
@@ -27,11 +28,12 @@ from rvc_dist.workspace import (
     save_arrays,
 )
 
-SINCE: dict[str, str | None] = {
+SINCE: dict[str, str | bool | None] = {
     "extract.precision": "fp32",
     "extract.unvoiced": "zero",
     "extract.f0_djcm_model": None,
     "extract.f0_crepe_model": None,
+    "model.energy": False,
 }
 """Settings that came later, and what features were made with before: it is left out, so that those are not stale."""
 
@@ -73,7 +75,8 @@ def feature_settings(recipe: Recipe) -> dict[str, Any]:
     del values["include_mutes"]
     mix = values.pop("embedder_mix")
     values |= {"embedder_mix.layers": list(mix["layers"]), "embedder_mix.ratio": mix["ratio"]}
-    settings = {"model.version": recipe.model.version} | {f"extract.{k}": v for k, v in values.items()}
+    of_model = {"model.version": recipe.model.version, "model.energy": recipe.model.energy}
+    settings = of_model | {f"extract.{k}": v for k, v in values.items()}
     return {key: value for key, value in settings.items() if (key, value) not in SINCE.items()}
 
 
@@ -138,7 +141,9 @@ def write_mute(
         "num_content": len(content),
         "num_f0": num_f0,
     }
-    save_arrays(work.mute_file, {"00000.content": content, "00000.f0": np.zeros(num_f0, np.float32)}, header)
+    arrays = {"00000.content": content, "00000.f0": np.zeros(num_f0, np.float32)}
+    silence = np.zeros(num_f0 * F0_HOP, np.float32)
+    save_arrays(work.mute_file, arrays | energy_arrays(recipe, arrays, [silence]), header)
 
 
 def mute_fingerprint(recipe: Recipe, settings: dict[str, Any]) -> str:

@@ -121,7 +121,8 @@ class Transformer(nn.Module):
 class TextEncoder(nn.Module):
     """Prior `enc_p`: content features [B, T, C] and coarse pitch [B, T] (1..255) to the prior's mean and log deviation.
 
-    Returns m_p and logs_p, each [B, inter, T], zero outside `mask` [B, 1, T].
+    Some follow the `energy` [B, T] of frames too. Returns m_p and logs_p, each [B, inter, T], zero outside `mask`
+    [B, 1, T].
     """
 
     def __init__(self, shape: GeneratorShape) -> None:
@@ -129,13 +130,19 @@ class TextEncoder(nn.Module):
         self.scale = math.sqrt(shape.hidden_channels)
         self.emb_phone = nn.Linear(shape.content_channels, shape.hidden_channels)
         self.emb_pitch = nn.Embedding(COARSE_BINS, shape.hidden_channels) if shape.pitch_guidance else None
+        self.emb_energy = nn.Linear(1, shape.hidden_channels) if shape.energy else None
         self.encoder = Transformer(shape)
         self.proj = nn.Conv1d(shape.hidden_channels, 2 * shape.inter_channels, 1)
 
-    def forward(self, content: Tensor, coarse: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, content: Tensor, coarse: Tensor | None, mask: Tensor, energy: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x: Tensor = self.emb_phone(content)
         if self.emb_pitch is not None:
             x = x + self.emb_pitch(coarse)
+        if self.emb_energy is not None:
+            assert energy is not None
+            x = x + self.emb_energy(energy.unsqueeze(2))
         x = F.leaky_relu(x * self.scale, LEAKY_SLOPE).transpose(1, 2)
         mean, log_deviation = (self.proj(self.encoder(x, mask)) * mask).chunk(2, dim=1)
         return mean, log_deviation

@@ -70,7 +70,8 @@ class Generator(nn.Module):
     """VITS (arXiv 2106.06103) with content features and pitch in place of text.
 
     Inputs: content [B, T, C]; lengths [B] in frames; coarse [B, T] int64 in 1..255 and f0 [B, T] in Hz (0 = unvoiced),
-    both None without pitch guidance; spec [B, F, T] linear magnitude; speaker [B] int64. Only training hears recordings
+    both None without pitch guidance; spec [B, F, T] linear magnitude; speaker [B] int64; energy [B, T] of frames where
+    the shape has it, else None. Only training hears recordings
     through the posterior encoder: one made to convert is `without_posterior`.
     """
 
@@ -92,6 +93,7 @@ class Generator(nn.Module):
         spec: Tensor,
         speaker: Tensor,
         noise: Noise,
+        energy: Tensor | None = None,
         decoder: Callable[..., Tensor] | None = None,
     ) -> GeneratorOutput:
         """Decode a random slice of every clip from its spectrogram. Clips are padded to T >= segment_frames.
@@ -103,7 +105,7 @@ class Generator(nn.Module):
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)
         with kernel_search(False):  # clips have many lengths, slices have one
-            m_p, logs_p = self.enc_p(content, coarse, mask)
+            m_p, logs_p = self.enc_p(content, coarse, mask, energy)
             z, m_q, logs_q = self.enc_q(spec, mask, voice, noise.posterior)
             z_p = self.flow(z, mask, voice)
         num_starts = (lengths - segment + 1).clamp(min=1)
@@ -118,7 +120,13 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def infer(
-        self, content: Tensor, lengths: Tensor, coarse: Tensor | None, f0: Tensor | None, speaker: Tensor
+        self,
+        content: Tensor,
+        lengths: Tensor,
+        coarse: Tensor | None,
+        f0: Tensor | None,
+        speaker: Tensor,
+        energy: Tensor | None = None,
     ) -> Tensor:
         """Convert whole clips: a wave [B, 1, S], with the prior's noise scaled by NOISE_SCALE.
 
@@ -126,7 +134,7 @@ class Generator(nn.Module):
         """
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)
-        m_p, logs_p = self.enc_p(content, coarse, mask)
+        m_p, logs_p = self.enc_p(content, coarse, mask, energy)
         z_p = (m_p + torch.randn(m_p.shape, device=m_p.device) * logs_p.exp() * NOISE_SCALE) * mask
         z = self.flow(z_p, mask, voice, reverse=True)
         batch, _, num_frames = z.shape

@@ -84,6 +84,8 @@ class GeneratorShape:
     gin_channels: int = 256
     """Width of the speaker embedding."""
     pitch_guidance: bool = True
+    energy: bool = False
+    """It follows the energy of frames too."""
     vocoder: str = "hifi-gan"
     """The key into `choices.VOCODERS`."""
 
@@ -131,7 +133,7 @@ class GeneratorShape:
 
     @classmethod
     def from_export_config(
-        cls, config: Sequence[Any], *, version: str, f0: bool, content_channels: int, vocoder: str
+        cls, config: Sequence[Any], *, version: str, f0: bool, content_channels: int, vocoder: str, energy: bool = False
     ) -> GeneratorShape:
         """The generator of a voice file; `vocoder` is what the file calls it.
 
@@ -159,6 +161,7 @@ class GeneratorShape:
             content_channels=content_channels,
             segment_frames=rate_spec.segment // rate_spec.hop,
             pitch_guidance=f0,
+            energy=energy,
             vocoder=vocoder_of_voice(vocoder),
         )
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from rvc_dist.choices import EMBEDDERS, embedder_called
-from rvc_dist.config import ConfigError, Recipe, recipe_of
-from rvc_dist.data import decode
+from rvc_dist.config import FEATURE_RATE, ConfigError, Recipe, recipe_of
+from rvc_dist.data import audio, decode
 from rvc_dist.data.clip_files import ClipStage, clips_report, file_entry, finished, imported_clip_settings
 from rvc_dist.data.sources import check_recordings, content_by
+from rvc_dist.features.energy import energy_arrays
 from rvc_dist.features.feature_files import imported_feature_settings, pack_unit, write_mute, write_report
 from rvc_dist.features.index_file import KMEANS_ABOVE, KMEANS_CENTRES, check_index, index_name, wanted_fingerprint
 from rvc_dist.files import ForeignFileError, atomic_write, write_json
@@ -205,8 +206,11 @@ class Import(ClipStage):
         waves, header = self.pack(unit, clips, files)
         if self.experiment.content_dir and len(features) == len(waves):
             lengths = [len(wave) for wave in waves.values()]
-            packed = pack_unit(header, lengths, features, self.embedder, self.features_fingerprint(unit))
-            save_arrays(self.work.features_file(unit.id), *packed)
+            wanted = self.features_fingerprint(unit)
+            arrays, features_header = pack_unit(header, lengths, features, self.embedder, wanted)
+            resampled = (audio.resample(wave, rate, FEATURE_RATE) for wave in waves.values())
+            arrays |= energy_arrays(self.recipe, arrays, resampled)
+            save_arrays(self.work.features_file(unit.id), arrays, features_header)
         # After the features: a unit whose clips are there has what it could have.
         save_arrays(self.file(unit), waves, header)
 

@@ -74,7 +74,9 @@ class PlainTrainer(NamedTuple):
         noise = Noise.draw(shape, batch.seeds, batch.content.shape[1], device)
         in_step, weights = autocast(device, self.precision), self.recipe.model.discriminator_spec.score_weights
         with in_step:
-            out: GeneratorOutput = self.g(batch.content, batch.lengths, *pitch, spec, batch.speaker, noise)
+            out: GeneratorOutput = self.g(
+                batch.content, batch.lengths, *pitch, spec, batch.speaker, noise, batch.energy
+            )
         real = slice_samples(batch.wave, out.start, shape.segment_frames, shape.hop)
         for _ in range(self.recipe.train.d_updates):
             with in_step:

@@ -144,6 +144,7 @@ def count(step: GanStep, frames: int) -> float:
         loss_scale=1 / micro_batches,
         mean_frames=float(size * frames * micro_batches),
         reach=spec.reach,
+        energy=torch.zeros(size, frames) if step.shape.energy else None,
     )
     traced = min(micro_batches, MOST_MICRO_BATCHES)
     with flop_counter() as counter:

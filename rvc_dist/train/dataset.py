@@ -97,6 +97,8 @@ class Batch:
     """Valid frames of the global batch over the number of ranks: what the KL divergence is divided by."""
     reach: int
     """In samples; see `RateSpec.reach`."""
+    energy: Tensor | None = None
+    """[B, T] float32, where the model follows it."""
 
     @property
     def wave(self) -> Tensor:
@@ -145,6 +147,8 @@ class ClipData(NamedTuple):
     f0: Tensor
     """[T] float32 in Hz"""
     speaker: int
+    energy: Tensor | None = None
+    """[T] float32"""
 
 
 def feature_frames(num_frames: int, rate: int, hop: int, per_s: int, device: torch.device | str = "cpu") -> Tensor:
@@ -354,6 +358,7 @@ class ClipDataset(Dataset[list[Batch]]):
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.clips = clips
         self.rate, self.spec, self.seed = recipe.data.sample_rate, recipe.rate_spec, recipe.train.seed
+        self.has_energy = recipe.model.energy
 
     def __getitem__(self, micro_batches: tuple[MicroBatchSpec, ...]) -> list[Batch]:
         return [self.read_batch(micro) for micro in micro_batches]
@@ -376,23 +381,26 @@ class ClipDataset(Dataset[list[Batch]]):
     def read(self, clip: ClipRef, first: int = 0) -> ClipData:
         """A clip from frame `first` on, at most MAX_CLIP_FRAMES of it: aligned and trimmed."""
         last = min(clip.num_frames, first + MAX_CLIP_FRAMES)
-        wave, content, f0 = self._tensors(clip)
+        wave, content, f0, energy = self._tensors(clip)
         hop, frames = self.spec.hop, slice(first, last)
+        of_f0 = feature_frames(last, self.rate, hop, F0_PER_S, f0.device)[frames]
         return ClipData(
             wave_with_reach=part_with_reach(wave, first * hop, last * hop, self.spec.reach),
             content=content[feature_frames(last, self.rate, hop, F0_PER_S // 2, content.device)[frames]],
-            f0=f0[feature_frames(last, self.rate, hop, F0_PER_S, f0.device)[frames]],
+            f0=f0[of_f0],
             speaker=clip.speaker,
+            energy=None if energy is None else energy[of_f0],
         )
 
-    def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor]:
-        """The whole wave [S], or what reads a part of it; content [T50, C]; f0 [T100]."""
+    def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor, Tensor | None]:
+        """The whole wave [S], or what reads a part of it; content [T50, C]; f0 and energy [T100]."""
         features = _open(self.work.mute_file if clip.unit < 0 else self.work.features_file(clip.unit))
         if clip.unit < 0:
             wave = torch.zeros(clip.num_frames * self.spec.hop)
         else:
             wave = _open(self.work.clips_file(clip.unit)).get_slice(clip.key)
-        return wave, features.get_tensor(f"{clip.key}.content"), features.get_tensor(f"{clip.key}.f0")
+        energy = features.get_tensor(f"{clip.key}.energy") if self.has_energy else None
+        return wave, features.get_tensor(f"{clip.key}.content"), features.get_tensor(f"{clip.key}.f0"), energy
 
 
 class CachedClips(ClipDataset):
@@ -402,11 +410,12 @@ class CachedClips(ClipDataset):
         super().__init__(recipe, clips)
         self._cache = {clip: self._load(clip, device) for clip in dict.fromkeys(clips)}
 
-    def _load(self, clip: ClipRef, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        wave, content, f0 = super()._tensors(clip)
-        return wave[: clip.num_frames * self.spec.hop + self.spec.reach].to(device), content.to(device), f0.to(device)
+    def _load(self, clip: ClipRef, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        wave, content, f0, energy = super()._tensors(clip)
+        wave = wave[: clip.num_frames * self.spec.hop + self.spec.reach].to(device)
+        return wave, content.to(device), f0.to(device), None if energy is None else energy.to(device)
 
-    def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor]:
+    def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor, Tensor | None]:
         return self._cache[clip] if clip in self._cache else super()._tensors(clip)
 
 
@@ -414,7 +423,7 @@ def cached_bytes(recipe: Recipe, clips: tuple[ClipRef, ...], content_channels: i
     """Device memory that `CachedClips` takes: wave, content at 50 frames a second, f0 at 100, all float32."""
     different = dict.fromkeys(clips)
     seconds = sum(c.num_frames for c in different) * recipe.rate_spec.hop / recipe.data.sample_rate
-    per_s = recipe.data.sample_rate + content_channels * F0_PER_S / 2 + F0_PER_S
+    per_s = recipe.data.sample_rate + content_channels * F0_PER_S / 2 + F0_PER_S * (1 + recipe.model.energy)
     return round(4 * (seconds * per_s + len(different) * recipe.rate_spec.reach))
 
 
@@ -460,10 +469,13 @@ def collate(clips: list[ClipData], micro: MicroBatchSpec, spec: RateSpec, seeds:
     wave = torch.zeros(size, 1, padded * spec.hop + 2 * spec.reach, device=device)
     content = torch.zeros(size, padded, width, device=device)
     f0 = torch.zeros(size, padded, device=device)
+    energy = None if clips[0].energy is None else torch.zeros(size, padded, device=device)
     for i, clip in enumerate(clips):
         wave[i, 0, : len(clip.wave_with_reach)] = clip.wave_with_reach
         content[i, : len(clip.content)] = clip.content
         f0[i, : len(clip.f0)] = clip.f0
+        if energy is not None and clip.energy is not None:
+            energy[i, : len(clip.energy)] = clip.energy
     return Batch(
         wave_with_reach=wave,
         content=content,
@@ -475,4 +487,5 @@ def collate(clips: list[ClipData], micro: MicroBatchSpec, spec: RateSpec, seeds:
         loss_scale=micro.loss_scale,
         mean_frames=micro.mean_frames,
         reach=spec.reach,
+        energy=energy,
     )

@@ -105,6 +105,13 @@ def stft_loss(real_wave: Tensor, fake_wave: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def energy_loss(real_wave: Tensor, fake_wave: Tensor, rate: int) -> Tensor:
+    """mean|RMS(real) - RMS(fake)| of frames of 128 ms, 10 ms apart, of waves [B, 1, S]; no gradient flows to `real`."""
+    squares = torch.cat([real_wave, fake_wave]).float().square()
+    real, fake = (F.avg_pool1d(squares, round(0.128 * rate), rate // 100) + 1e-8).sqrt().chunk(2)
+    return F.l1_loss(fake, real.detach())
+
+
 class LossInputs(NamedTuple):
     """What a loss of the generator may look at: one micro-batch of one rank."""
 
@@ -135,6 +142,10 @@ def _stft(x: LossInputs) -> Tensor:
     return stft_loss(x.real, x.out.wave) * x.batch.loss_scale
 
 
+def _energy(x: LossInputs) -> Tensor:
+    return energy_loss(x.real, x.out.wave, x.recipe.data.sample_rate) * x.batch.loss_scale
+
+
 def _feature_matching(x: LossInputs) -> Tensor:
     return feature_matching_loss(x.real_features, x.fake_features) * x.batch.loss_scale
 
@@ -158,6 +169,7 @@ GENERATOR_LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
     "adv": _adversarial,
     "kl": _kl,
     "stft": _stft,
+    "energy": _energy,
 }
 """By field of LossConfig. Each gives [] this micro-batch's part of the global batch's loss: a mean over clips is
 multiplied by `batch.loss_scale`, which is 0 where a rank has no clip of its own."""

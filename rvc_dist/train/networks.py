@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 PRETRAINED = {"generator": "pretrained_g", "discriminator": "pretrained_d"}
 """The recipe's key of each network's first weights."""
+ENERGY = "enc_p.emb_energy."
+"""What a generator that follows energy has besides: where its first weights lack it, it begins as nothing."""
+SHAPE_SINCE = {"energy": False}
+"""Fields of a GeneratorShape that came later, and what checkpoints without them have."""
 RECOMPUTED = (ResBlock, ResidualLayers, WaveNet, Transformer, SubDiscriminator)
 """What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""
 
@@ -139,7 +143,7 @@ def base_model_file(recipe: Recipe, name: str) -> Path:
 
 def identity(recipe: Recipe, shape: GeneratorShape, table: ClipTable) -> dict[str, Any]:
     """What a checkpoint must agree on to be continued; plain JSON data."""
-    values = {f"generator.{k}": v for k, v in asdict(shape).items()} | {
+    values = {f"generator.{k}": v for k, v in asdict(shape).items() if (k, v) not in SHAPE_SINCE.items()} | {
         "discriminator.version": recipe.model.version,
         "discriminator.channels": recipe.model.discriminator_channels,
         "optimizer": recipe.train.optimizer_name,
@@ -287,6 +291,10 @@ class Pretrained:
         if of_spectrograms and not any(k.startswith(of_spectrograms) for k in state):
             logger.info(f"{self.where} has no discriminators over spectrograms: they start from random numbers")
             state = state | {k: v for k, v in own.items() if k.startswith(of_spectrograms)}
+        energy = {k: torch.zeros_like(v) for k, v in own.items() if k.startswith(ENERGY) and k not in state}
+        if energy:
+            logger.info(f"{self.where} knows no energy: it begins to follow it from nothing")
+            state = state | energy
         causes, tensors = misfits(shapes_of(state), shapes_of(own))
         if tensors:
             shown = [*(f"likely cause: {cause}" for cause in causes), *tensors[:20]]

@@ -103,7 +103,9 @@ class GanStep:
         noise = Noise.draw(self.shape, batch.seeds, batch.content.shape[1], self.device)
         network = self.g.wrapped if torch.is_grad_enabled() else self.g.compiled
         with self.g.no_sync(no_sync), self._autocast():
-            out: GeneratorOutput = network(batch.content, batch.lengths, *pitch, spec, batch.speaker, noise)
+            out: GeneratorOutput = network(
+                batch.content, batch.lengths, *pitch, spec, batch.speaker, noise, batch.energy
+            )
         return out, slice_samples(batch.wave, out.start, self.shape.segment_frames, self.spec.hop)
 
     def update_discriminator_again(

@@ -82,7 +82,7 @@ class Validation:
         batch = collate([read], micro, self.recipe.rate_spec, seeds=(0,)).to(self.accelerator.device)
         guided = self.recipe.model.pitch_guidance
         coarse, f0 = (coarse_pitch(batch.f0), batch.f0) if guided else (None, None)
-        fake = generator.infer(batch.content, batch.lengths, coarse, f0, batch.speaker)
+        fake = generator.infer(batch.content, batch.lengths, coarse, f0, batch.speaker, batch.energy)
         return batch.wave[0, 0], fake[0, 0].float()
 
     def _log_mel(self, wave: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class _Fields(_Pitch, total=False):
     trained_speakers: list[int]
     speaker_info: list[SpeakerInfo] | None
     unvoiced: Unvoiced
+    energy: bool | None
     recipe: str | None
 
 
@@ -141,6 +142,7 @@ class Voice:
                 f0=bool(int(data.get("f0", 1))),
                 content_channels=state["enc_p.emb_phone.weight"].shape[1],
                 vocoder=fields.get("vocoder") or "HiFi-GAN",
+                energy=bool(fields.get("energy")),
             )
             # The list carries one row a speaker of the network it was made from; the table itself is what counts.
             num_speakers = state[SPEAKER_TABLE].shape[0]
@@ -278,7 +280,7 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
         "model_name": recipe.name,
         "author": recipe.export.author,
         "vocoder": vocoder.voice_name,
-        "energy": False,
+        "energy": shape.energy,
         "trained_speakers": list(saved.speakers.trained),
         "architecture": "RVC",
         **embedder.to_voice(),

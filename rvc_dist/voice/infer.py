@@ -26,6 +26,7 @@ from rvc_dist.config import F0_PER_S, FEATURE_RATE, ConfigError, ExtractConfig, 
 from rvc_dist.data import audio, decode
 from rvc_dist.data.sources import content_of
 from rvc_dist.features.content import WITHOUT_FILES
+from rvc_dist.features.energy import frame_energy
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import autotune, drawn_on
 from rvc_dist.features.index_file import Retriever
@@ -146,8 +147,9 @@ class Converter:
         wanted = len(wave) * shape.sample_rate // FEATURE_RATE
         frames = covered_frames(shape.sample_rate, shape.hop, wanted, len(content), len(f0))
         content_t = torch.from_numpy(content)[feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S // 2)]
-        f0_t = torch.from_numpy(f0)[feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S)]
-        made = self._generate(content_t, f0_t).cpu().numpy()
+        of_f0 = feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S)
+        energy_t = torch.from_numpy(frame_energy(wave, len(f0)))[of_f0] if shape.energy else None
+        made = self._generate(content_t, torch.from_numpy(f0)[of_f0], energy_t).cpu().numpy()
         if not np.isfinite(made).all():
             raise StageError(
                 "infer.model: the voice gives samples that are not finite numbers; its weights are damaged"
@@ -174,14 +176,16 @@ class Converter:
         voiced = f0[np.minimum(np.arange(num_content) * 2, len(f0) - 1)] > 0
         return np.where(voiced | (protect >= 0.5), 1.0, protect).astype(np.float32)
 
-    def _generate(self, content: Tensor, f0: Tensor) -> Tensor:
-        """content [T, C], f0 [T] -> wave [S]."""
+    def _generate(self, content: Tensor, f0: Tensor, energy: Tensor | None) -> Tensor:
+        """content [T, C], f0 [T], energy [T] -> wave [S]."""
         guided = self.voice.generator.shape.pitch_guidance
         content, f0 = content.unsqueeze(0).to(self.device), f0.unsqueeze(0).to(self.device)
         lengths = torch.tensor([content.shape[1]], device=self.device)
         speaker = torch.tensor([self.speaker], device=self.device)
         coarse = coarse_pitch(f0) if guided else None
-        return self.voice.generator.infer(content, lengths, coarse, f0 if guided else None, speaker)[0, 0].float()
+        energy = None if energy is None else energy.unsqueeze(0).to(self.device)
+        wave = self.voice.generator.infer(content, lengths, coarse, f0 if guided else None, speaker, energy)
+        return wave[0, 0].float()
 
 
 def as_trained(recipe: Recipe, voice: Voice) -> Recipe:
