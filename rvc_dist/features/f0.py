@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -323,7 +324,8 @@ def load_network(
     try:
         network.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{key}: {path} does not hold the weights of {title}: {error}") from error
+        why = textwrap.shorten(str(error), 500, placeholder=" ...")  # of a foreign file it names every tensor
+        raise ValueError(f"{key}: {path} does not hold the weights of {title}: {why}") from error
     return network.eval().requires_grad_(False)
 
 

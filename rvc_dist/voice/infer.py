@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -90,11 +91,7 @@ class Converter:
             chosen
             | {key: file and content_of(Path(file)) for key, file in files.items()}
             | {key: getattr(getattr(recipe, part), key) for part, keys in CONVERTED_AS.items() for key in keys}
-            | {
-                key: value
-                for key, value in asdict(recipe.extract).items()
-                if key.endswith("_model") or key == "unvoiced"
-            }
+            | {k: v for k, v in asdict(recipe.extract).items() if k == "unvoiced" or re.fullmatch("f0_.*model", k)}
             | {"embedder": self.extractor.embedder.describe(), "speaker": self.speaker}
         )
 

@@ -110,6 +110,16 @@ def test_segments_join_where_they_belong(num_frames: int, tmp_path: Path, monkey
     assert torch.equal(method.track(sweep)[:num_frames], wanted)
 
 
+class Runs:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
 @pytest.mark.usefixtures("narrow")
 def test_other_weights_are_refused(tmp_path: Path) -> None:
     path = write_djcm(tmp_path / "djcm.pt", 2048, True)
@@ -123,9 +133,15 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     for tensors in other.values():
         torch.save(tensors, path)
         with pytest.raises(
-            ValueError, match=r"^extract\.f0_djcm_model: .*djcm\.pt does not hold the weights of DJCM: "
-        ):
+            ValueError, match=r"^extract\.f0_djcm_model: .* does not hold the weights of DJCM: "
+        ) as told:
             load(path)
+        assert len(str(told.value)) < 800
+    for content in weights | {"bn.bias": torch.full((1025,), torch.nan)}, {"bn.weight": Runs(tmp_path / "ran")}:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"djcm\.pt is not a file of weights"):
+            load(path)
+    assert not (tmp_path / "ran").exists()
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"djcm\.pt is not a file of weights"):
         load(path)
