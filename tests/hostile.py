@@ -632,6 +632,7 @@ RUN_FILES: dict[str, tuple[str, ...]] = {
     "index/report.json": ("index", "infer"),
     "checkpoints/step_00000010/state.json": ("export", "preprocess"),
     "checkpoints/step_00000010/manifest.json": ("export",),
+    "speakers.json": ("preprocess", "dataset"),
     "config.yaml": ("preprocess", "extract"),
     "compile.json": (),
     "logs/failed_rank_00001.json": (),

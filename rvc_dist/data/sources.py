@@ -132,6 +132,10 @@ def _speakers_of(tops: Iterable[str], known: Speakers) -> tuple[dict[str, int], 
     taken = {*known.trained, *(ids[name] for name in names if name in ids)}
     free = (i for i in itertools.count() if i not in taken)
     ids |= {name: next(free) for name in sorted(names - ids.keys())}
+    if len(names) >= MAX_SPEAKERS:
+        raise StageError(
+            f"data.audio_dir: {len(names)} folders are speakers by name;", f"expected at most {MAX_SPEAKERS - 1}"
+        )
     found = {top: ids[f.name] if f.speaker is None else f.speaker for top, f in folders.items()}
     claims = [
         Claim(i, folders[top].name or known.names.get(i, str(i)), printable(top) or "what is in no folder")

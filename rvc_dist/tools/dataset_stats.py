@@ -32,6 +32,7 @@ from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
     Shard,
+    Speakers,
     StageError,
     Unit,
     WorkList,
@@ -133,6 +134,7 @@ class Summary:
     """Of the work list's units, those that preprocess has yet to make."""
     units_without_features: int
     speakers: dict[int, Figures]
+    known: Speakers
     total: Figures
     unvoiced: str
     """What unvoiced frames have: by UNVOICED. Only where they are 0 is a share of voiced ones told."""
@@ -146,7 +148,10 @@ class Summary:
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self) | {
-            "speakers": [{"speaker": speaker, **figures} for speaker, figures in self.speakers.items()],
+            "speakers": [
+                {"speaker": speaker, "name": self.known.names.get(speaker), **figures}
+                for speaker, figures in self.speakers.items()
+            ],
             "total": {"speaker": None, **self.total},
             "left_out": [{"path": printable(path), "reason": reason} for path, reason in self.left_out],
         }
@@ -216,6 +221,7 @@ def summarise(root: Path) -> Summary:
         missing_units=len(undone),
         units_without_features=bare,
         speakers={speaker: figures(tally, unvoiced) for speaker, tally in sorted(by_speaker.items())},
+        known=work.speakers(),
         total=figures(total, unvoiced),
         unvoiced=unvoiced,
         pitch=bands(total.cents),
@@ -356,7 +362,7 @@ QUANTITIES = (*SOUND, *PITCH)
 
 def show(out: Console, summary: Summary, with_pitch: bool) -> None:
     """The tables of one run, a row a speaker, its pitch histogram, and what was left out."""
-    rows = {str(speaker): figures for speaker, figures in summary.speakers.items()}
+    rows = {summary.known.label(speaker): figures for speaker, figures in summary.speakers.items()}
     if len(rows) > 1:
         rows["all"] = summary.total
     for title, quantities in (f"{printable(summary.run)}: {summary.sample_rate} Hz", SOUND), ("Pitch", PITCH):
