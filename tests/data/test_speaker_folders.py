@@ -1,5 +1,6 @@
 """Who speaks: the names of a dataset's folders, RUN/speakers.json, and how often a clip counts."""
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers import changed, tiny_recipe, tone, workspace_of
 from rvc_dist.data import preprocess
 from rvc_dist.data.sources import list_sources, repeat_of
 from rvc_dist.features import extract
+from rvc_dist.tools import dataset_stats
 from rvc_dist.train import trainer
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.workspace import Shard, Speaker, Speakers, StageError, Workspace
@@ -137,8 +139,8 @@ def test_repeats_are_those_of_the_folder():
     assert [repeat_of(p) for p in ("al_0_3/b/c.wav", "alice/a.wav", "al_0_3.wav", "3/a.wav")] == [3, 1, 1, 1]
 
 
-def test_a_clip_counts_as_often_as_its_folder_says(tmp_path):
-    """From the folder's name to the list that is trained on, and to the file that training writes."""
+def test_a_clip_counts_as_often_as_its_folder_says(tmp_path, capsys):
+    """From the folder's name to the list that is trained on, to the tables, and to the file that training writes."""
     recipe = tiny_recipe(tmp_path / "run", max_steps=1)
     recipe = changed(changed(recipe, "data", audio_dir=str(tmp_path / "audio")), "extract", f0_method="swipe")
     for top, f0_hz in (("bob_4_3", 120.0), ("alice_1_1", 200.0)):
@@ -153,6 +155,8 @@ def test_a_clip_counts_as_often_as_its_folder_says(tmp_path):
     assert sum(c.source == MUTE_SOURCE for c in table.train) == 2, "silence of each speaker counts once"
     assert len(table.holdout) == len(set(table.holdout))
     assert work.speakers() == Speakers({1: "alice", 4: "bob"})
+    dataset_stats.run(recipe, Shard())
+    assert {"1 (alice)", "4 (bob)"} <= set(re.findall(r"\d \(\w+\)", capsys.readouterr().out))
 
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer.run(recipe, Shard())
