@@ -248,6 +248,8 @@ class ExtractConfig:
     embedder_mix: EmbedderMix = field(default_factory=EmbedderMix)
     include_mutes: Count = 2
     """Silent clips a speaker that join the training list."""
+    reference: Text | None = None
+    """Recording whose first 9 s every validation converts, to listen to; null: a held-out clip."""
     batch_clips: Positive = 8
     """Most clips of equal length that the encoder and the pitch tracker take at once."""
     num_threads: Positive = 1

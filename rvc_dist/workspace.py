@@ -134,6 +134,7 @@ class Workspace:
         self.features_dir = self.root / "features"
         self.features_report_file = self.features_dir / "report.json"
         self.mute_file = self.features_dir / "mute.safetensors"
+        self.reference_file = self.features_dir / "reference.safetensors"
         self.index_dir = self.root / "index"
         self.vectors_file = self.index_dir / "total_fea.npy"
         self.index_report_file = self.index_dir / "report.json"

@@ -19,7 +19,7 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import log_mel
-from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
+from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate, reference_clip
 from rvc_dist.train.holdout import validated
 from rvc_dist.train.metrics import Tracker
 from rvc_dist.train.progress import Progress
@@ -55,7 +55,7 @@ class Validation:
 
     @torch.no_grad()
     def mel_distance(self, generator: Generator, step: int) -> float | None:
-        """Mean over clips and ranks, None without held-out clips; the first clip is shown in TensorBoard."""
+        """Mean over clips and ranks, None without held-out clips; the first, or the reference, goes to TensorBoard."""
         device = self.accelerator.device
         clips = validated(self.recipe, self.table)
         mine = list(enumerate(clips))[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -68,6 +68,9 @@ class Validation:
                     distance = F.l1_loss(self._log_mel(fake), self._log_mel(real))
                     sums += torch.stack([distance, torch.ones_like(distance)])
                 if i == 0:
+                    if (reference := reference_clip(self.recipe, self.table.trained_speakers[0])) is not None:
+                        torch.manual_seed(self.recipe.train.seed)
+                        real, fake = self._resynthesise(generator, reference)
                     self._show(real, fake, step)
         if not clips:
             return None

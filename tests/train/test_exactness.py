@@ -22,7 +22,7 @@ def cases(names: list[str]) -> dict[str, dict]:
 
 
 def first_steps(
-    folder: Path, settings: dict[str, dict], num_ranks: int, thin: bool = False
+    folder: Path, settings: dict[str, dict], num_ranks: int, thin: bool = False, **model: object
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What rank 0 saved of each case, on this many ranks, with the same global batch on any number.
 
@@ -31,7 +31,7 @@ def first_steps(
     recipes = folder / f"recipes{num_ranks}"
     recipes.mkdir()
     # 22 clips of training and a mute: five batches of 4, and a short one of 3.
-    recipe = tiny_recipe(folder / "run", save_every_steps=10_000)
+    recipe = changed(tiny_recipe(folder / "run", save_every_steps=10_000), "model", **model)
     if not (folder / "run").exists():
         make_features(recipe, num_clips=27)
     for name, train in settings.items():

@@ -77,9 +77,9 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path):
     # AdaBelief is proved with the other optimizers; its steps from rounding noise alone are as large as others.
     cases = {model: EVERY_OPTION | {"optimizer": "adamw", "learning_rate_d": 3e-5} for model in MODELS}
     for model, train in cases.items():
-        one, two = (
-            first_steps(tmp_path, {model: train}, num_ranks, thin=True, model=MODELS[model]) for num_ranks in (1, 2)
-        )
+        folder = tmp_path / model
+        folder.mkdir()
+        one, two = (first_steps(folder, {model: train}, ranks, thin=True, **MODELS[model]) for ranks in (1, 2))
         assert_same(one[model], two[model], weights=1e-4, case=model)
         sent = {
             net: sum(v.nbytes for k, v in two[model].items() if k.startswith(f"grad.{net}."))
