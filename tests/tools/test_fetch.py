@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import resource
 import struct
@@ -22,7 +23,7 @@ from helpers import NARROW, make_ssl_folder, narrow_recipe
 from huggingface_hub import constants
 
 from rvc_dist import __main__ as cli
-from rvc_dist.choices import DISCRIMINATORS
+from rvc_dist.choices import BASE_MODELS, DISCRIMINATORS, BaseModelSpec
 from rvc_dist.config import DataConfig
 from rvc_dist.features import hub as hub_module
 from rvc_dist.features import rmvpe
@@ -32,6 +33,8 @@ from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.train import networks
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Shard, StageError
 
 REPOSITORY = "owner/files"
@@ -78,39 +81,54 @@ def fill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "G": Generator(GeneratorShape.from_recipe(recipe, 16, 109)),
         "D": MultiPeriodDiscriminator(DISCRIMINATORS["v2"], NARROW.discriminator_channels),
     }
-    target = folder / "lj1995" / "VoiceConversionWebUI" / "pretrained_v2"
+    target = folder / "owner" / "base"
     target.mkdir(parents=True)
     for letter, module in modules.items():
         torch.save({"model": to_upstream(module.state_dict())}, target / f"f0{letter}48k.pth")
+    # One hash is published, of the other there is only the hub's own.
+    hashes = {"f0G48k.pth": hashlib.sha256((target / "f0G48k.pth").read_bytes()).hexdigest(), "f0D48k.pth": ""}
+    spec = BaseModelSpec("owner/base", {"v2": "{f0}{network}{k}k.pth"}, hashes)
+    monkeypatch.setitem(BASE_MODELS, "ours", spec)
 
 
 def test_all_that_a_recipe_needs_is_fetched_and_then_enough_without_network(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(hub.folder, monkeypatch)
-    assert cli.main(words(tmp_path)) == 0
-    assert sorted(hub.given) == ["config.json", "model.safetensors", "rmvpe.pt"]
-    assert "fetch: all that the recipe needs of the hub is there (3 files" in caplog.text
-    assert cli.main(words(tmp_path)) == 0
-    assert len(hub.given) == 3
+    command = [*words(tmp_path), "--train.pretrained", "ours"]
+    assert cli.main(command) == 0
+    files = ["config.json", "f0D48k.pth", "f0G48k.pth", "model.safetensors", "rmvpe.pt"]
+    assert sorted(hub.given) == files
+    assert "fetch: all that the recipe needs of the hub is there (5 files" in caplog.text
+    assert cli.main(command) == 0
+    assert len(hub.given) == 5
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    recipe = cli.parse("fetch", words(tmp_path)[1:])[0]
+    recipe = cli.parse("fetch", command[1:])[0]
     assert Extractor.load(recipe, device=torch.device("cpu")).embedder.name == "owner/encoder"
-    assert cli.main(words(tmp_path)) == 0
+    networks.build(recipe, ClipTable((), (), 16, {"name": "owner/encoder", "width": 16, "hash": ""}, 1))
+    assert cli.main(command) == 0
 
 
 def test_a_base_model_must_have_its_published_hash(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fill(hub.folder, monkeypatch)
-    assert cli.main([*words(tmp_path), "--train.pretrained", "rvc"]) == 1
+    hashes = BASE_MODELS["rvc"].hashes
+    monkeypatch.setitem(
+        BASE_MODELS,
+        "ours",
+        BASE_MODELS["ours"]._replace(
+            hashes={name: hashes[f"pretrained_v2/{name}"] for name in ("f0G48k.pth", "f0D48k.pth")}
+        ),
+    )
+    assert cli.main([*words(tmp_path), "--train.pretrained", "ours"]) == 1
     err = capfd.readouterr().err
     assert "rvc-dist fetch: 2 of what the recipe needs cannot be had" in err
     for name, wanted in (("generator", "b5d51f589cc3632d"), ("discriminator", "2269b73c7a4cf34d")):
-        assert f"train.pretrained: the {name} of rvc cannot be had" in err
+        assert f"train.pretrained: the {name} of ours cannot be had" in err
         assert f"expected {wanted}..." in err
-    assert not list((tmp_path / "cache").glob("models--lj1995*/blobs/*"))  # nothing is left that could be taken for it
+    assert not list((tmp_path / "cache").glob("models--owner--base/blobs/*"))  # nothing that could be taken for it
 
 
 def test_only_one_rank_of_a_host_fetches(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
