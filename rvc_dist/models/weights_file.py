@@ -33,13 +33,11 @@ _KINDS = (
 )
 """A prefix of names that only this kind of network has beside those before -> the kind."""
 _VOCODERS = (
-    ("dec.mrfs.", "MRF-HiFi-GAN"),
+    ("dec.mrfs.", "MRF HiFi-GAN"),
     ("dec.mel_conv.", "RefineGAN"),
     ("dec.amps.", "BigVGAN"),
     ("dec.ups.", "HiFi-GAN"),
 )
-_VERSION_OF_PARTS = {(1, len(spec.periods), len(spec.resolutions)): name for name, spec in DISCRIMINATORS.items()}
-"""Discriminators over scales, periods and resolutions -> version."""
 _STATES = ("model", "weight", "state_dict")
 """Where files keep their weights; those of encoders are the file itself."""
 V1_WIDTH = 256
@@ -147,6 +145,7 @@ def _generator_facts(shapes: Shapes) -> Iterator[tuple[str, str]]:
     yield "data.sample_rate", " or ".join(f"{rate} Hz" for rate in _rates(shapes, version)) or "a rate that RVC lacks"
     yield "model.pitch_guidance", "pitch" if "enc_p.emb_pitch.weight" in shapes else "no pitch"
     vocoder = next((name for prefix, name in _VOCODERS if any(key.startswith(prefix) for key in shapes)), "an unknown")
+    yield "model.energy", "energy" if "enc_p.emb_energy.weight" in shapes else "no energy"
     yield "model.vocoder", f"{vocoder} as vocoder"
     yield "extract.embedder_model", f"features {content} wide"
     widths = {
@@ -193,7 +192,8 @@ def _discriminator_facts(shapes: Shapes) -> Iterator[tuple[str, str]]:
     kinds = Counter("scales" if len(s) == 3 else "periods" if s[-1] == 1 else "resolutions" for s in firsts if s)
     parts = (kinds["scales"], kinds["periods"], kinds["resolutions"])
     text = f"{parts[0]} over scales, {parts[1]} over periods, {parts[2]} over resolutions"
-    yield "model.version", f"{_VERSION_OF_PARTS[parts]} ({text})" if parts in _VERSION_OF_PARTS else text
+    known = {(1, len(spec.periods), len(spec.resolutions)): name for name, spec in DISCRIMINATORS.items()}
+    yield "model.discriminator", f"{known[parts]} ({text})" if parts in known else text
     last = shapes.get("discriminators.0.conv_post.parametrizations.weight.original1", ())[1:2]
     yield from (("model.discriminator_channels", str(width)) for width in last)
 

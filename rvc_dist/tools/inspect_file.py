@@ -205,8 +205,10 @@ def _content_width(recipe: Recipe) -> int:
 
 def _in_words(shapes: Shapes) -> str:
     facts, usual = facts_of(shapes), {f"model.{k}": str(v) for k, v in asdict(ModelConfig()).items()}
-    widths = [f"{k.partition('.')[2]} {v}" for k, v in facts.items() if k not in SHOWN_KEYS and v != usual.get(k)]
-    return ", ".join([*(facts[key] for key in SHOWN_KEYS if key in facts), *widths])
+    unusual = {k.partition(".")[2]: v for k, v in facts.items() if k not in SHOWN_KEYS and v != usual.get(k)}
+    plain = [unusual.pop(key) for key in ("energy", "discriminator") if key in unusual]
+    more = [*(text for text in plain if text != "no energy"), *(f"{key} {width}" for key, width in unusual.items())]
+    return ", ".join([*(facts[key] for key in SHOWN_KEYS if key in facts), *more])
 
 
 def _index(path: Path, recipe: Recipe) -> Found:

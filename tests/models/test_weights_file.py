@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import NARROW, make_generator, narrow_recipe
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from rvc_dist.choices import DISCRIMINATORS, VOCODERS
+from rvc_dist.config import DataConfig
 from rvc_dist.files import ForeignFileError
+from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.state_dict import from_upstream, to_upstream
 from rvc_dist.models.weights_file import (
     DISCRIMINATOR,
@@ -23,6 +28,7 @@ from rvc_dist.models.weights_file import (
     facts_of,
     kind_of,
     misfits,
+    shapes_of,
 )
 
 SHAPES = Path(__file__).parents[1] / "golden" / "state_dict_shapes.json"
@@ -101,7 +107,7 @@ def test_a_published_network_is_known_by_its_shapes(name: str) -> None:
     facts = facts_of(shapes)
     if letter == "D":
         assert kind_of(shapes) == DISCRIMINATOR
-        assert facts["model.version"].startswith(version)
+        assert facts["model.discriminator"].startswith(version)
         assert facts["model.discriminator_channels"] == "1024"
         return
     assert kind_of(shapes) == GENERATOR
@@ -129,7 +135,7 @@ def test_a_published_network_is_known_by_its_shapes(name: str) -> None:
         (
             "D_v1",
             "D_v2",
-            ["model.version: it has v1 (1 over scales, 6 over periods, 0 over resolutions), this recipe v2"],
+            ["model.discriminator: it has v1 (1 over scales, 6 over periods, 0 over resolutions), this recipe v2"],
         ),
         ("D_v2", "G_v2_48000", ["it is a discriminator, expected a generator"]),
         ("G_v2_48000", "D_v2", ["it is a generator, expected a discriminator"]),
@@ -155,3 +161,21 @@ def test_several_causes_are_told_together() -> None:
         ["extract.embedder_model: it has features 1024 wide, this recipe features 768 wide"],
         ["enc_p.emb_phone.weight: [192, 1024], this network has [192, 768]"],
     )
+
+
+@pytest.mark.parametrize("name", VOCODERS)
+@pytest.mark.parametrize("rate", [32000, 40000, 48000])
+def test_every_vocoder_is_known_by_the_names_of_its_tensors(tmp_path: Path, name: str, rate: int) -> None:
+    recipe = replace(narrow_recipe(tmp_path), model=replace(NARROW, vocoder=name), data=DataConfig(sample_rate=rate))
+    facts = facts_of(shapes_of(make_generator(recipe).state_dict()))
+    assert facts["model.vocoder"] == f"{VOCODERS[name].voice_name} as vocoder"
+    assert f"{rate} Hz" in facts["data.sample_rate"]
+    assert facts["model.energy"] == "no energy"
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_every_discriminator_is_known_by_its_parts(name: str) -> None:
+    shapes = shapes_of(MultiPeriodDiscriminator(DISCRIMINATORS[name], 64).state_dict())
+    facts = facts_of(shapes)
+    assert facts["model.discriminator"].partition(" ")[0] == name
+    assert facts["model.discriminator_channels"] == "64"

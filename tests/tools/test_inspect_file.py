@@ -31,13 +31,15 @@ from helpers import (
 )
 
 from rvc_dist import __main__ as cli
+from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import ConfigError, DataConfig, ExtractConfig, Recipe
 from rvc_dist.features.rmvpe import RMVPE
 from rvc_dist.files import write_json
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.tools.inspect_file import Found, inspect
-from rvc_dist.train import checkpoint
+from rvc_dist.train import checkpoint, networks
+from rvc_dist.train.dataset import ClipTable
 
 RATE = 24000
 
@@ -88,12 +90,12 @@ def test_a_training_file_is_told_with_its_state_and_fits_or_says_why_not(tmp_pat
 
 
 def test_a_discriminator_and_bare_weights(tmp_path: Path, recipe: Recipe) -> None:
-    torch.save(MultiPeriodDiscriminator("v1", 64).state_dict(), tmp_path / "D.pth")
+    torch.save(MultiPeriodDiscriminator(DISCRIMINATORS["v1"], 64).state_dict(), tmp_path / "D.pth")
     found = inspect(tmp_path / "D.pth", recipe)
     assert found.what.startswith("a discriminator (v1 (1 over scales, 6 over periods")
     assert found.what.endswith("), weights alone")
     assert found.facts == {"optimizer": "none", "weight norm": "new (original0, original1)"}
-    assert (found.misfit or [""])[0].startswith("model.version: it has v1")
+    assert (found.misfit or [""])[0].startswith("model.discriminator: it has v1")
 
 
 def test_a_voice_is_told_with_what_it_needs_and_that_training_cannot_begin_with_it(
@@ -147,13 +149,10 @@ def test_a_run_its_units_and_its_checkpoint(tmp_path: Path) -> None:
     work = workspace_of(recipe)
     work.work_list_file.write_text("{}")
     work.save_recipe(recipe)
-    saved = make_checkpoint(recipe, make_generator(recipe, content_channels=WIDTH))
-    identity = saved.identity | {
-        "discriminator.channels": recipe.model.discriminator_channels,
-        "optimizer": "adamw",
-        "embedder": saved.identity["embedder"],
-    }
-    folder = checkpoint.save(work.checkpoints_dir, replace(saved, identity=identity))
+    generator = make_generator(recipe, content_channels=WIDTH)
+    table = ClipTable((), (), WIDTH, EMBEDDER | {"width": WIDTH}, 1)
+    identity = networks.identity(recipe, generator.shape, table)
+    folder = checkpoint.save(work.checkpoints_dir, replace(make_checkpoint(recipe, generator), identity=identity))
     found = inspect(tmp_path / "run", recipe)
     assert found.what == "a run of rvc_dist: tiny (v2, 24000 Hz, pitch)"
     assert found.facts["checkpoints"] == folder.name

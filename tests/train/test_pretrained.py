@@ -44,7 +44,7 @@ def test_all_that_is_wrong_with_both_files_is_one_error_with_the_likely_causes(t
         "likely cause: model.pitch_guidance: it has no pitch, this recipe pitch",
         "enc_p.emb_pitch.weight: missing",
         "train.pretrained_d: ",
-        "likely cause: model.version: it has v1 (1 over scales, 6 over periods, 0 over resolutions), this recipe v2",
+        "likely cause: model.discriminator: it has v1 (1 over scales, 6 over periods, 0 over resolutions), this recipe",
     ):
         assert part in told, part
     assert len(caught.value.each) == 2
