@@ -70,10 +70,9 @@ def test_a_base_model_without_a_speaker_table_is_refused(recipe):
             speaker_rows(recipe)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "anyprecision_adamw", "radam"])
-def test_a_trained_run_takes_more_speakers(tmp_path, optimizer, caplog):
+def test_a_trained_run_takes_more_speakers(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    recipe = tiny_recipe(tmp_path, max_steps=2, learning_rate=1e-9, num_workers=1, optimizer=optimizer)
+    recipe = tiny_recipe(tmp_path, max_steps=2, learning_rate=1e-9, num_workers=1)
     make_features(recipe, speakers=(1,))
     first = trained(recipe)
     make_features(recipe, num_clips=12, speakers=(1, 4))
@@ -83,8 +82,6 @@ def test_a_trained_run_takes_more_speakers(tmp_path, optimizer, caplog):
     torch.testing.assert_close(after[2:].norm(dim=1), before.norm(dim=1).mean().expand(3), atol=1e-5, rtol=0)
     assert "the checkpoint of step 2: its speaker table grows from 2 to 5 rows" in caplog.text
     assert (second.identity["generator.num_speakers"], second.speakers.trained) == (5, (1, 4))
-    make_features(recipe, speakers=(1,))
-    assert trained(with_train(recipe, max_steps=4)).identity["generator.num_speakers"] == 5
 
 
 def trained(recipe: Recipe) -> checkpoint.Checkpoint:

@@ -31,7 +31,7 @@ from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.step import GanStep
 from rvc_dist.voice import export
 from rvc_dist.voice.file import Voice
-from rvc_dist.workspace import Shard, StageError, Stopped, WorkList, Workspace, read_json
+from rvc_dist.workspace import Shard, Speakers, StageError, Stopped, WorkList, Workspace, read_json
 
 DRAWN_ON = {"extract.unvoiced": "interpolated"}
 
@@ -92,6 +92,7 @@ def test_the_voice_file_knows_its_trained_speakers(tmp_path):
     make_features(recipe, speakers=(1, 3))  # no folder 0/ and 2/; all of them have silent clips
     assert train(recipe).speakers.trained == (1, 3)
     assert train(with_train(recipe, max_steps=2)).speakers.trained == (1, 3)
+    assert Workspace(recipe.run_dir, recipe.name).speakers() == Speakers({1: "1", 3: "3"}, (1, 3))
     export.run(recipe, Shard())
     voice = Voice.load(Workspace(recipe.run_dir, recipe.name).last_voice_file, torch.device("cpu"))
     assert (voice.trained_speakers, voice.speaker(None)) == ((1, 3), 1)
