@@ -800,6 +800,39 @@ def make_import(folder: Path, rng: Random) -> None:
                 spoil(experiment / folder_name, b"x", rng)
 
 
+def prepare_speakers(folder: Path) -> None:
+    """An experiment of several speakers, with weights and the optimizers' moments."""
+    experiment = experiments.make(folder / "logs" / "voice", "rvc-next")
+    experiments.add_mutes(experiment, "rvc-next")
+    narrow = changed(narrow_recipe(folder), "data", sample_rate=experiments.RATE)
+    experiments.add_weights(experiment, 5, narrow, tool="rvc-next")
+
+
+def make_speakers(folder: Path, rng: Random) -> None:
+    experiment = folder / "logs" / "voice"
+    choice = rng.integers(6)
+    if choice < 2:
+        path = experiment / one_of(("experiment.json", "multispeaker_manifest.json", "config.json"), rng)
+        write_json(path, rng, json.loads(path.read_text("utf-8")))
+    elif choice == 2:
+        path = experiment / "mute" / "3_feature768" / "mute.npy"
+        spoil(path, path.read_bytes(), rng)
+    elif choice == 3:
+        filelist = experiment / "filelist.txt"
+        lines = filelist.read_text("utf-8").splitlines()
+        names = ("", "|", "\x1b[2J", "x" * 100_000, "109", "\udcff", "speaker 5", "../../x", "\0", "Zoë B.", "a|b|c")
+        start, _, _ = lines[0].rpartition("|")
+        others = [f"{start.rpartition('|')[0]}|{i}|name {i}" for i in range(int(rng.choice([2, 3000])))]
+        filelist.write_text("\n".join([f"{start}|{one_of(names, rng)}", *lines[1:], *others]), "utf-8", "surrogatepass")
+    else:
+        path = experiment / one_of(("G_5.pth", "D_5.pth"), rng)
+        contents = torch.load(path, weights_only=True)
+        if choice == 4:
+            write_torch(path, contents, "model", rng)
+        else:
+            torch.save(contents | {"optimizer": edited(contents["optimizer"], rng)}, path)
+
+
 # Locks, beats and results of the bench
 
 
@@ -912,6 +945,7 @@ KINDS: dict[str, Kind] = {
         lambda folder: told("run", lambda: load_recipe(folder / "r.yaml")),
     ),
     "import": Kind(80, prepare_experiment, make_import, read_npy),
+    "speakers": Kind(60, prepare_speakers, make_speakers, read_npy),
     "lock": Kind(40, prepare_lock, make_lock, read_lock),
     "beat": Kind(30, prepare_beats, make_beats, read_beats),
     "results": Kind(
@@ -948,7 +982,7 @@ def run_one(kind: Kind, base: Path, folder: Path, rng: Random) -> dict[str, Any]
     signal.alarm(0)
     seconds = time.monotonic() - started_at
     # What an import, the watch and the lock say, which go on without a file.
-    ways = ("features not imported", "nothing can be read of", "locked by")
+    ways = ("features not imported", "nothing can be read of", "locked by", "left out: ", "called by the id")
     said = [s for s in screen.getvalue().splitlines() if s.startswith("rvc-dist ") or any(way in s for way in ways)]
     most, _ = memory()
     return {"code": code, "s": seconds, "bytes": most, "more": most - before, "said": said, "traceback": ended}

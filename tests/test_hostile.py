@@ -20,7 +20,7 @@ GROUPS = (
     ("voice",),
     ("pretrained", "weights", "inspect"),
     ("features", "index"),
-    ("npy", "import"),
+    ("npy", "import", "speakers"),
     ("run", "recipe", "lock", "beat", "results"),
     ("encoder",),
 )
