@@ -62,6 +62,7 @@ STAGES = {
     "infer": Stage(
         "rvc_dist.voice.infer", "Convert recordings with a trained voice.", takes_shard=True, keeps_log=False
     ),
+    "blend": Stage("rvc_dist.voice.blend", "Mix two voice files into one.", folders="A.pth B.pth", keeps_log=False),
     "run": Stage("rvc_dist.pipeline", "All of it in order: preprocess, extract, index, train, export."),
     "import": Stage(
         "rvc_dist.tools.import_experiment",
@@ -257,6 +258,10 @@ def with_folders(
             raise ValueError(f"got {' and '.join(folders) or 'nothing'}, expected two: rvc-dist push RUN OWNER/NAME")
         run_dir, more["repository"] = folders
         given = [("config", os.path.join(run_dir, "config.yaml")), *given, ("run_dir", run_dir)]
+    if name == "blend":
+        if len(folders) != 2:
+            raise ValueError(f"got {' and '.join(folders) or 'nothing'}, expected two: rvc-dist blend A.pth B.pth")
+        more = dict(zip(("first", "second"), folders, strict=True))
     if name == "import":
         if len(folders) != 1:
             got = " and ".join(folders) or "no folder"

@@ -518,6 +518,16 @@ class InferConfig:
 
 
 @dataclass(frozen=True)
+class BlendConfig:
+    """What `rvc-dist blend A B` makes of two voices."""
+
+    ratio: Fraction = 0.5
+    """Share of the first voice, 0 to 1."""
+    output: Text = "blend.pth"
+    """Where the new voice file goes."""
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """What `rvc-dist bench` measures; all of it is kept in RUN/bench."""
 
@@ -569,6 +579,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     infer: InferConfig = field(default_factory=InferConfig)
+    blend: BlendConfig = field(default_factory=BlendConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 

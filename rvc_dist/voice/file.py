@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -120,18 +121,22 @@ class Voice:
         own = self.speakers[speaker].get("f0_median") if speaker in self.speakers else None
         return own or self.f0_median
 
+    def trained_with_yaml(self) -> str:
+        """What is known of the recipe, as a voice file holds it."""
+        return yaml.safe_dump({part: dict(values) for part, values in self.trained_with.items()}, sort_keys=False)
+
     @property
     def rate(self) -> int:
         return self.generator.shape.sample_rate
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> Voice:
-        """A voice of ours or of another RVC tool; nothing in its file is run.
+    def load(cls, path: Path, device: torch.device, key: str = "infer.model") -> Voice:
+        """A voice of ours or of another RVC tool; nothing in its file is run. `key` is what names it.
 
         Raises:
             StageError: no such file, or not a voice that this package can build.
         """
-        data = _read(path)
+        data = _read(path, key)
         try:
             fields = check(data, _Fields)
             version = fields.get("version", "v1")
@@ -156,12 +161,12 @@ class Voice:
                 check(rows, list[Annotated[int, within(0, num_speakers - 1)]], key)
         except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:300]
-            raise StageError(f"infer.model: {path} holds no voice that can be built here ({reason})") from error
+            raise StageError(f"{key}: {path} holds no voice that can be built here ({reason})") from error
         wanted = {k: v.shape for k, v in generator.state_dict().items()}
         got = {k: v.shape for k, v in state.items()}
         if wanted != got:
             differ = sorted(k[:80] for k in {**wanted, **got} if wanted.get(k) != got.get(k))
-            raise StageError(f"infer.model: {path} does not fit its own config: {', '.join(differ[:10])}")
+            raise StageError(f"{key}: {path} does not fit its own config: {', '.join(differ[:10])}")
         generator.load_state_dict(state)
         told: dict[str, Any] = {
             # rvc-next, which tells the median pitch, does not tell that it draws on.
@@ -184,7 +189,7 @@ def _trained_with(text: str) -> dict[str, dict[str, Any]]:
     return {part: {k: v for k, v in tree.get(part, {}).items() if k in keys} for part, keys in CONVERTED_AS.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, key: str) -> dict[str, Any]:
     """The contents of a voice file.
 
     Raises:
@@ -193,13 +198,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = load_pth(path)
     except FileNotFoundError as error:
-        raise StageError(f"infer.model: {path} does not exist;", "train one, or say --infer.model VOICE.pth") from error
+        raise StageError(f"{key}: {path} does not exist;", "train one, or name another") from error
     except ForeignFileError as error:
-        raise StageError(f"infer.model: {path} is not a voice file ({error})") from error
+        raise StageError(f"{key}: {path} is not a voice file ({error})") from error
     if isinstance(data, dict) and {"weight", "config"} <= data.keys():
         return data
     hint = "; it looks like a training checkpoint" if isinstance(data, dict) and "model" in data else ""
-    raise StageError(f"infer.model: {path} is not a voice file: expected `weight` and `config` in it{hint}")
+    raise StageError(f"{key}: {path} is not a voice file: expected `weight` and `config` in it{hint}")
 
 
 @contextmanager
@@ -258,7 +263,7 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
     trained_with = Workspace(recipe.run_dir, recipe.name).config_file
     try:
         shape = GeneratorShape.from_identity(saved.identity)
-        embedder, vocoder = embedder_of(saved), VOCODERS[shape.vocoder]
+        embedder, _ = embedder_of(saved), VOCODERS[shape.vocoder]
         version = saved.identity["discriminator.version"]
     except (KeyError, ValueError) as error:
         raise StageError(f"the checkpoint of step {progress.step} is of no network of ours ({error})") from error
@@ -266,28 +271,42 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
     if progress.best_metric is not None:
         best = f"{progress.best_metric:.4f} at step {progress.best_step}, epoch {progress.best_epoch}"
         overtrain_info = f"best validation mel distance {best}"
-    return {
-        "weight": weight,
-        "config": shape.to_export_config(),
+    return voice_fields(weight, shape, version, embedder, recipe.name, recipe.export.author, dataset) | {
         "epoch": f"{progress.epoch}epoch",
         "step": progress.step,
-        "sr": shape.sample_rate,
-        "f0": int(shape.pitch_guidance),
-        "version": version,
         "info": f"{recipe.name}: {progress.epoch} epochs, {progress.step} steps of rvc_dist",
-        "creation_date": dataset.trained_at.isoformat(),
-        "model_hash": model_hash(weight),
-        "model_name": recipe.name,
-        "author": recipe.export.author,
-        "vocoder": vocoder.voice_name,
-        "energy": shape.energy,
         "trained_speakers": list(saved.speakers.trained),
-        "architecture": "RVC",
-        **embedder.to_voice(),
-        **dataset.to_voice(),
         "unvoiced": saved.identity.get("extract.unvoiced", SINCE["extract.unvoiced"]),
         "overtrain_info": overtrain_info,
         "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
+    }
+
+
+def voice_fields(
+    weight: dict[str, Tensor],
+    shape: GeneratorShape,
+    version: str,
+    embedder: EmbedderId,
+    name: str,
+    author: str,
+    dataset: Dataset,
+) -> dict[str, Any]:
+    """What a voice file says of its network, whatever made it."""
+    return {
+        "weight": weight,
+        "config": shape.to_export_config(),
+        "sr": shape.sample_rate,
+        "f0": int(shape.pitch_guidance),
+        "version": version,
+        "creation_date": dataset.trained_at.isoformat(),
+        "model_hash": model_hash(weight),
+        "model_name": name,
+        "author": author,
+        "vocoder": VOCODERS[shape.vocoder].voice_name,
+        "energy": shape.energy,
+        "architecture": "RVC",
+        **embedder.to_voice(),
+        **dataset.to_voice(),
     }
 
 
