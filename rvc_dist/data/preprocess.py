@@ -27,7 +27,7 @@ from rvc_dist.data.clip_files import (
     upsampled_recordings,
 )
 from rvc_dist.data.loudness import LoudnessMeter
-from rvc_dist.data.sources import check_recordings, content_by, list_sources, repeat_of
+from rvc_dist.data.sources import check_recordings, content_by, folder_of, list_sources
 from rvc_dist.files import atomic_write, write_json
 from rvc_dist.unit_stage import in_threads
 from rvc_dist.workspace import (
@@ -273,7 +273,7 @@ class Preprocess(ClipStage):
         for file in unit.files:
             outcome = self._outcome(file)
             of_file = {"speaker": file.speaker, "source": file.path, "slice_s": file.start_s, "content": file.content}
-            if (repeat := repeat_of(file.path)) > 1:
+            if (repeat := folder_of(file.path).repeat) > 1:
                 of_file["repeat"] = repeat
             clips += [(of_file | {"start_s": clip.start_s}, clip.wave) for clip in outcome.clips]
             seconds_out = sum(len(clip.wave) for clip in outcome.clips) / self.recipe.data.sample_rate

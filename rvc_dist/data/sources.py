@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -42,9 +42,10 @@ def list_sources(audio_dir: Path, work: Workspace | None = None) -> tuple[list[S
     if not audio_dir.is_dir():
         raise StageError(f"data.audio_dir: {audio_dir} is a file;", "expected a folder of recordings")
     found = _walk(audio_dir, work.root if work else None)
-    usable = sorted({Path(f.path).parts[0] if os.sep in f.path else "" for f in found if not f.reason})
-    ids, speakers = _speakers_of(usable, work.speakers() if work else Speakers())
-    found = [replace(f, speaker=ids.get(Path(f.path).parts[0], 0)) for f in found]
+    ids, speakers = _speakers_of(
+        {folder_of(f.path) for f in found if not f.reason}, work.speakers() if work else Speakers()
+    )
+    found = [replace(f, speaker=ids.get(folder_of(f.path).top, folder_of(f.path).speaker or 0)) for f in found]
     found = _without_doubles(sorted(found, key=lambda f: (f.speaker, f.path)), audio_dir)
     if all(f.reason for f in found):
         raise StageError(
@@ -56,49 +57,45 @@ def list_sources(audio_dir: Path, work: Workspace | None = None) -> tuple[list[S
 
 
 class Folder(NamedTuple):
-    """What the name of a speaker's folder says; "" stands for no folder."""
+    """What the name of a speaker's folder says."""
 
+    top: str
+    """That name; nothing for files in no folder."""
     naming: str
-    speaker: int | None
+    name: str = ""
+    speaker: int | None = None
     """None where the folder has a name alone."""
-    name: str
     repeat: int = 1
     """How often each clip counts in an epoch."""
+    fault: str = ""
+    """Why nobody can be called so."""
 
-    @classmethod
-    def of(cls, top: str) -> Folder:
-        """Raises ForeignFileError when a speaker cannot be called so."""
-        name = unicodedata.normalize("NFC", top)  # some systems take letters and accents apart
-        if not top:
-            return cls(NO_FOLDER, 0, "")
+
+def folder_of(path: str) -> Folder:
+    """The speaker's folder of a recording, whose `path` begins in the dataset's."""
+    top, separator, _ = path.partition(os.sep)
+    return _folder(top) if separator else Folder("", NO_FOLDER, speaker=0)
+
+
+@cache
+def _folder(top: str) -> Folder:
+    name = unicodedata.normalize("NFC", top)  # some systems take letters and accents apart
+    try:
         if top.isascii() and top.isdecimal():
-            return cls(BY_ID, _speaker_id(top), "")
-        if found := NAME_ID_REPEAT.fullmatch(name):
-            name, speaker, repeat = found.groups()
-            return cls(
-                BY_ALL, _speaker_id(speaker), check(name, SpeakerName, "name"), check(int(repeat), Repeat, "repeat")
-            )
-        return cls(BY_NAME, None, check(name, SpeakerName, "name"))
+            return Folder(top, BY_ID, speaker=_speaker_id(top))
+        if not (found := NAME_ID_REPEAT.fullmatch(name)):
+            return Folder(top, BY_NAME, check(name, SpeakerName, "name"))
+        name, speaker, repeat = found.groups()
+        how_often = check(int(repeat), Repeat, "repeat")
+        return Folder(top, BY_ALL, check(name, SpeakerName, "name"), _speaker_id(speaker), how_often)
+    except ForeignFileError as error:
+        return Folder(top, BY_NAME, speaker=0, fault=f"folder {top!a}: {error}")
 
 
 def _speaker_id(text: str) -> int:
     if len(text) > len(str(MAX_SPEAKERS)) or int(text) >= MAX_SPEAKERS:
         raise ForeignFileError(f"speaker id {text} is above {MAX_SPEAKERS - 1}")
     return int(text)
-
-
-@cache
-def _folder_fault(top: str) -> str:
-    try:
-        Folder.of(top)
-    except ForeignFileError as error:
-        return f"folder {top!a}: {error}"
-    return ""
-
-
-def repeat_of(path: str) -> int:
-    """How often the clips of the recording in `path` count in an epoch."""
-    return Folder.of(path.partition(os.sep)[0]).repeat if os.sep in path else 1
 
 
 class Claim(NamedTuple):
@@ -110,8 +107,8 @@ class Claim(NamedTuple):
     """It is said: a folder."""
 
 
-def _speakers_of(tops: Iterable[str], known: Speakers) -> tuple[dict[str, int], Speakers]:
-    """The id of each of the folders `tops` that hold recordings, and all speakers.
+def _speakers_of(folders: Collection[Folder], known: Speakers) -> tuple[dict[str, int], Speakers]:
+    """The id of each of the `folders` that hold recordings, by its name, and all speakers.
 
     Names that are `known` keep their ids, others take the lowest that are free, in the order of the alphabet: listing
     the same folders again gives the same. Who was trained and has no folder any more stays.
@@ -119,8 +116,8 @@ def _speakers_of(tops: Iterable[str], known: Speakers) -> tuple[dict[str, int], 
     Raises:
         StageError: the folders are named in several ways, or two of them disagree on a speaker.
     """
-    folders = {top: Folder.of(top) for top in tops}
-    namings = {folder.naming: printable(top) for top, folder in folders.items()}
+    folders = sorted(folders)
+    namings = {folder.naming: printable(folder.top) for folder in folders}
     if len(namings) > 1 and namings.keys() != {NO_FOLDER, BY_ID}:
         ways = ", ".join(f"{naming}{top and ': '}{top}" for naming, top in namings.items())
         raise StageError(
@@ -128,22 +125,22 @@ def _speakers_of(tops: Iterable[str], known: Speakers) -> tuple[dict[str, int], 
             "name all folders in one: 0, 1, ..., or alice, bob, ..., or alice_0_1, bob_1_1, ... (Name_ID_Repeat)",
         )
     ids = {name: i for i, name in known.names.items()}
-    names = {f.name for f in folders.values() if f.speaker is None}
+    names = {folder.name for folder in folders if folder.speaker is None}
+    if len(names) >= MAX_SPEAKERS:
+        most = f"expected at most {MAX_SPEAKERS - 1}"
+        raise StageError(f"data.audio_dir: {len(names)} folders are speakers by name;", most)
     taken = {*known.trained, *(ids[name] for name in names if name in ids)}
     free = (i for i in itertools.count() if i not in taken)
     ids |= {name: next(free) for name in sorted(names - ids.keys())}
-    if len(names) >= MAX_SPEAKERS:
-        raise StageError(
-            f"data.audio_dir: {len(names)} folders are speakers by name;", f"expected at most {MAX_SPEAKERS - 1}"
-        )
-    found = {top: ids[f.name] if f.speaker is None else f.speaker for top, f in folders.items()}
+    found = {folder: ids[folder.name] if folder.speaker is None else folder.speaker for folder in folders}
     claims = [
-        Claim(i, folders[top].name or known.names.get(i, str(i)), printable(top) or "what is in no folder")
-        for top, i in found.items()
+        Claim(i, folder.name or known.names.get(i, str(i)), printable(folder.top) or "what is in no folder")
+        for folder, i in found.items()
     ]
-    gone = [Claim(i, known.names[i], "one that was trained") for i in known.trained if i not in found.values()]
-    _check_claims(claims + gone)
-    return found, Speakers(dict(sorted((c.speaker, c.name) for c in claims + gone)), known.trained)
+    claims += [Claim(i, known.names[i], "one that was trained") for i in known.trained if i not in found.values()]
+    _check_claims(claims)
+    names_by_id = dict(sorted((claim.speaker, claim.name) for claim in claims))
+    return {folder.top: i for folder, i in found.items()}, Speakers(names_by_id, known.trained)
 
 
 def _check_claims(claims: Sequence[Claim]) -> None:
@@ -190,7 +187,7 @@ def _source(path: Path, audio_dir: Path) -> SourceFile:
     relative = path.relative_to(audio_dir)
     # Of a link the recording's own size and time count.
     status = path.stat() if path.exists() else path.lstat()
-    reason = _folder_fault(relative.parts[0]) if len(relative.parts) > 1 else ""
+    reason = folder_of(str(relative)).fault
     suffix = path.suffix.lower()
     if path.name.startswith("."):
         reason = "hidden file"

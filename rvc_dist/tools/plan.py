@@ -19,7 +19,7 @@ import torch
 
 from rvc_dist.config import MAX_CLIP_FRAMES, PRETRAINED_SPEAKERS, Recipe
 from rvc_dist.data import clip_files, decode
-from rvc_dist.data.sources import list_sources, repeat_of
+from rvc_dist.data.sources import folder_of, list_sources
 from rvc_dist.files import write_json
 from rvc_dist.tools import bench
 from rvc_dist.tools.forecast import (
@@ -257,7 +257,7 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
             for start, piece in clip_files.pieces(recipe, wave, has_silences=False):
                 where = (part.start_s + start / rate, len(piece) / rate)
                 key = f"{start:09d}@{part.start_s:.0f}"
-                repeat = repeat_of(part.path)
+                repeat = folder_of(part.path).repeat
                 yield ClipRef(number, key, part.speaker, part.path, len(piece) // hop, *where, repeat=repeat)
 
 

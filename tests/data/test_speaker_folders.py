@@ -21,7 +21,7 @@ from helpers import (
 
 from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.data import preprocess
-from rvc_dist.data.sources import list_sources, repeat_of
+from rvc_dist.data.sources import folder_of, list_sources
 from rvc_dist.features import extract
 from rvc_dist.tools import dataset_stats
 from rvc_dist.train import checkpoint
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_named(work, text, message):
 
 
 def test_repeats_are_those_of_the_folder():
-    assert [repeat_of(p) for p in ("al_0_3/b/c.wav", "alice/a.wav", "al_0_3.wav", "3/a.wav")] == [3, 1, 1, 1]
+    assert [folder_of(p).repeat for p in ("al_0_3/b/c.wav", "alice/a.wav", "al_0_3.wav", "3/a.wav")] == [3, 1, 1, 1]
 
 
 def test_a_clip_counts_as_often_as_its_folder_says(tmp_path, capsys, monkeypatch):
@@ -175,3 +175,8 @@ def test_without_the_file_the_newest_checkpoint_knows(tmp_path):
     saved = replace(make_checkpoint(recipe, make_generator(recipe)), speakers=known)
     checkpoint.save(workspace_of(recipe).checkpoints_dir, saved)
     assert workspace_of(recipe).speakers() == known
+
+
+def test_what_cannot_be_used_belongs_to_its_folders_speaker(tmp_path):
+    (dataset(tmp_path, "2", "7") / "7" / "a.wav").rename(tmp_path / "7" / "notes.txt")
+    assert [(f.path, f.speaker) for f in list_sources(tmp_path)[0]] == [("2/a.wav", 2), ("7/notes.txt", 7)]
