@@ -19,6 +19,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import FEATURE_RATE, RATES, Recipe
 from rvc_dist.data import audio
 from rvc_dist.features.feature_files import SINCE
@@ -68,6 +69,8 @@ class Layout(NamedTuple):
     rates: tuple[int, ...]
     unvoiced: str
     """The pitch of unvoiced frames that it trains on."""
+    vocoders: tuple[str, ...]
+    discriminators: tuple[str, ...]
 
 
 LAYOUTS = {
@@ -81,6 +84,8 @@ LAYOUTS = {
         rate_key="sample_rate",
         rates=tuple(RATES["v2"]),
         unvoiced="zero",
+        vocoders=("hifi-gan", "mrf-hifi-gan", "refinegan"),
+        discriminators=("v1", "v2", "v3"),
     ),
     "rvc": Layout(
         tool="RVC-WebUI",
@@ -92,6 +97,8 @@ LAYOUTS = {
         rate_key="sampling_rate",
         rates=(32000, 40000, 48000),
         unvoiced="interpolated",
+        vocoders=("hifi-gan",),
+        discriminators=("v1", "v2"),
     ),
 }
 """By the values of export.format that stand for them."""
@@ -117,7 +124,8 @@ class Experiment:
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.shape = GeneratorShape.from_identity(saved.identity)
         self.has_pitch = self.shape.pitch_guidance
-        self.content = self.layout.content[saved.identity["discriminator.version"]]
+        version = saved.identity["discriminator.version"]
+        self.content, self.judged_by = self.layout.content[version], saved.identity.get("discriminator.kind", version)
         self.clips = list(self._named_clips())
         self.speakers = sorted({clip.header["speaker"] for clip in self.clips})
 
@@ -160,8 +168,12 @@ class Experiment:
         rate, vocoder = self.shape.sample_rate, self.shape.vocoder
         if rate not in self.layout.rates:
             yield f"trains voices of {', '.join(map(str, self.layout.rates))} Hz, this one has {rate} Hz"
-        if self.kind == "rvc" and vocoder != "hifi-gan":
-            yield f"knows the vocoder hifi-gan alone, this voice has {vocoder}"
+        if vocoder not in self.layout.vocoders:
+            yield f"has no vocoder {vocoder} (only {', '.join(self.layout.vocoders)})"
+        if self.judged_by not in self.layout.discriminators:
+            yield f"has no discriminator {self.judged_by} (only {', '.join(self.layout.discriminators)})"
+        if self.shape.energy:
+            yield "does not hear the energy of a clip, which this voice does"
         unvoiced = self.saved.identity.get("extract.unvoiced", SINCE["extract.unvoiced"])
         if self.has_pitch and unvoiced != self.layout.unvoiced:
             yield (
@@ -303,8 +315,8 @@ class Experiment:
         """The contents of G_STEP.pth or D_STEP.pth, from which the tool goes on."""
         weights, progress, identity = self.saved.models[name], self.saved.progress, self.saved.identity
         with torch.device("meta"):  # for the order of its parameters, which no file of ours keeps
-            judge = MultiPeriodDiscriminator(identity["discriminator.version"], identity["discriminator.channels"])
-            network = Generator(self.shape) if name == "generator" else judge
+            judges = MultiPeriodDiscriminator(DISCRIMINATORS[self.judged_by], identity["discriminator.channels"])
+            network = Generator(self.shape) if name == "generator" else judges
         names = upstream_order(network.state_dict(), self.kind)
         buffers = {key for key, _ in network.named_buffers()}
         parameters = {key: weights[key] for key in names if key not in buffers}

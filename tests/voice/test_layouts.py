@@ -98,6 +98,8 @@ def test_an_exported_experiment_is_imported_as_the_same_run(kind: str, trained: 
     assert all(torch.equal(kept[key], value) for key, value in before.items())
     after = train(again)
     assert after.progress.step == 2
+    steps = {key: int(value) for key, value in after.optimizers["generator"].tensors.items() if key.endswith("/step")}
+    assert set(steps.values()) == {4}  # its moments went on too
     assert not torch.equal(after.models["generator"]["emb_g.weight"], before["emb_g.weight"])
 
 
