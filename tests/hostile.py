@@ -287,7 +287,8 @@ def write_torch(path: Path, contents: dict[str, Any], state_key: str, rng: Rando
 @cache
 def voice() -> dict[str, Any]:
     recipe = narrow_recipe(Path("unused"))
-    return voice_contents(recipe, make_generator(recipe)) | {"embedder_mix": {"layers": [], "ratio": 0.5}}
+    told = {"speaker_info": [{"id": 0, "name": "alice", "f0_median": 200.0}], "f0_median": 200.0, "unvoiced": "zero"}
+    return voice_contents(recipe, make_generator(recipe)) | told | {"embedder_mix": {"layers": [], "ratio": 0.5}}
 
 
 def infer(folder: Path) -> int:

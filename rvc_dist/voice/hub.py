@@ -132,6 +132,8 @@ def run(recipe: Recipe, shard: Shard, repository: str) -> None:
             raise StageError(f"push: {constants.ENDPOINT} refuses {repository} ({status}): {_line(why)}") from error
         except silent as error:
             raise StageError(f"push: {constants.ENDPOINT} does not answer ({_line(error)});", "try again") from error
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # a page to log in, a proxy
+            raise StageError(f"push: {constants.ENDPOINT} does not answer as the hub does ({_line(error)})") from error
     what = "has it already, nothing is uploaded" if commit.oid == before else f"{len(files)} files"
     logger.info("push: %s/%s: %s", constants.ENDPOINT, repository, what)
 

@@ -49,6 +49,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.commits: list[str] = []
         self.is_private = False
         self.token = "hf_right"
+        self.always = b""
+        """The answer to everything, where there is one."""
         self.url = f"http://127.0.0.1:{self.server_port}/me/tiny"
 
 
@@ -59,7 +61,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         pass
 
     def answer(self, data: object, status: int = 200) -> None:
-        body = json.dumps(data).encode()
+        body = self.server.always or json.dumps(data).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", "application/json")
@@ -284,6 +286,9 @@ def test_what_keeps_a_push_from_being_done_is_one_sentence(
     server.files, server.commits = {"pytorch_model.bin": b""}, [40 * "0"]
     assert "push: me/tiny exists and holds other files (pytorch_model.bin); give a repository of" in told()
     assert not server.uploads
+    for nonsense in (b"<html>log in</html>", b"[]", b"{}", b'{"url": 3}', b'[{"type": "file"}]'):
+        server.always = nonsense
+        assert re.search(r"push: http\S+ does not answer as the hub does \(.+\)$", told())
     monkeypatch.delenv("HF_TOKEN")
     assert "push: there is no token of the hub; log in with `hf auth login`, or set HF_TOKEN" in told()
     monkeypatch.setenv("HF_TOKEN", "hf_right")
