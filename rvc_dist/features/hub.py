@@ -42,24 +42,31 @@ def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "
     download = partial(hf_hub_download, repository, filename, revision=revision or None)
     reasons: Errors = (OSError, EntryNotFoundError, HFValidationError, *transport_errors())
     missing: Exception
+    damage = ""
     try:
         path = Path(download(local_files_only=True))
-        return path if _LOOKED_AT.get() is None else _given(_whole(path, sha256))
+        damage = _damage(path, sha256) if _LOOKED_AT.get() is not None else ""
+        if not damage:
+            return _given(path)
+        missing = OSError(damage)
     except reasons as error:
         missing = error
-    damage = str(missing) if isinstance(missing, _DamagedError) else ""
+    it_is = f"the file there is damaged: {damage}; " if damage else ""
     if constants.HF_HUB_OFFLINE:
-        how = f"and HF_HUB_OFFLINE is set, so the hub was not asked{damage and f' ({damage})'}."
+        how = f"{it_is}and HF_HUB_OFFLINE is set, so the hub was not asked."
     else:
-        if damage:
-            logger.warning(f"{path}: {damage}; it is fetched again")
         reason = hub_silence()
         try:
             if not reason:
+                if damage:
+                    logger.warning(f"{path}: damaged: {damage}; it is fetched again")
+                    path.resolve().unlink()
                 logger.info(f"fetching {filename} of {repository} from {constants.ENDPOINT}")
-                path = _whole(Path(download()), sha256)
-                logger.info(f"fetched {filename} of {repository}, {path.stat().st_size / 1e6:.1f} MB")
-                return _given(path)
+                path = Path(download())
+                if not (reason := _damage(path, sha256)):
+                    logger.info(f"fetched {filename} of {repository}, {path.stat().st_size / 1e6:.1f} MB")
+                    return _given(path)
+                path.resolve().unlink()  # so that nothing takes it for the file
         except reasons as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise StageError(
@@ -68,7 +75,7 @@ def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "
                     "free some space, or let HF_HOME name a folder on another disk",
                 ) from error
             missing, reason = error, f"{' '.join(str(error).split()):.200}"
-        how = f"and {constants.ENDPOINT} did not give it ({reason})."
+        how = f"{it_is}and {constants.ENDPOINT} did not give it ({reason})."
     where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
     at = f" (revision {revision})" if revision else ""
     raise FileNotFoundError(f"{filename} of {repository}{at} is not in the cache {where}, {how}") from missing
@@ -95,17 +102,10 @@ def _given(path: Path) -> Path:
     return path
 
 
-class _DamagedError(OSError):
-    """A file of the cache is not what the hub has."""
-
-
-def _whole(path: Path, sha256: str) -> Path:
-    """`path`, a file of the cache, if it has the hash that it should have: else it is removed.
+def _damage(path: Path, sha256: str) -> str:
+    """Why a file of the cache is not what the hub has, or nothing.
 
     The cache calls a file after the hub's hash of it: SHA-256 of a large one, git's of a small one.
-
-    Raises:
-        _DamagedError: it has not.
     """
     file = path.resolve()
     size, wanted = file.stat().st_size, sha256 or file.name
@@ -113,14 +113,12 @@ def _whole(path: Path, sha256: str) -> Path:
     if len(wanted) == 40:
         digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     elif len(wanted) != 64:  # a cache without links, as on some disks
-        return path
+        return ""
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
-    if digest.hexdigest() == wanted:
-        return path
-    file.unlink()  # so that nothing takes it for the file
-    raise _DamagedError(f"damaged: {size} bytes with hash {digest.hexdigest()[:16]}..., expected {wanted[:16]}...")
+    found = digest.hexdigest()
+    return "" if found == wanted else f"it has {size} bytes and the hash {found[:16]}..., expected {wanted[:16]}..."
 
 
 @cache

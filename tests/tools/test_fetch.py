@@ -146,8 +146,8 @@ def test_only_one_rank_of_a_host_fetches(hub: FakeHub, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("fault", "name", "reason"),
     [
-        ("wrong", "weights.bin", r"102400 bytes with hash .*, expected"),
-        ("wrong", "config.json", r"8 bytes with hash .*, expected"),
+        ("wrong", "weights.bin", r"102400 bytes and the hash .*, expected"),
+        ("wrong", "config.json", r"8 bytes and the hash .*, expected"),
         ("short", "weights.bin", "."),
         ("", "missing.bin", "Entry Not Found"),
     ],
@@ -174,11 +174,20 @@ def test_a_file_that_was_damaged_in_the_cache_is_fetched_again_or_named_without_
     with hub_module.checked() as files:
         assert hub_file(REPOSITORY, "weights.bin").read_bytes() == whole
     assert files == [path]
-    assert "weights.bin: damaged: 102393 bytes" in caplog.text
+    assert "weights.bin: damaged: it has 102393 bytes" in caplog.text
     path.resolve().write_bytes(whole[:-7])
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with hub_module.checked(), pytest.raises(FileNotFoundError, match=r"HF_HUB_OFFLINE .* \(damaged: 102393 bytes"):
-        hub_file(REPOSITORY, "weights.bin")
+    damaged = r"the file there is damaged: it has 102393 bytes"
+    with monkeypatch.context() as without, hub_module.checked():  # nothing is removed that cannot be had again
+        without.setattr(constants, "HF_HUB_OFFLINE", True)
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match=rf"{damaged} .*; and HF_HUB_OFFLINE is set"):
+                hub_file(REPOSITORY, "weights.bin")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub_module.hub_silence.cache_clear()
+    with hub_module.checked():
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match=rf"{damaged} .*; and http://127\.0\.0\.1:9 did not .*refused"):
+                hub_file(REPOSITORY, "weights.bin")
 
 
 def test_a_disk_without_room_is_one_sentence(hub: FakeHub, tmp_path: Path) -> None:
