@@ -136,11 +136,20 @@ class VocoderSpec(NamedTuple):
     version's."""
     num_stages: int | None = None
     """Upsampling stages that it has layers for; None: any number."""
+    svc: Maker | None = None
+    """What takes the place of `guided` in the SVC architecture, where that is another."""
+    svc_discriminator: str | None = None
+    """What it is trained with there; None: as in RVC's."""
 
 
 VOCODERS: dict[str, VocoderSpec] = {
     "hifi-gan": VocoderSpec(
-        "rvc_dist.models.vocoders:NSFHiFiGAN", "rvc_dist.models.vocoders:HiFiGAN", "HiFi-GAN", aliases=("Default",)
+        "rvc_dist.models.vocoders:NSFHiFiGAN",
+        "rvc_dist.models.vocoders:HiFiGAN",
+        "HiFi-GAN",
+        aliases=("Default",),
+        svc="rvc_dist.models.vocoders:NSFHiFiGANWithOvertones",
+        svc_discriminator="v0",
     ),
     "mrf-hifi-gan": VocoderSpec("rvc_dist.models.mrf_hifigan:MRFHiFiGAN", None, "MRF HiFi-GAN", ("MRF-HiFi-GAN",)),
     "refinegan": VocoderSpec(
@@ -176,6 +185,7 @@ _V2_PERIODS = (2, 3, 5, 7, 11, 17, 23, 37)
 _RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 
 DISCRIMINATORS: dict[str, DiscriminatorSpec] = {
+    "v0": DiscriminatorSpec((2, 3, 5, 7, 11)),
     "v1": DiscriminatorSpec((2, 3, 5, 7, 11, 17)),
     "v2": DiscriminatorSpec(_V2_PERIODS),
     "v3": DiscriminatorSpec((2, 3, 5, 7, 11), _RESOLUTIONS, num_light=4),

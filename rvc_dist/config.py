@@ -293,6 +293,8 @@ class ModelConfig:
     """Follow f0: right for speech and singing alike."""
     energy: bool = False
     """Follow how loud the source is, too, frame by frame."""
+    architecture: Literal["rvc", "svc"] = "rvc"
+    """svc: the generator of so-vits-svc 4 with RVC's features, for weights of other tools' SVC."""
     inter_channels: Annotated[int, multiple_of(2)] = 192
     hidden_channels: Annotated[int, multiple_of(2)] = 192
     filter_channels: Positive = 768
@@ -303,9 +305,9 @@ class ModelConfig:
     """Width of the speaker embedding."""
     discriminator_channels: Annotated[int, multiple_of(64)] = 1024
     """Width of the widest discriminator layer; the others keep their proportion to it."""
-    discriminator: Literal["auto", "v1", "v2", "v3", "v2-mrd"] = "auto"
-    """v1 and v2 look at periods, v3 at fewer and at spectrograms of three resolutions, v2-mrd at v2's and at those
-    three. auto: the version's; v3 for refinegan and bigvgan."""
+    discriminator: Literal["auto", "v0", "v1", "v2", "v3", "v2-mrd"] = "auto"
+    """v0, v1 and v2 look at periods, v3 at fewer and at spectrograms of three resolutions, v2-mrd at v2's and at those
+    three. auto: the version's; v3 for refinegan and bigvgan; v0 for hifi-gan in the SVC architecture."""
 
     @property
     def discriminator_kind(self) -> str:
@@ -315,7 +317,9 @@ class ModelConfig:
     @property
     def own_discriminator(self) -> str:
         """What `auto` stands for."""
-        return VOCODERS[self.vocoder].discriminator or self.version
+        vocoder = VOCODERS[self.vocoder]
+        of_svc = vocoder.svc_discriminator if self.architecture == "svc" else None
+        return of_svc or vocoder.discriminator or self.version
 
     @property
     def discriminator_spec(self) -> choices.DiscriminatorSpec:
@@ -610,7 +614,11 @@ class Recipe:
     def files_of_base_model(self, name: str) -> dict[str, HubFile]:
         """Those of a model in BASE_MODELS that this recipe's networks could begin with."""
         kind = self.model.version, self.data.sample_rate, self.model.pitch_guidance
-        return BASE_MODELS[name].files(*kind) if self.model.vocoder == "hifi-gan" else {}
+        return (
+            BASE_MODELS[name].files(*kind)
+            if (self.model.vocoder, self.model.architecture) == ("hifi-gan", "rvc")
+            else {}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The whole tree as plain data, for YAML and JSON."""
@@ -655,13 +663,24 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield wrong("model.num_heads", f", expected a divisor of model.hidden_channels ({model.hidden_channels})")
     if plan.step_s is not None and plan.device_tflop_s is not None:
         yield wrong("plan.device_tflop_s", f" with plan.step_s {plan.step_s}; set only one")
+    if model.architecture == "svc":
+        yield from (wrong(key, SVC_LACKS_IT) for key, value in SVC_LACKS.items() if _value(recipe, key) == value)
     yield from _train_contradictions(recipe.train, wrong)
     yield from _contradictions_of_base_model(recipe)
 
 
-def _wrong(recipe: Recipe, key: str, why: str) -> tuple[str, str]:
+SVC_LACKS = {"model.pitch_guidance": False, "model.energy": True, "data.sample_rate": 44100}
+"""What the SVC architecture is never made with; at 44.1 kHz other tools give it another hop."""
+SVC_LACKS_IT = " with model.architecture svc, which is not made so; set back one of them"
+
+
+def _value(recipe: Recipe, key: str) -> Any:
     section, _, name = key.partition(".")
-    return key, f"{key}: got {getattr(getattr(recipe, section), name)}{why}"
+    return getattr(getattr(recipe, section), name)
+
+
+def _wrong(recipe: Recipe, key: str, why: str) -> tuple[str, str]:
+    return key, f"{key}: got {_value(recipe, key)}{why}"
 
 
 def _train_contradictions(

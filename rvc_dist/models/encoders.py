@@ -16,19 +16,16 @@ from rvc_dist.models.modules import LEAKY_SLOPE, LayerNorm, WaveNet
 from rvc_dist.models.pitch import COARSE_BINS
 from rvc_dist.models.shape import GeneratorShape
 
-ATTENTION_WINDOW = 10
-"""Frames to either side that have a learnt relative position."""
-
 
 class RelativeAttention(nn.Module):
     """Multi-head self-attention with relative positions (Shaw et al., arXiv 1803.02155): [B, C, T] to [B, C, T].
 
-    Keys and values up to `ATTENTION_WINDOW` frames away get a learnt offset, shared by all heads; farther ones none.
+    Keys and values up to `window` frames away get a learnt offset, shared by all heads; farther ones none.
     """
 
-    def __init__(self, channels: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, channels: int, num_heads: int, dropout: float, window: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.window = num_heads, window
         depth = channels // num_heads
         self.conv_q = nn.Conv1d(channels, channels, 1)
         self.conv_k = nn.Conv1d(channels, channels, 1)
@@ -38,8 +35,8 @@ class RelativeAttention(nn.Module):
         self.conv_k.bias.requires_grad_(False)
         self.conv_v = nn.Conv1d(channels, channels, 1)
         self.conv_o = nn.Conv1d(channels, channels, 1)
-        self.emb_rel_k = nn.Parameter(torch.randn(1, 2 * ATTENTION_WINDOW + 1, depth) * depth**-0.5)
-        self.emb_rel_v = nn.Parameter(torch.randn(1, 2 * ATTENTION_WINDOW + 1, depth) * depth**-0.5)
+        self.emb_rel_k = nn.Parameter(torch.randn(1, 2 * window + 1, depth) * depth**-0.5)
+        self.emb_rel_v = nn.Parameter(torch.randn(1, 2 * window + 1, depth) * depth**-0.5)
         self.drop = nn.Dropout(dropout)
         for conv in (self.conv_q, self.conv_k, self.conv_v):
             nn.init.xavier_uniform_(conv.weight)
@@ -51,7 +48,7 @@ class RelativeAttention(nn.Module):
         scores = query @ key.transpose(-2, -1) + _offsets_to_frames(query @ self.emb_rel_k.transpose(-2, -1))
         scores = scores.masked_fill(mask.unsqueeze(1) == 0, -1e4)
         weights = self.drop(scores.softmax(-1))
-        mixed = weights @ value + _frames_to_offsets(weights) @ self.emb_rel_v
+        mixed = weights @ value + _frames_to_offsets(weights, self.window) @ self.emb_rel_v
         out: Tensor = self.conv_o(mixed.transpose(-2, -1).flatten(1, 2))
         return out
 
@@ -72,11 +69,11 @@ def _offsets_to_frames(x: Tensor) -> Tensor:
     return rows[..., width // 2 : width // 2 + num_frames]
 
 
-def _frames_to_offsets(x: Tensor) -> Tensor:
+def _frames_to_offsets(x: Tensor, window: int) -> Tensor:
     """Read the band that `_offsets_to_frames` writes, zeros beyond the ends: [B, H, T, T] to [B, H, T, 2W + 1]."""
     batch, heads, num_frames, _ = x.shape
-    width = 2 * ATTENTION_WINDOW + 1
-    padded = F.pad(x, (ATTENTION_WINDOW, ATTENTION_WINDOW)).flatten(-2)
+    width = 2 * window + 1
+    padded = F.pad(x, (window, window)).flatten(-2)
     return F.pad(padded, (0, num_frames)).reshape(batch, heads, num_frames, num_frames + width)[..., :width]
 
 
@@ -101,7 +98,9 @@ class Transformer(nn.Module):
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__()
         channels, layers = shape.hidden_channels, range(shape.num_layers)
-        self.attn_layers = nn.ModuleList(RelativeAttention(channels, shape.num_heads, shape.dropout) for _ in layers)
+        self.attn_layers = nn.ModuleList(
+            RelativeAttention(channels, shape.num_heads, shape.dropout, shape.attention_window) for _ in layers
+        )
         self.norm_layers_1 = nn.ModuleList(LayerNorm(channels) for _ in layers)
         self.ffn_layers = nn.ModuleList(
             FeedForward(channels, shape.filter_channels, shape.kernel_size, shape.dropout) for _ in layers
@@ -144,6 +143,21 @@ class TextEncoder(nn.Module):
             assert energy is not None
             x = x + self.emb_energy(energy.unsqueeze(2))
         x = F.leaky_relu(x * self.scale, LEAKY_SLOPE).transpose(1, 2)
+        mean, log_deviation = (self.proj(self.encoder(x, mask)) * mask).chunk(2, dim=1)
+        return mean, log_deviation
+
+
+class SvcEncoder(nn.Module):
+    """Prior `enc_p` of the SVC architecture: hidden frames [B, hidden, T] and coarse pitch [B, T], as TextEncoder's."""
+
+    def __init__(self, shape: GeneratorShape) -> None:
+        super().__init__()
+        self.f0_emb = nn.Embedding(COARSE_BINS, shape.hidden_channels)
+        self.proj = nn.Conv1d(shape.hidden_channels, 2 * shape.inter_channels, 1)
+        self.encoder = Transformer(shape)
+
+    def forward(self, x: Tensor, coarse: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.f0_emb(coarse).transpose(1, 2)
         mean, log_deviation = (self.proj(self.encoder(x, mask)) * mask).chunk(2, dim=1)
         return mean, log_deviation
 

@@ -21,7 +21,8 @@ class Coupling(nn.Module):
         super().__init__()
         half = shape.inter_channels // 2
         self.pre = nn.Conv1d(half, shape.hidden_channels, 1)
-        self.enc = WaveNet(shape.hidden_channels, kernel_size=5, num_layers=3, gin_channels=shape.gin_channels)
+        num_layers = 4 if shape.is_svc else 3
+        self.enc = WaveNet(shape.hidden_channels, kernel_size=5, num_layers=num_layers, gin_channels=shape.gin_channels)
         self.post = nn.Conv1d(shape.hidden_channels, half, 1)
         # The flow starts as the identity.
         for parameter in self.post.parameters():

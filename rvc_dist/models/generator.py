@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rvc_dist.models.encoders import PosteriorEncoder, TextEncoder
+from rvc_dist.models.encoders import PosteriorEncoder, SvcEncoder, TextEncoder
 from rvc_dist.models.flow import Flow
 from rvc_dist.models.modules import KernelSearchFromHere, frame_mask, kernel_search, slice_frames
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.vocoders import vocoder_class
 
-NOISE_SCALE = 0.66666
-"""Of the prior's deviation in conversions, as upstream."""
+NOISE_SCALES = {"rvc": 0.66666, "svc": 0.35}
+"""Of the prior's deviation in conversions, as upstream, by architecture."""
 
 
 class Noise(NamedTuple):
@@ -78,11 +78,26 @@ class Generator(nn.Module):
     def __init__(self, shape: GeneratorShape, without_posterior: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.enc_p = TextEncoder(shape)
+        self.enc_p = SvcEncoder(shape) if shape.is_svc else TextEncoder(shape)
         self.dec = vocoder_class(shape)(shape)
         self.enc_q = None if without_posterior else PosteriorEncoder(shape)
         self.flow = Flow(shape)
         self.emb_g = nn.Embedding(shape.num_speakers, shape.gin_channels)
+        if shape.is_svc:
+            self.pre = nn.Conv1d(shape.content_channels, shape.hidden_channels, 5, padding=2)
+            self.emb_uv = nn.Embedding(2, shape.hidden_channels)
+
+    def prior(
+        self, content: Tensor, coarse: Tensor | None, f0: Tensor | None, mask: Tensor, energy: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log deviation, each [B, inter, T]."""
+        if isinstance(self.enc_p, TextEncoder):
+            of_text: tuple[Tensor, Tensor] = self.enc_p(content, coarse, mask, energy)
+            return of_text
+        assert f0 is not None
+        x = self.pre(content.transpose(1, 2)) * mask + self.emb_uv((f0 > 0).long()).transpose(1, 2)
+        of_frames: tuple[Tensor, Tensor] = self.enc_p(x, coarse, mask)
+        return of_frames
 
     def forward(
         self,
@@ -105,7 +120,7 @@ class Generator(nn.Module):
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)
         with kernel_search(False):  # clips have many lengths, slices have one
-            m_p, logs_p = self.enc_p(content, coarse, mask, energy)
+            m_p, logs_p = self.prior(content, coarse, f0, mask, energy)
             z, m_q, logs_q = self.enc_q(spec, mask, voice, noise.posterior)
             z_p = self.flow(z, mask, voice)
         num_starts = (lengths - segment + 1).clamp(min=1)
@@ -128,14 +143,15 @@ class Generator(nn.Module):
         speaker: Tensor,
         energy: Tensor | None = None,
     ) -> Tensor:
-        """Convert whole clips: a wave [B, 1, S], with the prior's noise scaled by NOISE_SCALE.
+        """Convert whole clips: a wave [B, 1, S], with the prior's noise scaled by NOISE_SCALES.
 
         Noise comes from PyTorch's own generator of the device.
         """
         mask = frame_mask(lengths, content.shape[1])
         voice = self.emb_g(speaker).unsqueeze(2)
-        m_p, logs_p = self.enc_p(content, coarse, mask, energy)
-        z_p = (m_p + torch.randn(m_p.shape, device=m_p.device) * logs_p.exp() * NOISE_SCALE) * mask
+        m_p, logs_p = self.prior(content, coarse, f0, mask, energy)
+        scale = NOISE_SCALES[self.shape.architecture]
+        z_p = (m_p + torch.randn(m_p.shape, device=m_p.device) * logs_p.exp() * scale) * mask
         z = self.flow(z_p, mask, voice, reverse=True)
         batch, _, num_frames = z.shape
         sizes = self.dec.noise_shapes(self.shape, num_frames)

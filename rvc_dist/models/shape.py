@@ -6,7 +6,7 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from rvc_dist.choices import vocoder_of_voice
 from rvc_dist.config import RATES, Fraction, Recipe
@@ -86,8 +86,18 @@ class GeneratorShape:
     pitch_guidance: bool = True
     energy: bool = False
     """It follows the energy of frames too."""
+    architecture: Literal["rvc", "svc"] = "rvc"
     vocoder: str = "hifi-gan"
     """The key into `choices.VOCODERS`."""
+
+    @property
+    def is_svc(self) -> bool:
+        return self.architecture == "svc"
+
+    @property
+    def attention_window(self) -> int:
+        """Frames to either side that have a learnt relative position."""
+        return 4 if self.is_svc else 10
 
     @property
     def hop(self) -> int:
@@ -133,7 +143,15 @@ class GeneratorShape:
 
     @classmethod
     def from_export_config(
-        cls, config: Sequence[Any], *, version: str, f0: bool, content_channels: int, vocoder: str, energy: bool = False
+        cls,
+        config: Sequence[Any],
+        *,
+        version: str,
+        f0: bool,
+        content_channels: int,
+        vocoder: str,
+        energy: bool = False,
+        architecture: str = "RVC",
     ) -> GeneratorShape:
         """The generator of a voice file; `vocoder` is what the file calls it.
 
@@ -155,6 +173,9 @@ class GeneratorShape:
                 f"config: its upsample_rates {list(rates)} give {math.prod(rates)} samples a frame, {rate} Hz needs "
                 f"{rate_spec.hop}"
             )
+        if architecture not in ("RVC", "SVC") or (architecture == "SVC" and (rate == 44100 or not f0)):
+            what = f"architecture {reprlib.repr(architecture)} at {rate} Hz with{'' if f0 else 'out'} pitch"
+            raise ValueError(f"config: got {what}, which cannot be built here")
         fields: dict[str, Any] = {name: _nested(tuple, v) for name, v in entries.items() if name not in _FIXED}
         return cls(
             **fields,
@@ -162,6 +183,7 @@ class GeneratorShape:
             segment_frames=rate_spec.segment // rate_spec.hop,
             pitch_guidance=f0,
             energy=energy,
+            architecture="svc" if architecture == "SVC" else "rvc",
             vocoder=vocoder_of_voice(vocoder),
         )
 

@@ -206,14 +206,21 @@ class NSFHiFiGAN(Excited, HiFiGAN):
 
     def __init__(self, shape: GeneratorShape) -> None:
         super().__init__(shape)
-        self.m_source = SineSource(shape.sample_rate)
+        self.m_source = SineSource(shape.sample_rate, self.num_harmonics)
         self.noise_convs = nn.ModuleList(noise_layers(shape))
+
+
+class NSFHiFiGANWithOvertones(NSFHiFiGAN):
+    """The same driven by eight overtones besides, as the SVC architecture has it."""
+
+    num_harmonics = 9
 
 
 def vocoder_class(shape: GeneratorShape) -> type[Vocoder]:
     """The decoder that `shape` names; ValueError when there is none."""
     spec = VOCODERS.get(shape.vocoder)
-    maker = spec and (spec.guided if shape.pitch_guidance else spec.plain)
+    guided = spec and ((spec.svc if shape.is_svc else None) or spec.guided)
+    maker = spec and (guided if shape.pitch_guidance else spec.plain)
     if maker is None:
         ways = [(name, "with", spec.guided) for name, spec in VOCODERS.items()]
         ways += [(name, "without", spec.plain) for name, spec in VOCODERS.items()]

@@ -137,20 +137,22 @@ def _generator_facts(shapes: Shapes) -> Iterator[tuple[str, str]]:
     def layers(prefix: str) -> int:
         return len({key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)})
 
-    content = size("enc_p.emb_phone.weight", 1)
+    first = "pre.weight" if "emb_uv.weight" in shapes else "enc_p.emb_phone.weight"
+    content = size(first, 1)
     # The versions differ in the width of their features, but a v2 may have those of any encoder.
     likely = ("v1", "v2") if content == V1_WIDTH else ("v2", "v1")
     version = next((v for v in likely if _rates(shapes, v)), likely[0])
     yield "model.version", version
     yield "data.sample_rate", " or ".join(f"{rate} Hz" for rate in _rates(shapes, version)) or "a rate that RVC lacks"
-    yield "model.pitch_guidance", "pitch" if "enc_p.emb_pitch.weight" in shapes else "no pitch"
+    yield "model.pitch_guidance", "pitch" if {"enc_p.emb_pitch.weight", "emb_uv.weight"} & shapes.keys() else "no pitch"
+    yield "model.architecture", "svc" if "emb_uv.weight" in shapes else "rvc"
     vocoder = next((name for prefix, name in _VOCODERS if any(key.startswith(prefix) for key in shapes)), "an unknown")
     yield "model.energy", "energy" if "enc_p.emb_energy.weight" in shapes else "no energy"
     yield "model.vocoder", f"{vocoder} as vocoder"
     yield "extract.embedder_model", f"features {content} wide"
     widths = {
         "inter_channels": (size("enc_p.proj.weight", 0) or 0) // 2,
-        "hidden_channels": size("enc_p.emb_phone.weight", 0),
+        "hidden_channels": size(first, 0),
         "filter_channels": size("enc_p.encoder.ffn_layers.0.conv_1.weight", 0),
         "num_layers": layers("enc_p.encoder.attn_layers."),
         "upsample_initial_channel": size("dec.conv_pre.weight", 0),

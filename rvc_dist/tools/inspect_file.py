@@ -185,7 +185,7 @@ def _network(shapes: Shapes, recipe: Recipe) -> Found:
 def _wanted(shapes: Shapes, recipe: Recipe) -> Shapes:
     """The tensors of the recipe's network of that kind, with as many speakers and, of a voice, without enc_q."""
     kind, table = kind_of(shapes), shapes.get("emb_g.weight", ())
-    content = shapes.get("enc_p.emb_phone.weight", (0, 0))
+    content = shapes.get("enc_p.emb_phone.weight", shapes.get("pre.weight", (0, 0)))
     width = _content_width(recipe) or (content[1] if len(content) > 1 else 0)
     shape = GeneratorShape.from_recipe(recipe, max(width, 1), max(table[0] if table else 1, 1))
     with torch.device("meta"):  # only shapes are asked for

@@ -40,7 +40,7 @@ PRETRAINED = {"generator": "pretrained_g", "discriminator": "pretrained_d"}
 """The recipe's key of each network's first weights."""
 ENERGY = "enc_p.emb_energy."
 """What a generator that follows energy has besides: where its first weights lack it, it begins as nothing."""
-SHAPE_SINCE = {"energy": False}
+SHAPE_SINCE = {"energy": False, "architecture": "rvc"}
 """Fields of a GeneratorShape that came later, and what checkpoints without them have."""
 RECOMPUTED = (ResBlock, ResidualLayers, WaveNet, Transformer, SubDiscriminator)
 """What `train.activation_checkpointing` computes twice: nearly all activations are inside these."""

@@ -62,6 +62,7 @@ class _Fields(_Pitch, total=False):
     speaker_info: list[SpeakerInfo] | None
     unvoiced: Unvoiced
     energy: bool | None
+    architecture: Literal["RVC", "SVC"] | None
     recipe: str | None
 
 
@@ -141,13 +142,15 @@ class Voice:
             fields = check(data, _Fields)
             version = fields.get("version", "v1")
             state = {k: v for k, v in from_upstream(weights(data["weight"])).items() if not k.startswith("enc_q.")}
+            is_svc = fields.get("architecture") == "SVC"
             shape = GeneratorShape.from_export_config(
                 data["config"],
                 version=version,
                 f0=bool(int(data.get("f0", 1))),
-                content_channels=state["enc_p.emb_phone.weight"].shape[1],
+                content_channels=state["pre.weight" if is_svc else "enc_p.emb_phone.weight"].shape[1],
                 vocoder=fields.get("vocoder") or "HiFi-GAN",
                 energy=bool(fields.get("energy")),
+                architecture="SVC" if is_svc else "RVC",
             )
             # The list carries one row a speaker of the network it was made from; the table itself is what counts.
             num_speakers = state[SPEAKER_TABLE].shape[0]
@@ -304,7 +307,7 @@ def voice_fields(
         "author": author,
         "vocoder": VOCODERS[shape.vocoder].voice_name,
         "energy": shape.energy,
-        "architecture": "RVC",
+        "architecture": shape.architecture.upper(),
         **embedder.to_voice(),
         **dataset.to_voice(),
     }

@@ -28,7 +28,7 @@ EVERY_OPTION = {
     "mel_frames": "edge",
     "grad_accum_steps": 2,
 }
-MODELS = {"rvc": {}, "energy": {"energy": True}}
+MODELS = {"rvc": {}, "energy": {"energy": True}, "svc": {"architecture": "svc"}}
 
 
 @pytest.fixture(autouse=True)
