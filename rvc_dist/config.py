@@ -488,7 +488,7 @@ class InferConfig:
     model: Text | None = None
     """Voice file; by default the run's voice/NAME_last.pth."""
     index: Text | None = None
-    """Retrieval index; by default the run's, when there is one."""
+    """Retrieval index, or a folder of a voice's, of which the speaker's is taken; by default the run's."""
     embedder_model: Text | None = None
     """Content encoder; by default the one that the voice file names. One given here is used even if it is another."""
     f0_method: Text | None = None

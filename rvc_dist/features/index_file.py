@@ -6,6 +6,7 @@ IndexIVFFlat over one, both of squared distances, with their lists in the same f
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,8 @@ MIN_DISTANCE = 1e-9
 CHUNK = 1 << 22
 """Numbers that are looked at at once."""
 
+OF_SPEAKER = re.compile(r"_spkid[0-9]+\.index$")
+"""How the name of one speaker's index ends."""
 KMEANS_ABOVE = 200_000
 """More frames than this are first reduced to KMEANS_CENTRES."""
 KMEANS_CENTRES = 10_000
@@ -38,6 +41,21 @@ def index_name(recipe: Recipe, cells: int, nprobe: int, speaker: int | None = No
     """The name that other tools look for, of the index of all or of one speaker."""
     whose = "" if speaker is None else f"_spkid{speaker}"
     return f"added_IVF{cells}_Flat_nprobe_{nprobe}_{recipe.name}_{recipe.model.version}{whose}.index"
+
+
+def index_in(folder: Path, speaker: int) -> Path:
+    """Of the indexes of one voice in `folder`, as other tools keep them, the speaker's, else that of all.
+
+    Raises:
+        StageError: there is not exactly one.
+    """
+    files = sorted(path for path in folder.glob("*.index") if not path.name.startswith("trained_"))  # without vectors
+    own = [path for path in files if path.name.endswith(f"_spkid{speaker}.index")]
+    found = own or [path for path in files if not OF_SPEAKER.search(path.name)]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:3]) or "none"
+        raise StageError(f"infer.index: {folder} has {len(found)} indexes for speaker {speaker} ({names});", "name one")
+    return found[0]
 
 
 def complete(recipe: Recipe) -> bool | None:

@@ -30,7 +30,7 @@ from rvc_dist.features.content import WITHOUT_FILES
 from rvc_dist.features.energy import frame_energy
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import autotune, drawn_on
-from rvc_dist.features.index_file import Retriever
+from rvc_dist.features.index_file import Retriever, index_in
 from rvc_dist.files import atomic_write
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.runtime.device import compute_exactly
@@ -270,11 +270,15 @@ def _retriever(config: InferConfig, work: Workspace, width: int, speaker: int) -
     """infer.index, or the run's own index for a voice of that run: the speaker's, else that of all.
 
     None when there is none or it is not wanted.
+
+    Raises:
+        StageError: infer.index is no index, or a folder in which not one alone fits.
     """
     if config.index_rate == 0:
         return None
     is_own = config.model is None or os.path.dirname(os.path.realpath(config.model)) == os.path.realpath(work.voice_dir)
     index = Path(config.index) if config.index else work.index_file(speaker) if is_own else None
+    index = index_in(index, speaker) if index is not None and index.is_dir() else index
     logger.info("infer: index %s", index or "none, so infer.index_rate has no effect")
     return Retriever(index, width) if index is not None else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from helpers import changed, narrow_recipe, workspace_of, write_features
 from rvc_dist.config import IndexConfig, Recipe
 from rvc_dist.features import index
 from rvc_dist.features.index import Queries, Recall, VectorFile, num_cells
-from rvc_dist.features.index_file import Retriever, complete
+from rvc_dist.features.index_file import Retriever, complete, index_in
 from rvc_dist.workspace import Shard, StageError, read_json
 
 ALONE = Shard(0, 1)
@@ -159,6 +160,25 @@ def test_each_speaker_has_an_index_of_their_own_frames(speakers: str, recipe: Re
     index.run(again, ALONE)
     assert {p.name for p in folder(recipe).iterdir()} == {index_file(recipe).name, "total_fea.npy", "report.json"}
     assert work.index_file(5) == index_file(recipe)
+
+
+@pytest.mark.parametrize(
+    ("names", "speaker", "expected"),
+    [
+        (["added_a.index", "added_a_spkid1.index", "trained_a.index"], 1, "added_a_spkid1.index"),
+        (["added_a.index", "added_a_spkid1.index", "trained_a.index"], 11, "added_a.index"),
+        (["added_a_spkid1.index"], 0, "has 0 indexes for speaker 0 (none); name one"),
+        (["added_a.index", "added_b.index"], 0, "has 2 indexes for speaker 0 (added_a.index, added_b.index); name one"),
+    ],
+)
+def test_of_a_folder_the_speakers_index_is_taken(names: list[str], speaker: int, expected: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    if expected in names:
+        assert index_in(tmp_path, speaker).name == expected
+        return
+    with pytest.raises(StageError, match=re.escape(expected)):
+        index_in(tmp_path, speaker)
 
 
 def test_other_ranks_leave_it_to_the_first(recipe: Recipe) -> None:

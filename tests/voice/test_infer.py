@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import io
 import itertools
+import json
 import logging
 import os
 import re
@@ -860,6 +861,15 @@ def test_a_voice_of_the_run_takes_the_index_of_the_run(
         infer.run(changed(recipe, "infer", model=model), ALONE)
         assert ("added.index" in caplog.text) is has_index
         assert ("infer.index_rate has no effect" in caplog.text) is not has_index
+
+    shutil.copyfile(run_dir / "index" / "added.index", run_dir / "index" / "added_spkid1.index")
+    report = {"file": "added.index", "stamp": "0", "speakers": [{"speaker": 1, "file": "added_spkid1.index"}]}
+    (run_dir / "index" / "report.json").write_text(json.dumps(report))
+    foreign = {"model": str(voice_file), "index": str(run_dir / "index")}
+    for given, speaker in itertools.product(({"model": None}, foreign), (0, 1)):
+        caplog.clear()
+        infer.run(changed(recipe, "infer", speaker=speaker, **given), ALONE)
+        assert f"/{'added_spkid1' if speaker else 'added'}.index" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["someone/evil", "evil", "x/" + "y" * 200])
