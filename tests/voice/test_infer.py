@@ -731,9 +731,9 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     calls: list[dict[str, Tensor]] = []
     original = Generator.infer
 
-    def spy(self: Generator, content: Tensor, lengths: Tensor, coarse: Any, f0: Any, speaker: Tensor) -> Tensor:
+    def spy(self: Generator, content: Tensor, lengths: Tensor, coarse: Any, f0: Any, *others: Any) -> Tensor:
         calls.append({"content": content, "coarse": coarse, "f0": f0})
-        return original(self, content, lengths, coarse, f0, speaker)
+        return original(self, content, lengths, coarse, f0, *others)
 
     monkeypatch.setattr(Generator, "infer", spy)
     return calls
