@@ -155,6 +155,7 @@ VOCODERS: dict[str, VocoderSpec] = {
     "refinegan": VocoderSpec(
         "rvc_dist.models.refinegan:RefineGAN", None, "RefineGAN", discriminator="v3", num_stages=4
     ),
+    "bigvgan": VocoderSpec("rvc_dist.models.bigvgan:BigVGAN", None, "BigVGAN", discriminator="v3"),
 }
 """By the name in `model.vocoder`."""
 

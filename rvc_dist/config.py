@@ -287,8 +287,8 @@ class ModelConfig:
     version: Literal["v1", "v2"] = "v2"
     """v1: 6 period discriminators, 256 features; v2: 8, and the encoder's own width."""
     vocoder: Annotated[str, one_of(VOCODERS)] = "hifi-gan"
-    """Decoder: hifi-gan (NSF-HiFiGAN; without pitch guidance plain HiFiGAN), mrf-hifi-gan (the same with overtones), or
-    refinegan."""
+    """Decoder: hifi-gan (NSF-HiFiGAN; without pitch guidance plain HiFiGAN), mrf-hifi-gan (the same with overtones),
+    refinegan, or bigvgan."""
     pitch_guidance: bool = True
     """Follow f0: right for speech and singing alike."""
     energy: bool = False

@@ -131,7 +131,7 @@ def decimate(x: Tensor, rate: int) -> Tensor:
     time = torch.arange(-reach, reach + rate, device=x.device) * (FILTER_CUTOFF / rate)
     time = time.clamp(-FILTER_LOBES, FILTER_LOBES)
     window = torch.special.i0(FILTER_BETA * (1 - (time / FILTER_LOBES).square()).sqrt())
-    taps = torch.sinc(time) * window * (FILTER_CUTOFF / rate / torch.special.i0(torch.tensor(FILTER_BETA)))
+    taps = torch.sinc(time) * (window / window[reach]) * (FILTER_CUTOFF / rate)
     rows = F.pad(x.flatten(0, 1).unsqueeze(1), (reach, reach + rate))
     lower = F.conv1d(rows, taps.to(x.dtype)[None, None], stride=rate)[..., : x.shape[2] // rate]
     return lower.reshape(*x.shape[:2], -1)

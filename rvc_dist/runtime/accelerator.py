@@ -76,7 +76,10 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             # With accumulation the first backward passes are local, and a static graph would be recorded from those.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=config.grad_accum_steps == 1),
+            # Buffers are constants (BigVGAN's filters), and need not be sent.
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, static_graph=config.grad_accum_steps == 1, broadcast_buffers=False
+            ),
             InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s or config.timeout_s)),
         ],
     )

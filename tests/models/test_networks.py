@@ -387,7 +387,7 @@ def test_reflection_is_the_same_with_deterministic_kernels() -> None:
 
 
 @pytest.mark.parametrize("kind", ["v3", "v2-mrd"])
-def test_discriminators_over_spectrograms(kind: str) -> None:
+def test_discriminators_over_spectrograms(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     spec = DISCRIMINATORS[kind]
     discriminator = MultiPeriodDiscriminator(spec, 64)
@@ -405,6 +405,16 @@ def test_discriminators_over_spectrograms(kind: str) -> None:
     torch.testing.assert_close(seen[0, 0, :, 7], torch.fft.rfft(F.pad(frame, (212, 212))).abs(), rtol=1e-4, atol=1e-4)
     assert [tuple(layer.shape[2:]) for layer in output.features[-3]] == [(513, n) for n in (40, 20, 10, 5, 5, 5)]
     assert output.scores[-3].shape == (2, 513 * 5)
+    # Gradients of a batch are the mean of those of its halves, but for rounding.
+    first.double()
+    monkeypatch.setattr("rvc_dist.models.discriminator.rectangular_spectrogram", lambda x, *_: x.reshape(-1, 48, 100))
+    double = wave.detach().double()
+    halves = [torch.autograd.grad(first(w)[0].square().mean(), list(first.parameters())) for w in double.split(1)]
+    whole = torch.autograd.grad(first(double)[0].square().mean(), list(first.parameters()))
+    for gradient, *parts in zip(whole, *halves, strict=True):
+        torch.testing.assert_close(gradient, sum(parts) / 2, rtol=1e-9, atol=1e-12)
+    first.float()
+    monkeypatch.undo()
     silence = torch.zeros(1, 1, 4800, requires_grad=True)
     first(silence)[0].sum().backward()
     assert silence.grad.isfinite().all()

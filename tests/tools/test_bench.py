@@ -329,10 +329,18 @@ def test_a_moved_run_folder_keeps_its_links(tmp_path):
 # The plain step
 
 
-@pytest.mark.parametrize("options", [{}, {"d_updates": 2, "loss": LossConfig(stft=2.5), "mel_frames": "edge"}])
-def test_the_plain_step_computes_the_same_losses_and_gradients(tmp_path, options):
+@pytest.mark.parametrize(
+    ("vocoder", "options"),
+    [
+        ("hifi-gan", {}),
+        ("hifi-gan", {"d_updates": 2, "loss": LossConfig(stft=2.5), "mel_frames": "edge"}),
+        ("refinegan", {}),
+    ],
+)
+def test_the_plain_step_computes_the_same_losses_and_gradients(tmp_path, vocoder, options):
     # So low a rate that D, whose update comes before G's losses, is the same in both to float32 rounding.
-    run = run_of(bench_recipe(tmp_path, learning_rate=1e-9, **options))
+    recipe = bench_recipe(tmp_path, learning_rate=1e-9, **options)
+    run = run_of(replace(recipe, model=replace(recipe.model, vocoder=vocoder)))
     batches = run.longest()
     run.train_step(batches)
     plain = run.plain("recipe")
