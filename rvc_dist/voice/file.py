@@ -160,8 +160,8 @@ class Voice:
             trained_with = _trained_with(fields.get("recipe") or "")
             named = {info["id"]: info for info in fields.get("speaker_info") or []}
             trained = tuple(sorted(set(fields.get("trained_speakers") or named)))
-            for key, rows in ("trained_speakers", trained), ("speaker_info", tuple(named)):
-                check(rows, list[Annotated[int, within(0, num_speakers - 1)]], key)
+            for name, rows in ("trained_speakers", trained), ("speaker_info", tuple(named)):
+                check(rows, list[Annotated[int, within(0, num_speakers - 1)]], name)
         except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:300]
             raise StageError(f"{key}: {path} holds no voice that can be built here ({reason})") from error
