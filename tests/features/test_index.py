@@ -19,8 +19,8 @@ from helpers import changed, narrow_recipe, workspace_of, write_features
 from rvc_dist.config import IndexConfig, Recipe
 from rvc_dist.features import index
 from rvc_dist.features.index import Queries, Recall, VectorFile, num_cells
-from rvc_dist.features.index_file import Retriever, complete, index_in
-from rvc_dist.workspace import Shard, StageError, read_json
+from rvc_dist.features.index_file import Retriever, complete, index_in, wanted_fingerprint
+from rvc_dist.workspace import Shard, StageError, fingerprint, read_json
 
 ALONE = Shard(0, 1)
 WIDTH = 24
@@ -156,6 +156,9 @@ def test_each_speaker_has_an_index_of_their_own_frames(speakers: str, recipe: Re
     index.run(recipe, ALONE)
     assert of_bob.is_file()
     again = changed(recipe, "index", speakers="common")
+    of_before = {"algorithm": "auto", "nprobe": 9, "recall": None}
+    features = read_json(work.features_report_file)
+    assert wanted_fingerprint(again, work) == fingerprint(features, of_before, "tiny"), "indexes of old runs stay"
     assert complete(again) is None
     index.run(again, ALONE)
     assert {p.name for p in folder(recipe).iterdir()} == {index_file(recipe).name, "total_fea.npy", "report.json"}
