@@ -136,6 +136,8 @@ class Check:
             advice = check_precision(recipe.train.autocast_precision, self.device)
         except StageError as error:
             raise LeftOutError(error) from error
+        if recipe.train.compile == "graphs" and self.device.type != "cuda":
+            raise LeftOutError("CUDA has them")
         if advice and self.device.type == "cpu":
             raise LeftOutError(advice[0])
         return recipe
