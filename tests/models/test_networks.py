@@ -20,7 +20,7 @@ from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import RATES, DataConfig, ModelConfig, Recipe
 from rvc_dist.models import modules
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator, PeriodDiscriminator
-from rvc_dist.models.encoders import ATTENTION_WINDOW, RelativeAttention
+from rvc_dist.models.encoders import RelativeAttention
 from rvc_dist.models.generator import Generator, GeneratorOutput, Noise
 from rvc_dist.models.modules import (
     Conv1d,
@@ -43,6 +43,7 @@ from rvc_dist.train.losses import (
     multiscale_mel_loss,
 )
 
+ATTENTION_WINDOW = 10
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
 NARROW = ModelConfig(
@@ -234,7 +235,7 @@ def test_frame_mask() -> None:
 @pytest.mark.parametrize("num_frames", [1, 4, ATTENTION_WINDOW, 3 * ATTENTION_WINDOW])
 def test_relative_attention_is_its_definition(num_frames: int) -> None:
     torch.manual_seed(0)
-    attention = RelativeAttention(8, num_heads=2, dropout=0.0)
+    attention = RelativeAttention(8, num_heads=2, dropout=0.0, window=ATTENTION_WINDOW)
     x, valid = torch.randn(1, 8, num_frames), max(1, num_frames - 2)
     mask = frame_mask(torch.tensor([valid]), num_frames)
     query, key, value = (
