@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rvc_dist.config import MAX_CLIP_FRAMES, PRETRAINED_SPEAKERS, Recipe
+from rvc_dist.config import MAX_CLIP_FRAMES, PRETRAINED_SPEAKERS, Recipe, TrainConfig
 from rvc_dist.data import clip_files, decode
 from rvc_dist.data.sources import folder_of, list_sources
 from rvc_dist.files import write_json
@@ -160,6 +160,13 @@ class RunPlan:
         }
 
 
+def sent_bytes(config: TrainConfig, gradient_bytes: Mapping[str, int]) -> list[int]:
+    """Bytes of every sending of gradients in a step, given those of each network."""
+    compressed = 2 if config.grad_compression == "bf16" else 1
+    updates = {"generator": 1, "discriminator": config.d_updates}
+    return [n // compressed for name, n in gradient_bytes.items() for _ in range(updates[name])]
+
+
 def make_plan(recipe: Recipe) -> RunPlan:
     """Raises: StageError: as `run`."""
     table, clips_from = training_clips(recipe)
@@ -170,15 +177,13 @@ def make_plan(recipe: Recipe) -> RunPlan:
     traced = trace(recipe, table.content_channels, num_speakers, max(frames))
     pace, pace_from, machine = find_pace(recipe, traced, statistics.fmean(frames))
     cluster, pace, assumed = find_cluster(recipe, pace, machine)
-    compressed = 2 if recipe.train.grad_compression == "bf16" else 1
-    updates = {"generator": 1, "discriminator": recipe.train.d_updates}
     rows = forecasts(
         recipe.train,
         lengths,
         sorted({*WORLD_SIZES, recipe.plan.ranks}),
         pace,
         cluster,
-        [n // compressed for name, n in traced.gradient_bytes.items() for _ in range(updates[name])],
+        sent_bytes(recipe.train, traced.gradient_bytes),
         recipe.rate_spec.hop / recipe.data.sample_rate,
     )
     assumed += [

@@ -12,13 +12,22 @@ import pytest
 import soundfile
 import torch
 from accelerate.state import AcceleratorState
-from helpers import NARROWEST, make_features, thin_networks, tiny_recipe, with_train
+from helpers import NARROWEST, changed, make_features, thin_networks, tiny_recipe, with_train
 from launching import rvc_dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rvc_dist import __main__ as cli
-from rvc_dist.config import BenchConfig, ConfigError, DataConfig, PlanConfig, PreprocessConfig, Recipe
+from rvc_dist.config import (
+    BenchConfig,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    PlanConfig,
+    PreprocessConfig,
+    Recipe,
+    TrainConfig,
+)
 from rvc_dist.data import preprocess
 from rvc_dist.models import spectral
 from rvc_dist.tools import bench, measuring, plan
@@ -188,9 +197,13 @@ def test_bytes_are_counted_while_their_storage_lives():
         assert allocated.num_bytes == 0
 
 
-def test_a_traced_step_counts_what_a_real_one_counts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("train", "model"), [({}, {}), ({"d_updates": 2, "loss": LossConfig(stft=1.0)}, {"energy": True})]
+)
+def test_a_traced_step_counts_what_a_real_one_counts(tmp_path, monkeypatch, train, model):
     thin_networks(monkeypatch.setattr)
-    recipe = with_train(tiny_recipe(tmp_path, batch_size=3), optimizer="adamw", grad_accum_steps=2)
+    recipe = with_train(tiny_recipe(tmp_path, batch_size=3), optimizer="adamw", grad_accum_steps=2, **train)
+    recipe = changed(recipe, "model", **model)
     make_features(recipe)
     run = measuring.MeasuredRun(recipe)
     batches = run.longest()
@@ -391,6 +404,12 @@ def test_fixed_steps_are_not_made_shorter_by_ranks(tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert "train.max_steps 5 ends the run: more ranks do not shorten it" in out
     assert "The recipe's ranks are past that." in out
+
+
+def test_what_d_sends_is_counted_at_each_of_its_updates():
+    bytes_of = {"generator": 40, "discriminator": 70}
+    assert plan.sent_bytes(TrainConfig(), bytes_of) == [40, 70]
+    assert plan.sent_bytes(TrainConfig(d_updates=2, grad_compression="bf16"), bytes_of) == [20, 35, 35]
 
 
 def test_wrong_uses_are_named(tmp_path, capsys):
