@@ -6,6 +6,7 @@ Shapes: S samples, T frames, C channels. Positions in the input are counted in f
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import logging
 import math
@@ -47,6 +48,8 @@ from rvc_dist.workspace import Shard, StageError, Workspace, fingerprint, listed
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 30.0
+KERNEL_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"
+"""On a CPU each length of window has kernels of its own, of which oneDNN would keep 1024, some 0.6 MB each."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +294,7 @@ def run(recipe: Recipe, shard: Shard) -> None:
     Raises:
         StageError: recordings cannot be read, a result not be written, or `Converter.load` fails.
     """
+    os.environ.setdefault(*KERNEL_CACHE)
     jobs = list_jobs(recipe.infer)
     if recipe.infer.f0_file and len(jobs) > 1:
         raise StageError(f"infer.f0_file: got one for {len(jobs)} recordings;", "convert one alone")
@@ -400,6 +404,7 @@ class Progress:
     def __call__(self, made: Iterator[decode.Samples], rate: int) -> Iterator[decode.Samples]:
         """`made`, counted as it passes."""
         for block in made:
+            give_memory_back()
             self.done_s += len(block) / rate
             speed = self.done_s / max(1e-9, time.monotonic() - self.began_at)
             self.bar.update(int(self.done_s), self.name, speed)
@@ -408,6 +413,12 @@ class Progress:
                 left_s = (self.total_s - self.done_s) / speed
                 logger.info("infer: %.0f of %.0f s, about %.0f s left", self.done_s, self.total_s, left_s)
             yield block
+
+
+def give_memory_back() -> None:
+    """Let the C library return what is free: windows of many lengths would leave gaps of many sizes in its heap."""
+    with contextlib.suppress(OSError, AttributeError):  # it is not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def convert_recording(converter: Converter, job: Job, stamp: str, progress: Progress) -> None:

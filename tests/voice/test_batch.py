@@ -313,9 +313,9 @@ def f0_fed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
     original = Generator.infer
 
-    def spy(self: Generator, content: Any, lengths: Any, coarse: Any, f0: Any, speaker: Any) -> Any:
+    def spy(self: Generator, content: Any, lengths: Any, coarse: Any, f0: Any, *others: Any) -> Any:
         calls.append(f0[0, windows.CONTEXT : -windows.CONTEXT].numpy())
-        return original(self, content, lengths, coarse, f0, speaker)
+        return original(self, content, lengths, coarse, f0, *others)
 
     monkeypatch.setattr(Generator, "infer", spy)
     return calls
