@@ -50,7 +50,8 @@ def write_folder(recipe: Recipe, saved: Checkpoint, dataset: Dataset, folder: Pa
     shape = GeneratorShape.from_identity(saved.identity)
     voice = voice_dict(recipe, saved, dataset)
     voice["recipe"] = _without_places(recipe).to_yaml()
-    if not (voice["version"] == "v2" and shape.pitch_guidance and shape.vocoder == "hifi-gan"):
+    is_plain = shape.vocoder == "hifi-gan" and shape.architecture == "rvc" and not shape.energy
+    if not (voice["version"] == "v2" and shape.pitch_guidance and is_plain):
         logger.warning("export: ZeroRVC reads voices of v2 with pitch guidance and hifi-gan; this one it does not")
     pth = folder / f"{recipe.name}.pth"
     write_voice(pth, voice)

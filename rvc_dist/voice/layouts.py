@@ -172,8 +172,8 @@ class Experiment:
             yield f"has no vocoder {vocoder} (only {', '.join(self.layout.vocoders)})"
         if self.judged_by not in self.layout.discriminators:
             yield f"has no discriminator {self.judged_by} (only {', '.join(self.layout.discriminators)})"
-        if self.shape.energy:
-            yield "does not hear the energy of a clip, which this voice does"
+        if self.shape.energy or self.shape.architecture != "rvc":
+            yield "has the networks of RVC alone, without energy: it cannot build this voice's"
         unvoiced = self.saved.identity.get("extract.unvoiced", SINCE["extract.unvoiced"])
         if self.has_pitch and unvoiced != self.layout.unvoiced:
             yield (
