@@ -88,17 +88,17 @@ def weights(state: object, with_counters: bool = False) -> dict[str, Tensor]:
     allowed = {*DTYPES.values(), *([torch.int64] if with_counters else [])}
     odd = [key for key, value in state.items() if value.dtype not in allowed]
     if odd:
-        raise ForeignFileError(f"its {_tensors(odd)} is of {state[odd[0]].dtype}, expected floating numbers")
+        raise ForeignFileError(f"not of floating numbers, but of {state[odd[0]].dtype}: its {_tensors(odd)}")
     infinite = [key for key, value in state.items() if not value.isfinite().all()]
     if infinite:
-        raise ForeignFileError(f"its {_tensors(infinite)} holds numbers that are not finite (NaN or infinity)")
+        raise ForeignFileError(f"numbers that are not finite (NaN or infinity) in its {_tensors(infinite)}")
     return {str(key): value for key, value in state.items()}
 
 
 def _tensors(keys: list[object]) -> str:
-    """For a sentence: the first, and how many there are."""
-    others = f" (the first of {len(keys)} that are so)" if len(keys) > 1 else ""
-    return f"tensor {str(keys[0])[:80]}{others}"
+    """For a sentence: their names, and how many more there are."""
+    names = ", ".join(str(key)[:80] for key in keys[:5])
+    return f"tensor{'s' * (len(keys) > 1)} {names}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
 
 
 class _Bounded(io.FileIO):

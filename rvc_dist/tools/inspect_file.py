@@ -130,10 +130,7 @@ def _reader(path: Path, head: bytes) -> Callable[[Path, Recipe], Found]:
 
 def _torch_file(path: Path, recipe: Recipe) -> Found:
     file = WeightsFile.read(path, with_counters=True)
-    kind, spelling = (
-        kind_of(file.shapes),
-        "old (weight_g, weight_v)" if file.is_old_spelling else "new (original0, original1)",
-    )
+    kind = kind_of(file.shapes)
     if file.is_voice and kind in (GENERATOR, VOICE):
         return _voice(path, file, recipe)
     found = _network(file.shapes, recipe)
@@ -142,10 +139,11 @@ def _torch_file(path: Path, recipe: Recipe) -> Found:
         found.what = f"{found.what}, {'as training writes it' if is_training else 'weights alone'}"
         facts = {"epoch": file.data.get("iteration"), "learning rate": file.data.get("learning_rate")}
         found.facts |= {name: str(value) for name, value in facts.items() if value is not None}
-        found.facts |= {
-            "optimizer": "with its state" if file.data.get("optimizer") else "none",
-            "weight norm": spelling,
-        }
+        optimizer = file.data.get("optimizer")
+        has_state = isinstance(optimizer, dict) and bool(optimizer.get("state"))
+        found.facts["optimizer"] = "with its state" if has_state else "none"
+        is_old = file.is_old_spelling
+        found.facts["weight norm"] = "old (weight_g, weight_v)" if is_old else "new (original0, original1)"
     return found
 
 

@@ -49,7 +49,10 @@ def g(recipe: Recipe, width: int = 768) -> dict[str, torch.Tensor]:
 
 
 def training_file(path: Path, recipe: Recipe, width: int = 768) -> Path:
-    torch.save({"model": g(recipe, width), "iteration": 7, "optimizer": {"state": {}}, "learning_rate": 1e-4}, path)
+    torch.save(
+        {"model": g(recipe, width), "iteration": 7, "optimizer": {"state": {0: {"step": 1}}}, "learning_rate": 1e-4},
+        path,
+    )
     return path
 
 
