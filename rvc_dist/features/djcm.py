@@ -144,7 +144,9 @@ class DJCM(nn.Module):
 
 
 class DjcmPitch(F0Method):
-    """DJCM as a pitch tracker, with the weights of `extract.f0_djcm_model`; slow on a CPU.
+    """DJCM as a pitch tracker, with the weights of `extract.f0_djcm_model`.
+
+    On a CPU it takes several times as long as the recording, with both U-nets twenty times.
 
     Raises StageError when they cannot be had, ValueError when they are not DJCM's.
     """

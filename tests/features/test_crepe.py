@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_f0 import check_protocol
 
 from rvc_dist.config import ExtractConfig
 from rvc_dist.features.crepe import MULTIPLIERS, Crepe
@@ -47,8 +46,6 @@ def test_a_size_from_a_file(size: str, tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", size)
     method = load_f0(ExtractConfig(f0_method=f"crepe-{size}", f0_crepe_model=str(path), f0_min=150, f0_max=300), CPU)
     path.unlink()
-    if size == "small":
-        check_protocol(method)
     wave = 0.1 * torch.randn(1, 800)
     hz = 10.0 * 2.0 ** ((20.0 * 180 + 1997.3794084376191) / 1200.0)
     torch.testing.assert_close(method(wave), torch.full((1, 5), hz), rtol=2e-3, atol=0)

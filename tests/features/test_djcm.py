@@ -61,8 +61,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-@each_kind
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(("n_fft", "separates", "suffix"), [(1024, False, ".pt"), (2048, True, ".safetensors")])
 def test_from_a_file_to_pitch(n_fft: int, separates: bool, suffix: str, tmp_path: Path) -> None:
     path = write_djcm(tmp_path / f"djcm{suffix}", n_fft, separates, peak=200)
     method = load(path, f0_min=150.0, f0_max=400.0)
