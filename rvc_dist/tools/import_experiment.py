@@ -112,7 +112,10 @@ def run(recipe: Recipe, shard: Shard, given: Sequence[tuple[str, str]] = ()) -> 
     recipe = adapt(recipe, experiment, common_rate(experiment, files), "extract.embedder_model" in keys)
     settings = imported_clip_settings(recipe)
     known = [(f.path, f.reason) if f.reason else f.identity for f in files]
-    listing = fingerprint(known, feature_listing(experiment, num_threads))
+    repeats = {f.path: repeat for f in files if (repeat := experiment.repeat_of(f.path)) > 1}
+    told = (experiment.unvoiced.removeprefix("zero"), sorted(experiment.names.items()), repeats)
+    # What an experiment does not tell is left out, so that older imports of it stay what they are.
+    listing = fingerprint(known, feature_listing(experiment, num_threads), *filter(None, told))
     check_recordings(work, files, lambda f: f.content)
     if old is not None and (old.listing, old.settings) == (listing, settings) and complete(recipe):
         logger.info("import: %s was imported before, nothing to do", experiment.folder)
@@ -123,8 +126,8 @@ def run(recipe: Recipe, shard: Shard, given: Sequence[tuple[str, str]] = ()) -> 
     # Clips with features before those without, so that hardly any unit has both kinds.
     usable = sorted((f for f in files if not f.reason), key=lambda f: not experiment.has_features(f.path))
     work_list = WorkList(listing, settings, cut_units(usable), tuple(f for f in files if f.reason))
-    if experiment.content_dir and (old is None or old.listing != listing):
-        for path in unit_files(work.features_dir):  # their stamps do not tell one array from another
+    if old is None or old.listing != listing:
+        for path in (*unit_files(work.clips_dir), *unit_files(work.features_dir)):  # whose stamps know not all of it
             path.unlink()
     atomic_write(work.work_list_file, work_list.dumps())
     stage = Import(recipe, work_list, experiment)

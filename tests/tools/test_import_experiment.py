@@ -744,6 +744,24 @@ def test_a_changed_experiment_is_imported_anew(tmp_path: Path, copied: Path) -> 
     assert feature_files.complete(found)
 
 
+def test_new_names_repeats_and_an_older_versions_import_are_imported_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = experiments.make(tmp_path / "logs" / "voice", "rvc-next")
+    recipe, filelist = recipe_for(folder, tmp_path / "run"), folder / "filelist.txt"
+    work = workspace_of(recipe)
+    with monkeypatch.context() as older:
+        older.setattr(experiment, "_convention", lambda *_: "zero")
+        assert imported(recipe).extract.unvoiced == "zero"
+    assert imported(recipe).extract.unvoiced == "interpolated"
+    lines = filelist.read_text(encoding="utf-8").replace("|7", "|Ann").splitlines()
+    filelist.write_text("\n".join([*lines, lines[0]]), encoding="utf-8")
+    imported(recipe)
+    assert work.speakers().names == {5: "Ann", 109: "Zoë B."}
+    clips = [c for p in unit_files(work.clips_dir) for c in read_header(p)["clips"]]
+    assert sorted(c.get("repeat", 1) for c in clips if c["speaker"] == 5) == [2, 2, 3]
+
+
 def test_other_ranks_wait_for_the_first(tmp_path: Path, applio: Path) -> None:
     recipe = recipe_for(applio, tmp_path / "run")
     other = threading.Thread(target=import_experiment.run, args=(recipe, Shard(1, 2)), daemon=True)
