@@ -11,11 +11,13 @@ import pytest
 import torch
 from helpers import NARROWEST, changed, golden_weights
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvc_dist.choices import VOCODERS
 from rvc_dist.config import RATES, ConfigError, DataConfig, Recipe
 from rvc_dist.features.hub import make_torchaudio_importable
-from rvc_dist.models.modules import use_channels_last
+from rvc_dist.models.modules import Conv1d, use_channels_last
 from rvc_dist.models.refinegan import decimate
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import to_upstream
@@ -95,6 +97,32 @@ def test_pitch_noise_and_layout_count_as_they_should(vocoder: str) -> None:
             half = network(z, f0, speaker, noise)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, wave, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("vocoder", VOCODERS)
+def test_on_cuda_layers_keep_the_layout_and_nothing_is_on_the_host(vocoder: str) -> None:
+    """Tensors on the host would keep CUDA from recording a graph."""
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            found.update([made.device.type] if isinstance(made, Tensor) else [])
+            return made
+
+    found, layouts = set[str](), dict[str, bool]()
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network, shape = decoder(vocoder, inter_channels=16, upsample_initial_channel=128, gin_channels=8)
+            given = inputs(network, shape, 8)
+        use_channels_last(network)
+        for name, layer in network.named_modules():
+            if isinstance(layer, Conv1d) and name != "conv_pre":
+                layer.register_forward_hook(lambda _, x, y, name=name: layouts.update({name: x[0].stride(1) == 1}))
+        with Devices():
+            assert network(*given).device.type == "cuda"
+    assert found == {"cuda"}
+    assert len(layouts) > 70
+    assert all(layouts.values()), layouts
 
 
 @pytest.mark.slow
