@@ -88,6 +88,18 @@ def reasons(recipe: Recipe) -> dict[str, str]:
 # What is taken over
 
 
+def test_energy_is_measured_where_the_recipe_asks_for_it(applio: Path, tmp_path: Path) -> None:
+    recipe = imported(changed(recipe_for(applio, tmp_path / "run"), "model", energy=True))
+    work = workspace_of(recipe)
+    feature_files.check_made(recipe, work)
+    found = {k: v for path in unit_files(work.features_dir) for k, v in load_file(path).items()}
+    energies = {k: v for k, v in found.items() if k.endswith(".energy")}
+    assert len(energies) == len(found) / 3 > 0
+    for key, energy in energies.items():
+        assert energy.shape == found[key.replace("energy", "f0")].shape
+        assert energy.max() > 0
+
+
 def test_waves_features_and_speakers_are_taken_over_to_the_last_bit(made: tuple[str, Path], tmp_path: Path) -> None:
     tool, folder = made
     recipe = imported(recipe_for(folder, tmp_path / "run"))
