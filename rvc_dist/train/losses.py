@@ -23,6 +23,9 @@ from rvc_dist.train.dataset import Batch
 
 STFT_RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 """Of `stft_loss`: size of the transform, hop and window in samples, those of Parallel WaveGAN (arXiv 1910.11480)."""
+LOG_FLOOR = 0.01
+"""Least magnitude of a bin that `stft_loss` takes the logarithm of, some -90 dB: what lies near the spectrograms' own
+floor of 0.001 is rounding noise, of which the gradients would be made."""
 QUIET_MAGNITUDE = 0.1
 """Spectra of less than this in the mean are not what `stft_loss` divides by: those of silent clips, and of noise below
 some -40 dB."""
@@ -101,7 +104,8 @@ def stft_loss(real_wave: Tensor, fake_wave: Tensor) -> Tensor:
         real, fake = spectrogram(waves, n_fft, hop, window).flatten(1).chunk(2)
         real = real.detach()
         size = real.norm(dim=1).clamp(min=QUIET_MAGNITUDE * real.shape[1] ** 0.5)
-        losses.append(((fake - real).norm(dim=1) / size).mean() + F.l1_loss(fake.log(), real.log()))
+        of_logs = F.l1_loss(fake.clamp(min=LOG_FLOOR).log(), real.clamp(min=LOG_FLOOR).log())
+        losses.append(((fake - real).norm(dim=1) / size).mean() + of_logs)
     return torch.stack(losses).mean()
 
 

@@ -134,6 +134,20 @@ def test_stft_loss() -> None:
     assert stft_loss(torch.zeros_like(wave), 0.01 * wave).item() < 10
 
 
+def test_gradients_of_the_stft_loss_are_not_made_of_rounding_noise() -> None:
+    """A tone has bins with nothing in them: what of them a rounding changes must not rule the gradients."""
+    torch.manual_seed(0)
+    time = torch.arange(8640) / 24000
+    real, fake = (level * torch.sin(2 * math.pi * 200 * time).reshape(1, 1, -1) for level in (0.3, 0.02))
+
+    def gradient(wave: Tensor) -> Tensor:
+        wave = wave.clone().requires_grad_()
+        return torch.autograd.grad(stft_loss(real, wave), wave)[0]
+
+    exact, rounded = gradient(fake), gradient(fake * (1 + 1e-7 * torch.randn_like(fake)))
+    assert (exact - rounded).norm() < 1e-4 * exact.norm()
+
+
 def test_mel_frames_at_the_edges_of_hops() -> None:
     """As `torch.stft` has them, in other tools of RVC; every frame half a hop earlier than in the middle, and one more.
 
