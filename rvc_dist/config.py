@@ -631,6 +631,16 @@ class Recipe:
         return text
 
 
+def _unknown_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    methods = {"extract.f0_method": recipe.extract.f0_method, "infer.f0_method": recipe.infer.f0_method}
+    for key, method in methods.items():
+        try:
+            if method is not None:
+                f0_method_names(method)
+        except ValueError as error:
+            yield key, str(error).replace("extract.f0_method", key)
+
+
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, sentence) of every value that does not go with another."""
     cut, pitch, model, plan, wrong = (
@@ -642,10 +652,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     )
     if cut.overlap_len > cut.chunk_len / 2:
         yield wrong("preprocess.overlap_len", f", expected at most half of preprocess.chunk_len ({cut.chunk_len})")
-    try:
-        f0_method_names(pitch.f0_method)
-    except ValueError as error:
-        yield "extract.f0_method", str(error)
+    yield from _unknown_trackers(recipe)
     if pitch.f0_max <= pitch.f0_min:
         yield wrong("extract.f0_max", f", expected more than extract.f0_min ({pitch.f0_min})")
     vocoder = VOCODERS.get(model.vocoder)

@@ -105,6 +105,8 @@ WRONG = [
     ("infer.speaker", -1),
     ("infer.window_s", 1.0),
     ("infer.output", "a.m4a"),
+    ("infer.f0_method", "rmvp"),
+    ("infer.format", "m4a"),
 ]
 
 
