@@ -302,8 +302,10 @@ def extraction(check: Check) -> Rows:
         for name in check.precisions:
             yield f"{kind} {name}", partial(features_row, check, name, kind, "")
     for method, spec in F0_METHODS.items():
-        # Those of signal processing are the CPU's; the sizes of crepe in the middle lie between the two at the ends.
-        if "f0_signal" not in str(spec.make) and method not in ("crepe-large", "crepe-medium", "crepe-small"):
+        # Those of signal processing are the CPU's; the sizes of crepe in the middle lie between the two at the ends;
+        # DJCM takes a CPU many seconds.
+        left_out = ("crepe-large", "crepe-medium", "crepe-small", *(("djcm",) if check.tiny else ()))
+        if "f0_signal" not in str(spec.make) and method not in left_out:
             for name in check.precisions[::2]:
                 yield f"{method} {name}", partial(features_row, check, name, "", method)
 
