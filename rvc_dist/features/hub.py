@@ -12,8 +12,6 @@ from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
 
-import torch
-
 from rvc_dist.files import NO_SPACE, space
 from rvc_dist.workspace import StageError
 
@@ -151,6 +149,8 @@ def make_torchaudio_importable() -> None:
     except ModuleNotFoundError:
         return
     except RuntimeError:
+        import torch  # late: who asks for a file alone need not wait for it
+
         utils = sys.modules.get("torchaudio._extension.utils")
         if utils is None or torch.version.cuda is None:
             raise
