@@ -91,9 +91,14 @@ def test_it_trains_and_its_voice_converts(tmp_path, monkeypatch):
     with pytest.raises(StageError, match=r"generator\.architecture: svc, now None"):
         trainer.run(changed(changed(recipe, "model", architecture="rvc"), "train", max_steps=2), Shard())
     AcceleratorState._reset_state(reset_partial_state=True)
-    torch.save(contents | {"architecture": "RVC"}, tmp_path / "lies.pth")
-    with pytest.raises(StageError, match=r"infer\.model: .*lies\.pth"):
-        Voice.load(tmp_path / "lies.pth", torch.device("cpu"))
+    short = {k: v for k, v in contents["weight"].items() if k != "pre.weight"}
+    at_44100 = [*contents["config"][:12], [8, 8, 2, 2, 2], 32, [16, 16, 4, 4, 4], *contents["config"][15:17], 44100]
+    lies = {"architecture": "RVC"}, {"architecture": "VITS"}, {"energy": "yes"}, {"weight": short}, {"config": at_44100}
+    for lie in lies:
+        torch.save(contents | lie, tmp_path / "lies.pth")
+        with pytest.raises(StageError, match=r"infer\.model: .*lies\.pth (holds no voice|does not fit)") as error:
+            Voice.load(tmp_path / "lies.pth", torch.device("cpu"))
+        assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
