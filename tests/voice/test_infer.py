@@ -605,7 +605,7 @@ def damaged(contents: dict[str, Any], **values: Any) -> dict[str, Any]:
         ({"config": {17: 2**70}}, "config.sample_rate: got"),
         ({"version": "v9"}, "version: got 'v9', expected one of v1, v2"),
         ({"f0": 0}, r"does not fit its own config: .*(emb_pitch|noise_convs|m_source)"),
-        ({"vocoder": "RefineGAN"}, "refinegan"),
+        ({"vocoder": "WaveNet"}, "vocoder: got 'wavenet'"),
     ],
 )
 def test_a_voice_that_cannot_be_built_is_refused(
