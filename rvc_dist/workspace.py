@@ -109,10 +109,15 @@ class Speakers:
         return [{"id": i, "name": name} for i, name in self.names.items()]
 
     @property
+    def has_names(self) -> bool:
+        """Whether anybody was given a name."""
+        return any(name != str(i) for i, name in self.names.items())
+
+    @property
     def trained_info(self) -> list[Speaker]:
         """For a voice file: those who were trained, if there are several or one was given a name."""
         found = [speaker for speaker in self.info if speaker["id"] in self.trained]
-        return found if len(found) > 1 or any(s["name"] != str(s["id"]) for s in found) else []
+        return found if len(found) > 1 or self.has_names else []
 
     def label(self, speaker: int) -> str:
         """For a sentence: the id, and the name where there is one."""

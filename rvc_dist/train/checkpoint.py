@@ -234,9 +234,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             "meter": checkpoint.meter,
             "num_ranks": checkpoint.num_ranks,
             "trained_speakers": checkpoint.speakers.trained,
-            "speaker_info": checkpoint.speakers.info,
             "data": checkpoint.data,
             **({"loss_scales": checkpoint.loss_scales} if checkpoint.loss_scales else {}),
+            **({"speaker_info": checkpoint.speakers.info} if checkpoint.speakers.has_names else {}),
         }
         atomic_write(beside / STATE, json.dumps(state, indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(beside.iterdir())}
