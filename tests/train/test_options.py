@@ -74,8 +74,11 @@ def test_a_run_that_stops_and_goes_on_ends_in_the_same_bits(tmp_path, model):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path):
-    # AdaBelief is proved with the other optimizers; its steps from rounding noise alone are as large as others.
-    cases = {model: EVERY_OPTION | {"optimizer": "adamw", "learning_rate_d": 3e-5} for model in MODELS}
+    # AdaBelief is proved with the other optimizers; its steps from rounding noise alone are as large as others. Mel
+    # bands of a first, soft output lie at their floor, where a rounding turns a gradient: with frames at edges 1.5e-4
+    # of it, on one rank with other micro-batches as on two.
+    tame = {"optimizer": "adamw", "learning_rate_d": 3e-5, "mel_frames": "middle"}
+    cases = {model: EVERY_OPTION | tame for model in MODELS}
     for model, train in cases.items():
         folder = tmp_path / model
         folder.mkdir()
