@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest -n logical "$@" # how tests share the cores: tests/conftest.py
+workers=$(( $(nproc) * 3 / 2 )) # a quarter of the time a test waits
+exec python -m pytest -n "$workers" "$@" # how tests share the cores: tests/conftest.py

@@ -38,7 +38,7 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
         "train.batch_size": 4,
     },
     "a100_h100": FAST | {"train.bf16_adamw": True, "train.max_epochs": 200, "train.batch_size": 8},
-    "rtx": FAST | {"train.bf16_adamw": True, "train.compile": "always", "train.max_epochs": 300, "train.batch_size": 6},
+    "rtx": FAST | {"train.bf16_adamw": True, "train.compile": "graphs", "train.max_epochs": 300, "train.batch_size": 6},
     "10min_max_accuracy": FAST
     | {
         "train.bf16_adamw": True,
