@@ -1,9 +1,9 @@
 """One CPU thread, and how tests share the cores when pytest-xdist runs them on several (`pytest -n 2`).
 
-There are half as many workers again as cores, since a quarter of the time a test waits. The tests of one file run in one
-worker, one after the other: they share what their module's fixtures made. Those of
-the files in `WATCHES` wait for limits of seconds, and never run beside each other. While a test marked `alone` runs,
-every other worker waits.
+There are half as many workers again as cores (launch/test.sh), since a quarter of the time a test waits. The tests of
+one file run in one worker, one after the other: they share what their module's fixtures made. Those of the files in
+`WATCHES` wait for limits of seconds, and never run beside each other. While a test marked `alone` runs, every other
+worker waits.
 """
 
 import fcntl
