@@ -72,7 +72,7 @@ def test_a_base_model_without_a_speaker_table_is_refused(recipe):
 
 def test_a_trained_run_takes_more_speakers(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    recipe = tiny_recipe(tmp_path, max_steps=2, learning_rate=1e-9, num_workers=0)
+    recipe = tiny_recipe(tmp_path, max_steps=2, learning_rate=1e-9, num_workers=1)
     make_features(recipe, speakers=(1,))
     first = trained(recipe)
     make_features(recipe, num_clips=12, speakers=(1, 4))
