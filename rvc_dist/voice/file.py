@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -219,11 +220,13 @@ def _numbers_of_at_most(count: int) -> Iterator[None]:
     Raises:
         ValueError: a layer is too much; its memory was not touched yet.
     """
-    left = 2 * count
+    left, builder = 2 * count, threading.get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal left
-        left -= parameter.numel() if parameter is not None else 0
+        if parameter is None or threading.get_ident() != builder:  # the hook hears what any thread builds
+            return
+        left -= parameter.numel()
         if left < 0:
             raise ValueError(f"its config asks for more weights than the {count} that it holds")
 

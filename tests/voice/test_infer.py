@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -617,6 +618,19 @@ def test_a_voice_that_cannot_be_built_is_refused(
     write_voice(tmp_path / "v.pth", damaged(contents, **change))
     with pytest.raises(StageError, match=rf"infer\.model: .*{message}"):
         infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
+
+
+def test_a_voice_is_loaded_while_another_thread_builds_something_larger(monkeypatch, voice_file: Path) -> None:
+    build = Generator.__init__
+
+    def beside(*arguments: Any, **options: Any) -> None:
+        other = threading.Thread(target=torch.nn.Linear, args=(2000, 2000))
+        other.start()
+        other.join()
+        build(*arguments, **options)
+
+    monkeypatch.setattr(Generator, "__init__", beside)
+    Voice.load(voice_file, torch.device("cpu"))
 
 
 def test_a_damaged_voice_file_is_refused(recipe: Recipe, tmp_path: Path, voice_file: Path) -> None:
