@@ -152,8 +152,8 @@ def test_compiled_networks_train_as_eager_ones_without_a_graph_break(tmp_path, m
     assert len({frames for _, frames in shapes}) == 2
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
-    # The trial's, with which one rank goes on: the decoder has one graph; D has one for its own step, and for G's one of
-    # the real and one of the fake clips.
+    # The trial's, with which one rank goes on: the decoder has one graph; D has one for its own step, and for G's one
+    # of the real and one of the fake clips.
     assert counters["stats"]["unique_graphs"] == 4
     for eager, compiled in zip(losses[:4], losses[4:], strict=True):
         assert compiled == pytest.approx(eager, rel=1e-3)

@@ -83,8 +83,8 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path):
         folder = tmp_path / model
         folder.mkdir()
         one, two = (first_steps(folder, {model: train}, ranks, thin=True, **MODELS[model]) for ranks in (1, 2))
-        # The SVC decoder's nine harmonics cancel in part: 1.8e-5 of a gradient of conv_pre is rounding, 3.5e-5 of one of
-        # a residual block.
+        # The SVC decoder's nine harmonics cancel in part: 1.8e-5 of a gradient of conv_pre is rounding, 3.5e-5 of one
+        # of a residual block.
         coarse = {"coarse": "generator.dec."} if model == "svc" else {}
         assert_same(one[model], two[model], weights=1e-4, case=model, **coarse)
         sent = {
