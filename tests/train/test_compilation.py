@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
 
+from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import TrainConfig
+from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.train import compilation, trainer
 from rvc_dist.train.checkpoint import MODELS
 
@@ -259,6 +261,28 @@ def test_after_the_trial_networks_are_compiled_anew_inside_ddp_in_parts(monkeypa
     finally:
         dist.destroy_process_group()
     assert len(graphs) > 2
+
+
+def test_parts_that_are_recorded_inside_ddp_have_the_same_gradients(monkeypatch):
+    """By PyTorch's own backend, which on a CPU computes what it would record on a GPU."""
+    monkeypatch.setattr(compilation, "records_graphs", lambda *_: True)
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+    discriminator = MultiPeriodDiscriminator(DISCRIMINATORS["v2"], 64)
+    wave, cpu, ends = torch.randn(2, 1, 2400), torch.device("cpu"), []
+    torch._dynamo.utils.counters.clear()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for network in (discriminator, compilation.compiled(discriminator, cpu, TrainConfig())):
+            wrapped = DistributedDataParallel(network)
+            for _ in range(2):
+                discriminator.zero_grad()
+                sum(score.square().mean() for score in wrapped(wave).scores).backward()
+            ends.append([p.grad.clone() for p in discriminator.parameters()])
+    finally:
+        dist.destroy_process_group()
+    assert torch._dynamo.utils.counters["aot_autograd"]["total"] > 2
+    for eager, recorded in zip(*ends, strict=True):
+        torch.testing.assert_close(recorded, eager, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow
