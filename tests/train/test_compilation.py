@@ -280,7 +280,7 @@ def test_parts_that_are_recorded_inside_ddp_have_the_same_gradients(monkeypatch)
             ends.append([p.grad.clone() for p in discriminator.parameters()])
     finally:
         dist.destroy_process_group()
-    assert torch._dynamo.utils.counters["aot_autograd"]["total"] > 2
+    assert torch._dynamo.utils.counters["aot_autograd"]["total"] > 1
     for eager, recorded in zip(*ends, strict=True):
         torch.testing.assert_close(recorded, eager, rtol=1e-4, atol=1e-7)
 
