@@ -929,16 +929,16 @@ def read_results(folder: Path) -> int:
 
 
 KINDS: dict[str, Kind] = {
-    "voice": Kind(120, prepare_infer, lambda f, rng: write_torch(f / "voice.pth", voice(), "weight", rng), infer),
+    "voice": Kind(100, prepare_infer, lambda f, rng: write_torch(f / "voice.pth", voice(), "weight", rng), infer),
     "pretrained": Kind(80, lambda folder: None, make_pretrained, read_pretrained),
     "weights": Kind(60, lambda folder: None, make_weights, read_weights),
     "inspect": Kind(
-        120, lambda folder: (folder / "voice.pth").write_bytes(saved(voice())), make_inspected, read_inspected
+        60, lambda folder: (folder / "voice.pth").write_bytes(saved(voice())), make_inspected, read_inspected
     ),
     "features": Kind(80, prepare_features, make_features, read_features),
-    "index": Kind(200, lambda folder: None, make_index, read_index),
-    "npy": Kind(100, prepare_experiment, make_npy, read_npy),
-    "run": Kind(110, prepare_run, make_run, read_run),
+    "index": Kind(120, lambda folder: None, make_index, read_index),
+    "npy": Kind(80, prepare_experiment, make_npy, read_npy),
+    "run": Kind(80, prepare_run, make_run, read_run),
     "recipe": Kind(
         80,
         prepare_recipe,
