@@ -253,15 +253,16 @@ def with_folders(
     name: str, folders: list[str], given: list[tuple[str, str]], more: dict[str, Any]
 ) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """What the folders of a command line add to the keys that are `given`, and to what the stage's `run` is given."""
+    if name in ("push", "blend") and len(folders) != 2:
+        got, expected = " and ".join(folders) or "nothing", f"rvc-dist {name} {STAGES[name].folders}"
+        raise ValueError(f"got {got}, expected two: {expected}")
     if name == "push":
-        if len(folders) != 2:
-            raise ValueError(f"got {' and '.join(folders) or 'nothing'}, expected two: rvc-dist push RUN OWNER/NAME")
         run_dir, more["repository"] = folders
         given = [("config", os.path.join(run_dir, "config.yaml")), *given, ("run_dir", run_dir)]
     if name == "blend":
-        if len(folders) != 2:
-            raise ValueError(f"got {' and '.join(folders) or 'nothing'}, expected two: rvc-dist blend A.pth B.pth")
         more = dict(zip(("first", "second"), folders, strict=True))
+    if name == "inspect":
+        more = {"paths": folders}
     if name == "import":
         if len(folders) != 1:
             got = " and ".join(folders) or "no folder"
@@ -293,8 +294,6 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
         more = {"only_look": found.look_ahead}
     if name == "dataset":
         more = {"runs": folders, "as_json": found.json}
-    if name == "inspect":
-        more = {"paths": folders}
     given, more = with_folders(name, folders, given, more)
     recipe = recipe_of(given)
     if found.print_config:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,15 @@ MAX_AT_EDGE = 0.1
 comes to 0, but to 0.05 with yin, which hears a high pitch in some noise."""
 
 
+@contextmanager
+def told_as_stage_errors() -> Iterator[None]:
+    """Inside, what an encoder or a tracker raises that is unknown, unfit or not to be had becomes a StageError."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise StageError(str(error)) from error
+
+
 class Extractor(NamedTuple):
     """What turns a wave into features; loaded once a rank, and by the infer stage alike."""
 
@@ -45,15 +55,13 @@ class Extractor(NamedTuple):
             StageError: one of them is unknown, or its weights or package are not to be had.
         """
         device = device or local_device()
-        try:
+        with told_as_stage_errors():
             return cls(
                 load_embedder(recipe.extract, recipe.model.version, device),
                 load_f0(recipe.extract, device) if with_pitch else None,
                 recipe.extract.batch_clips,
                 recipe.extract.unvoiced == "interpolated",
             )
-        except (ValueError, OSError, ImportError) as error:
-            raise StageError(str(error)) from error
 
     def __call__(self, waves: list[Wave]) -> Iterator[tuple[int, Any, Any]]:
         """Yield (index, content [T50, C], f0 [T100]) for 16 kHz waves [S], batched by equal length.

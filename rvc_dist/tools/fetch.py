@@ -11,7 +11,7 @@ import os
 import torch
 
 from rvc_dist.config import Recipe
-from rvc_dist.features.extractor import Extractor
+from rvc_dist.features.extractor import Extractor, told_as_stage_errors
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.hub import checked
 from rvc_dist.train.networks import gathered, read_pretrained
@@ -37,11 +37,8 @@ def run(recipe: Recipe, shard: Shard) -> None:
     with checked() as files:
         with gathered(problems):
             Extractor.load(recipe, with_pitch=False, device=device)
-        with gathered(problems):
-            try:
-                load_f0(recipe.extract, device)
-            except (ValueError, OSError, ImportError) as error:
-                raise StageError(str(error)) from error
+        with gathered(problems), told_as_stage_errors():
+            load_f0(recipe.extract, device)
         read_pretrained(recipe, problems)
     for path in files:
         logger.info("fetch: %s, %.1f MB", path, path.stat().st_size / 1e6)

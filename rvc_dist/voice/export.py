@@ -14,10 +14,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.files import atomic_write
 from rvc_dist.voice.file import of_speaker, voice_dict, write_voice
 from rvc_dist.voice.trained import Trained
-from rvc_dist.workspace import (
-    Shard,
-    StageError,
-)
+from rvc_dist.workspace import Shard, StageError
 
 logger = logging.getLogger(__name__)
 

@@ -151,7 +151,7 @@ class Experiment:
         lines = [
             self._line(final, clip.name, clip.name, clip.header["speaker"])
             for clip in self.clips
-            for _ in range(_repeat(clip))
+            for _ in range(clip.header.get("repeat", 1))
         ]
         lines += self._write_mute(folder, final)
         (folder / "filelist.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -307,7 +307,7 @@ class Experiment:
             "path": str(Path(self.recipe.data.audio_dir).absolute() / clip.header["source"]),
             "speaker_name": self.speaker_name(speaker),
             "speaker_id": speaker,
-            "repeat": _repeat(clip),
+            "repeat": clip.header.get("repeat", 1),
             "output_key": clip.recording,
         }
 
@@ -327,12 +327,6 @@ class Experiment:
             "optimizer": adamw_state(self.saved.optimizers[name], parameters, self.recipe, is_adamw),
             "learning_rate": self.recipe.train.learning_rate,
         }
-
-
-def _repeat(clip: Clip) -> int:
-    """How often a clip stands in the list."""
-    count: Any = clip.header.get("repeat", 1)
-    return int(count)
 
 
 def adamw_state(
