@@ -13,6 +13,7 @@ FLOORS = (
     {"__init__", "choices", "config", "workspace", "files", "schema", "unit_stage"},
     {"models", "runtime"},
     {"data"},
+    {"report"},
     {"features"},
     {"train"},
     {"voice"},
