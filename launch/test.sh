@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Lint, types and all tests on a fresh machine, on all its cores. Arguments go to pytest: bash launch/test.sh -m "not slow"
+# Lint, types, documentation and all tests on a fresh machine, on all its cores.
+# Arguments go to pytest: bash launch/test.sh -m "not slow"
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 
 ruff check .
 ruff format --check .
 mypy
+NO_MKDOCS_2_WARNING=1 mkdocs build --quiet # into build/site; a link to nowhere is an error
 workers=$(( $(nproc) * 3 / 2 )) # a quarter of the time a test waits
 exec python -m pytest -n "$workers" "$@" # how tests share the cores: tests/conftest.py
