@@ -148,6 +148,8 @@ class Workspace:
         self.compile_file = self.root / "compile.json"
         self.requeue_file = self.root / "requeue.json"
         self.tensorboard_dir = self.root / "tensorboard"
+        self.history_file = self.root / "metrics.jsonl"
+        """See `report.history`."""
         self.voice_dir = self.root / "voice"
         self.last_voice_file = self.voice_dir / f"{name}_last.pth"
         self.logs_dir = self.root / "logs"

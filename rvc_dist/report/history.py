@@ -1,0 +1,204 @@
+"""RUN/metrics.jsonl: what a training run did, one JSON object a line, for people and programs.
+
+The main rank appends to it while it trains. Every line has `kind`, one of KINDS, `time` in seconds since 1970 and
+`step`. A resumed run repeats steps: its `run` line of step S hides all lines of later steps before it, as TensorBoard's
+purge_step does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from rvc_dist.files import ForeignFileError, disk_errors, regular_size
+from rvc_dist.runtime.logs import EXIT_S
+from rvc_dist.schema import Count, Rule, Seconds, check, record
+
+logger = logging.getLogger(__name__)
+
+_NUMBERS = Rule(
+    "numbers by name, or null where one was not finite",
+    (dict,),
+    lambda values: all(v is None or (type(v) in (int, float) and abs(v) < 1e300) for v in values.values()),
+)
+Values = Annotated[dict[str, float | None], _NUMBERS]
+
+
+class Rank(TypedDict):
+    """Where a rank computes: device is torch's word for it, name the maker's."""
+
+    rank: Count
+    host: str
+    device: str
+    name: str
+
+
+KINDS: dict[str, Any] = {
+    "run": record(
+        False, epoch=Seconds, total_steps=Count, ranks=list[Rank], versions=dict[str, str], global_batch=Count
+    ),
+    "step": record(epoch=Seconds, values=Values, seconds=Values),
+    "validation": record(
+        False,
+        epoch=Seconds,
+        values=Values,
+        speakers=dict[str, Values],
+        clips=Count,
+        seconds=Seconds,
+        is_best=bool,
+        why=str,
+    ),
+    "samples": record(folder=str),
+    "checkpoint": record(path=str, why=str),
+    "voice": record(path=str),
+    "warning": record(text=str),
+    "end": record(why=str),
+}
+"""What the lines have besides:
+
+run: training starts, or goes on, from `step`; total_steps and global_batch (clips a step) are those of all ranks.
+step: means over the steps since the last such line; `seconds` a step are spent in each part of it.
+validation: `values` over all speakers and those of each by id; `seconds` is what the validation took, `why` it is the
+    best or not, in a sentence.
+samples: what was made to listen to is in RUN/`folder`.
+checkpoint, voice: RUN/`path` was written; `why` is due, best, stop or end.
+end: done, overtrained, stopped by SIGTERM, failed: ... A run without one was killed, or still goes on.
+"""
+LINE = record(kind=str, time=Seconds, step=Count)
+MAX_BYTES = 1 << 26
+"""What is read of a file: its end. A million steps with the default log_every_steps have about as much."""
+MAX_WAITING = 10_000
+"""Lines that are kept for a disk that refuses them."""
+
+
+class History(logging.Handler):
+    """Writes the lines of a run in a thread of its own: no step waits for the disk, and none ends because of it.
+
+    As a handler of the package's logger it writes warnings down. Nothing is written before `begin`.
+    """
+
+    def __init__(self, path: Path, enabled: bool = True) -> None:
+        super().__init__(logging.WARNING)
+        self.path, self.enabled = path, enabled
+        self.step = 0
+        """The step that is being made: of warnings."""
+        self._early: list[str] = []
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if enabled:
+            logging.getLogger("rvc_dist").addHandler(self)
+
+    def begin(self, step: int, **values: Any) -> None:
+        """Training goes on from `step`; what was warned of before comes after the line that says so."""
+        if not self.enabled:
+            return
+        self._thread = threading.Thread(target=self._run, name="history", daemon=True)
+        self._thread.start()
+        self.step = step
+        self.write("run", step, **values)
+        for text in self._early:
+            self.write("warning", step, text=text)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Add a line; numbers that are not finite become null."""
+        if self._thread is not None:
+            line = {"kind": kind, "time": round(time.time(), 3), "step": step} | values
+            self._lines.put(f"{json.dumps(_plain(line), allow_nan=False)}\n".encode())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if self._thread is None:
+            self._early.append(text)
+        self.write("warning", self.step, text=text)
+
+    def close(self) -> None:
+        """Return when all is written, or when the disk has not answered for some seconds."""
+        logging.getLogger("rvc_dist").removeHandler(self)
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._lines.put(None)
+            thread.join(EXIT_S)
+            if thread.is_alive():
+                logger.warning("%s: its disk has not answered for %.0f s: going on without it", self.path, EXIT_S)
+        super().close()
+
+    def _run(self) -> None:
+        waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
+        has_warned = False
+        while (line := self._lines.get()) is not None:
+            waiting.append(line)
+            try:
+                with disk_errors(self.path):
+                    self._append(waiting)
+            except OSError as error:
+                if not has_warned:
+                    has_warned = True
+                    logger.warning("%s cannot be written (%s): training goes on without it", self.path, error.strerror)
+
+    def _append(self, waiting: deque[bytes]) -> None:
+        """Write what waits, line after line. Opened each time: over NFS others see it when it is closed."""
+        with FileIO(self.path, "a+") as stream:
+            end = stream.seek(0, 2)
+            stream.seek(max(0, end - 1))
+            if stream.read(1) not in (b"", b"\n"):  # a killed run's, or a full disk's, half of a line
+                stream.write(b"\n")
+            while waiting:
+                rest = waiting[0]
+                while rest:
+                    rest = rest[stream.write(rest) :]
+                waiting.popleft()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON and UTF-8 have: null for numbers that are not finite, escapes for bytes of names that are no text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_history(path: Path, max_bytes: int = MAX_BYTES) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl that count, oldest first; none where there is no such file.
+
+    What is no line as KINDS has them is passed over: a half that a killed run left, a foreign one, a kind of a later
+    version. Of a file larger than `max_bytes` the end is read.
+
+    Raises:
+        ForeignFileError: it is no regular file.
+        OSError: it cannot be read.
+    """
+    try:
+        size = regular_size(path)
+        with path.open("rb") as stream:
+            stream.seek(max(0, size - max_bytes))
+            lines = stream.read(max_bytes).split(b"\n")
+    except FileNotFoundError:
+        return []
+    found: list[dict[str, Any]] = []
+    last_step = math.inf
+    for line in map(_parsed, reversed(lines)):
+        if line is not None and line["step"] <= last_step:
+            found.append(line)
+            if line["kind"] == "run":
+                last_step = line["step"]
+    return found[::-1]
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = check(json.loads(text), LINE)
+        return check(line, KINDS[line["kind"]]) if line["kind"] in KINDS else None
+    except (ForeignFileError, ValueError, RecursionError):
+        return None
