@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import browser  # noqa: F401 - a fixture of several files
 
 torch.set_num_threads(1)  # the networks are so small that waiting for a second thread costs more than it gives
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
