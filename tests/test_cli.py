@@ -18,6 +18,7 @@ from helpers import RATE, changed, tone
 from rvc_dist import __main__ as cli
 from rvc_dist import __version__, demo
 from rvc_dist.config import Recipe
+from rvc_dist.stages import STAGES, Stage
 from rvc_dist.workspace import Shard, StageError, Stopped
 
 SCRIPT = Path(sys.executable).with_name("rvc-dist")
@@ -44,26 +45,26 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(arguments) == code
         text = capsys.readouterr().out
         assert text.startswith("usage: rvc-dist STAGE")
-        for name, stage in cli.STAGES.items():
+        for name, stage in STAGES.items():
             assert f"  {name} " in text
             assert stage.about in text
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("name", cli.STAGES)
+@pytest.mark.parametrize("name", STAGES)
 def test_the_help_of_a_stage_lists_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([name, "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: rvc-dist {name}" in text
-    assert cli.STAGES[name].about in " ".join(text.split())
+    assert STAGES[name].about in " ".join(text.split())
     for section, values in Recipe().to_dict().items():
         for key in values if isinstance(values, dict) else ():
             assert f"--{section}.{key}" in text
     assert "Length of a clip in seconds" in text
-    assert ("--shard I/N" in text) is cli.STAGES[name].takes_shard
+    assert ("--shard I/N" in text) is STAGES[name].takes_shard
 
 
 @pytest.mark.alone
@@ -173,7 +174,7 @@ def stage_that(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> 
 
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "stand_in", module)
-    monkeypatch.setitem(cli.STAGES, "preprocess", cli.Stage("stand_in", "", takes_shard=True))
+    monkeypatch.setitem(STAGES, "preprocess", Stage("stand_in", "", takes_shard=True))
     return calls
 
 

@@ -122,7 +122,7 @@ def test_accelerate_reads_every_launcher_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*LAUNCH, *SCRIPTS], ids=lambda path: path.name)
 def test_the_launch_commands_in_a_file_are_of_stages_that_exist(path: Path) -> None:
-    from rvc_dist.__main__ import STAGES
+    from rvc_dist.stages import STAGES
 
     text = path.read_text(encoding="utf-8")
     stages = re.findall(r"(?:-m rvc_dist|\brvc-dist) ([a-z]+)", text)

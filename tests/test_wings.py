@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import rvc_dist
-from rvc_dist.__main__ import STAGES
+from rvc_dist.stages import STAGES
 
 PACKAGE = Path(rvc_dist.__file__).parent
 FLOORS = (
@@ -18,7 +18,7 @@ FLOORS = (
     {"train"},
     {"voice"},
     {"tools"},
-    {"__main__", "pipeline", "demo"},
+    {"__main__", "arguments", "stages", "pipeline", "demo"},
 )
 LOANS = {("rvc_dist.tools.plan", "rvc_dist.tools.bench")}
 """Stages that import another: plan measures with the means of bench."""

@@ -14,6 +14,7 @@ import pytest
 from rvc_dist import __main__ as cli
 from rvc_dist import __version__
 from rvc_dist.runtime import logs
+from rvc_dist.stages import STAGES, Stage
 from rvc_dist.train.metrics import Tracker
 from rvc_dist.workspace import OtherRankError, Shard, StageError, Workspace
 
@@ -37,7 +38,7 @@ def stage_that(monkeypatch, action, **stage):
     module = ModuleType("stand_in")
     module.run = action
     monkeypatch.setitem(sys.modules, "stand_in", module)
-    monkeypatch.setitem(cli.STAGES, "extract", cli.Stage("stand_in", "", takes_shard=True, **stage))
+    monkeypatch.setitem(STAGES, "extract", Stage("stand_in", "", takes_shard=True, **stage))
 
 
 def make_and_say(recipe, shard):
@@ -105,9 +106,9 @@ def test_a_stage_that_only_looks_at_a_run_writes_nothing_there(tmp_path, monkeyp
     stage_that(monkeypatch, make_and_say, keeps_log=False)
     assert cli.main(["extract", "--run_dir", str(tmp_path)]) == 0
     assert list(tmp_path.iterdir()) == []
-    assert not cli.STAGES["infer"].keeps_log
-    assert not cli.STAGES["dataset"].keeps_log
-    assert all(cli.STAGES[name].keeps_log for name in ("preprocess", "index", "train", "export", "run", "demo"))
+    assert not STAGES["infer"].keeps_log
+    assert not STAGES["dataset"].keeps_log
+    assert all(STAGES[name].keeps_log for name in ("preprocess", "index", "train", "export", "run", "demo"))
 
 
 def test_a_disk_that_refuses_the_file_is_told_once_and_ends_nothing(tmp_path, monkeypatch, caplog):

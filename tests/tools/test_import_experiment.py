@@ -801,7 +801,7 @@ def test_the_command(
     capsys.readouterr()
     assert cli.main(["import", str(tmp_path / "none")]) == 1
     assert "none does not exist" in capsys.readouterr().err
-    for arguments, got in ([], "no folder"), (["a", "b"], "a and b"), (["--name", "a"], "no folder"):
+    for arguments, got in ([], "nothing"), (["a", "b"], "a and b"), (["--name", "a"], "nothing"):
         assert cli.main(["import", *arguments]) == 2
         assert f"rvc-dist import: got {got}, expected one: rvc-dist import DIR" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:

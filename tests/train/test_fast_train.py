@@ -21,6 +21,7 @@ from rvc_dist.config import Recipe, TrainConfig
 from rvc_dist.data import denoise
 from rvc_dist.features import extract
 from rvc_dist.runtime import device as devices
+from rvc_dist.stages import STAGES
 from rvc_dist.train import compilation, dataset
 from rvc_dist.train.loader import loader_settings, make_loader
 from rvc_dist.voice import infer
@@ -93,10 +94,10 @@ def test_row_3_kernels_are_not_deterministic_unless_asked_for():
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-@pytest.mark.parametrize("stage", cli.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_row_4_every_command_sets_the_allocator_before_its_stage_begins(monkeypatch, stage):
     seen = []
-    module = importlib.import_module(cli.STAGES[stage].module)
+    module = importlib.import_module(STAGES[stage].module)
     monkeypatch.setattr(module, "run", lambda *_, **__: seen.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF")))
     for config in (TrainConfig(), FAST):
         cli.run_stage(stage, Recipe(train=config), Shard(), {})
