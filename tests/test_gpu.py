@@ -2,6 +2,9 @@
 
 import gc
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,9 +76,6 @@ def test_mel_bands_are_never_in_tf32():
 
 def test_the_allocator_has_the_settings_of_fast_train():
     """In a process of its own, since the allocator reads them once."""
-    import subprocess
-    import sys
-
     script = (
         "import torch\nfrom rvc_dist.config import TrainConfig\n"
         "from rvc_dist.runtime.device import allocator_settings, set_allocator\n"
@@ -97,6 +97,22 @@ def test_cuda_graphs_of_two_networks_do_not_overwrite_each_others_outputs(tmp_pa
             runs.append(losses_of(recipe, 8))
         for eager, compiled in zip(*runs, strict=True):
             assert compiled == pytest.approx(eager, rel=1e-2)
+
+
+def test_a_new_process_goes_on_with_cuda_graphs(tmp_path):
+    """It had no trial, in which the networks were called before."""
+    recipe = tiny_recipe(tmp_path, compile="graphs", max_steps=4, save_every_steps=2)
+    make_features(recipe)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    for _ in range(2):
+        command = [sys.executable, "-m", "rvc_dist", "train", "--config", str(path)]
+        result = subprocess.run(command, text=True, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        shutil.rmtree(tmp_path / "checkpoints" / "step_00000004")
+    assert "continuing from step 2" in result.stderr
+    assert "trained to step 4" in result.stderr
+    assert "compile: the" not in result.stderr, "the choice is the run's"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ that a resumed run computes the same way.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import statistics
@@ -46,6 +47,10 @@ FAILURES = (RuntimeError, OSError)
 write is an OSError."""
 
 
+GRAPH_MEMORY = "torch._inductor.cudagraph_trees"
+"""Which part of torch decides when CUDA graphs may use memory again."""
+
+
 class DecodingCompiled(nn.Module):
     """A generator whose training passes decode with `decoder`: its own, compiled, with the same parameters."""
 
@@ -66,6 +71,8 @@ def compiled(module: nn.Module, device: torch.device, config: TrainConfig) -> nn
     """
     if isinstance(module, Generator):
         return DecodingCompiled(module, compiled(module.dec, device, config))
+    if device.type == "cuda":
+        importlib.import_module(GRAPH_MEMORY)  # before the first step, which begin_step has to mark
     if records_graphs(config, device):
         recorded: nn.Module = torch.compile(module, dynamic=False, backend="cudagraphs")  # type: ignore[assignment]
         return recorded
@@ -90,9 +97,10 @@ def records_graphs(config: TrainConfig, device: torch.device) -> bool:
 def begin_step() -> None:
     """Before each step: nobody reads the outputs of the compiled passes of earlier ones any more, nor their gradients.
 
-    Within a step they stay: gradients lie in the memory of CUDA graphs too, and micro-batches add up in them.
+    Within a step they stay: gradients lie in the memory of CUDA graphs too, and micro-batches add up in them. Until a
+    first mark, torch takes every call of a compiled network for a new step.
     """
-    if "torch._inductor.cudagraph_trees" in sys.modules:  # else there are none, and it would take a second to import
+    if GRAPH_MEMORY in sys.modules:  # else there are none, and it would take a second to import
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 

@@ -76,15 +76,6 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def largest_batch(peak_of_one: int, peak_of_two: int, more: int, available: int) -> int:
-    """Clips of a batch that fit into `available` bytes, when memory grows by the clip and `more` comes on top of it.
-
-    0 when not even one fits.
-    """
-    each = max(1, peak_of_two - peak_of_one)
-    return max(0, 1 + (available - more - peak_of_one) // each)
-
-
 def apply_activation_checkpointing(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
     """Let parts of `network` of these kinds keep their inputs only, and compute the rest again in the backward pass.
 

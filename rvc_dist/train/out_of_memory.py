@@ -38,21 +38,20 @@ def advice(step: GanStep, batch: Batch, rank: int) -> Iterator[None]:
 
 def remedy(step: GanStep, batch: Batch) -> str:
     """Which batch size is smaller than this one, which failed, and fits; and how the steps stay as large."""
-    failed, measured = len(batch.clips), batch_that_fits(step, batch)
-    if not measured or failed == 1:
+    fits = batch_that_fits(step, batch)
+    if not fits:
         return "not even one clip fits"
-    # Where as many would fit as failed, more was needed than can be measured now: by another process, by fragments.
-    fits, verb = (measured, "would") if measured < failed else (failed // 2, "may")
     whole = step.config.batch_size * step.config.grad_accum_steps
     count = -(-whole // fits)
     keep = f"{-(-whole // count)} with train.grad_accum_steps {count} keeps the steps as large"
-    return f"train.batch_size {fits} {verb} fit ({keep})"
+    return f"train.batch_size {fits} would fit ({keep})"
 
 
 def batch_that_fits(step: GanStep, batch: Batch) -> int:
-    """The largest batch size of clips as long as these, from the peak memory of one clip and of two.
+    """The largest batch size below this one's whose clips, as long as these, fit; 0 when not even one does.
 
-    What CUDA graphs hold beside that grows with the batch too.
+    Computed with half the clips, or a quarter, ...: memory grows with the clip only nearly, since the kernels that are
+    chosen depend on the batch. What CUDA graphs hold beside that grows with the batch too.
     """
     networks = step.networks.values()
     for network in networks:
@@ -61,14 +60,21 @@ def batch_that_fits(step: GanStep, batch: Batch) -> int:
     pools = memory.graph_pools(step.device)
     if pools:
         torch.compiler.reset()  # frees them
-    alone = step.unwrapped()
-    one, two = (memory.peak_of(partial(alone.local_dry_run, batch.first(count)), step.device) for count in (1, 2))
-    if one is None or len(batch.clips) == 1:
-        return 0
-    if two is None:
-        return 1
     weights = sum(p.nbytes for network in networks for p in network.module.parameters())
     has_state = any(network.optimizer.state for network in networks)
     # Two moments a weight are still to come; the gradients of both networks were never there together.
-    more, pool = 0 if has_state else 2 * weights, pools // len(batch.clips)
-    return memory.largest_batch(one + pool, two + 2 * pool, more, memory.capacity(step.device))
+    available = memory.capacity(step.device) - (0 if has_state else 2 * weights)
+    alone, failed = step.unwrapped(), len(batch.clips)
+
+    def needed(count: int) -> float:
+        peak = memory.peak_of(partial(alone.local_dry_run, batch.first(count)), step.device)
+        return float("inf") if peak is None else peak + pools * count / failed
+
+    count, peak = failed // 2, float("inf")
+    while count and (peak := needed(count)) > available:
+        count //= 2
+    if count < 2:
+        return count
+    each = max(1.0, (peak - needed(count // 2)) / (count - count // 2))
+    more = int((available - peak) / each)
+    return count + more if count + more < failed else count

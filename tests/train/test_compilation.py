@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 import time
 from types import ModuleType, SimpleNamespace
@@ -202,6 +203,19 @@ def in_a_pool(pool: list[torch.UntypedStorage]):
         return make_boxed_func(run)
 
     return aot_autograd(fw_compiler=compiler)
+
+
+def test_the_first_step_of_a_process_that_had_no_trial_is_marked_too():
+    """As a resumed run's: without a mark, torch would let D's graph take the memory of the wave that G made."""
+    script = (
+        "import torch; from rvc_dist.config import TrainConfig; from rvc_dist.train import compilation\n"
+        "torch.compiler.cudagraph_mark_step_begin = lambda: print('marked')\n"
+        "compilation.begin_step(); print('nothing is compiled')\n"
+        "compilation.compiled(torch.nn.Linear(2, 2), torch.device('cuda'), TrainConfig(fast_train=True))\n"
+        "compilation.begin_step()\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=True).stdout
+    assert shown == "nothing is compiled\nmarked\n"
 
 
 @pytest.mark.slow
