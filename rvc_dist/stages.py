@@ -81,6 +81,13 @@ STAGES = {
         options=(Option("--json", "Print JSON.", passes="as_json"),),
         keeps_log=False,
     ),
+    "report": Stage(
+        "rvc_dist.report.page",
+        "Write RUN/report.html: what to keep, listen to and mind of a run; of several runs, how they differ.",
+        folders="RUN ...",
+        passes="runs",
+        keeps_log=False,
+    ),
     "fetch": Stage(
         "rvc_dist.tools.fetch",
         "Get the encoder, the pitch tracker's weights and the base model from the hub, for work without network.",

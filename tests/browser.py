@@ -21,6 +21,7 @@ OPTIONS = (
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--mute-audio",
+    "--autoplay-policy=no-user-gesture-required",  # scripts may press play
     "--hide-scrollbars",
 )
 

@@ -1,0 +1,364 @@
+"""What the files of a run folder say: its data, its recipe, its history, which step to keep.
+
+Every part may be missing, of an older version, or damaged: then `Facts.notes` says so, and the rest is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from rvc_dist.config import Recipe
+from rvc_dist.data.clip_files import account, low_rates, upsampled_recordings
+from rvc_dist.files import ForeignFileError
+from rvc_dist.report.history import read_history
+from rvc_dist.schema import Count, Seconds, record
+from rvc_dist.workspace import FileEntry, Speakers, StageError, WorkList, Workspace, printable, read_json
+
+T = TypeVar("T")
+
+MEASURE = "mel_distance"
+"""By which the best step is chosen."""
+LEVEL = 0.01
+"""A mel distance that differs by less is the same to the ear, and often but chance."""
+FEW = 3
+"""Validations of which nothing can be said on where the voice is going."""
+MAX_NAMES, MAX_REASONS, MAX_WARNINGS, MAX_SPEAKERS = 3, 30, 40, 100
+LOG_BYTES, MAX_LOGS = 1 << 20, 64
+_LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* (WARNING|ERROR|CRITICAL) (.*)")
+
+ClipsReport = record(
+    False, clips=Count, clip_seconds=Seconds, seconds_in=Seconds, lost=dict[str, Seconds], files=list[FileEntry]
+)
+
+
+class SpeakerRow(NamedTuple):
+    label: str
+    recordings: int
+    minutes_in: float
+    minutes: float
+    rates: str
+
+
+class Reason(NamedTuple):
+    """Why recordings were left out, or are incomplete."""
+
+    why: str
+    recordings: int
+    names: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """What clips/report.json and clips/plan.json say."""
+
+    minutes_in: float
+    minutes: float
+    clips: int
+    speakers: list[SpeakerRow]
+    used: int
+    left_out: int
+    account: str
+    lost: list[tuple[str, float, float]]
+    """(why, seconds, share of all)."""
+    reasons: list[Reason]
+    remarks: list[str]
+    """On rates."""
+
+
+class Advice(NamedTuple):
+    """Which step to keep."""
+
+    step: int | None
+    """None: no number says it."""
+    epoch: float
+    why: str
+    then: str
+    """What to do about it."""
+
+
+class Conversion(NamedTuple):
+    """How to convert with the step that is advised."""
+
+    export: str
+    """What has to be run before; nothing where the voice file is there."""
+    infer: str
+    remark: str
+
+
+@dataclass
+class Facts:
+    """Of one run folder."""
+
+    work: Workspace
+    name: str
+    recipe: Recipe | None
+    speakers: Speakers
+    data: Data | None
+    history: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    """What is missing or damaged, and what to do."""
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.history if line["kind"] == kind]
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in self.history), default=0)
+
+    @property
+    def hardware(self) -> dict[str, Any]:
+        """The newest line of kind run."""
+        return (self.lines("run") or [{}])[-1]
+
+    @property
+    def state(self) -> str:
+        """How far training came, in a few words."""
+        if not self.history:
+            return "not trained yet" if not self.work.checkpoints_dir.exists() else "trained, without a history"
+        total = self.hardware.get("total_steps")
+        at = f"step {self.step}" + (f" of {total}" if total else "")
+        last = next(line for line in reversed(self.history) if line["kind"] in ("end", "run", "step", "validation"))
+        ended = last.get("why", "") if last["kind"] == "end" else ""
+        return f"{ended}, at {at}" if ended else f"at {at}; not ended when this page was made"
+
+    @property
+    def hours(self) -> float:
+        """Of training, without the times between its parts."""
+        began, seconds, last = None, 0.0, 0.0
+        for line in self.history:
+            if line["kind"] == "run":
+                seconds += last - began if began is not None else 0.0
+                began = line["time"]
+            last = line["time"]
+        return (seconds + (last - began if began is not None else 0.0)) / 3600
+
+    @property
+    def validation_share(self) -> float | None:
+        """Of the time that training took."""
+        spent = sum(line.get("seconds", 0.0) for line in self.lines("validation"))
+        return spent / (3600 * self.hours) if self.hours > 0 and spent else None
+
+    def speed(self) -> float | None:
+        """Seconds of audio a second, all ranks together: of the last fifth of the history, in the middle."""
+        found = [line["values"].get("perf/audio_s_per_s") for line in self.lines("step")]
+        last = sorted(v for v in found[len(found) * 4 // 5 :] if v is not None)
+        return last[len(last) // 2] if last else None
+
+
+def read_facts(root: Path) -> Facts:
+    """Of a run folder.
+
+    Raises:
+        StageError: it is none.
+    """
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise StageError(f"{root} {what};", "expected a run folder: rvc-dist report RUN")
+    notes: list[str] = []
+    bare = Workspace(root, "")
+    recipe = bare.kept_recipe()
+    if recipe is None:
+        how = "is not one that this version reads" if bare.config_file.exists() else "is missing"
+        notes.append(f"{bare.config_file.name} {how}: nothing is known of the recipe.")
+    work = Workspace(root, recipe.name if recipe else root.resolve().name)
+    found = (work.clips_dir, work.history_file, work.checkpoints_dir, work.voice_dir)
+    if recipe is None and not any(path.exists() for path in found):
+        raise StageError(f"{root} has nothing of a run in it;", "expected a run folder: rvc-dist report RUN")
+    speakers = _or_note(notes, work.speakers) or Speakers()
+    history = _or_note(notes, lambda: read_history(work.history_file)) or []
+    if not history and work.checkpoints_dir.exists():
+        notes.append(
+            f"{work.history_file.name} is missing or empty: this run was trained by an older version. Its curves are "
+            f"in TensorBoard (tensorboard --logdir {shlex.quote(str(work.tensorboard_dir))}); training on from here "
+            "writes one."
+        )
+    data = _or_note(notes, lambda: read_data(work, recipe or Recipe(), speakers, notes))
+    return Facts(work, work.name, recipe, speakers, data, history, notes)
+
+
+def _or_note(notes: list[str], read: Callable[[], T]) -> T | None:
+    """What `read` gives, or None and a note on why not."""
+    try:
+        return read()
+    except (StageError, ForeignFileError, OSError) as error:
+        notes.append(str(error))
+        return None
+
+
+def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[str]) -> Data | None:
+    """The data card; None, with a note, where clips are not made yet.
+
+    Raises:
+        StageError: a file is damaged.
+    """
+    if not work.clips_report_file.is_file():
+        work_list = WorkList.load(work.work_list_file)
+        if work_list is None:
+            notes.append("There are no clips yet: `rvc-dist preprocess` makes them.")
+        else:
+            count, undone = len(work_list.units), len(work_list.undone(work))
+            notes.append(f"{undone} of {count} units of clips are not made yet: `rvc-dist preprocess` makes them.")
+        return None
+    report = read_json(work.clips_report_file, ClipsReport)
+    files = list(map(dict, report.get("files", [])))
+    seconds_in, lost = report.get("seconds_in", 0.0), report.get("lost", {})
+    used = [file for file in files if file["clips"]]
+    rates = [(file["sample_rate"], file["seconds_in"]) for file in used if file.get("sample_rate")]
+    remarks = [f"{text}; {remedy}." for text, remedy in [low_rates(recipe, rates)] if text]
+    remarks += [f"{text}." for text in [upsampled_recordings(recipe, used)] if text]
+    return Data(
+        minutes_in=seconds_in / 60,
+        minutes=report.get("clip_seconds", 0.0) / 60,
+        clips=report.get("clips", 0),
+        speakers=list(_speaker_rows(used, speakers)),
+        used=len(used),
+        left_out=len(files) - len(used),
+        account=f"{account(seconds_in, lost).capitalize()}.",
+        lost=[(why, seconds, seconds / max(seconds_in, seconds)) for why, seconds in lost.items() if seconds],
+        reasons=_reasons(files),
+        remarks=remarks,
+    )
+
+
+def _speaker_rows(used: list[dict[str, Any]], speakers: Speakers) -> Iterator[SpeakerRow]:
+    for speaker in sorted({file["speaker"] for file in used}):
+        own = [file for file in used if file["speaker"] == speaker]
+        seconds: Counter[int] = Counter()
+        for file in own:
+            seconds[file.get("sample_rate", 0)] += file["seconds_in"]
+        told = [f"{rate} Hz: {part / 60:.1f} min" for rate, part in seconds.most_common(MAX_NAMES) if rate]
+        rates = told[0].partition(":")[0] if len(seconds) == 1 and told else ", ".join(told)
+        minutes_in, minutes = (sum(file[key] for file in own) / 60 for key in ("seconds_in", "seconds_out"))
+        yield SpeakerRow(speakers.label(speaker), len(own), minutes_in, minutes, rates or "not known")
+
+
+def _reasons(files: list[dict[str, Any]]) -> list[Reason]:
+    by_reason: dict[str, list[str]] = {}
+    for file in files:
+        if file["reason"]:
+            by_reason.setdefault(file["reason"], []).append(printable(file["path"]))
+    ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [
+        Reason(why, len(paths), ", ".join(paths[:MAX_NAMES]) + (", ..." if len(paths) > MAX_NAMES else ""))
+        for why, paths in ordered
+    ]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"seed": 1}}` -> `{"train.seed": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(key, default, value) of every key that is not as by default."""
+    default = flat(dataclasses.asdict(Recipe(name=recipe.name)))
+    default["name"] = Recipe.name
+    values = flat(recipe.to_dict())
+    return [(key, text_of(default[key]), text_of(value)) for key, value in values.items() if value != default[key]]
+
+
+def text_of(value: object) -> str:
+    """As a recipe would have it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    words = {None: "null", True: "true", False: "false", "": '""'}
+    return words.get(value, str(value)) if value is None or isinstance(value, bool | str) else str(value)
+
+
+def advice(facts: Facts) -> Advice:
+    """Which step to keep, and what to do about it."""
+    judged = [line for line in facts.lines("validation") if "values" in line]
+    best = next((line for line in reversed(judged) if line.get("is_best")), None)
+    if best is None:
+        why = (
+            "No validation has been made."
+            if not judged
+            else "No validation gave a finite number, or none is marked as the best."
+        )
+        then = "Choose by ear among the voices that are there; data.holdout above 0 lets validation choose."
+        return Advice(None, 0.0, why, then)
+    values = [line["values"].get(MEASURE) for line in judged]
+    since = [v for line, v in zip(judged, values, strict=True) if line["step"] > best["step"] and v is not None]
+    lowest = best["values"].get(MEASURE)
+    why = best.get("why") or "It has the smallest mel distance on held-out speech."
+    why = f"{why[0].upper()}{why[1:].rstrip('.')}."
+    return Advice(best["step"], best.get("epoch", 0.0), why, _then(facts, len(judged), lowest, since))
+
+
+def _then(facts: Facts, count: int, lowest: float | None, since: list[float]) -> str:
+    """What to do, given how many validations there were and the distances after the best."""
+    if count < FEW:
+        return f"With {count} validation{'s' * (count > 1)} nobody can say yet where the voice is going: train on."
+    if not since:
+        ended = facts.lines("end") and facts.history[-1]["kind"] == "end"
+        more = "raise train.max_epochs (or train.max_steps) and run the same command again" if ended else "let it go on"
+        return f"The best is the newest: the voice is still improving. Train longer: {more}."
+    worse = min(since[-FEW:]) / lowest - 1 if lowest else 0.0
+    if len(since) >= FEW and worse > LEVEL:
+        return (
+            f"It overtrains: the last {min(len(since), FEW)} validations are at least {worse:.1%} worse than the best. "
+            "More steps will not help: keep the best. More or cleaner recordings would help, or a base model "
+            "(train.pretrained); train.overtrain_detect true stops such a run by itself."
+        )
+    return (
+        f"Since then {len(since)} validation{'s' * (len(since) > 1)} came within chance of it: the voice has nearly "
+        "stopped improving. Compare this step and the newest by ear below; a later one may sound better."
+    )
+
+
+def conversion(facts: Facts, advised: Advice) -> Conversion:
+    """The command that converts with the advised step, or the newest voice."""
+    work, root = facts.work, str(facts.work.root)
+    file, remark = voice_file(facts, advised)
+    config = ["--config", str(work.config_file)] if facts.recipe else []
+    at = [] if facts.recipe and facts.recipe.run_dir == root else ["--run_dir", root]
+    words = ["rvc-dist", "infer", *config, *at, "--infer.model", str(file)]
+    words += ["--infer.input", "song.wav", "--infer.output", "converted.wav"]
+    export = "" if file.is_file() else shlex.join(["rvc-dist", "export", *config, *at])
+    return Conversion(export, shlex.join(words), remark)
+
+
+def voice_file(facts: Facts, advised: Advice) -> tuple[Path, str]:
+    """The voice of the advised step, else the nearest to it; and what to know of it."""
+    work = facts.work
+    steps = {int(found[1]): path for path in work.voice_dir.glob("*.pth") if (found := _STEP.search(path.name))}
+    steps |= {line["step"]: work.root / line["path"] for line in facts.lines("voice")}
+    steps = {step: path for step, path in steps.items() if path.is_file()}
+    best = work.voice_dir / f"{facts.name}_best.pth"
+    if advised.step is None:
+        newest = steps[max(steps)] if steps else work.last_voice_file
+        return newest, "This is the newest voice."
+    if advised.step in steps:
+        return steps[advised.step], f"This is the voice of step {advised.step}."
+    judged_at = max(line["time"] for line in facts.lines("validation") if line.get("is_best"))
+    if best.is_file() and best.stat().st_mtime >= judged_at:
+        return best, f"This is the voice of step {advised.step}, as exported."
+    return best, f"The voice of step {advised.step} is in a checkpoint: export writes it first."
+
+
+_STEP = re.compile(r"_(\d+)s\.pth$")
+
+
+def warnings(facts: Facts) -> list[tuple[str, int]]:
+    """(text, how often) of what was warned of: in the history, and in the logs of the ranks, also of data stages."""
+    texts: Counter[str] = Counter()
+    for path in sorted(facts.work.logs_dir.glob("rank_*.log"))[:MAX_LOGS]:
+        with path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - LOG_BYTES))
+            lines = stream.read(LOG_BYTES).decode("utf-8", "replace").splitlines()
+        texts.update(found[2] for line in lines if (found := _LOG_LINE.match(line)) and found[2])
+    for line in facts.lines("warning"):
+        head = line["text"].partition("\n")[0]
+        if head and head not in texts:
+            texts[head] += 1
+    return list(texts.items())[-MAX_WARNINGS:]

@@ -1,0 +1,398 @@
+"""`rvc-dist report RUN`: RUN/report.html, one page that needs nothing beside it; of several runs, how they differ.
+
+Texts pass through `shown` and are escaped by the template: names of files and speakers may be anything. The page may
+load nothing, by its own policy.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rvc_dist import __version__
+from rvc_dist.config import Recipe
+from rvc_dist.files import atomic_write
+from rvc_dist.report import figures
+from rvc_dist.report.facts import (
+    Advice,
+    Facts,
+    advice,
+    conversion,
+    flat,
+    read_facts,
+    recipe_changes,
+    text_of,
+    warnings,
+)
+from rvc_dist.report.figures import Curve
+from rvc_dist.report.sounds import Phrase, Samples, embed, read_samples
+from rvc_dist.workspace import Shard
+
+logger = logging.getLogger(__name__)
+
+PAGE, COMPARISON = "report.html", "comparison.html"
+MAX_SPECTROGRAMS = 6
+MAX_CURVES = 6
+"""Of a figure: speakers, or runs."""
+MAX_ROWS = 40
+"""Validations in the table."""
+CELL = 70
+"""Letters of a value in a table."""
+
+
+class Measure(NamedTuple):
+    """A number of a validation."""
+
+    label: str
+    unit: str
+    about: str
+    text: str = "{:.3f}"
+
+
+MEASURES = {
+    "mel_distance": Measure("Mel distance", "log10", "how far the spectrum is from the recording's; 0 is the same"),
+    "mcd_db": Measure("Mel-cepstral distance", "dB", "the same for the colour of the voice alone", "{:.2f}"),
+    "f0_cents": Measure("Pitch error", "cents", "100 are a semitone", "{:.1f}"),
+    "voicing_error": Measure("Voicing error", "share", "frames that are voiced in one of both alone"),
+    "loudness_db": Measure("Loudness error", "dB", "how far frames are from the recording's loudness", "{:.2f}"),
+    "similarity": Measure("Speaker similarity", "1 is the same", "how alike the voices are; the higher the better"),
+}
+CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
+    ("Mel loss", "loss", ("loss/g_mel",), False),
+    ("Generator against discriminator", "loss", ("loss/g_adv", "loss/d"), False),
+    ("Feature matching and KL", "loss", ("loss/g_fm", "loss/g_kl"), False),
+    ("Learning rate", "a step", ("train/lr", "train/lr_d"), False),
+    ("Gradient norms", "norm", ("grad/norm_g", "grad/norm_d"), True),
+    ("Throughput", "s of audio a second", ("perf/audio_s_per_s",), False),
+)
+"""(title, unit, values, whether on a logarithmic scale) of the first figures; every other loss has its own."""
+
+
+class Drawing(NamedTuple):
+    title: str
+    about: str
+    svg: Markup
+
+
+def run(recipe: Recipe, shard: Shard, runs: list[str] | None = None) -> None:
+    """Write the page of the recipe's run or of the one in `runs`, or the comparison of several into the first of them.
+
+    Raises:
+        StageError: one of them is no run folder.
+    """
+    if not shard.is_first:
+        return
+    roots = [Path(root) for root in runs or [recipe.run_dir]]
+    path = write_page(roots[0]) if len(roots) == 1 else write_comparison(roots)
+    logger.info("%s: %.1f MB; open it in any browser", path, path.stat().st_size / 1e6)
+
+
+def write_page(root: Path) -> Path:
+    """Make RUN/report.html of what is in the run folder now.
+
+    Raises:
+        StageError: it is no run folder.
+        OSError: the page cannot be written.
+    """
+    began_at = time.monotonic()
+    facts = read_facts(root)
+    advised = advice(facts)
+    samples = embed(read_samples(root / "samples", facts.notes), advised.step, facts.notes)
+    said = warnings(facts)
+    html = render(
+        "page.html.j2",
+        facts=facts,
+        advised=advised,
+        conversion=conversion(facts, advised),
+        tiles=tiles(facts, advised),
+        drawings=drawings(facts, advised),
+        validations=validation_rows(facts),
+        by_speaker=speaker_rows(facts, advised),
+        measures=MEASURES,
+        samples=samples,
+        spectrograms=spectrograms(samples, advised),
+        changes=recipe_changes(facts.recipe) if facts.recipe else [],
+        speakers=facts.data.speakers[:MAX_ROWS] if facts.data else [],
+        speed_text=speed_text(facts),
+        ranks=rank_rows(facts),
+        warnings=said,
+        seconds=lambda: time.monotonic() - began_at,
+    )
+    return write(root / PAGE, html)
+
+
+def write_comparison(roots: Sequence[Path]) -> Path:
+    """Make comparison.html in the first of several run folders.
+
+    Raises:
+        StageError, OSError: as `write_page`.
+    """
+    every = [read_facts(root) for root in roots]
+    advised = [advice(facts) for facts in every]
+    labels = run_labels(every)
+    html = render(
+        "comparison.html.j2",
+        labels=labels,
+        rows=comparison_rows(every, advised),
+        recipes=differing_keys(every),
+        drawings=comparison_drawings(every, labels),
+        phrases_of=compared_phrases(every, advised, labels),
+        notes=[f"{label}: {note}" for label, facts in zip(labels, every, strict=True) for note in facts.notes],
+    )
+    return write(roots[0] / COMPARISON, html)
+
+
+def write(path: Path, html: str) -> Path:
+    atomic_write(path, html.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("rvc_dist.report", "."),
+        autoescape=True,
+        finalize=shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made_at = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    nonce = secrets.token_urlsafe(12)  # of the only script that may run
+    return environment.get_template(template).render(values, version=__version__, made_at=made_at, nonce=nonce)
+
+
+def shown(value: object) -> object:
+    """A text with what cannot be seen, or turns the direction of what follows, as escapes; anything else as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+        return value
+    return re.sub(
+        r"[^\n]", lambda c: c[0] if c[0].isprintable() else c[0].encode("unicode_escape").decode("ascii"), value
+    )
+
+
+def tiles(facts: Facts, advised: Advice) -> list[tuple[str, str]]:
+    """(number, what it is) of the head of the page."""
+    found = []
+    if facts.data:
+        found.append((f"{facts.data.minutes:.1f} min", "in clips"))
+        found.append((str(len(facts.data.speakers)), "speaker" + "s" * (len(facts.data.speakers) != 1)))
+    if facts.step:
+        found.append((f"{facts.step:,}", "steps"))
+        found.append((f"{facts.hours:.1f} h" if facts.hours >= 1 else f"{60 * facts.hours:.1f} min", "of training"))
+    if advised.step is not None:
+        found.append((f"{advised.step:,}", "best step"))
+    if (speed := facts.speed()) is not None:
+        found.append((f"{speed:.1f} s", "of audio a second"))
+    return found
+
+
+def curve(facts: Facts, name: str, label: str, kind: str = "step", speaker: str = "") -> Curve:
+    """A value of the history over its steps; what was not finite is left out."""
+    found = [
+        (line["step"], value)
+        for line in facts.lines(kind)
+        for values in [line.get("speakers", {}).get(speaker, {}) if speaker else line.get("values", {})]
+        if (value := values.get(name)) is not None
+    ]
+    return Curve(label, [step for step, _ in found], [value for _, value in found])
+
+
+def drawings(facts: Facts, advised: Advice) -> list[Drawing]:
+    """All curves of a run."""
+    marks = {} if advised.step is None else {"best": float(advised.step)}
+    found = []
+    for name in values_of(facts, "validation"):
+        measure = MEASURES.get(name, Measure(name, "", ""))
+        lines = [curve(facts, name, "mean", "validation")]
+        judged = facts.lines("validation")[-1].get("speakers", {})
+        if len(judged) > 1:
+            speakers = sorted(judged, key=int)[: MAX_CURVES - 1]
+            lines += [curve(facts, name, f"speaker {s}", "validation", s) for s in speakers]
+        about = f"On held-out speech: {measure.about}." if measure.about else "On held-out speech."
+        found.append(drawing(f"{measure.label}", about, lines, measure.unit, marks=marks))
+    logged = values_of(facts, "step")
+    groups = list(CURVES)
+    known = {name for group in groups for name in group[2]} | {"train/epoch"}
+    groups += [(name, "loss", (name,), False) for name in logged if name not in known and name.startswith("loss/")]
+    for title, unit, names, is_log in groups:
+        lines = [curve(facts, name, name.partition("/")[2]) for name in names if name in logged]
+        found.append(drawing(title, "", lines, unit, is_log))
+    steps = [line for line in facts.lines("step") if line.get("seconds")]
+    if steps:
+        parts = list(dict.fromkeys(name for line in steps for name in line["seconds"]))
+        values = {name: [line["seconds"].get(name) or 0.0 for line in steps] for name in parts}
+        svg = figures.shares([line["step"] for line in steps], values, "What a step's seconds are spent on")
+        found.append(Drawing("Seconds a step", "Where its time goes; data is the wait for clips.", svg))
+    return [one for one in found if one is not None]
+
+
+def drawing(
+    title: str,
+    about: str,
+    lines: Sequence[Curve],
+    unit: str,
+    is_log: bool = False,
+    marks: dict[str, float] | None = None,
+) -> Drawing | None:
+    """None where there is nothing to draw."""
+    lines = [line for line in lines if line.steps]
+    if not lines:
+        return None
+    is_log = is_log and all(value > 0 for line in lines for value in line.values)
+    return Drawing(title, about, figures.curves(lines, unit, f"{title} over steps", is_log, marks))
+
+
+def values_of(facts: Facts, kind: str) -> list[str]:
+    """The names of all values in lines of a kind, those of MEASURES first."""
+    names = dict.fromkeys(name for line in facts.lines(kind) for name in line.get("values", {}))
+    return [name for name in MEASURES if name in names] + [name for name in names if name not in MEASURES]
+
+
+def number(values: dict[str, float | None], name: str) -> str:
+    value = values.get(name)
+    return "not finite" if value is None and name in values else "" if value is None else _text(name, value)
+
+
+def _text(name: str, value: float) -> str:
+    return MEASURES.get(name, Measure(name, "", "")).text.format(value)
+
+
+def validation_rows(facts: Facts) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of validations, the newest first, and the advised one among them."""
+    names = values_of(facts, "validation")
+    lines = [line for line in facts.lines("validation") if "values" in line]
+    best = [line["step"] for line in lines if line.get("is_best")][-1:]
+    kept = [line for i, line in enumerate(lines) if i >= len(lines) - MAX_ROWS or line["step"] in best]
+    head = ["step", *(MEASURES[n].label if n in MEASURES else n for n in names)]
+    rows = [
+        [f"{line['step']}{' ★' * (line['step'] in best)}", *(number(line["values"], n) for n in names)]
+        for line in reversed(kept)
+    ]
+    return head, rows
+
+
+def speaker_rows(facts: Facts, advised: Advice) -> tuple[list[str], list[list[str]]]:
+    """The same of each speaker, at the advised step or the last."""
+    lines = [line for line in facts.lines("validation") if line.get("speakers")]
+    lines = [line for line in lines if line["step"] == advised.step] or lines
+    if not lines or len(lines[-1]["speakers"]) < 2:
+        return [], []
+    speakers = lines[-1]["speakers"]
+    names = list(dict.fromkeys(name for values in speakers.values() for name in values))
+    rows = [
+        [facts.speakers.label(int(s)) if s.isdecimal() else s, *(number(values, n) for n in names)]
+        for s, values in speakers.items()
+    ]
+    return ["speaker", *(MEASURES[n].label if n in MEASURES else n for n in names)], rows
+
+
+def speed_text(facts: Facts) -> str:
+    """How fast the run is, and what validation takes of its time."""
+    ranks, speed, share = len(facts.hardware.get("ranks", [])), facts.speed(), facts.validation_share
+    parts = [f"{ranks} rank{'s' * (ranks != 1)}, {facts.hardware.get('global_batch', '?')} clips a step"]
+    parts += [f"{speed:.1f} s of audio a second together"] if speed is not None else []
+    parts += [f"validation took {share:.1%} of the time"] if share is not None else []
+    return f"{'; '.join(parts)}."
+
+
+def rank_rows(facts: Facts) -> list[list[str]]:
+    """Where each rank computes; all take as many clips, and wait for the slowest."""
+    ranks, speed = facts.hardware.get("ranks", []), facts.speed()
+    each = "" if speed is None else f"{speed / len(ranks):.1f}" if ranks else ""
+    return [[str(r["rank"]), r["host"], r["device"], r["name"], each] for r in ranks]
+
+
+def spectrograms(samples: Samples, advised: Advice) -> list[Drawing]:
+    """What was made of each phrase at the advised step and the last, below the original."""
+    found = []
+    for phrase in samples.phrases[:MAX_SPECTROGRAMS]:
+        made = [sound for sound in phrase.sounds if sound.step is not None]
+        wanted = [s for s in phrase.sounds if s.step is None] + [s for s in made if s.step == advised.step]
+        wanted += [s for s in made[-1:] if s not in wanted]
+        rows = [(s.label + " (best)" * (s.step == advised.step is not None), s.wave, s.rate) for s in wanted]
+        svg = figures.spectrograms(rows, "Spectrograms, the original first")
+        found.append(Drawing(phrase.title, phrase.kind_label, svg))
+    return found
+
+
+def run_labels(every: Sequence[Facts]) -> list[str]:
+    """Short names, each once."""
+    names = [facts.work.root.resolve().name for facts in every]
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def comparison_rows(every: Sequence[Facts], advised: Sequence[Advice]) -> list[list[str]]:
+    """A row a quantity, a cell a run."""
+    judged = dict.fromkeys(name for facts in every for name in values_of(facts, "validation"))
+
+    def best(name: str, facts: Facts, step: int | None) -> str:
+        at = [line for line in facts.lines("validation") if line["step"] == step and "values" in line]
+        return number(at[-1]["values"], name) if at else ""
+
+    def speed(facts: Facts) -> str:
+        found = facts.speed()
+        return "" if found is None else f"{found:.1f}"
+
+    rows: dict[str, Callable[[Facts, Advice], str]] = {
+        "state": lambda f, _: f.state,
+        "minutes in clips": lambda f, _: f"{f.data.minutes:.1f}" if f.data else "",
+        "speakers": lambda f, _: str(len(f.data.speakers)) if f.data else "",
+        "steps": lambda f, _: str(f.step),
+        "minutes of training": lambda f, _: f"{60 * f.hours:.1f}",
+        "ranks": lambda f, _: str(len(f.hardware.get("ranks", []))),
+        "device": lambda f, _: ", ".join(dict.fromkeys(r["name"] for r in f.hardware.get("ranks", []))),
+        "clips a step": lambda f, _: str(f.hardware.get("global_batch", "")),
+        "seconds of audio a second": lambda f, _: speed(f),
+        "best step": lambda _, a: "" if a.step is None else str(a.step),
+    }
+    found = [[name, *(cell(f, a) for f, a in zip(every, advised, strict=True))] for name, cell in rows.items()]
+    for name in judged:
+        label = f"{MEASURES[name].label}, {MEASURES[name].unit}" if name in MEASURES else name
+        found.append([f"{label} (best step)", *(best(name, f, a.step) for f, a in zip(every, advised, strict=True))])
+    return [row for row in found if any(row[1:])]
+
+
+def differing_keys(every: Sequence[Facts]) -> list[list[str]]:
+    """(key, its value in each run) of every key of the recipes that is not the same in all."""
+    trees = [flat(facts.recipe.to_dict()) if facts.recipe else {} for facts in every]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    cells = ([key, *(text_of(tree[key]) if key in tree else "not known" for tree in trees)] for key in keys)
+    return [row for row in cells if len(set(row[1:])) > 1 and row[0] not in ("name", "run_dir")]
+
+
+def comparison_drawings(every: Sequence[Facts], labels: Sequence[str]) -> list[Drawing]:
+    found = []
+    short = [f"{i + 1}" for i in range(len(labels))]
+    names = dict.fromkeys(name for facts in every for name in values_of(facts, "validation"))
+    wanted = [(name, "validation", MEASURES.get(name, Measure(name, "", ""))) for name in names]
+    wanted += [(names[0], "step", Measure(title, unit, "")) for title, unit, names, _ in CURVES]
+    for name, kind, measure in wanted:
+        lines = [curve(facts, name, label, kind) for facts, label in zip(every, short, strict=True)]
+        found.append(drawing(measure.label, measure.about, lines[:MAX_CURVES], measure.unit))
+    return [one for one in found if one is not None]
+
+
+def compared_phrases(every: Sequence[Facts], advised: Sequence[Advice], labels: Sequence[str]) -> list[Phrase]:
+    """The phrases that several runs have, each with one sound of every run: its best step's, else its newest."""
+    together: dict[tuple[str, str], Phrase] = {}
+    for i, (facts, best) in enumerate(zip(every, advised, strict=True)):
+        for phrase in read_samples(facts.work.root / "samples", facts.notes):
+            steps = sorted(phrase.files)
+            step = best.step if best.step in phrase.files else steps[-1]
+            same = together.setdefault((phrase.kind, phrase.title), Phrase(phrase.kind, phrase.title, "", None))
+            same.original = same.original or phrase.original
+            same.files[i] = phrase.files[step]
+    shared = [phrase for phrase in together.values() if len(phrase.files) > 1]
+    notes: list[str] = []
+    samples = embed(shared, None, notes)
+    for phrase in samples.phrases:
+        phrase.sounds = [s if s.step is None else s._replace(label=labels[s.step]) for s in phrase.sounds]
+    return samples.phrases
