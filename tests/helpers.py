@@ -30,7 +30,7 @@ from rvc_dist.models.state_dict import from_upstream, to_upstream
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
-from rvc_dist.voice.file import Dataset, voice_dict
+from rvc_dist.train.voice_file import Dataset, voice_dict
 from rvc_dist.workspace import Unit, WorkList, Workspace, fingerprint, save_arrays
 
 RATE = 24000

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import mmap
-import os
 import pickle
 import pickletools
 import struct
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from rvc_dist.files import ForeignFileError, beside, regular_size
+from rvc_dist.files import ForeignFileError, atomic_write, regular_size
 
 MAX_PICKLE = 1 << 22
 """Bytes of the pickle, and of the zip's directory; the largest of RVC, a checkpoint with its optimizer, has 0.5 MB."""
@@ -69,12 +68,9 @@ def load_pth(path: Path) -> Any:
 
 def save_pth(path: Path, contents: dict[str, Any]) -> None:
     """Write a torch file whole or not at all."""
-    with beside(path) as half:
-        with half.open("xb") as stream:  # the name of the file would be written into it
-            torch.save(contents, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        half.replace(path)
+    buffer = io.BytesIO()  # of a full disk PyTorch would not say that it is one
+    torch.save(contents, buffer)
+    atomic_write(path, buffer.getvalue())
 
 
 def weights(state: object, with_counters: bool = False) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -51,6 +51,11 @@ SPARE_BYTES = 16 << 20
 """Free space beyond the tensors themselves that a checkpoint asks for."""
 
 
+Why: TypeAlias = Literal["due", "best", "stop", "end"]
+"""Why a checkpoint was written: the recipe wants one now, validation found its weights the best, a signal stopped the
+run, or the run is at its end."""
+
+
 class WrittenFile(TypedDict):
     """Of a file in MANIFEST."""
 
@@ -79,6 +84,7 @@ class StateFile(OldState, total=False):
     speaker_info: list[Speaker]
     data: TrainedOn
     loss_scales: dict[str, LossScaleState]
+    why: Why
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class Checkpoint:
     """`fingerprint.of_data`; empty where an older version wrote it."""
     loss_scales: dict[str, LossScaleState] = field(default_factory=dict)
     """By MODELS, of those that compute in float16."""
+    why: Why = "due"
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """File stem to what it holds."""
@@ -121,9 +128,14 @@ class AsyncCheckpointWriter:
     """Writes checkpoints in a thread of its own, one at a time: training waits only for the copy to host memory."""
 
     def __init__(
-        self, folder: Path, keep: int, check: Callable[[], None] = lambda: None, limit_s: float = 600.0
+        self,
+        folder: Path,
+        keep: int,
+        check: Callable[[], None] = lambda: None,
+        limit_s: float = 600.0,
+        on_saved: Callable[[Checkpoint, Path], object] = lambda *_: None,
     ) -> None:
-        self.folder, self.keep, self.limit_s = folder, keep, limit_s
+        self.folder, self.keep, self.limit_s, self.on_saved = folder, keep, limit_s, on_saved
         self.check = check
         """Called before each: raises a StageError when this process may not write here any more."""
         self.error: StageError | None = None
@@ -156,6 +168,7 @@ class AsyncCheckpointWriter:
             raise  # a fault of ours: the thread's traceback is printed and logged
         else:
             logger.info("saved %s", path)
+            self.on_saved(checkpoint, path)
 
     def wait(self, limit_s: float | None = None) -> None:
         """Return when nothing is being written any more, or with an error after `limit_s`, by default self.limit_s."""
@@ -233,6 +246,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             "optimizer_groups": {name: s.groups for name, s in checkpoint.optimizers.items()},
             "meter": checkpoint.meter,
             "num_ranks": checkpoint.num_ranks,
+            "why": checkpoint.why,
             "trained_speakers": checkpoint.speakers.trained,
             "data": checkpoint.data,
             **({"loss_scales": checkpoint.loss_scales} if checkpoint.loss_scales else {}),
@@ -340,11 +354,22 @@ def newest(
 
 
 def prune(folder: Path, keep: int, best_step: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
+    """Remove all but the newest `keep` checkpoints, the best one, and the newest one whatever it is.
+
+    Those that a stop wrote do not count among the `keep`, so that they replace each other and no other.
+    """
     found = [p for p in list_checkpoints(folder) if (p / MANIFEST).is_file()]
-    for path in found[:-keep]:
-        if path.name != f"step_{best_step:08d}":
+    regular = [p for p in found if not _is_of_stop(p)]
+    kept = {*regular[-keep:], *found[-1:], folder / f"step_{best_step:08d}"}
+    for path in found:
+        if path not in kept:
             discard(path)
+
+
+def _is_of_stop(path: Path) -> bool:
+    with contextlib.suppress(StageError, OSError):  # one whose state is damaged is another's matter
+        return bool(state_of(path).get("why") == "stop")
+    return False
 
 
 def find_corruption(path: Path) -> list[str]:
@@ -386,6 +411,11 @@ def verify(path: Path, identity: Mapping[str, Any] | None = None) -> None:
     state = state_of(path)
     if identity is not None:
         check_identity(path, state["identity"], identity)
+
+
+def progress_of(path: Path) -> Progress:
+    """Where the run was at the checkpoint in `path`, which `verify` has accepted or `whole_in` has found."""
+    return Progress.from_file(state_of(path)["progress"])
 
 
 def identity_of(path: Path) -> dict[str, Any]:
@@ -451,6 +481,7 @@ def load(path: Path) -> Checkpoint:
         optimizers={n: OptimizerState(load_file(path / f"optimizer_{n}.safetensors"), groups[n]) for n in MODELS},
         meter=state["meter"],
         num_ranks=state["num_ranks"],
+        why=state.get("why", "due"),
         speakers=_speakers(state),
         data=state.get("data", {}),
         loss_scales=state.get("loss_scales", {}),

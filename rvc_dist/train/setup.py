@@ -269,6 +269,7 @@ def make_checkpoint(
     modules: Mapping[str, TrainedModule],
     meter: Meter,
     work: Workspace,
+    why: checkpoint.Why,
 ) -> checkpoint.Checkpoint | None:
     """What the main rank is to write, None elsewhere; every rank has to ask for it.
 
@@ -298,6 +299,7 @@ def make_checkpoint(
         num_ranks=accelerator.num_processes,
         speakers=origin.speakers,
         data=origin.data,
+        why=why,
     )
 
 

@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from accelerate import Accelerator
@@ -32,6 +33,7 @@ from rvc_dist.train.optimizers import learning_rate, report_speed
 from rvc_dist.train.progress import Progress, is_due, is_overtrained, kl_warmup, save_is_due
 from rvc_dist.train.step import GanStep, StepResult
 from rvc_dist.train.validation import Validation
+from rvc_dist.train.voice_file import VoiceWriter
 from rvc_dist.workspace import Shard, Stopped, Workspace
 
 logger = logging.getLogger(__name__)
@@ -100,7 +102,9 @@ class Trainer:
             self.config.keep_checkpoints,
             self.lock.check,
             self.config.timeout_s / 2,  # it gives up before the ranks that wait for this one
+            self._saved,
         )
+        self.voices = VoiceWriter(recipe, self.table)
         self.heartbeat.enter("preparing the run folder")
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
@@ -145,10 +149,9 @@ class Trainer:
                     asked = stop.poll(failed=self.writer.error is not None or self.lock.is_lost)
                 if asked == StopSignal.FAILED:
                     break
-                save_now = save_is_due(self.config, self.progress, self.total_steps)
-                if asked or is_best or save_now or self.is_overtrained:
+                if (why := self._why_save(bool(asked), is_best)) is not None:
                     with self.heartbeat.within("checkpoint"):
-                        self.save()
+                        self.save(why)
                 if asked and not self.is_finished:
                     self._stop(signal.Signals(asked).name)
         self._finish_writing()
@@ -220,17 +223,31 @@ class Trainer:
             self.progress = self.validation.judge(self.step.generator, before)
         return self.progress is not before
 
-    def save(self) -> None:
+    def _why_save(self, is_asked: bool, is_best: bool) -> checkpoint.Why | None:
+        """Why a checkpoint is to be written now, the reason that keeps it longest; None where none is."""
+        if self.is_finished or self.is_overtrained:
+            return "end"
+        if save_is_due(self.config, self.progress, self.total_steps):
+            return "due"
+        return "best" if is_best else "stop" if is_asked else None
+
+    def save(self, why: checkpoint.Why = "due") -> None:
         """Begin to write a checkpoint: the main rank alone does, and goes on as soon as it has copied the tensors.
 
         Raises:
             StageError: the weights are not finite numbers (on every rank alike).
         """
         self.check_recent_steps()
-        made = setup.make_checkpoint(self.accelerator, self.origin, self.progress, self.networks, self.meter, self.work)
+        state = self.origin, self.progress, self.networks, self.meter, self.work
+        made = setup.make_checkpoint(self.accelerator, *state, why)
         if made is not None:
             self.tracker.flush()
             self.writer.start(made)
+
+    def _saved(self, made: checkpoint.Checkpoint, path: Path) -> None:
+        """By the writer's thread, when a checkpoint is whole: its voice, unless a later one replaces it."""
+        if self.config.save_every_voices and made.why != "stop":
+            self.voices(made, path)
 
     def _finish_writing(self) -> None:
         """Wait until the last checkpoint is on the disk.

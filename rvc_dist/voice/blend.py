@@ -12,7 +12,9 @@ from torch import Tensor
 
 from rvc_dist.config import Recipe
 from rvc_dist.models.state_dict import SPEAKER_TABLE, to_upstream
-from rvc_dist.voice.file import Dataset, SpeakerInfo, Voice, voice_fields, write_voice
+from rvc_dist.models.torch_file import save_pth
+from rvc_dist.train.voice_file import Dataset, SpeakerInfo, voice_fields
+from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, StageError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ def run(recipe: Recipe, shard: Shard, first: str, second: str) -> None:
         raise StageError(f"blend.output: {target} is one of the voices that are blended;", "give another")
     a, b = (Voice.load(path, torch.device("cpu"), "blend") for path in paths)
     check_alike(paths, a, b)
-    write_voice(target, blended(a, b, recipe, paths))
+    save_pth(target, blended(a, b, recipe, paths))
     logger.info("blend: %s: %g of %s, the rest of %s", target, recipe.blend.ratio, *paths)
 
 

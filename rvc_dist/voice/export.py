@@ -6,13 +6,16 @@ import contextlib
 import logging
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rvc_dist.choices import Maker, resolve
 from rvc_dist.config import Recipe
-from rvc_dist.files import atomic_write
-from rvc_dist.voice.file import of_speaker, voice_dict, write_voice
+from rvc_dist.files import ForeignFileError, atomic_write
+from rvc_dist.models.torch_file import load_pth, save_pth
+from rvc_dist.train import checkpoint
+from rvc_dist.train.voice_file import of_speaker, voice_dict, voice_file_of, written_at
 from rvc_dist.voice.trained import Trained
 from rvc_dist.workspace import Shard, StageError
 
@@ -71,29 +74,34 @@ def write_voices(trained: Trained) -> None:
     With export.each_speaker, NAME_spkid3_last.pth and so on beside them.
     """
     recipe, work = trained.recipe, trained.work
-    files: dict[int, dict[str, Path]] = {}
+    files: dict[int, list[Path]] = {}
     for path in trained.checkpoints:
-        saved, dataset = trained.load(path)
-        whole, progress = voice_dict(recipe, saved, dataset), saved.progress
-        voices = {recipe.name: whole}
-        if recipe.export.each_speaker:
-            voices |= {f"{recipe.name}_spkid{i}": of_speaker(whole, i) for i in saved.speakers.trained}
-        files[progress.step] = {}
-        for name, voice in voices.items():
-            file = files[progress.step][name] = work.voice_dir / f"{name}_{progress.epoch}e_{progress.step}s.pth"
-            write_voice(file, voice)
+        progress = checkpoint.progress_of(path)
+        file = voice_file_of(work, progress.epoch, progress.step)
+        if (whole := made_before(file, path, recipe.export.author)) is not None:
+            logger.info("export: %s was written beside the checkpoint", file)
+        else:
+            whole = voice_dict(recipe, *trained.load(path))
+            save_pth(file, whole)
+            logger.info("export: %s", file)
+        files[progress.step] = [file]
+        for speaker in whole["trained_speakers"] if recipe.export.each_speaker else ():
+            file = voice_file_of(work, progress.epoch, progress.step, f"_spkid{speaker}")
+            save_pth(file, of_speaker(whole, speaker))
+            files[progress.step].append(file)
             logger.info("export: %s", file)
     copy_as("last", files[progress.step])
     best_file = work.voice_dir / f"{recipe.name}_best.pth"
-    if progress.best_step in files and progress.best_metric is not None:
-        copy_as("best", files[progress.best_step])
+    of_best = files.get(progress.best_step) or [voice_file_of(work, progress.best_epoch, progress.best_step)]
+    if progress.best_metric is not None and of_best[0].is_file():
+        copy_as("best", of_best)
         why = f"its mel distance on the held-out clips, {progress.best_metric:.4f}, is the lowest that was measured"
         logger.info("export: %s is of step %d, epoch %d: %s", best_file, progress.best_step, progress.best_epoch, why)
         return
     why = (
         "no checkpoint was validated on held-out clips yet (data.holdout, train.eval_every_steps)"
         if progress.best_metric is None
-        else f"the checkpoint of step {progress.best_step}, the best, is gone"
+        else f"the checkpoint of step {progress.best_step}, the best, is gone, and so is its voice file"
     )
     before = (
         "the one that is there is of an earlier export" if best_file.exists() else f"no {best_file.name} is written"
@@ -101,7 +109,17 @@ def write_voices(trained: Trained) -> None:
     logger.warning("export: %s: %s", before, why)
 
 
-def copy_as(word: str, files: dict[str, Path]) -> None:
-    """Copy the voice files of a checkpoint, by NAME, to NAME_{word}.pth."""
-    for name, file in files.items():
+def made_before(file: Path, path: Path, author: str) -> dict[str, Any] | None:
+    """The voice in `file`, if training wrote it beside the checkpoint in `path`, or an export did."""
+    with contextlib.suppress(FileNotFoundError, ForeignFileError):
+        voice = load_pth(file)
+        if (voice["creation_date"], voice["author"]) == (written_at(path).isoformat(), author):
+            return dict(voice)
+    return None
+
+
+def copy_as(word: str, files: Iterable[Path]) -> None:
+    """Copy the voice files of a checkpoint, NAME_2e_10s.pth, to NAME_{word}.pth."""
+    for file in files:
+        name = file.stem.rsplit("_", 2)[0]
         atomic_write(file.with_name(f"{name}_{word}.pth"), file.read_bytes())

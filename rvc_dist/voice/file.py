@@ -1,60 +1,38 @@
-"""The voice file, both ways: a `.pth` whose fields the tools of RVC read."""
+"""Voice files as they are read, ours and those of other tools of RVC; `train/voice_file.py` writes ours."""
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypedDict
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from rvc_dist.choices import VOCODERS
-from rvc_dist.config import Recipe
-from rvc_dist.features.content import published
-from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.files import ForeignFileError
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.models.state_dict import SPEAKER_TABLE, from_upstream, to_upstream
-from rvc_dist.models.torch_file import load_pth, save_pth, weights
-from rvc_dist.schema import MAX_YAML_BYTES, Word, check, parse_yaml, record, within
-from rvc_dist.train.checkpoint import Checkpoint
-from rvc_dist.workspace import StageError, Workspace
+from rvc_dist.models.state_dict import SPEAKER_TABLE, from_upstream
+from rvc_dist.models.torch_file import load_pth, weights
+from rvc_dist.schema import MAX_YAML_BYTES, check, parse_yaml, record, within
+from rvc_dist.train.voice_file import Pitched, SpeakerInfo
+from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
 
 
 Unvoiced: TypeAlias = Literal["zero", "interpolated"]
 """The f0 of unvoiced frames that a voice was trained with: 0 Hz, or drawn on between the voiced frames around them."""
-Hz: TypeAlias = Annotated[float, within(0.0, 1e4)]
 
 
-class _Pitch(TypedDict, total=False):
-    """Of a speaker or of a whole voice."""
-
-    f0_median: Hz | None
-    """Of the voiced frames."""
-
-
-class SpeakerInfo(_Pitch):
-    """A speaker, as RVC-WebUI and rvc-next write it; the pitch is ours."""
-
-    id: int
-    """The row of the speaker table."""
-    name: Word
-
-
-class _Fields(_Pitch, total=False):
+class _Fields(Pitched, total=False):
     """What is read of a voice file besides its weights and what `GeneratorShape` and `EmbedderId` read."""
 
     version: Literal["v1", "v2"]
@@ -235,126 +213,3 @@ def _numbers_of_at_most(count: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What a voice file tells of what the voice was trained on."""
-
-    length: str
-    """HH:MM:SS"""
-    num_speakers: int
-    """The highest id + 1."""
-    speakers: Sequence[SpeakerInfo] = ()
-    """Those that have names."""
-    f0_median: float | None = None
-    trained_at: datetime.datetime = field(default_factory=datetime.datetime.now)
-    """When the checkpoint was written: exported again, it gives the same bytes."""
-
-    def to_voice(self) -> dict[str, Any]:
-        """The fields of a voice file; those that say nothing are left out."""
-        told = {"speaker_info": list(self.speakers), "f0_median": self.f0_median}
-        always = {"speakers_id": self.num_speakers, "dataset_length": self.length}
-        return always | {key: value for key, value in told.items() if value}
-
-
-def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str, Any]:
-    """The contents of a voice file: float16 weights without the posterior encoder, in the old weight-norm spelling.
-
-    Raises:
-        StageError: a weight is not a finite number of float16.
-    """
-    progress, generator = saved.progress, to_upstream(saved.models["generator"])
-    weight = halved({k: v for k, v in generator.items() if not k.startswith("enc_q.")}, progress.step)
-    trained_with = Workspace(recipe.run_dir, recipe.name).config_file
-    try:
-        shape = GeneratorShape.from_identity(saved.identity)
-        embedder, _ = embedder_of(saved), VOCODERS[shape.vocoder]
-        version = saved.identity["discriminator.version"]
-    except (KeyError, ValueError) as error:
-        raise StageError(f"the checkpoint of step {progress.step} is of no network of ours ({error})") from error
-    overtrain_info = "not measured"
-    if progress.best_metric is not None:
-        best = f"{progress.best_metric:.4f} at step {progress.best_step}, epoch {progress.best_epoch}"
-        overtrain_info = f"best validation mel distance {best}"
-    return voice_fields(weight, shape, version, embedder, recipe.name, recipe.export.author, dataset) | {
-        "epoch": f"{progress.epoch}epoch",
-        "step": progress.step,
-        "info": f"{recipe.name}: {progress.epoch} epochs, {progress.step} steps of rvc_dist",
-        "trained_speakers": list(saved.speakers.trained),
-        "unvoiced": saved.identity.get("extract.unvoiced", SINCE["extract.unvoiced"]),
-        "overtrain_info": overtrain_info,
-        "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
-    }
-
-
-def voice_fields(
-    weight: dict[str, Tensor],
-    shape: GeneratorShape,
-    version: str,
-    embedder: EmbedderId,
-    name: str,
-    author: str,
-    dataset: Dataset,
-) -> dict[str, Any]:
-    """What a voice file says of its network, whatever made it."""
-    return {
-        "weight": weight,
-        "config": shape.to_export_config(),
-        "sr": shape.sample_rate,
-        "f0": int(shape.pitch_guidance),
-        "version": version,
-        "creation_date": dataset.trained_at.isoformat(),
-        "model_hash": model_hash(weight),
-        "model_name": name,
-        "author": author,
-        "vocoder": VOCODERS[shape.vocoder].voice_name,
-        "energy": shape.energy,
-        "architecture": shape.architecture.upper(),
-        **embedder.to_voice(),
-        **dataset.to_voice(),
-    }
-
-
-def of_speaker(voice: dict[str, Any], speaker: int) -> dict[str, Any]:
-    """A voice of `voice_dict` with one of its speakers alone, who answers to every id: most tools ask for 0."""
-    table = voice["weight"][SPEAKER_TABLE]
-    weight = {**voice["weight"], SPEAKER_TABLE: table[speaker].repeat(len(table), 1)}
-    info = [one for one in voice.get("speaker_info", []) if one["id"] == speaker]
-    own = {"speaker_info": info, "f0_median": info[0].get("f0_median")} if info else {}
-    known = {key: value for key, value in (voice | own).items() if value is not None}
-    return known | {"weight": weight, "model_hash": model_hash(weight), "trained_speakers": [speaker]}
-
-
-def halved(weights: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-    """The weights of the checkpoint of `step` in float16.
-
-    Raises:
-        StageError: a weight is not a finite number of float16.
-    """
-    halves = {k: v.half().contiguous() for k, v in weights.items()}
-    if wrong := [k for k, v in halves.items() if not v.isfinite().all()]:
-        raise StageError(
-            f"the checkpoint of step {step} has weights that are not finite numbers of 16 bits "
-            f"({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}):",
-            "remove it, and train on with a lower train.learning_rate or train.max_grad_norm set",
-        )
-    return halves
-
-
-def embedder_of(saved: Checkpoint) -> EmbedderId:
-    """The content encoder that a checkpoint was trained with, under its published name where it has one."""
-    return published(EmbedderId.from_features(saved.identity["embedder"]))
-
-
-def model_hash(weight: dict[str, Tensor]) -> str:
-    """SHA-256 over the names and bytes of the weights."""
-    digest = hashlib.sha256()
-    for name in sorted(weight):
-        digest.update(name.encode())
-        digest.update(weight[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def write_voice(path: Path, voice: dict[str, Any]) -> None:
-    save_pth(path, voice)

@@ -18,8 +18,9 @@ from rvc_dist.config import DataConfig, ExportConfig, InferConfig, Recipe
 from rvc_dist.features.hub import transport_errors
 from rvc_dist.files import write_json
 from rvc_dist.models.shape import GeneratorShape
+from rvc_dist.models.torch_file import save_pth
 from rvc_dist.train.checkpoint import Checkpoint
-from rvc_dist.voice.file import Dataset, voice_dict, write_voice
+from rvc_dist.train.voice_file import Dataset, voice_dict
 from rvc_dist.voice.trained import Trained
 from rvc_dist.workspace import Shard, StageError, Workspace
 
@@ -54,7 +55,7 @@ def write_folder(recipe: Recipe, saved: Checkpoint, dataset: Dataset, folder: Pa
     if not (voice["version"] == "v2" and shape.pitch_guidance and is_plain):
         logger.warning("export: ZeroRVC reads voices of v2 with pitch guidance and hifi-gan; this one it does not")
     pth = folder / f"{recipe.name}.pth"
-    write_voice(pth, voice)
+    save_pth(pth, voice)
     save_file(voice["weight"], folder / "model.safetensors", metadata={"format": "pt"})
     told = {key: value for key, value in voice.items() if key not in ("weight", "config", "recipe")}
     write_json(folder / "config.json", shape.to_upstream_arguments() | told)

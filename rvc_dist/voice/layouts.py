@@ -32,8 +32,8 @@ from rvc_dist.models.state_dict import to_upstream, upstream_order
 from rvc_dist.models.torch_file import save_pth
 from rvc_dist.train.checkpoint import Checkpoint
 from rvc_dist.train.optimizers import OptimizerState
+from rvc_dist.train.voice_file import Dataset, embedder_of, halved
 from rvc_dist.unit_stage import in_threads
-from rvc_dist.voice.file import Dataset, embedder_of, halved
 from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesClip,

@@ -219,12 +219,26 @@ def test_an_unfinished_write_is_no_checkpoint_and_a_failed_one_leaves_nothing(tm
     assert "No space left on device" in str(writer.error)
 
 
-def test_prune_keeps_the_newest_and_the_best(tmp_path):
+@pytest.mark.parametrize(
+    ("stops", "kept"),
+    [
+        ((), "356"),
+        ((4, 5, 6), "1236"),  # three stops in a row: neither the regular ones nor the best went
+        ((2, 5), "346"),  # a stop's is needed no more when a later one is there
+        ((3, 6), "3456"),  # the best is kept, though a stop wrote it
+    ],
+)
+def test_prune_keeps_the_newest_the_best_and_the_last_stops(tmp_path, stops, kept):
     net, optimizer = net_and_optimizer()
     for step in range(1, 7):
-        checkpoint.save(tmp_path, make(step, net, optimizer))
-    checkpoint.prune(tmp_path, keep=2, best_step=3)
-    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["3", "5", "6"]
+        made = make(step, net, optimizer)
+        checkpoint.save(tmp_path, replace(made, why="stop" if step in stops else "due"))
+        assert checkpoint.load(checkpoint.latest(tmp_path)).why == ("stop" if step in stops else "due")
+    if stops == (2, 5):  # of a version that did not say why
+        state = tmp_path / "step_00000004" / "state.json"
+        state.write_text(state.read_text().replace('"why": "due",', ""))
+    checkpoint.prune(tmp_path, keep=2 if len(stops) < 3 else 3, best_step=3)
+    assert "".join(p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)) == kept
 
 
 @pytest.mark.parametrize("replaced", [False, True])

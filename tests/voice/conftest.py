@@ -10,7 +10,7 @@ from helpers import RATE, SteadyPitch, make_generator, narrow_recipe, tone, voic
 
 from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import InferConfig, Recipe
-from rvc_dist.voice.file import write_voice
+from rvc_dist.models.torch_file import save_pth
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def voice_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("voice")
     config = narrow_recipe(folder)
     path = folder / "tiny.pth"
-    write_voice(path, voice_contents(config, make_generator(config, num_speakers=2)))
+    save_pth(path, voice_contents(config, make_generator(config, num_speakers=2)))
     return path
 
 

@@ -21,9 +21,9 @@ from rvc_dist.choices import F0_METHODS, SOUNDS, F0Spec
 from rvc_dist.config import F0_HOP, FEATURE_RATE, PreprocessConfig, Recipe, recipe_of
 from rvc_dist.data import decode
 from rvc_dist.models.generator import Generator
+from rvc_dist.models.torch_file import save_pth
 from rvc_dist.train.metrics import ProgressBar
 from rvc_dist.voice import infer, pitch, recordings, sound_file, windows
-from rvc_dist.voice.file import write_voice
 from rvc_dist.voice.loudness import Loudness, matched
 from rvc_dist.workspace import Shard, StageError
 
@@ -171,7 +171,7 @@ def test_what_is_done_is_made_again_only_if_something_changed(recipe: Recipe, tm
     assert made_again(recipe) == [True, False]
     for other in (changed(recipe, "infer", pitch=1.0), changed(recipe, "infer", loudness_mix=0.5)):
         assert made_again(other) == [True, True]
-    write_voice(tmp_path / "v.pth", voice_contents(recipe, make_generator(recipe, num_speakers=3)))
+    save_pth(tmp_path / "v.pth", voice_contents(recipe, make_generator(recipe, num_speakers=3)))
     assert made_again(changed(recipe, "infer", model=str(tmp_path / "v.pth"))) == [True, True]
 
 
@@ -330,7 +330,7 @@ def test_autotune_puts_the_transposed_pitch_onto_semitones(recipe: Recipe, f0_fe
 
 def test_a_voice_that_was_trained_autotuned_is_converted_so(recipe: Recipe, tmp_path: Path, f0_fed: list[Any]) -> None:
     tuned = changed(recipe, "extract", f0_autotune=True, f0_autotune_strength=1.0)
-    write_voice(tmp_path / "v.pth", voice_contents(tuned, make_generator(recipe)))
+    save_pth(tmp_path / "v.pth", voice_contents(tuned, make_generator(recipe)))
     recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"), pitch=0.4)
     infer.run(recipe, ALONE)
     infer.run(changed(recipe, "infer", autotune=0.0), ALONE)
@@ -392,7 +392,7 @@ def test_the_median_pitch_of_a_recording_is_brought_to_the_voices(
     with pytest.raises(StageError, match=r"infer\.auto_pitch: the voice file does not say its median pitch"):
         infer.run(recipe, ALONE)
     contents = voice_contents(recipe, make_generator(recipe))
-    write_voice(tmp_path / "v.pth", contents | {"f0_median": 330.0})
+    save_pth(tmp_path / "v.pth", contents | {"f0_median": 330.0})
     recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
     infer.run(recipe, ALONE)
     infer.run(changed(recipe, "infer", pitch=-12.0), ALONE)
@@ -429,7 +429,7 @@ def test_a_voice_file_says_how_it_was_trained(
     trained = changed(recipe, "extract", f0_method="yin", f0_min=70.0, f0_max=700.0)
     trained = dataclasses.replace(trained, model=NARROW, preprocess=PreprocessConfig(process_effects=False))
     contents = voice_contents(trained, make_generator(trained))
-    write_voice(tmp_path / "v.pth", contents)
+    save_pth(tmp_path / "v.pth", contents)
     asked = dataclasses.replace(Recipe(), infer=changed(recipe, "infer", model=str(tmp_path / "v.pth")).infer)
     used = infer.Converter.load(asked).recipe
     assert (used.extract.f0_method, used.extract.f0_min, used.extract.f0_max) == ("yin", 70.0, 700.0)
@@ -440,7 +440,7 @@ def test_a_voice_file_says_how_it_was_trained(
     infer.Converter.load(changed(asked, "extract", f0_method="swipe"))
     assert "extract.f0_method: the voice was trained with yin, not with swipe; infer.f0_method" in caplog.text
     del contents["recipe"]  # of another tool
-    write_voice(tmp_path / "v.pth", contents)
+    save_pth(tmp_path / "v.pth", contents)
     theirs = changed(changed(asked, "extract", f0_method="pyin"), "infer", embedder_model="mfcc")
     assert infer.Converter.load(theirs).recipe.extract == theirs.extract
 
@@ -462,7 +462,7 @@ def test_a_voice_file_says_how_it_was_trained(
 )
 def test_a_recipe_in_a_voice_file_is_judged(text: Any, message: str, recipe: Recipe, tmp_path: Path) -> None:
     contents = voice_contents(recipe, make_generator(recipe))
-    write_voice(tmp_path / "v.pth", contents | {"recipe": text})
+    save_pth(tmp_path / "v.pth", contents | {"recipe": text})
     with pytest.raises(StageError, match=rf"infer\.model: .*{message}"):
         infer.Converter.load(changed(recipe, "infer", model=str(tmp_path / "v.pth")))
 

@@ -11,8 +11,9 @@ from helpers import NARROW, changed, make_generator, narrow_recipe, parse_recipe
 
 from rvc_dist import __main__ as cli
 from rvc_dist.config import Recipe
+from rvc_dist.models.torch_file import save_pth
 from rvc_dist.voice import blend
-from rvc_dist.voice.file import Voice, write_voice
+from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, StageError
 
 ALONE, CPU = Shard(0, 1), torch.device("cpu")
@@ -30,7 +31,7 @@ def voice(path: Path, recipe: Recipe, seed: int, num_speakers: int = 1, **told: 
         for parameter in generator.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     contents = voice_contents(recipe, generator) | told
-    write_voice(path, {key: value for key, value in contents.items() if value is not None})
+    save_pth(path, {key: value for key, value in contents.items() if value is not None})
     return path
 
 

@@ -42,8 +42,9 @@ from rvc_dist.data import audio, decode
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import from_upstream
+from rvc_dist.models.torch_file import save_pth
 from rvc_dist.voice import infer, sound_file, windows
-from rvc_dist.voice.file import Voice, write_voice
+from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, StageError
 
 ALONE = Shard(0, 1)
@@ -62,7 +63,7 @@ def convert_file(recipe: Recipe) -> audio.Wave:
 def new_voice(recipe: Recipe, path: Path, **shape: Any) -> dict[str, Any]:
     """Write a voice made of `recipe` and return its contents."""
     contents = voice_contents(recipe, make_generator(recipe, **shape))
-    write_voice(path, contents)
+    save_pth(path, contents)
     return contents
 
 
@@ -450,7 +451,7 @@ def test_both_spellings_of_weight_norm_are_the_same_voice(recipe: Recipe, tmp_pa
     old = torch.load(voice_file, weights_only=True)
     new = old | {"weight": from_upstream(old["weight"])}
     assert old["weight"].keys() != new["weight"].keys()
-    write_voice(tmp_path / "new.pth", new)
+    save_pth(tmp_path / "new.pth", new)
     expected = convert_file(recipe)
     assert np.array_equal(convert_file(changed(recipe, "infer", model=str(tmp_path / "new.pth"))), expected)
 
@@ -461,7 +462,7 @@ def test_a_voice_of_another_tool(recipe: Recipe, tmp_path: Path, voice_file: Pat
     theirs = {k: ours[k] for k in ("weight", "config", "f0", "version")} | {"vocoder": "Default", "sr": "24k"}
     theirs["weight"]["enc_q.pre.bias"] = torch.zeros(16)
     theirs["config"][15] = 109
-    write_voice(tmp_path / "theirs.pth", theirs)
+    save_pth(tmp_path / "theirs.pth", theirs)
     expected = convert_file(recipe)
     there = changed(recipe, "infer", model=str(tmp_path / "theirs.pth"), embedder_model="mfcc")
     assert np.array_equal(convert_file(there), expected)
@@ -530,7 +531,7 @@ def test_only_trained_speakers_speak(
     recipe: Recipe, tmp_path: Path, trained: Any, asked: int | None, wanted: int | str, caplog: pytest.LogCaptureFixture
 ) -> None:
     contents = voice_contents(recipe, make_generator(recipe, num_speakers=109))
-    write_voice(tmp_path / "v.pth", damaged(contents, trained_speakers=trained))
+    save_pth(tmp_path / "v.pth", damaged(contents, trained_speakers=trained))
     recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"), speaker=asked)
     if isinstance(wanted, str):
         with pytest.raises(StageError, match=re.escape(wanted)):
@@ -571,7 +572,7 @@ def test_a_voice_file_names_its_speakers_and_its_pitch(
 ) -> None:
     contents = voice_contents(recipe, make_generator(recipe, num_speakers=109))
     told = {"trained_speakers": None, "f0_median": 150.0, "unvoiced": "interpolated"} | change
-    write_voice(tmp_path / "v.pth", damaged(contents, **told))
+    save_pth(tmp_path / "v.pth", damaged(contents, **told))
     if isinstance(wanted, str):
         with pytest.raises(StageError, match=re.escape(wanted)):
             Voice.load(tmp_path / "v.pth", torch.device("cpu")).speaker(asked)
@@ -615,7 +616,7 @@ def test_a_voice_that_cannot_be_built_is_refused(
     contents = torch.load(voice_file, weights_only=True)
     if isinstance(entries := change.get("config"), dict):
         change = {"config": [entries.get(i, entry) for i, entry in enumerate(contents["config"])]}
-    write_voice(tmp_path / "v.pth", damaged(contents, **change))
+    save_pth(tmp_path / "v.pth", damaged(contents, **change))
     with pytest.raises(StageError, match=rf"infer\.model: .*{message}"):
         infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
 
@@ -651,7 +652,7 @@ def test_a_damaged_voice_file_is_refused(recipe: Recipe, tmp_path: Path, voice_f
 def test_a_voice_that_gives_no_numbers_is_refused(recipe: Recipe, tmp_path: Path, voice_file: Path) -> None:
     contents = torch.load(voice_file, weights_only=True)
     contents["weight"]["emb_g.weight"][0, 0] = torch.nan
-    write_voice(tmp_path / "v.pth", contents)
+    save_pth(tmp_path / "v.pth", contents)
     with pytest.raises(StageError, match="not finite"):
         infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
     assert not Path(recipe.infer.output).exists()
@@ -676,7 +677,7 @@ def test_other_weights_of_the_encoder_are_refused_unless_they_are_asked_for(
     infer.run(recipe, ALONE)
     infer.run(changed(recipe, "infer", embedder_model="mfcc"), ALONE)
     assert not warnings(caplog)
-    write_voice(tmp_path / "v.pth", torch.load(voice_file, weights_only=True) | {"embedder_hash": "0" * 16})
+    save_pth(tmp_path / "v.pth", torch.load(voice_file, weights_only=True) | {"embedder_hash": "0" * 16})
     recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
     differ = (
         r"infer\.embedder_model: the voice was trained with mfcc \(weights 0{16}\), not with mfcc \(weights \w{16}\)"
@@ -693,7 +694,7 @@ def test_a_voice_whose_encoder_cannot_be_had_is_not_sent_to_another(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     contents = new_voice(recipe, tmp_path / "v.pth")
-    write_voice(tmp_path / "v.pth", contents | {"embedder_model": "spin", "embedder_hash": "00ff"})
+    save_pth(tmp_path / "v.pth", contents | {"embedder_model": "spin", "embedder_hash": "00ff"})
     with pytest.raises(StageError, match=r"--infer\.embedder_model FOLDER \(the voice .* spin \(weights 00ff\)\)$"):
         infer.run(changed(recipe, "infer", model=str(tmp_path / "v.pth")), ALONE)
 
@@ -713,7 +714,7 @@ def test_the_mix_of_layers_comes_from_the_voice_alone(
     contents = new_voice(recipe, tmp_path / "v.pth", content_channels=16)
     mix = {"embedder_mix": {"layers": [1, 2], "ratio": 0.25}}
     contents |= {"embedder_model": str(tmp_path / "enc"), "embedder_hash": moved.weights_hash} | mix
-    write_voice(tmp_path / "v.pth", contents)
+    save_pth(tmp_path / "v.pth", contents)
     recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
     with pytest.raises(
         StageError, match=r"enc is no folder \(the voice was trained with .*, 0\.25 of layers 1, 2 mixed"
@@ -728,10 +729,10 @@ def test_the_mix_of_layers_comes_from_the_voice_alone(
     assert not warnings(caplog)
     with pytest.raises(StageError, match=r"infer\.model: the voice's embedder_mix\.layers: got \[1, 2\] with mfcc"):
         infer.run(changed(recipe, "infer", embedder_model="mfcc"), ALONE)
-    write_voice(tmp_path / "v.pth", contents | {"embedder_mix": {"layers": [2, 4], "ratio": 0.25}})
+    save_pth(tmp_path / "v.pth", contents | {"embedder_mix": {"layers": [2, 4], "ratio": 0.25}})
     with pytest.raises(StageError, match=r"the voice's embedder_mix\.layers: got \[2, 4\], .*moved has 3 layers"):
         infer.run(recipe, ALONE)
-    write_voice(tmp_path / "v.pth", contents | {"embedder_mix": "all"})
+    save_pth(tmp_path / "v.pth", contents | {"embedder_mix": "all"})
     with pytest.raises(StageError, match=r"infer\.model: .*embedder_mix: got 'all', expected keys such as layers"):
         infer.run(recipe, ALONE)
 
@@ -810,7 +811,7 @@ def test_a_voice_gets_the_pitch_of_unvoiced_frames_that_it_was_trained_with(
 ) -> None:
     """Drawn on after it was decided which frames are protected from the index."""
     contents = voice_contents(recipe, make_generator(recipe, num_speakers=2))
-    write_voice(tmp_path / "v.pth", damaged(contents, **told))
+    save_pth(tmp_path / "v.pth", damaged(contents, **told))
     write_index(tmp_path / "i.index", np.full((8, 768), 3.0, np.float32))
     index = {"index": str(tmp_path / "i.index"), "index_rate": 1.0, "protect": 0.0}
     recipe = half_silent(changed(recipe, "infer", model=str(tmp_path / "v.pth"), **index))
@@ -898,7 +899,7 @@ def test_nothing_is_fetched_because_a_voice_file_names_it(
 
     monkeypatch.setattr("rvc_dist.features.content.hub_file", hub_file)
     contents = new_voice(recipe, tmp_path / "v.pth")
-    write_voice(tmp_path / "v.pth", contents | {"embedder_model": name})
+    save_pth(tmp_path / "v.pth", contents | {"embedder_model": name})
     recipe = changed(recipe, "infer", model=str(tmp_path / "v.pth"))
     with pytest.raises(StageError, match=r"names the encoder '.*', which is neither published .* nor a folder here"):
         infer.Converter.load(recipe)
