@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from rvc_dist.files import ForeignFileError, disk_errors, regular_size
-from rvc_dist.runtime.logs import EXIT_S
+from rvc_dist.runtime.background import Background
+from rvc_dist.runtime.logs import is_collective_error, rank_logs
 from rvc_dist.schema import Count, Rule, Seconds, check, record
+from rvc_dist.workspace import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -83,26 +84,34 @@ MAX_WAITING = 10_000
 class History(logging.Handler):
     """Writes the lines of a run in a thread of its own: no step waits for the disk, and none ends because of it.
 
-    As a handler of the package's logger it writes warnings down. Nothing is written before `begin`.
+    Inside `with`, what the package warns of becomes lines too, and so does the error that ends it. Nothing is written
+    before `begin`, and nothing at all on ranks that do not call it.
     """
 
-    def __init__(self, path: Path, enabled: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(logging.WARNING)
-        self.path, self.enabled = path, enabled
+        self.path = path
         self.step = 0
         """The step that is being made: of warnings."""
         self._early: list[str] = []
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        if enabled:
-            logging.getLogger("rvc_dist").addHandler(self)
+        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
+        """Lines that the disk has not taken yet."""
+        self._writer: Background | None = None
+
+    def __enter__(self) -> History:
+        logging.getLogger("rvc_dist").addHandler(self)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        logging.getLogger("rvc_dist").removeHandler(self)
+        if error is not None and not isinstance(error, Stopped):
+            cause = next((log.first_failure() for log in rank_logs()), None) if is_collective_error(error) else None
+            self.write("end", self.step, why=f"failed: {cause or str(error) or repr(error)}")
+        self.close()
 
     def begin(self, step: int, **values: Any) -> None:
         """Training goes on from `step`; what was warned of before comes after the line that says so."""
-        if not self.enabled:
-            return
-        self._thread = threading.Thread(target=self._run, name="history", daemon=True)
-        self._thread.start()
+        self._writer = Background(str(self.path))
         self.step = step
         self.write("run", step, **values)
         for text in self._early:
@@ -110,52 +119,41 @@ class History(logging.Handler):
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add a line; numbers that are not finite become null."""
-        if self._thread is not None:
+        if self._writer is not None:
             line = {"kind": kind, "time": round(time.time(), 3), "step": step} | values
-            self._lines.put(f"{json.dumps(_plain(line), allow_nan=False)}\n".encode())
+            self._writer.call(partial(self._append, f"{json.dumps(_plain(line), allow_nan=False)}\n".encode()))
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if self._thread is None:
+        if self._writer is None:
             self._early.append(text)
         self.write("warning", self.step, text=text)
 
+    def flush(self) -> None:
+        """Return when the lines until now are written: a checkpoint is not whole before."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def close(self) -> None:
         """Return when all is written, or when the disk has not answered for some seconds."""
-        logging.getLogger("rvc_dist").removeHandler(self)
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._lines.put(None)
-            thread.join(EXIT_S)
-            if thread.is_alive():
-                logger.warning("%s: its disk has not answered for %.0f s: going on without it", self.path, EXIT_S)
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
         super().close()
 
-    def _run(self) -> None:
-        waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
-        has_warned = False
-        while (line := self._lines.get()) is not None:
-            waiting.append(line)
-            try:
-                with disk_errors(self.path):
-                    self._append(waiting)
-            except OSError as error:
-                if not has_warned:
-                    has_warned = True
-                    logger.warning("%s cannot be written (%s): training goes on without it", self.path, error.strerror)
-
-    def _append(self, waiting: deque[bytes]) -> None:
-        """Write what waits, line after line. Opened each time: over NFS others see it when it is closed."""
-        with FileIO(self.path, "a+") as stream:
+    def _append(self, line: bytes) -> None:
+        """Write what waits, line after line. The file is opened each time: over NFS others see it when it is closed."""
+        self._waiting.append(line)
+        with disk_errors(self.path), FileIO(self.path, "a+") as stream:
             end = stream.seek(0, 2)
             stream.seek(max(0, end - 1))
             if stream.read(1) not in (b"", b"\n"):  # a killed run's, or a full disk's, half of a line
                 stream.write(b"\n")
-            while waiting:
-                rest = waiting[0]
+            while self._waiting:
+                rest = self._waiting[0]
                 while rest:
                     rest = rest[stream.write(rest) :]
-                waiting.popleft()
+                self._waiting.popleft()
 
 
 def _plain(value: Any) -> Any:

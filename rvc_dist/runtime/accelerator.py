@@ -25,7 +25,9 @@ from rvc_dist.runtime.device import (
     apply_kernel_settings,
     check_backend,
     check_precision,
+    cpu_model,
     device_id,
+    device_name,
     kernel_settings,
     local_device,
     set_allocator,
@@ -199,6 +201,15 @@ def check_same_settings(accelerator: Accelerator, more: Mapping[str, Any]) -> No
         listed = "".join(f"\n  {key}: {dict(enumerate(values))}" for key, values in differ.items())
         raise StageError(f"the ranks have different settings (rank: value):{listed}")
     logger.info("%d ranks: %s", accelerator.num_processes, settings_text(every[0]))
+
+
+def every_rank(accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Where each computes, as `report.history` keeps it."""
+    device = accelerator.device
+    name = cpu_model() if device.type == "cpu" else device_name(device)
+    me = {"rank": accelerator.process_index, "host": socket.gethostname(), "device": str(device), "name": name}
+    ranks: list[dict[str, Any]] = gather_object([me])
+    return ranks
 
 
 class StopSignal:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +113,12 @@ def device_name(device: torch.device) -> str:
     if device.type in ("cpu", "mps"):
         return device.type
     return str(torch.get_device_module(device).get_device_name(device))
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

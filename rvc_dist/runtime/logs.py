@@ -216,16 +216,22 @@ def rank_log(work: Workspace, shard: Shard, command: list[str], is_waiting: bool
         log.close()
 
 
-def introduction(shard: Shard, command: list[str]) -> str:
-    """Who writes here, with which command and versions."""
-    versions = [f"rvc_dist {__version__}", f"Python {platform.python_version()}"]
+def versions() -> dict[str, str]:
+    """Of this package, Python, and what numbers depend on."""
+    found = {"rvc_dist": __version__, "Python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions.append(f"{name} {metadata.version(name)}")
+            found[name] = metadata.version(name)
+    return found
+
+
+def introduction(shard: Shard, command: list[str]) -> str:
+    """Who writes here, with which command and versions."""
     what = "part" if shard.array else "rank"
     return (
         f"{what} {shard.index} of {shard.count} on {socket.gethostname()}, pid {os.getpid()}: "
-        f"rvc-dist {shlex.join(command)}; in {Path.cwd()}; {', '.join(versions)}"
+        f"rvc-dist {shlex.join(command)}; in {Path.cwd()}; "
+        f"{', '.join(f'{name} {version}' for name, version in versions().items())}"
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.generator import Generator
 from rvc_dist.runtime.accelerator import check_own_device, check_same_settings, make_accelerator
-from rvc_dist.runtime.device import kernel_settings, synchronize
+from rvc_dist.runtime.device import cpu_model, kernel_settings, synchronize
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.plain_step import PlainDiscriminator, PlainTrainer
@@ -322,9 +321,3 @@ def recipe_key(recipe: Recipe) -> dict[str, Any]:
 
 def gradient_bytes(module: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters() if p.requires_grad)
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

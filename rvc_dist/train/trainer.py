@@ -15,14 +15,17 @@ from accelerate import Accelerator
 
 from rvc_dist.config import Recipe
 from rvc_dist.files import write_json
+from rvc_dist.report.history import History
 from rvc_dist.runtime.accelerator import (
     StopSignal,
     check_own_device,
     check_same_settings,
+    every_rank,
     make_accelerator,
     on_first_rank,
 )
 from rvc_dist.runtime.launcher import zero_stage
+from rvc_dist.runtime.logs import versions
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, setup
 from rvc_dist.train.bad_steps import RecentStep
@@ -51,12 +54,14 @@ def run(recipe: Recipe, shard: Shard) -> None:
         Stopped: a signal asked for the end; a checkpoint was written.
     """
     del shard  # the Accelerator knows the ranks
+    work = Workspace(recipe.run_dir, recipe.name)
     with (
-        Watch(Workspace(recipe.run_dir, recipe.name)) as watch,
+        Watch(work) as watch,
+        History(work.history_file) as history,
         ExitStack() as end,
         watch.explain_timeouts(recipe.train.timeout_s),
     ):
-        trainer = Trainer(recipe, watch)
+        trainer = Trainer(recipe, watch, history)
         end.callback(trainer.close)
         trainer.train()
 
@@ -64,7 +69,7 @@ def run(recipe: Recipe, shard: Shard) -> None:
 class Trainer:
     """With a `watch`, it holds the run folder's lock and is watched from the moment that it knows its ranks."""
 
-    def __init__(self, recipe: Recipe, watch: Watch | None = None) -> None:
+    def __init__(self, recipe: Recipe, watch: Watch | None = None, history: History | None = None) -> None:
         self.recipe, self.config = recipe, recipe.train
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.table = setup.load_clips(recipe, self.work)
@@ -76,6 +81,7 @@ class Trainer:
         else:
             watch.start(self.accelerator)
         self.heartbeat, self.lock = watch.heartbeat, watch.lock
+        self.history = history or History(self.work.history_file)
         if self.is_main:
             setup.report_holdout(recipe, self.table)
             report_speed(self.config, self.device)
@@ -100,7 +106,7 @@ class Trainer:
         self.writer = checkpoint.AsyncCheckpointWriter(
             self.work.checkpoints_dir,
             self.config.keep_checkpoints,
-            self.lock.check,
+            self._before_checkpoint,
             self.config.timeout_s / 2,  # it gives up before the ranks that wait for this one
             self._saved,
         )
@@ -109,6 +115,7 @@ class Trainer:
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
         check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero_stage(self.accelerator)})
+        self.ranks = every_rank(self.accelerator)
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.is_main)
         self.validation = Validation(recipe, self.table, self.loader.dataset, self.accelerator, self.tracker)
 
@@ -125,6 +132,7 @@ class Trainer:
         if self.is_finished:
             logger.info(f"already trained to step {self.progress.step} of {self.total_steps}")
             return
+        self._begin_history()
         with (
             StopSignal(self.accelerator, self.config.timeout_s) as stop,
             ProgressBar(self.total_steps, self.progress.step, self.is_main) as bar,
@@ -132,7 +140,7 @@ class Trainer:
         ):
             began_at, audio_s = time.monotonic(), 0.0
             while not self.is_finished and not self.is_overtrained:
-                number = self.progress.step + 1
+                self.history.step = number = self.progress.step + 1
                 is_logged = is_due(self.config.log_every_steps, number, self.total_steps)
                 self.heartbeat.begin_step(number, "logged" if is_logged else "other")
                 with self.timer.phase("data"), stop.limit(*self.loader.awaited(number)):
@@ -160,7 +168,19 @@ class Trainer:
                 f"overtraining: no improvement for {self.config.overtrain_threshold} epochs; the best checkpoint is "
                 f"step {self.progress.best_step}"
             )
+        self.history.write("end", self.progress.step, why="overtrained" if self.is_overtrained else "done")
         logger.info(f"trained to step {self.progress.step}; checkpoints in {self.work.checkpoints_dir}")
+
+    def _begin_history(self) -> None:
+        if self.is_main:
+            self.history.begin(
+                self.progress.step,
+                epoch=self.progress.epochs_done(len(self.table.train)),
+                total_steps=self.total_steps,
+                ranks=self.ranks,
+                versions=versions(),
+                global_batch=self.loader.sampler.global_batch_size,
+            )
 
     @property
     def is_finished(self) -> bool:
@@ -191,6 +211,8 @@ class Trainer:
                 values["train/lr_d"] = self.step.d.optimizer.param_groups[0]["lr"]
             values["train/epoch"] = self.progress.epochs_done(len(self.table.train))
             values["perf/audio_s_per_s"] = audio_s_per_s
+            epoch = values["train/epoch"]
+            self.history.write("step", self.progress.step, epoch=epoch, values=values, seconds=phases)
             report_steps(values, phases, self.progress, self.total_steps, self.tracker, bar)
 
     def check_recent_steps(self) -> None:
@@ -241,13 +263,20 @@ class Trainer:
         state = self.origin, self.progress, self.networks, self.meter, self.work
         made = setup.make_checkpoint(self.accelerator, *state, why)
         if made is not None:
-            self.tracker.flush()
             self.writer.start(made)
+
+    def _before_checkpoint(self) -> None:
+        """By the thread that writes it: what a run that goes on from it does not repeat is on the disk."""
+        self.lock.check()
+        self.tracker.flush()
+        self.history.flush()
 
     def _saved(self, made: checkpoint.Checkpoint, path: Path) -> None:
         """By the writer's thread, when a checkpoint is whole: its voice, unless a later one replaces it."""
-        if self.config.save_every_voices and made.why != "stop":
-            self.voices(made, path)
+        step, root = made.progress.step, self.work.root
+        self.history.write("checkpoint", step, path=path.relative_to(root).as_posix(), why=made.why)
+        if self.config.save_every_voices and made.why != "stop" and (voice := self.voices(made, path)):
+            self.history.write("voice", step, path=voice.relative_to(root).as_posix())
 
     def _finish_writing(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -261,6 +290,7 @@ class Trainer:
         self._finish_writing()
         if self.is_main:  # for batch scripts: a launcher hides its ranks' exit codes
             write_json(self.work.requeue_file, {"step": self.progress.step, "signal": name})
+        self.history.write("end", self.progress.step, why=f"stopped by {name}")
         raise Stopped(
             f"stopped by {name} at step {self.progress.step} of {self.total_steps}; a checkpoint was written and the "
             "same command continues"

@@ -1,27 +1,31 @@
 """RUN/metrics.jsonl: written beside training, read back whatever became of the file."""
 
+import contextlib
 import json
 import logging
 import os
+import re
 import resource
 import threading
 import time
+from argparse import Namespace
 
 import pytest
 
 from rvc_dist.files import ForeignFileError
 from rvc_dist.report import history
 from rvc_dist.report.history import History, read_history
+from rvc_dist.runtime import background
+from rvc_dist.workspace import StageError, Stopped
 
 START = {"epoch": 0.0, "total_steps": 9, "ranks": [], "versions": {}, "global_batch": 4}
 
 
 def written(path, *steps, begin=0, **values):
-    writer = History(path)
-    writer.begin(begin, **START)
-    for step in steps:
-        writer.write("step", step, epoch=step / 7, values={"loss/d": step * 1.5} | values, seconds={"data": 0.1})
-    writer.close()
+    with History(path) as writer:
+        writer.begin(begin, **START)
+        for step in steps:
+            writer.write("step", step, epoch=step / 7, values={"loss/d": step * 1.5} | values, seconds={"data": 0.1})
 
 
 def shown(path):
@@ -30,15 +34,16 @@ def shown(path):
 
 def test_a_line_is_what_was_written_and_the_handler_is_gone_after_the_end(tmp_path):
     path, logger = tmp_path / "metrics.jsonl", logging.getLogger("rvc_dist.train.x")
-    writer = History(path)
-    logger.warning("early %d", 1)
-    assert not path.exists()
-    writer.begin(3, **START | {"ranks": [{"rank": 0, "host": "h", "device": "cuda:0", "name": "NVIDIA H100"}]})
-    writer.step = 4
-    logger.warning("a bad step: %s", "\udcff.wav")
-    logger.info("no warning")
-    writer.write("step", 4, epoch=0.5, values={"loss/d": float("nan"), "loss/g": -float("inf"), "lr": 1e-4}, seconds={})
-    writer.close()
+    ranks = [{"rank": 0, "host": "h", "device": "cuda:0", "name": "NVIDIA H100"}]
+    values = {"loss/d": float("nan"), "loss/g": -float("inf"), "lr": 1e-4}
+    with History(path) as writer:
+        logger.warning("early %d", 1)
+        assert not path.exists()
+        writer.begin(3, **START | {"ranks": ranks})
+        writer.step = 4
+        logger.warning("a bad step: %s", "\udcff.wav")
+        logger.info("no warning")
+        writer.write("step", 4, epoch=0.5, values=values, seconds={})
     logger.warning("late")
     run, early, bad, step = lines = read_history(path)
     assert (run["kind"], run["step"], run["total_steps"], run["ranks"][0]["name"]) == ("run", 3, 9, "NVIDIA H100")
@@ -106,7 +111,7 @@ def test_a_full_disk_is_told_once_and_its_lines_come_later(tmp_path, caplog):
         for step in range(1, 21):
             writer.write("step", step, epoch=0.0, values={"loss/d": 1.0}, seconds={})
         deadline = time.monotonic() + 10
-        while "cannot be written" not in caplog.text and time.monotonic() < deadline:
+        while "too large" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -115,7 +120,7 @@ def test_a_full_disk_is_told_once_and_its_lines_come_later(tmp_path, caplog):
     writer.close()
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 1
-    assert told[0].startswith(f"{path} cannot be written (File too large; ")
+    assert re.fullmatch(rf"{path}: File too large; .* MB free.*; the run goes on without it", told[0])
     kinds = [line for line in shown(path) if line[0] != "warning"]
     assert kinds == [("run", 0), *[("step", i) for i in range(1, 21)], ("end", 20)]
 
@@ -123,18 +128,37 @@ def test_a_full_disk_is_told_once_and_its_lines_come_later(tmp_path, caplog):
 def test_a_disk_that_does_not_answer_holds_neither_steps_nor_the_end(tmp_path, monkeypatch, caplog):
     answers = threading.Event()
     monkeypatch.setattr(History, "_append", lambda *_: answers.wait())
-    monkeypatch.setattr(history, "EXIT_S", 0.1)
+    monkeypatch.setattr(background, "EXIT_S", 0.1)
     began = time.monotonic()
     written(tmp_path / "metrics.jsonl", *range(100))
     answers.set()
     assert time.monotonic() - began < 5
-    assert "its disk has not answered for 0 s" in caplog.text
+    assert "metrics.jsonl has not answered for 0 s: going on without it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (None, []),
+        (Stopped("stopped by SIGTERM"), []),
+        (StageError("the disk is full;", "free some"), ["failed: the disk is full; free some"]),
+        (KeyboardInterrupt(), ["failed: KeyboardInterrupt()"]),
+        (RuntimeError("[gloo/pair.cc:1] Connection closed by peer"), ["failed: rank 1 on b failed first: ..."]),
+    ],
+)
+def test_the_end_says_what_failed(tmp_path, monkeypatch, error, why):
+    log = Namespace(first_failure=lambda: "rank 1 on b failed first: ...")
+    monkeypatch.setattr(history, "rank_logs", lambda: [log])
+    with contextlib.suppress(BaseException), History(tmp_path / "metrics.jsonl") as writer:
+        writer.begin(0, **START)
+        writer.step = 7
+        if error:
+            raise error
+    assert [line["why"] for line in read_history(tmp_path / "metrics.jsonl") if line["kind"] == "end"] == why
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    writer = History(tmp_path / "metrics.jsonl", enabled=False)
-    logging.getLogger("rvc_dist").warning("seen elsewhere")
-    writer.begin(0, **START)
-    writer.write("end", 1, why="done")
-    writer.close()
+    with History(tmp_path / "metrics.jsonl") as writer:
+        logging.getLogger("rvc_dist").warning("seen elsewhere")
+        writer.write("end", 1, why="done")
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rvc_dist.config import Recipe
+from rvc_dist.report.history import read_history
 from rvc_dist.train import checkpoint
 
 
@@ -47,6 +48,15 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
+def history(folder: Path) -> list[tuple[str, int, dict[str, object]]]:
+    """What metrics.jsonl says that does not measure time."""
+    lines = [line for line in read_history(folder / "metrics.jsonl") if line["kind"] in ("step", "validation")]
+    return [
+        (line["kind"], line["step"], {k: v for k, v in line["values"].items() if not k.startswith("perf/")})
+        for line in lines
+    ]
+
+
 CASES = {
     "float32": {"num_workers": 2},
     "bf16, accumulated": {"bf16_adamw": True, "grad_accum_steps": 2, "batch_size": 1, "lr_schedule": "cosine"},
@@ -73,6 +83,7 @@ def test_a_run_killed_at_random_steps_ends_in_the_same_bits(tmp_path, case, num_
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     reference, resumed = (curves(file.parent / "run") for file in (whole, killed))
     assert reference == resumed
+    assert history(whole.parent / "run") == history(killed.parent / "run")
     assert [step for step, _ in resumed["loss/g_mel"]] == [*range(3, 31, 3), 31], "no step twice, none missing"
 
 

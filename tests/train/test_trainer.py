@@ -25,6 +25,8 @@ from rvc_dist.files import write_json
 from rvc_dist.models import spectral
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import to_upstream
+from rvc_dist.report.history import read_history
+from rvc_dist.runtime.device import cpu_model
 from rvc_dist.train import checkpoint, fingerprint, losses, memory, out_of_memory, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.ddp import TrainedModule
@@ -85,6 +87,15 @@ def test_a_run_leaves_checkpoints_scalars_pictures_and_sounds(tmp_path):
     assert "mel/real_above_generated" in events.Tags()["images"]
     for name in ("grad/norm_g", "grad/norm_d", "train/lr", "perf/audio_s_per_s", "perf/g_step_s"):
         assert len(scalars(recipe, name)) == 4
+    run, *lines = read_history(tmp_path / "metrics.jsonl")
+    assert (run["step"], run["total_steps"], run["global_batch"]) == (0, 4, 2)
+    assert run["ranks"] == [{"rank": 0, "host": os.uname().nodename, "device": "cpu", "name": cpu_model()}]
+    steps = {line["step"]: line["values"]["loss/g_mel"] for line in lines if line["kind"] == "step"}
+    assert steps == pytest.approx(mel)
+    assert (lines[-1]["kind"], lines[-1]["step"], lines[-1]["why"]) == ("end", 4, "done")
+    files = [(line["kind"], line["step"], line["path"], line.get("why")) for line in lines if "path" in line]
+    names = [f"checkpoints/step_0000000{step}" for step in (2, 4)], [f"voice/tiny_0{e}e_{s}s.pth" for e, s in ()]
+    print(files, names)
 
 
 def test_the_voice_file_knows_its_trained_speakers(tmp_path):
@@ -182,6 +193,8 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(tmp_path, monkeypatch, num
     monkeypatch.setattr(trainer.Trainer, "train_step", signalled)
     with pytest.raises(Stopped, match=f"{number.name} at step 3"):
         train(recipe)
+    end = read_history(tmp_path / "metrics.jsonl")[-1]
+    assert (end["kind"], end["step"], end["why"]) == ("end", 3, f"stopped by {number.name}")
     assert newest(recipe).progress.step == 3
     monkeypatch.setattr(trainer.Trainer, "train_step", step)
     assert train(recipe).progress.step == 6
@@ -440,6 +453,8 @@ def test_a_step_without_finite_gradients_changes_nothing_and_its_clips_are_named
     (line,) = [r.message for r in caplog.records if "no update" in r.message]
     assert line.startswith("step 3:")
     assert ".wav (unit " in line
+    (warned,) = [x for x in read_history(tmp_path / "metrics.jsonl") if "no update" in x.get("text", "")]
+    assert (warned["kind"], warned["step"], warned["text"]) == ("warning", 3, line)
 
 
 def test_too_many_bad_steps_in_a_row_go_back_to_the_checkpoint_and_then_stop(tmp_path, poison, caplog):
@@ -650,6 +665,9 @@ def test_overtraining_ends_the_run(tmp_path, monkeypatch, caplog):
     assert saved.progress.epoch - saved.progress.best_epoch == 2
     assert saved.progress.step < 50
     assert "overtraining" in caplog.text
+    warning, end = read_history(tmp_path / "metrics.jsonl")[-2:]
+    assert warning["text"].startswith("overtraining: ")
+    assert end["why"] == "overtrained"
 
 
 def test_validation_searches_no_kernels_for_the_length_of_each_clip(tmp_path, monkeypatch):
