@@ -93,9 +93,12 @@ def test_a_run_leaves_checkpoints_scalars_pictures_and_sounds(tmp_path):
     steps = {line["step"]: line["values"]["loss/g_mel"] for line in lines if line["kind"] == "step"}
     assert steps == pytest.approx(mel)
     assert (lines[-1]["kind"], lines[-1]["step"], lines[-1]["why"]) == ("end", 4, "done")
-    files = [(line["kind"], line["step"], line["path"], line.get("why")) for line in lines if "path" in line]
-    names = [f"checkpoints/step_0000000{step}" for step in (2, 4)], [f"voice/tiny_0{e}e_{s}s.pth" for e, s in ()]
-    print(files, names)
+    assert [(line["step"], line["path"], line.get("why")) for line in lines if "path" in line] == [
+        (2, "checkpoints/step_00000002", "due"),
+        (2, "voice/tiny_0e_2s.pth", None),
+        (4, "checkpoints/step_00000004", "end"),
+        (4, "voice/tiny_1e_4s.pth", None),
+    ]
 
 
 def test_the_voice_file_knows_its_trained_speakers(tmp_path):
