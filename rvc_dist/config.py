@@ -432,6 +432,8 @@ class TrainConfig:
     chosen later: 57 MB each at RVC's widths (float16 without the posterior encoder), a 23rd of a checkpoint."""
     eval_every_steps: Positive = 500
     """Steps between validations on held-out clips."""
+    report: bool = True
+    """Make RUN/report.html at every validation, by a process that takes what training leaves of the CPU."""
     overtrain_detect: bool = False
     """Stop when validation has not improved for overtrain_threshold epochs."""
     overtrain_threshold: Positive = 50

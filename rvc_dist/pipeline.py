@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from functools import partial
+from pathlib import Path
 
 from rvc_dist.config import Recipe
+from rvc_dist.report.background import PageMaker
 from rvc_dist.workspace import Shard, wait_for
 
 DATA_STAGES = ("data.preprocess", "features.extract", "features.index")
@@ -29,3 +31,4 @@ def run(recipe: Recipe, shard: Shard, only_look: bool = False) -> None:
         wait_for(f"the {name} stage of the other ranks", partial(stage.complete, recipe))
     for name in ("train.trainer", "voice.export"):
         importlib.import_module(f"rvc_dist.{name}").run(recipe, shard)
+    PageMaker(Path(recipe.run_dir), shard.is_first and recipe.train.report).finish()  # with the voice in it

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from rvc_dist import __version__
 from rvc_dist.config import Recipe
 from rvc_dist.files import atomic_write
-from rvc_dist.report import figures
+from rvc_dist.report import PAGE, figures
 from rvc_dist.report.facts import (
     Advice,
     Facts,
@@ -38,7 +38,7 @@ from rvc_dist.workspace import Shard
 
 logger = logging.getLogger(__name__)
 
-PAGE, COMPARISON = "report.html", "comparison.html"
+COMPARISON = "comparison.html"
 MAX_SPECTROGRAMS = 6
 MAX_CURVES = 6
 """Of a figure: speakers, or runs."""
