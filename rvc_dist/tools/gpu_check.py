@@ -32,7 +32,7 @@ from torch import nn
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, resolve
 from rvc_dist.config import F0_PER_S, FEATURE_RATE, DataConfig, ExtractConfig, ModelConfig, Recipe, TrainConfig
 from rvc_dist.data.audio import Wave
-from rvc_dist.features import content, djcm, f0, penn, precision, rmvpe
+from rvc_dist.features import content, crepe, djcm, f0, penn, precision, rmvpe
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.files import write_json
@@ -101,6 +101,14 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "whisper": {"d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072},
 }
 """Base and, of Whisper, small."""
+
+TRACKERS: dict[str, Callable[[], nn.Module]] = {
+    "rmvpe": rmvpe.RMVPE,
+    "penn": penn.FCNF0,
+    "djcm": djcm.DJCM,
+    "crepe": partial(crepe.Crepe, "full"),
+}
+"""Whose weights are downloaded."""
 
 
 class LeftOutError(RuntimeError):
@@ -333,11 +341,12 @@ def extract_config(check: Check, kind: str, method: str) -> ExtractConfig:
             sizes = SMALL_ENCODER.get(kind, SMALL_ENCODER["hubert"]) if check.tiny else ENCODERS[kind]
             model(model.config_class(**sizes)).save_pretrained(folder)
         config = replace(config, embedder_model=str(folder))
-    if network := {"rmvpe": rmvpe.RMVPE, "penn": penn.FCNF0, "djcm": djcm.DJCM}.get(method):
+    if network := TRACKERS.get(method):
         path = check.folder / f"{method}.pt"
         if not path.is_file():
             torch.save(network().state_dict(), path)
-        config = replace(config, f0_model=str(path), f0_penn_model=str(path), f0_djcm_model=str(path))
+        keys = ("f0_model", "f0_penn_model", "f0_djcm_model", "f0_crepe_model")
+        config = replace(config, **dict.fromkeys(keys, str(path)))
     return config
 
 
