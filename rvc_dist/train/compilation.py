@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 COMPILE_S = 60.0
 """What compiling one network takes at the least (90 s for D on two CPU cores)."""
 LAYOUT_S, LAYOUT_SAVING = 12.0, 0.1
-"""What cuDNN's search takes for the kernels of a network in another layout (10 to 25 s beside an H200), and the share of
-a step's time that a layout saves there at the best but for chance (4%)."""
+"""What cuDNN's search takes for the kernels of a network in another layout (10 to 25 s beside an H200), and the share
+of a step's time that a layout saves there at the best but for chance (4%)."""
 GRAPHS_S = 15.0
 """What it takes to trace one and to record it as CUDA graphs (15 s for D beside an H200)."""
 BEST_SAVING = 0.5
