@@ -345,8 +345,8 @@ def extract_config(check: Check, kind: str, method: str) -> ExtractConfig:
         path = check.folder / f"{method}.pt"
         if not path.is_file():
             torch.save(network().state_dict(), path)
-        keys = ("f0_model", "f0_penn_model", "f0_djcm_model", "f0_crepe_model")
-        config = replace(config, **dict.fromkeys(keys, str(path)))
+        name = str(path)
+        config = replace(config, f0_model=name, f0_penn_model=name, f0_djcm_model=name, f0_crepe_model=name)
     return config
 
 
