@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rvc_dist.arguments import meant_by, parse
 from rvc_dist.config import Recipe
 from rvc_dist.files import NO_SPACE, remove_half_written, space
 from rvc_dist.runtime.hang_killer import end_with_launcher
-from rvc_dist.runtime.logs import RankLog, rank_log
+from rvc_dist.runtime.logs import RankLog, rank_log, tell_launcher
 from rvc_dist.runtime.run_lock import may_be_held
 from rvc_dist.schema import nearest
 from rvc_dist.stages import STAGES, TRAINING
@@ -28,6 +29,8 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 """75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run. The doctor has a 3 besides."""
 
 
+OTHER_RANK_S = 10.0
+"""How long a rank that has nothing to say waits for the launcher to end it with the one that said what is wrong."""
 OF_THE_DISK = NO_SPACE | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
 """Errors that are the disk's or the user's, also where the file is not known."""
 
@@ -35,7 +38,11 @@ OF_THE_DISK = NO_SPACE | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
 def usage() -> str:
     lines = ["usage: rvc-dist STAGE [--config FILE] [--section.key VALUE ...]", "", "stages:"]
     lines += [f"  {name:<12}{stage.about}" for name, stage in STAGES.items()]
-    lines += ["", "`rvc-dist STAGE --help` lists every key of the recipe.", f"rvc_dist {__version__}"]
+    lines += [
+        "",
+        "`rvc-dist STAGE --help` shows the keys that the stage reads, `--help all` every key of the recipe.",
+        f"rvc_dist {__version__}",
+    ]
     return "\n".join(lines)
 
 
@@ -61,6 +68,26 @@ def stopped_code() -> int:
     return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else EXIT_STOPPED
 
 
+def usage_error(message: str) -> int:
+    """Say what is wrong with the command: of several ranks on a host once, and last of all that a launcher prints."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+        time.sleep(OTHER_RANK_S)
+    elif not tell_launcher(message):
+        print(message, file=sys.stderr)
+    return EXIT_USAGE
+
+
+def hint_of_stage(arguments: list[str]) -> str:
+    """What was probably meant where the first of `arguments` is no stage."""
+    name = arguments[0]
+    if "." in name or name.startswith("-"):  # a file or an option
+        stage = "run" if name.startswith("-") or name.endswith((".yaml", ".yml")) else "infer"
+        words = arguments if name.startswith("-") else meant_by(stage, name) + arguments[1:]
+        return f"did you mean: rvc-dist {stage} {shlex.join(words)}"
+    near = nearest(name, STAGES)
+    return f"did you mean {near}?" if near else f"expected one of {', '.join(STAGES)}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     end_with_launcher()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -72,19 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name = arguments[0]
     if name not in STAGES:
-        near = nearest(name, STAGES)
-        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(STAGES)}"
-        if "." in name or name.startswith("-"):  # a file or an option
-            stage = "run" if name.startswith("-") or name.endswith((".yaml", ".yml")) else "infer"
-            words = arguments if name.startswith("-") else meant_by(stage, name) + arguments[1:]
-            hint = f"did you mean: rvc-dist {stage} {shlex.join(words)}"
-        print(f"rvc-dist: unknown stage {name!r}; {hint}", file=sys.stderr)
-        return EXIT_USAGE
+        return usage_error(f"rvc-dist: unknown stage {name!r}; {hint_of_stage(arguments)}")
     try:
         recipe, shard, options = parse(name, arguments[1:])
     except (argparse.ArgumentError, ValueError, OSError) as error:
-        print(f"rvc-dist {name}: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return usage_error(f"rvc-dist {name}: {error}")
     set_up_logging(shard)
     if not STAGES[name].keeps_log:
         return run_stage(name, recipe, shard, options)
@@ -120,7 +139,7 @@ def run_stage(name: str, recipe: Recipe, shard: Shard, options: dict[str, Any], 
         if log is not None and shard.is_first:
             remove_half_written(log.work.root, ".*.tmp", "*/.*.tmp")
         with log.first_cause() if log is not None else nullcontext():
-            code: int | None = importlib.import_module(STAGES[name].module).run(recipe, shard, **options)
+            code = STAGES[name].load()(recipe, shard, **options)
     except Stopped as stopped:
         logging.getLogger("rvc_dist").warning("%s", stopped)
         return stopped_code()

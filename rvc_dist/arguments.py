@@ -7,8 +7,10 @@ import ast
 import dataclasses
 import inspect
 import os
+import re
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,38 +22,106 @@ from rvc_dist.schema import expected, nearest
 from rvc_dist.stages import STAGES, Stage
 from rvc_dist.workspace import Shard, adopt_slurm_ranks
 
+CONFIG_HELP = (
+    "A recipe: a YAML file, or the name of one that comes with rvc_dist (rvc-dist recipes), where no file NAME or "
+    "NAME.yaml is here. Of several the later ones count; keys of the command line count more than any."
+)
+HELP_OPTIONS = ("-h", "--help")
+
 
 class Given(argparse.Action):
-    """Appends (key, text) to `given`: later options override earlier ones, those of files too."""
+    """Appends (key, text) to `given`, in the order of the command line."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
         namespace.given.append((self.dest, values or self.const or ""))
 
 
-def recipe_parser(stage: str, about: str) -> argparse.ArgumentParser:
-    """A parser of every key of the recipe, whose help has its meaning, what it may be, and its default."""
+def stage_parser(name: str, shows: Callable[[str], bool] = lambda key: True) -> argparse.ArgumentParser:
+    """A parser of all that a stage takes. Its help has those keys of the recipe that `shows` says: what each means,
+    what it may be, and its default."""
+    stage = STAGES[name]
+    words = ["[--config FILE] [--section.key VALUE ...]"] if stage.reads else []
+    own = [f"[{f'{option.name} {option.metavar}'.strip()}]" for option in stage.options if option.about]
+    words += own if len(own) < 3 else ["[OPTIONS]"]
     parser = argparse.ArgumentParser(
-        prog=f"rvc-dist {stage}",
-        usage="%(prog)s [--config FILE] [--section.key VALUE ...]",
-        description=about,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=8, width=100),
+        prog=f"rvc-dist {name}",
+        usage=" ".join(["%(prog)s", *words, stage.folders]).strip(),
+        description=stage.about,
+        epilog=epilog(name),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=help_width()),
         allow_abbrev=False,
+        add_help=False,
         exit_on_error=False,
     )
     parser.set_defaults(given=[])
-    parser.add_argument("--config", action=Given, metavar="FILE", help="Recipe (YAML); later options override it.")
-    parser.add_argument("--print_config", action="store_true", help="Print the whole recipe, and do nothing.")
+    about = "Show this; with `all` every key of the recipe, with another word the keys that have it."
+    parser.add_argument(*HELP_OPTIONS, nargs="?", const="", metavar="all", help=about if stage.reads else "Show this.")
+    add_own_options(stage, parser)
+    if stage.reads:
+        parser.add_argument("--config", action=Given, metavar="FILE", help=CONFIG_HELP)
+        parser.add_argument("--print_config", action="store_true", help="Print the whole recipe, and do nothing.")
+        add_keys(parser, shows)
+    return parser
+
+
+def help_width() -> int:
+    return max(80, min(120, shutil.get_terminal_size((100, 24)).columns))
+
+
+def epilog(name: str) -> str:
+    """What stands below the options of a stage: where the other keys are, and commands that work."""
+    stage = STAGES[name]
+    others = f"Keys of other stages: rvc-dist {name} --help all; section.key=VALUE is the same as --section.key VALUE."
+    examples = [f"  rvc-dist {name} {example}".rstrip() for example in stage.examples]
+    return "\n".join(([others, ""] if stage.reads else []) + (["examples:", *examples] if examples else []))
+
+
+def add_own_options(stage: Stage, parser: argparse.ArgumentParser) -> None:
+    """Options of one stage alone, and short forms of keys."""
+    shard_help = "Do every N-th unit of work, for job arrays." if stage.takes_shard else argparse.SUPPRESS
+    parser.add_argument("--shard", action="append", default=[], metavar="I/N", help=shard_help)
+    for option in stage.options:
+        add = partial(parser.add_argument, option.name, help=option.about or argparse.SUPPRESS)
+        if option.key and option.value:
+            add(action=Given, dest=option.key, nargs=0, const=option.value)
+        elif option.key:
+            add(action=Given, dest=option.key, metavar=option.metavar or "VALUE")
+        elif option.metavar:
+            read = str if option.least is None else partial(whole_number, option.least)
+            add(dest=option.passes, metavar=option.metavar, type=read)
+        else:
+            add(action="store_true", dest=option.passes)
+
+
+def whole_number(least: int, text: str) -> int:
+    """Raises ArgumentTypeError where `text` is none, or below `least`."""
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= 1_000_000):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least {least}")
+    return int(text)
+
+
+def add_keys(parser: argparse.ArgumentParser, shows: Callable[[str], bool]) -> None:
+    """Every key of the recipe, one group a section."""
     docs = _docstrings()
     for prefix, kind in _sections(Recipe):
-        group = parser.add_argument_group(description=str(kind.__doc__).partition("\n\n")[0])
+        title = re.split("[.:]", str(kind.__doc__))[0]
+        group = parser.add_argument_group(f"{title} ({prefix[:-1]})" if prefix else title)
         hints = get_type_hints(kind, include_extras=True)
         for field in dataclasses.fields(kind):
-            default = "null" if field.default is None else field.default
-            text = f"{docs.get((kind.__name__, field.name), '')} ({expected(hints[field.name])}; default: {default})"
+            text = f"{docs.get((kind.__name__, field.name), '')} ({expected(hints[field.name])}{_default(field)})"
             is_section = field.default is dataclasses.MISSING
-            about = argparse.SUPPRESS if is_section else text.strip().replace("%", "%%")
+            is_hidden = is_section or not shows(f"{prefix}{field.name}")
+            about = argparse.SUPPRESS if is_hidden else text.strip().replace("%", "%%")
             group.add_argument(f"--{prefix}{field.name}", action=Given, metavar="VALUE", help=about)
-    return parser
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """As YAML writes it; a text that is empty stands for what the meaning of its key says."""
+    default: Any = field.default
+    if default in (None, ()):
+        default = "null" if default is None else "[]"
+    word = str(default).lower() if isinstance(default, bool) else str(default)
+    return word and f"; default: {word}"
 
 
 def _docstrings() -> dict[tuple[str, str], str]:
@@ -73,11 +143,38 @@ def _sections(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any
             yield from _sections(hint, f"{prefix}{name}.")
 
 
+def key_types() -> dict[str, Any]:
+    """Every key of the recipe, those of whole sections too, and the type of its value."""
+    return {
+        f"{prefix}{name}": hint
+        for prefix, kind in _sections(Recipe)
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+    }
+
+
+def as_options(stage: Stage, words: list[str]) -> list[str]:
+    """`words` with `--` before each `key=value`, unless it is the value of an option."""
+    takes_none = {*HELP_OPTIONS, "--print_config", *(o.name for o in stage.options if not o.metavar and not o.key)}
+    takes_none |= {o.name for o in stage.options if o.value}
+    keys = {"config", *key_types()}
+    found = []
+    for before, word in pairwise(["", *words]):
+        is_value = before.startswith("--") and "=" not in before and before not in takes_none
+        key, equals, _ = word.partition("=")
+        is_key = key in keys or (key.partition(".")[0] in keys and "." in key)  # the latter is told with what was meant
+        found.append(f"--{word}" if equals and is_key and not is_value else word)
+    return found
+
+
 def check_words(stage: str, words: list[str], others: list[str]) -> None:
     """Raises ConfigError where a command has words that are no option of it, with the options that were meant."""
     unknown = [word.partition("=")[0].removeprefix("--") for word in others if word.startswith("--")]
+    if unknown and not STAGES[stage].reads:
+        raise ConfigError(f"unknown option --{unknown[0]}; rvc-dist {stage} --help lists them")
     if unknown:
-        hints = [f"did you mean {near}?" if (near := nearest_key(key)) else "--help lists every key" for key in unknown]
+        hints = [
+            f"did you mean {near}?" if (near := nearest_key(key)) else "--help all lists every key" for key in unknown
+        ]
         raise ConfigError("\n".join(f"unknown key {key}; {hint}" for key, hint in zip(unknown, hints, strict=True)))
     if not others:
         return
@@ -92,7 +189,8 @@ def check_words(stage: str, words: list[str], others: list[str]) -> None:
         meant = [*rest[:at], "--infer.input", f"[{', '.join(inputs)}]", *rest[at:]]
     if meant != words:
         raise ConfigError(f"{others[0]!r} is no option; did you mean: rvc-dist {stage} {shlex.join(meant)}")
-    raise ConfigError(f"{others[0]!r} is no option; expected --section.key VALUE (--help lists every key)")
+    wanted = "--section.key VALUE (--help all lists every key)" if STAGES[stage].reads else "those that --help lists"
+    raise ConfigError(f"{others[0]!r} is no option; expected {wanted}")
 
 
 def meant_by(stage: str, word: str) -> list[str]:
@@ -111,8 +209,7 @@ def meant_by(stage: str, word: str) -> list[str]:
 
 def nearest_key(text: str) -> str:
     """The key of the recipe that `text` resembles most, or an empty text."""
-    keys = [f"{prefix}{field.name}" for prefix, kind in _sections(Recipe) for field in dataclasses.fields(kind)]
-    return nearest(text.replace("-", "_"), ["config", *keys])
+    return nearest(text.replace("-", "_"), ["config", *key_types()])
 
 
 def shard_of(name: str, shards: list[str]) -> Shard:
@@ -129,18 +226,6 @@ def shard_of(name: str, shards: list[str]) -> Shard:
         # Under a launcher too, each rank takes its part of the shard.
         shard = Shard(part.index * shard.count + shard.index, part.count * shard.count, array=True)
     return shard
-
-
-def add_own_options(stage: Stage, parser: argparse.ArgumentParser) -> None:
-    """Options of one stage alone, and short forms of keys."""
-    for option in stage.options:
-        about = option.about or argparse.SUPPRESS
-        if option.passes:
-            parser.add_argument(option.name, action="store_true", dest=option.passes, help=about)
-        elif option.value:
-            parser.add_argument(option.name, action=Given, dest=option.key, nargs=0, const=option.value, help=about)
-        else:
-            parser.add_argument(option.name, action=Given, dest=option.key, metavar="VALUE", help=about)
 
 
 def with_folders(name: str, folders: list[str]) -> dict[str, Any]:
@@ -177,20 +262,43 @@ def with_keys_of_stage(name: str, given: list[tuple[str, str]], more: dict[str, 
 
 
 def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
-    """The recipe, which part of the work this process does, and what the stage's `run` is given besides."""
+    """The recipe, which part of the work this process does, and what the stage's `run` is given besides.
+
+    Raises:
+        argparse.ArgumentError, ValueError, OSError: the user's mistake, in a sentence.
+        SystemExit: it was asked for help or for the recipe, which is printed.
+    """
     stage = STAGES[name]
-    about = stage.about + (" --shard I/N does every N-th unit of work, for job arrays." if stage.takes_shard else "")
-    parser = recipe_parser(f"{name} {stage.folders}".strip(), about)
-    parser.add_argument("--shard", action="append", default=[], help=argparse.SUPPRESS)
-    add_own_options(stage, parser)
-    found, others = parser.parse_known_args(words)
-    folders = [word for word in others if stage.folders and not word.startswith("-")]
+    command: list[str] = []
+    if stage.passes == "command":  # those of another stage, from its name on, are its own
+        at = next((i for i, word in enumerate(words) if word == "--" or word in STAGES), len(words))
+        words, command = words[:at], words[at:]
+    words = as_options(stage, words)
+    found, others = stage_parser(name).parse_known_args(words)
+    if found.help is not None:
+        print_help(name, found.help)
+    folders = [word for word in others if stage.folders and not command and not word.startswith("-")]
     check_words(name, words, [word for word in others if word not in folders])
     shard = shard_of(name, found.shard)
-    more = with_folders(name, folders)
+    more = with_folders(name, folders + command)
     more |= {option.passes: getattr(found, option.passes) for option in stage.options if option.passes}
-    recipe = recipe_of(with_keys_of_stage(name, found.given, more))
-    if found.print_config:
+    files_first = sorted(found.given, key=lambda key_and_text: key_and_text[0] != "config")
+    recipe = recipe_of(with_keys_of_stage(name, files_first, more))
+    if stage.reads and found.print_config:
         print(recipe.to_yaml(), end="")
         raise SystemExit(0)
     return recipe, shard, more
+
+
+def print_help(name: str, word: str) -> None:
+    """The stage's keys, or with a word (`all`: every one) those that have it in their name.
+
+    Raises:
+        ConfigError: no key has it.
+        SystemExit: always else.
+    """
+    if word not in ("", "all") and not any(word in key for key in key_types()):
+        raise ConfigError(f"--help {word}: no key has {word!r} in its name; --help all lists every key")
+    shows = STAGES[name].shows if not word else lambda key: word == "all" or word in key
+    stage_parser(name, shows).print_help()
+    raise SystemExit(0)

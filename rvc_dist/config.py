@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-from rvc_dist import choices
+from rvc_dist import choices, packaged
 from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, SOUNDS, VOCODERS, HubFile
 from rvc_dist.files import ForeignFileError, read_bounded
 from rvc_dist.schema import (
@@ -31,6 +31,7 @@ from rvc_dist.schema import (
     multiple_of,
     one_of,
     parse_yaml,
+    to_yaml,
     types_of,
     within,
 )
@@ -630,10 +631,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        import yaml
-
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        return text
+        return to_yaml(self.to_dict())
 
 
 def _unknown_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -732,7 +730,7 @@ def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:
         where = ""
         found: Any = text
         if key == "config":
-            where, found = f"{text}: ", _read_file(Path(text))
+            where, found = f"{text}: ", _read_file(text)
         else:
             for part in reversed(key.split(".")):
                 found = {part: found}
@@ -770,15 +768,17 @@ def as_types(value: Any, kind: Any) -> Any:
     return value
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"--config: {path} {'is not a file' if path.exists() else 'does not exist'}")
+def _read_file(text: str) -> dict[str, Any]:
+    """The keys of the file that `--config TEXT` means."""
     try:
+        path = packaged.recipe_file(text)
         tree = parse_yaml(read_bounded(path, MAX_YAML_BYTES))
+    except FileNotFoundError as error:
+        raise ConfigError(f"--config: {error}") from error
     except (ForeignFileError, OSError) as error:
-        raise ConfigError(f"--config: {path} is no recipe: {error}") from error
+        raise ConfigError(f"--config: {text} is no recipe: {error}") from error
     if not isinstance(tree, dict | None):
-        raise ConfigError(f"--config: {path} holds a {type(tree).__name__}, expected keys such as name: and train:")
+        raise ConfigError(f"--config: {text} holds a {type(tree).__name__}, expected keys such as name: and train:")
     return tree or {}
 
 

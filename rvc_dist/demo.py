@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from rvc_dist import pipeline
+from rvc_dist import packaged, pipeline
 from rvc_dist.config import Recipe, load_recipe
 from rvc_dist.workspace import DEMO_VOICE_DIR, Shard, Workspace
 
@@ -18,9 +18,7 @@ MEL_LOSS = "loss/g_mel"
 
 
 def recipe_file() -> Path:
-    """configs/demo_cpu.yaml of an installed package, or of the checkout."""
-    installed = Path(__file__).parent / "configs" / "demo_cpu.yaml"
-    return installed if installed.is_file() else Path(__file__).parents[1] / "configs" / "demo_cpu.yaml"
+    return packaged.folder("configs") / f"{packaged.DEMO}.yaml"
 
 
 def demo_options() -> list[tuple[str, str]]:

@@ -240,6 +240,15 @@ def types_of(kind: Any) -> frozenset[type]:
     return frozenset(t for rule in rules for t in rule.types).union(*inside)
 
 
+def choices_of(kind: Any) -> list[str]:
+    """The values of `kind` as YAML writes them, where they can be counted; else none."""
+    origin, arguments, rules = _parts(kind)
+    if kind is bool:
+        return ["true", "false"]
+    inside = [choice for one in arguments for choice in choices_of(one)] if origin is Union else []
+    return inside + [str(choice) for rule in rules if not isinstance(rule.expected, str) for choice in rule.expected]
+
+
 def parse_json(data: bytes, kind: type[T]) -> T:
     """The `kind` that a JSON text holds.
 
@@ -289,9 +298,20 @@ class _Loader(yaml.SafeLoader):
         return found
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that `_Loader` would take for something else."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+    )
+
+
+def to_yaml(value: Any) -> str:
+    """Plain data as a YAML text, which `parse_yaml` reads as the same."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text
 
 
 def parse_yaml(data: bytes) -> Any:

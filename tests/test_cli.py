@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,7 +18,8 @@ import soundfile
 from helpers import RATE, changed, tone
 
 from rvc_dist import __main__ as cli
-from rvc_dist import __version__, demo
+from rvc_dist import __version__, demo, stages
+from rvc_dist.arguments import key_types
 from rvc_dist.config import Recipe
 from rvc_dist.stages import STAGES, Stage
 from rvc_dist.workspace import Shard, StageError, Stopped
@@ -52,19 +55,61 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
+def shown_keys(text: str) -> list[str]:
+    """The keys of the recipe that a help has, in its order."""
+    keys = key_types()
+    return [key for line in text.splitlines() if (key := line.removeprefix("  --").partition(" ")[0]) in keys]
+
+
 @pytest.mark.parametrize("name", STAGES)
-def test_the_help_of_a_stage_lists_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main([name, "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert f"usage: rvc-dist {name}" in text
-    assert STAGES[name].about in " ".join(text.split())
-    for section, values in Recipe().to_dict().items():
-        for key in values if isinstance(values, dict) else ():
-            assert f"--{section}.{key}" in text
-    assert "Length of a clip in seconds" in text
-    assert ("--shard I/N" in text) is STAGES[name].takes_shard
+def test_the_help_of_a_stage_has_its_keys_and_all_has_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stage, texts = STAGES[name], []
+    every = [key for key, kind in key_types().items() if not dataclasses.is_dataclass(kind)]
+    for word, keys in ("", [key for key in every if stage.shows(key)]), ("all", every), ("pitch", PITCH_KEYS):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([name, "--help", word] if word else [name, "--help"])
+        assert caught.value.code == 0
+        texts.append(capsys.readouterr().out)
+        assert sorted(shown_keys(texts[-1])) == (sorted(keys) if stage.reads else [])
+    assert texts[0].startswith(f"usage: rvc-dist {name}")
+    assert stage.about in texts[0]
+    assert ("--shard I/N" in texts[0]) is stage.takes_shard
+    assert max(map(len, texts[0].splitlines())) <= 120
+    if stage.examples:  # the last that one reads
+        assert texts[0].endswith(f"  rvc-dist {name} {stage.examples[-1]}\n")
+
+
+PITCH_KEYS = ["model.pitch_guidance", "infer.pitch", "infer.auto_pitch"]
+
+
+@pytest.mark.parametrize(("name", "example"), [(n, e) for n, stage in STAGES.items() for e in stage.examples])
+def test_every_example_of_a_help_is_a_command(
+    name: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("my.yaml", "runs/alice/config.yaml"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("name: alice\n")
+    words = shlex.split(example.partition(" > ")[0])
+    recipe, shard, _ = cli.parse(name, words)
+    assert isinstance(recipe, Recipe)
+    assert shard.array is ("--shard" in words)
+
+
+def test_the_words_of_a_help_say_what_a_value_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--train.batch_size VALUE Clips a rank and micro-batch",
+        "(a whole number, at least 1; default: 4)",
+        "(one of fp32, bf16, fp16; default: fp32)",
+        "(true or false; default: false)",
+        "(a number, more than 0.0 or null; default: null)",
+        "The networks (model):",
+        "By default runs/NAME. (a text) ",
+    ):
+        assert part in text
 
 
 @pytest.mark.alone
@@ -101,7 +146,7 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
     ("arguments", "message"),
     [
         (["trian"], "rvc-dist: unknown stage 'trian'; did you mean train?"),
-        (["help"], "rvc-dist: unknown stage 'help'; expected one of preprocess, extract, index, train, "),
+        (["help"], "rvc-dist: unknown stage 'help'; expected one of new, recipes, preprocess, extract, index, train, "),
         (["train", "--train.batchsize", "3"], "unknown key train.batchsize; did you mean train.batch_size?"),
         (["train", "--trian.batch_size=3"], "unknown key trian.batch_size; did you mean train.batch_size?"),
         (["train", "--train.batch_size", "many"], "train.batch_size: got 'many', expected a whole number, at least 1"),
@@ -120,7 +165,16 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
         (["infer", "a.wav", "b.wav", "--seed", "1"], "unknown key seed"),
         (["infer", "--infer.pitch", "1", "a.wav", "b.wav"], "--infer.pitch 1 --infer.input '[a.wav, b.wav]'"),
         (["infer", "a.pth", "song.wav"], "did you mean: rvc-dist infer --infer.model a.pth --infer.input song.wav"),
-        (["train", "train.batch_size=4"], "did you mean: rvc-dist train --train.batch_size=4"),
+        (["train", "train.batchsize=4"], "unknown key train.batchsize; did you mean train.batch_size?"),
+        (["train", "trian.batch_size=4"], "did you mean: rvc-dist train --train.batch_size=4"),
+        (["train", "batch_size=4"], "did you mean: rvc-dist train --train.batch_size=4"),
+        (["train", "--config", "49k"], "--config: 49k does not exist; did you mean the recipe 48k?"),
+        (["train", "--config", "."], "--config: . is not a file"),
+        (["train", "--help", "none"], "--help none: no key has 'none' in its name"),
+        (["recipes", "--config", "48k"], "unknown option --config; rvc-dist recipes --help lists them"),
+        (["recipes", "48k"], "'48k' is no option; expected those that --help lists"),
+        (["new"], "rvc-dist new: got nothing, expected one: rvc-dist new NAME"),
+        (["launch", "--gpus", "0", "--", "train"], "argument --gpus: got '0', expected a whole number, at least 1"),
         (["train", "--name", "a", "-batch_size", "4"], "did you mean: rvc-dist train --name a --train.batch_size 4"),
         (["train", "--train.batch-size", "4"], "unknown key train.batch-size; did you mean train.batch_size?"),
         (["train", "--config"], "--config"),
@@ -138,7 +192,7 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
 def test_a_mistake_is_told_and_exits_with_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "importlib", None)  # no stage is as much as imported
+    monkeypatch.setattr(stages, "importlib", None)  # no stage is as much as imported
     assert cli.main(arguments) == cli.EXIT_USAGE == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -157,6 +211,54 @@ def test_a_recipe_with_a_typo_is_told_at_once_with_all_its_mistakes(tmp_path: Pa
     assert f"{path}: unknown key trian; did you mean train?" in done.stderr
     assert f"{path}: unknown key train.batchsize; did you mean train.batch_size?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# What counts
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "batch_size"),
+    [
+        (["--config", "a.yaml"], "a", 2),
+        (["--config", "a.yaml", "--config", "b.yaml"], "b", 2),
+        (["--config", "b", "--config=a.yaml"], "a", 2),  # NAME.yaml, and as one word
+        (["--name", "c", "--config", "a.yaml"], "c", 2),
+        (["--config", "a.yaml", "--name=c", "--config", "b.yaml"], "c", 2),
+        (["name=c", "config=a.yaml", "train.batch_size=3"], "c", 3),
+        (["train.batch_size=3", "--train.batch_size", "5", "--name", "train.batch_size=6"], "train.batch_size=6", 5),
+        (["--train.batch_size", "5", "train.batch_size=3", "--config", "a.yaml"], "a", 3),
+        (["--config", "32k"], "mine", 7),  # the working directory goes before the package
+        (["--config", "40k"], "my_voice_40k", 4),
+        (["--config", "40k", "--config", "a.yaml"], "a", 2),
+    ],
+)
+def test_keys_count_more_than_files_and_later_ones_more_than_earlier_ones(
+    words: list[str], name: str, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("name: a\ntrain: {batch_size: 2}\n")
+    Path("b.yaml").write_text("name: b\n")
+    Path("32k").write_text("name: mine\ntrain: {batch_size: 7}\n")
+    Path("40k").mkdir()  # a folder is no recipe, and in nobody's way
+    recipe, *_ = cli.parse("train", words)
+    assert (recipe.name, recipe.train.batch_size) == (name, batch_size)
+
+
+def test_a_file_whose_name_has_an_equals_sign_is_no_key() -> None:
+    _, _, more = cli.parse("inspect", ["a=b.pth", "./name=x", "runs/lr=1", "name=x"])
+    assert more == {"paths": ["a=b.pth", "./name=x", "runs/lr=1"]}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_launcher_says_a_mistake_once_and_last() -> None:
+    """Not each rank, above the launcher's own traceback."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "rvc_dist"]
+    done = subprocess.run([*command, "train", "trian.x=1"], capture_output=True, text=True, check=False)
+    sentence = "rvc-dist train: 'trian.x=1' is no option"
+    assert done.returncode == 1
+    assert done.stderr.count(sentence) == 1
+    assert sentence in done.stderr.splitlines()[-2]
 
 
 # Running a stage

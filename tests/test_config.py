@@ -248,8 +248,9 @@ def test_upsampling_makes_a_hop_and_segments_are_whole_frames(version: str) -> N
 # Files and the command line
 
 
-def test_a_recipe_file_comes_back(tmp_path: Path) -> None:
-    values = {"name": "Ünï", "train.loss.mel": 15.0, "train.max_steps": 7, "preprocess.cut_method": "simple"}
+@pytest.mark.parametrize("name", ["Ünï", "1e3", "2026-11-26", "yes"])  # texts, whatever YAML takes them for
+def test_a_recipe_file_comes_back(name: str, tmp_path: Path) -> None:
+    values = {"name": name, "train.loss.mel": 15.0, "train.max_steps": 7, "preprocess.cut_method": "simple"}
     recipe = build(values | {"extract.embedder_mix.layers": (9, 10), "extract.embedder_mix.ratio": 0.25})
     path = tmp_path / "config.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")

@@ -10,7 +10,7 @@ from rvc_dist.stages import STAGES
 
 PACKAGE = Path(rvc_dist.__file__).parent
 FLOORS = (
-    {"__init__", "choices", "config", "workspace", "files", "schema", "unit_stage"},
+    {"__init__", "choices", "config", "workspace", "files", "schema", "packaged", "unit_stage"},
     {"models", "runtime"},
     {"data"},
     {"report"},
@@ -18,7 +18,7 @@ FLOORS = (
     {"train"},
     {"voice"},
     {"tools"},
-    {"__main__", "arguments", "stages", "pipeline", "demo"},
+    {"__main__", "arguments", "stages", "completion", "launching", "pipeline", "demo"},
 )
 LOANS = {("rvc_dist.tools.plan", "rvc_dist.tools.bench")}
 """Stages that import another: plan measures with the means of bench."""

@@ -251,16 +251,18 @@ def failed_first(who: str, log: Path, why: str) -> str:
     return f"{who} failed first: see {log}: {why}"
 
 
-def tell_launcher(trace: str) -> None:
-    """Leave `trace` where torchrun and `accelerate launch` look for the text that they print last.
+def tell_launcher(trace: str) -> bool:
+    """Leave `trace` where torchrun and `accelerate launch` look for the text that they print last; whether one does.
 
     Raises nothing: a launcher that cannot be told prints the exit code instead.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        more = {"py_callstack": trace, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):
+    more = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        if file:
             atomic_write(Path(file), json.dumps({"message": {"message": trace, "extraInfo": more}}))
+            return True
+    return False
 
 
 def is_collective_error(error: BaseException) -> bool:

@@ -98,7 +98,9 @@ def test_row_3_kernels_are_not_deterministic_unless_asked_for():
 def test_row_4_every_command_sets_the_allocator_before_its_stage_begins(monkeypatch, stage):
     seen = []
     module = importlib.import_module(STAGES[stage].module)
-    monkeypatch.setattr(module, "run", lambda *_, **__: seen.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF")))
+    monkeypatch.setattr(
+        module, STAGES[stage].function, lambda *_, **__: seen.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    )
     for config in (TrainConfig(), FAST):
         cli.run_stage(stage, Recipe(train=config), Shard(), {})
     assert seen == [None, "expandable_segments:True"]

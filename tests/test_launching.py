@@ -1,0 +1,134 @@
+"""`rvc-dist launch`: the command that it becomes, and what it refuses before a rank is started."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rvc_dist import __main__ as cli
+from rvc_dist import packaged
+
+LAUNCH = packaged.folder("launch")
+
+
+@pytest.fixture(autouse=True)
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four, of which only the number is asked."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def launched(words: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], dict[str, str]]:
+    """The words after `accelerate launch` that it becomes, and what it adds to the environment."""
+    found = []
+    monkeypatch.setattr(os, "execve", lambda _, command, environment: found.append((command, environment)))
+    assert cli.main(["launch", *shlex.split(words)]) == 0
+    ((command, environment),) = found
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    return command[3:], {name: value for name, value in environment.items() if os.environ.get(name) != value}
+
+
+STAGE = ["-m", "rvc_dist", "train", "--name", "a b", "train.batch_size=2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "variables"),
+    [
+        ("--gpus 2 --", ["--config_file", str(LAUNCH / "multi_gpu.yaml"), "--num_processes", "2"], {}),
+        ("", ["--config_file", str(LAUNCH / "multi_gpu.yaml"), "--num_processes", "4"], {}),
+        ("--gpus 1", ["--config_file", str(LAUNCH / "one_gpu.yaml")], {}),
+        ("--cpu 2", ["--config_file", str(LAUNCH / "cpu.yaml"), "--num_processes", "2"], {}),
+        (
+            "--nodes 2 --node_rank 1 --main_ip h --main_port 7",
+            [
+                *["--config_file", str(LAUNCH / "two_nodes.yaml"), "--num_machines", "2", "--num_processes", "8"],
+                *["--machine_rank", "1", "--main_process_ip", "h", "--main_process_port", "7"],
+                *["--rdzv_backend", "c10d", "--max_restarts", "3", "--rdzv_conf"],
+                "join_timeout=600,read_timeout=600,keep_alive_max_attempt=2000",
+            ],
+            {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        ),
+    ],
+)
+def test_the_command_is_printed_and_run(
+    words: str,
+    options: list[str],
+    variables: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert launched(f"{words} train --name 'a b' train.batch_size=2", monkeypatch) == (options + STAGE, variables)
+    printed = [*(f"{name}={value}" for name, value in variables.items()), "accelerate", "launch", *options, *STAGE]
+    assert shlex.split(capsys.readouterr().err) == printed
+
+
+def test_the_rendezvous_of_several_machines_is_that_of_the_file() -> None:
+    text = " ".join((LAUNCH / "two_nodes.yaml").read_text().replace("#", " ").replace("\\", " ").split())
+    for part in ("--rdzv_backend c10d", "--rdzv_conf join_timeout=600,read_timeout=600,keep_alive_max_attempt=2000"):
+        assert part in text
+    assert "--max_restarts 3" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("--gpus 5 -- train", 1, "--gpus 5: PyTorch sees 4 GPUs on this machine; say --gpus 4"),
+        ("--gpus 2 --cpu 2 -- train", 2, "got --gpus and --cpu, expected one of them"),
+        ("--gpus 2", 2, "got no stage, expected rvc-dist launch --gpus N -- STAGE ..."),
+        ("--gpus 2 -- trian", 2, "got trian, expected rvc-dist launch"),
+        ("--gpus 2 -- recipes", 2, "got recipes, expected rvc-dist launch"),
+        ("--gpus 2 -- train --train.batchsize 2", 2, "unknown key train.batchsize; did you mean train.batch_size?"),
+        ("--gpus 2 -- train --config none", 2, "--config: none does not exist"),
+        ("--nodes 2 -- train", 2, "--nodes 2 needs --node_rank too"),
+        ("--nodes 2 --node_rank 0 -- train", 2, "--nodes 2 needs --main_ip too"),
+        ("--nodes 2 --node_rank 2 --main_ip h -- train", 2, "--node_rank: got 2, expected less than --nodes 2"),
+        ("--node_rank 0 -- train", 2, "--node_rank is for several machines; say how many: --nodes N"),
+        ("--gpus two -- train", 2, "argument --gpus: got 'two', expected a whole number"),
+        ("--gpu 2 -- train", 2, "unknown option --gpu; rvc-dist launch --help lists them"),
+    ],
+)
+def test_what_cannot_be_started_is_told_once_and_before(
+    words: str, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["launch", *shlex.split(words)]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(cli, "end_with_launcher", lambda: None)
+    assert cli.main(["launch", "--gpus", "2", "--", "train"]) == 1
+    assert "launch starts ranks, but this is one already; say rvc-dist train without launch" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_on_the_cpu_get_signals_and_give_their_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rvc_dist", "launch", "--cpu", "2", "--"]
+    failed = subprocess.run(
+        [*command, "preprocess", "--data.audio_dir", "none", "--run_dir", "run"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert failed.returncode == 1
+    assert "rvc-dist preprocess: " in failed.stderr.splitlines()[-2]
+    with subprocess.Popen([*command, "demo", "--run_dir", "run"], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        try:
+            while not list(tmp_path.glob("run/tensorboard/*")) and process.poll() is None:
+                time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode != 0
+    assert (tmp_path / "run" / "requeue.json").is_file(), told.decode()[-2000:]
