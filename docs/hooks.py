@@ -1,4 +1,4 @@
-"""Pages that mkdocs makes at each build of what is written elsewhere: README, CONTRIBUTING, the recipe's keys."""
+"""Pages that mkdocs makes at each build of what is written elsewhere: README, CONTRIBUTING, CHANGELOG, the recipe's keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the checkout's root and the pages that they become."""
 
 

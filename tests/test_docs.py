@@ -32,7 +32,7 @@ from rvc_dist.workspace import DEMO_VOICE_DIR
 
 NEEDS = {"gpu", "slurm", "network", "machines"}
 """What a block may lack here; `machines`: more than one."""
-FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "first-voice.md"]
+FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "first-voice.md"]
 PAGES = [*FIRST, *sorted(set((ROOT / "docs").glob("*.md")) - set(FIRST))]
 """In the order in which their commands run: the first voice is that of the others."""
 LANGUAGES = {"sh", "text", "yaml", "json", "csv"}
@@ -169,6 +169,15 @@ def test_links_work_where_the_code_is_hosted(page: Path) -> None:
     """mkdocs sees to those of the site, and to headings."""
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert not target or (page.parent / target).is_file(), f"{page.name}: {target}"
+
+
+def test_errors_are_those_of_the_program() -> None:
+    """The messages in the tables of errors.md stand in the code."""
+    code = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "rvc_dist").rglob("*.py"))
+    rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 20
+    missing = [text for row in rows for text in INLINE.findall(row) if text not in code and text != os.strerror(28)]
+    assert not missing
 
 
 @pytest.mark.slow
