@@ -1,4 +1,4 @@
-"""Pages that mkdocs makes at each build of what is written elsewhere: README, CONTRIBUTING, CHANGELOG, the recipe's keys."""
+"""Pages that mkdocs makes at each build of what is written elsewhere: README and its neighbours, the recipe's keys."""
 
 from __future__ import annotations
 
