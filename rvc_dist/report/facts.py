@@ -19,7 +19,17 @@ from rvc_dist.data.clip_files import account, low_rates, upsampled_recordings
 from rvc_dist.files import ForeignFileError
 from rvc_dist.report.history import read_history
 from rvc_dist.schema import Count, Seconds, record
-from rvc_dist.workspace import FileEntry, Speakers, StageError, WorkList, Workspace, printable, read_json
+from rvc_dist.workspace import (
+    CHECKPOINT_MANIFEST,
+    CHECKPOINT_STATE,
+    FileEntry,
+    Speakers,
+    StageError,
+    WorkList,
+    Workspace,
+    printable,
+    read_json,
+)
 
 T = TypeVar("T")
 
@@ -38,11 +48,16 @@ ClipsReport = record(
 )
 
 
+Best = record(best_metric=float | None, best_step=Count, best_epoch=Count)
+CheckpointState = record(False, progress=Best)
+"""Of a checkpoint, what says which step is the best."""
+
+
 class SpeakerRow(NamedTuple):
     label: str
     recordings: int
-    minutes_in: float
-    minutes: float
+    minutes_in: str
+    minutes: str
     rates: str
 
 
@@ -102,8 +117,15 @@ class Facts:
     speakers: Speakers
     data: Data | None
     history: list[dict[str, Any]]
+    kept: dict[str, Any]
+    """What the newest checkpoint says of the best step; empty without one."""
     notes: list[str] = field(default_factory=list)
     """What is missing or damaged, and what to do."""
+
+    @property
+    def is_older(self) -> bool:
+        """Trained by a version that wrote no history."""
+        return not self.history and self.work.checkpoints_dir.exists()
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.history if line["kind"] == kind]
@@ -121,7 +143,7 @@ class Facts:
     def state(self) -> str:
         """How far training came, in a few words."""
         if not self.history:
-            return "not trained yet" if not self.work.checkpoints_dir.exists() else "trained, without a history"
+            return "trained, without a history" if self.is_older else "not trained yet"
         total = self.hardware.get("total_steps")
         at = f"step {self.step}" + (f" of {total}" if total else "")
         last = next(line for line in reversed(self.history) if line["kind"] in ("end", "run", "step", "validation"))
@@ -173,14 +195,26 @@ def read_facts(root: Path) -> Facts:
         raise StageError(f"{root} has nothing of a run in it;", "expected a run folder: rvc-dist report RUN")
     speakers = _or_note(notes, work.speakers) or Speakers()
     history = _or_note(notes, lambda: read_history(work.history_file)) or []
-    if not history and work.checkpoints_dir.exists():
+    kept = _or_note(notes, lambda: read_kept(work)) or {}
+    facts = Facts(work, work.name, recipe, speakers, None, history, kept, notes)
+    if facts.is_older:
         notes.append(
             f"{work.history_file.name} is missing or empty: this run was trained by an older version. Its curves are "
             f"in TensorBoard (tensorboard --logdir {shlex.quote(str(work.tensorboard_dir))}); training on from here "
             "writes one."
         )
-    data = _or_note(notes, lambda: read_data(work, recipe or Recipe(), speakers, notes))
-    return Facts(work, work.name, recipe, speakers, data, history, notes)
+    facts.data = _or_note(notes, lambda: read_data(work, recipe or Recipe(), speakers, notes))
+    return facts
+
+
+def read_kept(work: Workspace) -> dict[str, Any]:
+    """What the newest whole checkpoint says of the best step.
+
+    Raises:
+        StageError: it is damaged.
+    """
+    whole = sorted(path.parent for path in work.checkpoints_dir.glob(f"step_*/{CHECKPOINT_MANIFEST}"))
+    return read_json(whole[-1] / CHECKPOINT_STATE, CheckpointState).get("progress", {}) if whole else {}
 
 
 def _or_note(notes: list[str], read: Callable[[], T]) -> T | None:
@@ -235,7 +269,7 @@ def _speaker_rows(used: list[dict[str, Any]], speakers: Speakers) -> Iterator[Sp
             seconds[file.get("sample_rate", 0)] += file["seconds_in"]
         told = [f"{rate} Hz: {part / 60:.1f} min" for rate, part in seconds.most_common(MAX_NAMES) if rate]
         rates = told[0].partition(":")[0] if len(seconds) == 1 and told else ", ".join(told)
-        minutes_in, minutes = (sum(file[key] for file in own) / 60 for key in ("seconds_in", "seconds_out"))
+        minutes_in, minutes = (f"{sum(file[key] for file in own) / 60:.1f}" for key in ("seconds_in", "seconds_out"))
         yield SpeakerRow(speakers.label(speaker), len(own), minutes_in, minutes, rates or "not known")
 
 
@@ -279,12 +313,12 @@ def advice(facts: Facts) -> Advice:
     """Which step to keep, and what to do about it."""
     judged = [line for line in facts.lines("validation") if "values" in line]
     best = next((line for line in reversed(judged) if line.get("is_best")), None)
+    if best is None and facts.kept.get("best_metric") is not None:
+        why = f"So says the newest checkpoint: its mel distance on held-out speech was {facts.kept['best_metric']:.4f}."
+        then = "How it came there is not known: compare it with the newest voice by ear."
+        return Advice(facts.kept["best_step"], facts.kept["best_epoch"], why, then)
     if best is None:
-        why = (
-            "No validation has been made."
-            if not judged
-            else "No validation gave a finite number, or none is marked as the best."
-        )
+        why = "No validation gave a finite number." if judged else "No validation has been made."
         then = "Choose by ear among the voices that are there; data.holdout above 0 lets validation choose."
         return Advice(None, 0.0, why, then)
     values = [line["values"].get(MEASURE) for line in judged]
@@ -340,10 +374,10 @@ def voice_file(facts: Facts, advised: Advice) -> tuple[Path, str]:
         return newest, "This is the newest voice."
     if advised.step in steps:
         return steps[advised.step], f"This is the voice of step {advised.step}."
-    judged_at = max(line["time"] for line in facts.lines("validation") if line.get("is_best"))
+    judged_at = max((line["time"] for line in facts.lines("validation") if line.get("is_best")), default=0.0)
     if best.is_file() and best.stat().st_mtime >= judged_at:
         return best, f"This is the voice of step {advised.step}, as exported."
-    return best, f"The voice of step {advised.step} is in a checkpoint: export writes it first."
+    return best, f"The voice of step {advised.step} is in a checkpoint, from which export writes it."
 
 
 _STEP = re.compile(r"_(\d+)s\.pth$")

@@ -153,6 +153,7 @@ def test_the_command_that_converts_is_one(tmp_path: Path) -> None:
         ("data", "There are no samples yet|There are none yet: training|No validation has been made.|Not known before"),
         ("nothing", "There are no clips yet: `rvc-dist preprocess` makes them."),
         ("old", "metrics.jsonl is missing or empty: this run was trained by an older version.|tensorboard --logdir"),
+        ("old", "Step 300 epoch 15.0 So says the newest checkpoint: its mel distance on held-out speech was 1.4000."),
         ("damaged", "clips/report.json: not valid JSON|speakers.json: |samples.json: not valid JSON"),
         ("foreign recipe", "config.yaml is not one that this version reads"),
     ],
@@ -163,7 +164,10 @@ def test_every_stage_of_a_run_has_a_page(tmp_path: Path, there: str, said: str) 
     if there != "nothing":
         made_run.data(work, ["anna"])
     if there == "old":
-        work.checkpoints_dir.mkdir()
+        newest = work.checkpoints_dir / "step_00000320"
+        newest.mkdir(parents=True)
+        (newest / "manifest.json").touch()
+        (newest / "state.json").write_text('{"progress": {"best_metric": 1.4, "best_step": 300, "best_epoch": 15}}')
     if there == "damaged":
         made_run.samples(work.root, [100])
         for path in (work.clips_report_file, work.speakers_file, work.root / "samples/step_00000100/samples.json"):
