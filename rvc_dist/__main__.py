@@ -22,6 +22,7 @@ from rvc_dist.runtime.hang_killer import end_with_launcher
 from rvc_dist.runtime.logs import RankLog, rank_log, tell_launcher
 from rvc_dist.runtime.run_lock import may_be_held
 from rvc_dist.schema import nearest
+from rvc_dist.screen import set_up_logging, without_details
 from rvc_dist.stages import STAGES, TRAINING
 from rvc_dist.workspace import Shard, StageError, Stopped, Workspace
 
@@ -44,23 +45,6 @@ def usage() -> str:
         f"rvc_dist {__version__}",
     ]
     return "\n".join(lines)
-
-
-class StderrHandler(logging.Handler):
-    """Writes to where sys.stderr points now: a live progress bar takes it over to print lines above itself."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
-
-
-def set_up_logging(shard: Shard) -> None:
-    """On the screen INFO of the first rank, warnings of the others, each line with its rank when there are several."""
-    rank = f"[rank {shard.index}] " if shard.count > 1 else ""
-    screen = StderrHandler(logging.INFO if shard.is_first or shard.array else logging.WARNING)
-    logging.basicConfig(
-        level=logging.WARNING, format=f"%(asctime)s {rank}%(message)s", datefmt="%H:%M:%S", handlers=[screen]
-    )
-    logging.getLogger("rvc_dist").setLevel(logging.INFO)
 
 
 def stopped_code() -> int:
@@ -90,7 +74,7 @@ def hint_of_stage(arguments: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     end_with_launcher()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, detail = without_details(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else EXIT_USAGE
@@ -104,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe, shard, options = parse(name, arguments[1:])
     except (argparse.ArgumentError, ValueError, OSError) as error:
         return usage_error(f"rvc-dist {name}: {error}")
-    set_up_logging(shard)
+    set_up_logging(shard, detail)
     if not STAGES[name].keeps_log:
         return run_stage(name, recipe, shard, options)
     work = Workspace(recipe.run_dir, recipe.name)

@@ -56,6 +56,8 @@ def stage_parser(name: str, shows: Callable[[str], bool] = lambda key: True) -> 
     parser.set_defaults(given=[])
     about = "Show this; with `all` every key of the recipe, with another word the keys that have it."
     parser.add_argument(*HELP_OPTIONS, nargs="?", const="", metavar="all", help=about if stage.reads else "Show this.")
+    parser.add_argument("--quiet", action="store_true", help="Show warnings and errors alone, and no progress.")
+    parser.add_argument("--verbose", action="store_true", help="Show every line of every rank.")
     add_own_options(stage, parser)
     if stage.reads:
         parser.add_argument("--config", action=Given, metavar="FILE", help=CONFIG_HELP)

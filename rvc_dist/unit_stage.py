@@ -7,8 +7,8 @@ have no process group.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from rvc_dist.config import Recipe
+from rvc_dist.screen import AUDIO, ProgressBar
 from rvc_dist.workspace import (
     Shard,
     StageError,
@@ -24,6 +25,7 @@ from rvc_dist.workspace import (
     Workspace,
     changes,
     is_done,
+    read_header,
     read_unit_file,
     remove_leftovers,
     unit_header,
@@ -34,8 +36,6 @@ logger = logging.getLogger(__name__)
 Header = TypeVar("Header")
 T = TypeVar("T")
 R = TypeVar("R")
-
-LOG_EVERY_S = 10.0
 
 
 class UnitStage(ABC, Generic[Header]):
@@ -77,11 +77,35 @@ class UnitStage(ABC, Generic[Header]):
         Raises:
             StageError: another job replaced units meanwhile, or a unit's file is damaged.
         """
-        todo = [unit for unit in shard.take(self.units) if not self.is_done(unit)]
+        mine = shard.take(self.units)
+        # The first rank shows the whole job, others and array tasks their part.
+        shown = self.units if shard.is_first and not shard.array else mine
+        undone = [unit for unit in shown if not self.is_done(unit)]
+        todo = [unit for unit in mine if unit in undone]
         minutes = sum(unit.duration_s for unit in self.units) / 60
         logger.info("%s: %d units of %.1f min, %d to do here", self.name, len(self.units), minutes, len(todo))
-        self.make_units(todo)
+        with self.progress(shown, undone):
+            self.make_units(todo)
         self.finish(shard)
+
+    def progress(self, units: Sequence[Unit], undone: Sequence[Unit]) -> ProgressBar:
+        """Of `units`, whoever makes those that are `undone`: their files tell it."""
+        waiting = {unit: _mtime_ns(self.file(unit)) for unit in undone}
+        total_s = sum(unit.duration_s for unit in units)
+
+        def look(bar: ProgressBar) -> None:
+            for unit, before in [*waiting.items()]:
+                if _mtime_ns(self.file(unit)) != before and (header := read_header(self.file(unit))) is not None:
+                    del waiting[unit]
+                    bar.num_failed += self.num_failed(header)
+            bar.done = total_s - sum(unit.duration_s for unit in waiting)
+            bar.text = f"{len(units) - len(waiting)}/{len(units)} units"
+
+        return ProgressBar(self.name, total_s, AUDIO, total_s - sum(u.duration_s for u in undone), look)
+
+    def num_failed(self, header: Mapping[str, Any]) -> int:
+        """Recordings of a unit that gave nothing, given the header of its file."""
+        return sum(1 for file in header.get("files", ()) if not file["clips"])
 
     def finish(self, shard: Shard) -> None:
         """Write the report once every unit is done, whoever did it."""
@@ -99,6 +123,13 @@ class UnitStage(ABC, Generic[Header]):
             return
         remove_leftovers(folder, len(files))
         self.report(headers)
+
+
+def _mtime_ns(path: Path) -> int:
+    """When a file was last written, 0 where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def read_headers(files: Mapping[Path, Collection[str]], kind: type[Header], stage: str) -> tuple[int, list[Header]]:
@@ -125,16 +156,14 @@ def check_settings(folder: Path, made_with: Mapping[str, Any], settings: Mapping
         )
 
 
-def in_threads(count: int, function: Callable[[T], R], items: Sequence[T], progress: str) -> list[R]:
-    """What `function` gives of each of `items`, in `count` threads, with a line on the progress now and then."""
-    results, logged_at = [], time.monotonic()
-    with ThreadPoolExecutor(count) as pool:
+def in_threads(count: int, function: Callable[[T], R], items: Sequence[T], what: str, unit: str) -> list[R]:
+    """What `function` gives of each of `items`, in `count` threads; a bar says how far `what` is, in units."""
+    results = []
+    with ThreadPoolExecutor(count) as pool, ProgressBar(what, len(items), unit) as bar:
         try:
             for result in pool.map(function, items):
                 results.append(result)
-                if time.monotonic() - logged_at > LOG_EVERY_S:
-                    logged_at = time.monotonic()
-                    logger.info(progress, len(results), len(items))
+                bar.advance()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

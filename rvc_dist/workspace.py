@@ -39,6 +39,7 @@ from rvc_dist.schema import (
     parse_json,
     record,
 )
+from rvc_dist.screen import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -684,12 +685,9 @@ def is_done(path: Path, *wanted: str) -> bool:
 
 def wait_for(what: str, probe: Callable[[], T | None], poll_s: float = 0.2) -> T:
     """Poll `probe` until it returns something. When a rank dies, its launcher ends those that wait."""
-    started_at = reported_at = time.monotonic()
-    while (found := probe()) is None:
-        time.sleep(poll_s)
-        if time.monotonic() - reported_at > 60.0:
-            reported_at = time.monotonic()
-            logger.info("waiting for %s since %.0f s", what, reported_at - started_at)
+    with ProgressBar(f"waiting for {what}", None, ""):
+        while (found := probe()) is None:
+            time.sleep(poll_s)
     return found
 
 

@@ -56,7 +56,7 @@ from helpers import (
 from torch import Tensor
 
 from rvc_dist import files, workspace
-from rvc_dist.__main__ import run_stage, set_up_logging
+from rvc_dist.__main__ import run_stage
 from rvc_dist.choices import DISCRIMINATORS, F0_METHODS, F0Spec
 from rvc_dist.config import ExtractConfig, InferConfig, Recipe, load_recipe
 from rvc_dist.features.content import load_embedder, read_tensors
@@ -65,6 +65,7 @@ from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.runtime import run_lock, watchdog
 from rvc_dist.runtime.logs import RankLog
+from rvc_dist.screen import set_up_logging
 from rvc_dist.tools import bench, bench_report, dataset_stats, measuring, plan
 from rvc_dist.tools.inspect_file import inspect
 from rvc_dist.tools.tracing import TracedStep

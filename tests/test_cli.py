@@ -37,7 +37,7 @@ def rvc_dist(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    monkeypatch.setattr(cli, "set_up_logging", lambda *_: None)
 
 
 # Help

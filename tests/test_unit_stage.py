@@ -108,5 +108,5 @@ def test_an_error_in_a_thread_ends_the_others() -> None:
         time.sleep(0.001)
 
     with pytest.raises(ValueError, match="one"):
-        in_threads(1, work, range(500), "%d of %d")
+        in_threads(1, work, range(500), "work", "numbers")
     assert len(done) < 500

@@ -10,7 +10,7 @@ from rvc_dist.stages import STAGES
 
 PACKAGE = Path(rvc_dist.__file__).parent
 FLOORS = (
-    {"__init__", "choices", "config", "workspace", "files", "schema", "packaged", "unit_stage"},
+    {"__init__", "choices", "config", "workspace", "files", "schema", "screen", "packaged", "unit_stage"},
     {"models", "runtime"},
     {"data"},
     {"report"},

@@ -52,7 +52,7 @@ class ClipStage(UnitStage[ClipsHeader]):
     def make_units(self, units: Sequence[Unit]) -> None:
         """Several at a time."""
         # Decoders, the resampler and the filter release the interpreter lock, so threads are enough.
-        in_threads(self.recipe.preprocess.num_workers, self.make_unit, units, f"{self.name}: %d of %d units")
+        in_threads(self.recipe.preprocess.num_workers, self.make_unit, units, self.name, "units")
 
     def recordings(self, headers: list[ClipsHeader]) -> list[dict[str, Any]]:
         """What became of each recording, given the headers of all units; each reason is logged."""

@@ -7,6 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,10 +158,8 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
 
     old = WorkList.load(work.work_list_file)
     content = content_by(old, audio_dir)
-    progress = "preprocess: read %d of %d recordings, to know their content"
-    measured = in_threads(
-        recipe.preprocess.num_workers, lambda f: f if f.reason else _measure(audio_dir, f, content), sources, progress
-    )
+    measure = partial(_measure, audio_dir, content=content)
+    measured = in_threads(recipe.preprocess.num_workers, measure, sources, "preprocess: content", "recordings")
     if all(f.reason for f in measured):  # before anything of an earlier dataset in this run folder is touched
         raise _no_clip(recipe, [(f.path, f.reason) for f in measured])
     check_recordings(work, measured, lambda f: f.content)
@@ -197,8 +196,8 @@ def common_loudness(recipe: Recipe, parts: Sequence[SourceFile]) -> float | None
         levels = [(meter.most(clip.wave), clip.start_s) for clip in clips]
         return min(((most, f"{part.path} at {at:.1f} s") for most, at in levels if most is not None), default=None)
 
-    progress = "preprocess: heard %d of %d recordings, to know their loudness"
-    found = [level for level in in_threads(recipe.preprocess.num_workers, most, parts, progress) if level is not None]
+    levels = in_threads(recipe.preprocess.num_workers, most, parts, "preprocess: loudness", "recordings")
+    found = [level for level in levels if level is not None]
     bearable, where = min(found, default=(0.0, ""))
     bearable = math.floor(100 * bearable) / 100
     if wanted is not None and wanted <= bearable:
@@ -236,8 +235,10 @@ def _source_changes(old: WorkList, sources: list[SourceFile]) -> str:
 
 
 def _measure(audio_dir: Path, file: SourceFile, content: Callable[[SourceFile], str]) -> SourceFile:
-    """`file` with its length, rate and content."""
+    """`file` with its length, rate and content, or why it has none."""
     path = audio_dir / file.path
+    if file.reason:
+        return file
     try:
         with decode.opened(path) as recording:
             file = replace(file, duration_s=round(recording.duration_s, 6), rate=recording.rate)

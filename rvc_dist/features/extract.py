@@ -178,7 +178,7 @@ class Extract(UnitStage[FeaturesHeader]):
         # The next unit is read and resampled, and the last one written, while this one is computed.
         computed = map(self.compute, one_ahead(self.read, units))
         for num_written, _ in enumerate(one_ahead(lambda made: save_arrays(*made), computed), 1):
-            logger.info("extract: unit %d of %d", num_written, len(units))
+            logger.debug("extract: unit %d of %d", num_written, len(units))
         self.extractor.warn_at_edges("extract")
 
     def read(self, unit: Unit) -> ReadUnit:

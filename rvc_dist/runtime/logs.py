@@ -70,7 +70,7 @@ Failure = record(rank=Count, host=Word, time=float, error=str)
 
 
 class RankLog(logging.Handler):
-    """Appends what one rank logs to its file, from INFO on.
+    """Appends all that one rank logs to its file.
 
     The file is opened when the run folder exists, and lines are kept until then: a command that fails before it has
     made anything leaves nothing behind. Nor is it opened while `is_waiting`, since another job may train there; when
@@ -78,7 +78,7 @@ class RankLog(logging.Handler):
     """
 
     def __init__(self, work: Workspace, shard: Shard, is_waiting: bool = False) -> None:
-        super().__init__(logging.INFO)
+        super().__init__(logging.DEBUG)
         self.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
         self.work, self.shard, self.is_waiting = work, shard, is_waiting
         self.path = work.rank_log(shard.index)

@@ -249,8 +249,8 @@ def _convention(f0_dir: Path, num_threads: int) -> str:
             return UnvoicedCount.of(read_array(path, 1))
         return UnvoicedCount()
 
-    progress = "import: read %d of %d pitches, to know what unvoiced frames have"
-    counts = in_threads(num_threads, count, sorted(f0_dir.glob("*.npy")), progress)
+    what = "import: what unvoiced frames have"
+    counts = in_threads(num_threads, count, sorted(f0_dir.glob("*.npy")), what, "pitches")
     return reduce(add, counts, UnvoicedCount()).convention
 
 
@@ -342,7 +342,7 @@ def list_waves(experiment: Experiment, num_threads: int, content: Callable[[Sour
         return SourceFile(name, speaker, 0, 0, reason="in filelist.txt, but the wave is missing")
 
     names = sorted({*found, *missing[:MAX_MISSING]})
-    files = in_threads(num_threads, judged, names, "import: read %d of %d waves, to know their content")
+    files = in_threads(num_threads, judged, names, "import: content", "waves")
     if all(f.reason for f in files):
         raise nothing(experiment, [(f.path, f.reason) for f in files])
     unlisted = sorted(found.keys() - experiment.filelist.speakers.keys())
@@ -432,8 +432,7 @@ def feature_listing(experiment: Experiment, num_threads: int) -> list[tuple[str,
     if experiment.unvoiced == "clipped":  # mended from these
         folders.append(experiment.folder / experiment.layout.coarse)
     paths = [p for folder in folders for p in sorted(folder.glob("*.npy"))]
-    progress = "import: read %d of %d arrays, to know their content"
-    found = in_threads(num_threads, lambda p: content_of(p) if p.is_file() else "", paths, progress)
+    found = in_threads(num_threads, lambda p: content_of(p) if p.is_file() else "", paths, "import: content", "arrays")
     return [(f"{p.parent.name}/{p.name}", content) for p, content in zip(paths, found, strict=True)]
 
 

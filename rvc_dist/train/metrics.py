@@ -1,4 +1,4 @@
-"""Meters that never make the host wait for the device, the tracker that writes TensorBoard, the progress bar."""
+"""Meters that never make the host wait for the device, and the tracker that writes TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import rich.progress
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from rvc_dist.files import disk_errors
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.logs import EXIT_S, ends_within
+from rvc_dist.screen import AUDIO, ProgressBar, duration
 from rvc_dist.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -155,31 +154,10 @@ def report_steps(
     """Write down means over the last steps and the `seconds` of a step's parts: curves, bar and log."""
     speed = values["perf/audio_s_per_s"]
     tracker.scalars({**values, **{f"perf/{name}_s": s for name, s in seconds.items()}}, progress.step)
-    bar.update(progress.step, f"mel {values['loss/g_mel']:.3f} d {values['loss/d']:.2f}", speed)
-    shown = ", ".join(f"{k[5:]} {values[k]:.3f}" for k in ("loss/g_mel", "loss/g_kl", "loss/g_total", "loss/d"))
-    parts = ", ".join(f"{name} {s:.2f}" for name, s in seconds.items())
-    logger.info(
-        f"step {progress.step}/{total} epoch {progress.epoch}: {shown}; {speed:.2f} s of audio a second; seconds a "
-        f"step: {parts}"
-    )
-
-
-class ProgressBar:
-    """A live bar on the main rank's terminal; elsewhere the log lines are enough."""
-
-    def __init__(self, total: int, done: int, enabled: bool) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._bar = rich.progress.Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True)
-        self._bar.disable = not (enabled and self._bar.console.is_terminal)
-        self._task = self._bar.add_task("", total=total, completed=done)
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, done: int, what: str, audio_s_per_s: float) -> None:
-        text = f"{what}, {audio_s_per_s:.1f} s audio/s"
-        self._bar.update(self._task, completed=done, description=text)
+    bar.done = progress.step
+    bar.text = f"mel {values['loss/g_mel']:.4g}, {speed:.1f} {AUDIO}/s"
+    shown = {"mel": "loss/g_mel", "kl": "loss/g_kl", "g": "loss/g_total", "d": "loss/d"}
+    losses = " ".join(f"{name} {values[key]:.4g}" for name, key in shown.items())
+    left = "" if bar.left_s is None else f", {duration(bar.left_s)} left"
+    logger.info(f"step {progress.step}/{total} epoch {progress.epoch}: {losses}; {speed:.1f} {AUDIO}/s{left}")
+    logger.debug(f"step {progress.step}: seconds: {', '.join(f'{name} {s:.3f}' for name, s in seconds.items())}")

@@ -27,11 +27,12 @@ from rvc_dist.runtime.accelerator import (
 from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.runtime.logs import versions
 from rvc_dist.runtime.watchdog import Watch
+from rvc_dist.screen import ProgressBar
 from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, setup
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
 from rvc_dist.train.loader import StepLoader
-from rvc_dist.train.metrics import Meter, PhaseTimer, ProgressBar, Tracker, report_steps
+from rvc_dist.train.metrics import Meter, PhaseTimer, Tracker, report_steps
 from rvc_dist.train.optimizers import learning_rate, report_speed
 from rvc_dist.train.progress import Progress, is_due, is_overtrained, kl_warmup, save_is_due
 from rvc_dist.train.step import GanStep, StepResult
@@ -135,7 +136,7 @@ class Trainer:
         self._begin_history()
         with (
             StopSignal(self.accelerator, self.config.timeout_s) as stop,
-            ProgressBar(self.total_steps, self.progress.step, self.is_main) as bar,
+            ProgressBar("train", self.total_steps, "steps", self.progress.step, logs=False) as bar,
             self.loader.loading(self.progress) as steps,
         ):
             began_at, audio_s = time.monotonic(), 0.0

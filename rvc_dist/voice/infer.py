@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -35,8 +34,8 @@ from rvc_dist.features.index_file import Retriever, index_in
 from rvc_dist.files import atomic_write
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.runtime.device import compute_exactly
+from rvc_dist.screen import AUDIO, ProgressBar
 from rvc_dist.train.dataset import covered_frames, feature_frames
-from rvc_dist.train.metrics import ProgressBar
 from rvc_dist.voice.file import CONVERTED_AS, Voice
 from rvc_dist.voice.loudness import Loudness, matched
 from rvc_dist.voice.pitch import GivenPitch, median_f0
@@ -47,7 +46,6 @@ from rvc_dist.workspace import Shard, StageError, Workspace, fingerprint, listed
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY_S = 30.0
 KERNEL_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"
 """On a CPU each length of window has kernels of its own, of which oneDNN would keep 1024, some 0.6 MB each."""
 
@@ -309,10 +307,12 @@ def run(recipe: Recipe, shard: Shard) -> None:
     if lengths or (waits and (mine or shard.is_first)):
         converter = Converter.load(recipe)
         stamps = Stamps(converter.settings())
-        _convert_all(converter, lengths, stamps, failed, shard.is_first or shard.array)
-        converter.extractor.warn_at_edges("infer")
-        if waits:
-            failed = _failures_of_all(jobs, mine, stamps, failed, shard)
+        others = [job for job in jobs if job not in lengths] if waits and shard.is_first else []
+        with _progress(lengths, others, stamps) as bar:
+            _convert_all(converter, lengths, stamps, failed, bar)
+            converter.extractor.warn_at_edges("infer")
+            if waits:
+                failed = _failures_of_all(jobs, mine, stamps, failed, shard)
     if failed and len(jobs) == 1:
         raise StageError(f"infer.input: {jobs[0].source}: {failed[jobs[0].source]}")
     if failed:
@@ -371,48 +371,48 @@ def _failures_of_all(
     return {source: reason for source, reason in outcomes.items() if reason}
 
 
+def _progress(mine: dict[Job, float], others: list[Job], stamps: Stamps) -> ProgressBar:
+    """Of this process's recordings of so many seconds, and of those of other ranks, whose files tell it."""
+    waiting = {job: seconds for job in others if (seconds := _seconds(job, {})) is not None}
+
+    def look(bar: ProgressBar) -> None:
+        for job, seconds in [*waiting.items()]:
+            is_there = job.target.exists() or job.failure_file.exists()
+            if is_there and (outcome := _outcome(job, stamps[job])) is not None:
+                del waiting[job]
+                bar.advance(seconds, num_failed=int(outcome != ""))
+
+    return ProgressBar("infer", sum(mine.values()) + sum(waiting.values()), AUDIO, look=look)
+
+
 def _convert_all(
-    converter: Converter, lengths: dict[Job, float], stamps: Stamps, failed: dict[Path, str], shows_bar: bool
+    converter: Converter, lengths: dict[Job, float], stamps: Stamps, failed: dict[Path, str], bar: ProgressBar
 ) -> None:
     """Convert recordings of so many seconds that were not converted before; `failed` gets why one could not be."""
     todo = {job: seconds for job, seconds in lengths.items() if stamp_of(job.target) != stamps[job]}
     if done := len(lengths) - len(todo):
         told = next(iter(lengths)).target if len(lengths) == 1 else f"{done} of {len(lengths)} results"
         logger.info("infer: %s: made before of the same with the same settings", told)
-    with ProgressBar(math.ceil(sum(todo.values())), 0, shows_bar) as bar:
-        progress = Progress(bar, sum(todo.values()))
-        for number, (job, seconds) in enumerate(todo.items(), 1):
-            logger.info("infer: %s, %.1f s (%d of %d)", job.source, seconds, number, len(todo))
-            progress.name = job.source.name
-            try:
-                convert_recording(converter, job, stamps[job], progress)
-            except decode.AudioError as error:
-                logger.warning("infer: %s: %s", job.source, error)
-                failed[job.source] = str(error)
-            else:
-                logger.info("infer: %s", job.target)
+    bar.begin(sum(lengths.values()) - sum(todo.values()))
+    for number, (job, seconds) in enumerate(todo.items(), 1):
+        logger.debug("infer: %s, %.1f s (%d of %d)", job.source, seconds, number, len(todo))
+        bar.text = job.source.name
+        try:
+            convert_recording(converter, job, stamps[job], bar)
+        except decode.AudioError as error:
+            logger.warning("infer: %s: %s", job.source, error)
+            failed[job.source] = str(error)
+            bar.num_failed += 1
+        else:
+            logger.info("infer: %s", job.target)
 
 
-class Progress:
-    """How far the conversion is: on the bar of a terminal, and now and then in the log."""
-
-    def __init__(self, bar: ProgressBar, total_s: float) -> None:
-        self.bar, self.total_s, self.name = bar, total_s, ""
-        self.done_s, self.began_at = 0.0, time.monotonic()
-        self.logged_at = self.began_at
-
-    def __call__(self, made: Iterator[decode.Samples], rate: int) -> Iterator[decode.Samples]:
-        """`made`, counted as it passes."""
-        for block in made:
-            give_memory_back()
-            self.done_s += len(block) / rate
-            speed = self.done_s / max(1e-9, time.monotonic() - self.began_at)
-            self.bar.update(int(self.done_s), self.name, speed)
-            if time.monotonic() - self.logged_at > LOG_EVERY_S:
-                self.logged_at = time.monotonic()
-                left_s = (self.total_s - self.done_s) / speed
-                logger.info("infer: %.0f of %.0f s, about %.0f s left", self.done_s, self.total_s, left_s)
-            yield block
+def counted(made: Iterator[decode.Samples], rate: int, bar: ProgressBar) -> Iterator[decode.Samples]:
+    """`made`, counted as it passes."""
+    for block in made:
+        give_memory_back()
+        bar.advance(len(block) / rate)
+        yield block
 
 
 def give_memory_back() -> None:
@@ -421,7 +421,7 @@ def give_memory_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def convert_recording(converter: Converter, job: Job, stamp: str, progress: Progress) -> None:
+def convert_recording(converter: Converter, job: Job, stamp: str, bar: ProgressBar) -> None:
     """Convert one recording as `infer` says.
 
     Raises:
@@ -439,6 +439,6 @@ def convert_recording(converter: Converter, job: Job, stamp: str, progress: Prog
         made = convert(converter, blocks, rate, round(config.window_s * F0_PER_S), num_samples)
         if config.loudness_mix < 1.0:
             made = matched(made, rate, source, config.loudness_mix)
-        write(job.target, progress(made, rate), rate, num_samples, num_channels, stamp)
+        write(job.target, counted(made, rate, bar), rate, num_samples, num_channels, stamp)
     for note in recording.told():
         logger.warning("infer: %s: %s", job.source, note)

@@ -147,7 +147,7 @@ class Experiment:
         for clip in self.clips:
             by_unit[clip.unit].append(clip)
         write_unit = partial(self._write_unit, folder)
-        in_threads(self.recipe.preprocess.num_workers, write_unit, list(by_unit.values()), "export: %d of %d units")
+        in_threads(self.recipe.preprocess.num_workers, write_unit, list(by_unit.values()), "export", "units")
         lines = [
             self._line(final, clip.name, clip.name, clip.header["speaker"])
             for clip in self.clips

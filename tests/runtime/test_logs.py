@@ -25,7 +25,7 @@ GLOO = "[pair.cc:561 of gloo] Connection closed by peer [127.0.0.1]:34482"
 def _alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    monkeypatch.setattr(cli, "set_up_logging", lambda *_: None)
     logger = logging.getLogger("rvc_dist")
     before = logger.level
     logger.setLevel(logging.INFO)

@@ -481,7 +481,7 @@ def failing(capsys, recipe, *arguments) -> str:
 
 @pytest.fixture
 def _quiet(monkeypatch):
-    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    monkeypatch.setattr(cli, "set_up_logging", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_quiet")

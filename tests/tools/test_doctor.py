@@ -114,7 +114,7 @@ def full(free: int):
 
 
 def test_a_healthy_run_has_no_problem_and_is_left_as_it_was(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    monkeypatch.setattr(cli, "set_up_logging", lambda *_: None)
     before = files_in(Path(recipe.run_dir))
     began_at = time.process_time()  # other processes may keep this one waiting
     assert cli.main(["doctor", "--config", file_of(recipe), "--data.audio_dir", str(tmp_path / "none")]) == 0
@@ -128,7 +128,7 @@ def test_a_healthy_run_has_no_problem_and_is_left_as_it_was(recipe, tmp_path, ca
 
 
 def test_without_data_the_machine_is_checked_and_no_folder_is_left(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    monkeypatch.setattr(cli, "set_up_logging", lambda *_: None)
     recipe = tiny_recipe(tmp_path / "runs" / "new", batch_size=1)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
@@ -141,7 +141,7 @@ def test_without_data_the_machine_is_checked_and_no_folder_is_left(tmp_path, cap
 
 @pytest.mark.parametrize(("severity", "code"), [(warning, 3), (findings.error, 1)])
 def test_the_exit_code_is_that_of_the_worst_problem(recipe, severity, code, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "set_up_logging", lambda _share: None)
+    monkeypatch.setattr(cli, "set_up_logging", lambda *_: None)
     checks = (
         doctor.Check("good", lambda _: iter([Fact("size", "3 GB")])),
         doctor.Check("bad", lambda _: iter([severity("it [hurts]", "rest")])),

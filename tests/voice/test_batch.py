@@ -22,7 +22,7 @@ from rvc_dist.config import F0_HOP, FEATURE_RATE, PreprocessConfig, Recipe, reci
 from rvc_dist.data import decode
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.torch_file import save_pth
-from rvc_dist.train.metrics import ProgressBar
+from rvc_dist.screen import AUDIO, ProgressBar
 from rvc_dist.voice import infer, pitch, recordings, sound_file, windows
 from rvc_dist.voice.loudness import Loudness, matched
 from rvc_dist.workspace import Shard, StageError
@@ -175,19 +175,26 @@ def test_what_is_done_is_made_again_only_if_something_changed(recipe: Recipe, tm
     assert made_again(changed(recipe, "infer", model=str(tmp_path / "v.pth"))) == [True, True]
 
 
-def test_time_left_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    now = [100.0]
-    monkeypatch.setattr(infer.time, "monotonic", lambda: now[0])
-    caplog.set_level(logging.INFO, logger="rvc_dist")
-    progress = infer.Progress(ProgressBar(60, 0, False), 60.0)
+def test_what_is_made_is_counted_in_seconds() -> None:
+    blocks = (np.zeros(10 * RATE, np.float32) for _ in range(3))
+    bar = ProgressBar("infer", 60.0, AUDIO)
+    assert sum(map(len, infer.counted(blocks, RATE, bar))) == 30 * RATE
+    assert bar.done == 30.0
 
-    def made():
-        for _ in range(3):
-            now[0] += 20.0
-            yield np.zeros(10 * RATE, np.float32)
 
-    assert sum(map(len, progress(made(), RATE))) == 30 * RATE
-    assert [r.getMessage() for r in caplog.records] == ["infer: 20 of 60 s, about 80 s left"]
+def test_the_first_rank_counts_what_others_converted(tmp_path: Path) -> None:
+    write_recordings(tmp_path, "a.wav", "b.wav", "c.wav")  # of 0.2, 0.25 and 0.3 s
+    jobs = [infer.Job(tmp_path / f"{name}.wav", tmp_path / f"{name}_made.wav") for name in "abc"]
+    done, failed, _ = jobs
+    stamps = infer.Stamps({})
+    bar = infer._progress({}, jobs, stamps)
+    bar.tick()
+    assert bar.total == pytest.approx(0.75)
+    assert (bar.done, bar.num_failed) == (0.0, 0)
+    sound_file.write(done.target, iter([np.zeros(RATE, np.float32)]), RATE, RATE, 1, stamps[done])
+    failed.failure_file.write_text(f"{stamps[failed]}\nwhy")
+    bar.tick()
+    assert (bar.done, bar.num_failed) == (pytest.approx(0.45), 1)
 
 
 # Kinds of files
