@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from rvc_dist.config import Recipe
 from rvc_dist.files import write_json
+from rvc_dist.report.background import PageMaker
 from rvc_dist.report.history import History
 from rvc_dist.runtime.accelerator import (
     StopSignal,
@@ -58,11 +59,12 @@ def run(recipe: Recipe, shard: Shard) -> None:
     work = Workspace(recipe.run_dir, recipe.name)
     with (
         Watch(work) as watch,
+        PageMaker(work.root, recipe.train.report) as pages,
         History(work.history_file) as history,
         ExitStack() as end,
         watch.explain_timeouts(recipe.train.timeout_s),
     ):
-        trainer = Trainer(recipe, watch, history)
+        trainer = Trainer(recipe, watch, history, pages)
         end.callback(trainer.close)
         trainer.train()
 
@@ -70,7 +72,13 @@ def run(recipe: Recipe, shard: Shard) -> None:
 class Trainer:
     """With a `watch`, it holds the run folder's lock and is watched from the moment that it knows its ranks."""
 
-    def __init__(self, recipe: Recipe, watch: Watch | None = None, history: History | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        watch: Watch | None = None,
+        history: History | None = None,
+        pages: PageMaker | None = None,
+    ) -> None:
         self.recipe, self.config = recipe, recipe.train
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.table = setup.load_clips(recipe, self.work)
@@ -82,6 +90,7 @@ class Trainer:
         else:
             watch.start(self.accelerator)
         self.heartbeat, self.lock = watch.heartbeat, watch.lock
+        self.pages = pages or PageMaker(self.work.root, enabled=False)
         self.history = history or History(self.work.history_file)
         if self.is_main:
             setup.report_holdout(recipe, self.table)
@@ -244,6 +253,8 @@ class Trainer:
         before = self.progress
         with self.heartbeat.within("validation"):
             self.progress = self.validation.judge(self.step.generator, before)
+        if self.is_main:
+            self.pages.begin()
         return self.progress is not before
 
     def _why_save(self, is_asked: bool, is_best: bool) -> checkpoint.Why | None:

@@ -16,6 +16,12 @@ from rvc_dist.report.history import History
 from rvc_dist.workspace import Workspace
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cores may be busy with other tests."""
+    monkeypatch.setattr(background, "EXIT_S", 60.0)
+
+
 def test_a_page_is_made_beside_and_the_last_has_the_end(tmp_path: Path) -> None:
     work = Workspace(tmp_path, "anna")
     made_run.history(work, ())
