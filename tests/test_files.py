@@ -59,7 +59,7 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
     "32k": {"data.sample_rate": 32000, "train.batch_size": 4, "train.max_epochs": 200},
     "40k": {"data.sample_rate": 40000, "train.batch_size": 4, "train.max_epochs": 200},
     "48k": {"data.sample_rate": 48000, "train.batch_size": 4, "train.max_epochs": 200},
-    "demo_cpu": {"name": "demo", "extract.embedder_model": "mfcc", "extract.f0_method": "crepe-tiny"},
+    "demo_cpu": {"name": "demo", "extract.embedder_model": "mfcc", "extract.f0_method": "swipe"},
 }
 SHARED: dict[str, Any] = {
     "preprocess.chunk_len": 3.0,

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rvc_dist.choices import PYAV
 from rvc_dist.data.parts import CUT, Part, find_parts
 
 Samples = npt.NDArray[np.float32]
@@ -269,10 +270,7 @@ class AvRecording(Recording):
         try:
             import av
         except ImportError as error:
-            raise MissingDecoderError(
-                f"{self.path.suffix[1:] or 'this kind'} needs the package PyAV: pip install av (it comes with the "
-                "extra: pip install 'rvc_dist[formats]')"
-            ) from error
+            raise MissingDecoderError(" ".join(PYAV.missing(self.path.suffix[1:] or "this kind"))) from error
         # An open file, since PyAV refuses a name that is no UTF-8.
         options = {"format_whitelist": self.demuxers, "protocol_whitelist": "file"}
         try:

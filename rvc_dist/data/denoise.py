@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from rvc_dist.choices import NOISEREDUCE
 from rvc_dist.data.audio import Wave
 from rvc_dist.runtime.device import compute_exactly, fixed_threads
 from rvc_dist.workspace import StageError
@@ -45,10 +46,7 @@ class NoiseGate:
         try:
             from noisereduce.torchgate import TorchGate
         except ImportError as error:
-            raise StageError(
-                f"preprocess.clean_dataset needs the package noisereduce ({error}):",
-                "pip install noisereduce (it comes with the extra: pip install 'rvc_dist[denoise]')",
-            ) from error
+            raise StageError(*NOISEREDUCE.missing("preprocess.clean_dataset", error)) from error
         self.device = compute_exactly("preprocess")
         # The mask is smoothed over three bins. TorchGate's own 500 Hz average it over voice and the noise between its
         # harmonics, which takes half of a low voice away.

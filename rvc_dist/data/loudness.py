@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 
+from rvc_dist.choices import PYLOUDNORM
 from rvc_dist.data.audio import Wave
 from rvc_dist.workspace import StageError
 
@@ -25,10 +26,7 @@ class LoudnessMeter:
         try:
             from pyloudnorm import Meter
         except ImportError as error:
-            raise StageError(
-                f"preprocess.normalization lufs needs the package pyloudnorm ({error}):",
-                "pip install pyloudnorm (it comes with the extra: pip install 'rvc-dist[loudness]')",
-            ) from error
+            raise StageError(*PYLOUDNORM.missing("preprocess.normalization lufs", error)) from error
         self.meter = Meter(rate)
         self.lock = threading.Lock()  # it keeps the blocks of the clip that it measures, and changes warnings' filters
 

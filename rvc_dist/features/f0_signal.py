@@ -32,6 +32,7 @@ WIDER_DOWN, WIDER_UP = 4.0 / 3.0, 4.0
 highest pitch, or as one an octave or two below."""
 HIGHEST_HZ = FEATURE_RATE / 3
 MAX_YIN_APERIODICITY = 0.4
+TROUGH = 0.1
 
 
 class SignalMethod(F0Method):
@@ -80,7 +81,7 @@ class PyinPitch(SignalMethod):
 
 
 class YinPitch(F0Method):
-    """YIN (de Cheveigné and Kawahara 2002) by librosa, which says nothing of voicing: that is by `is_periodic`."""
+    """YIN (de Cheveigné and Kawahara 2002), which says nothing of voicing: that is by `is_periodic`."""
 
     on_cpu = True
 
@@ -90,13 +91,48 @@ class YinPitch(F0Method):
 
 def yin(wave: Samples, f0_min: float, f0_max: float) -> Hertz:
     """YIN's pitch in a wider range than f0_min to f0_max, 0 where unvoiced: [S] -> [S // 160] in Hz."""
-    import librosa
-
     window = window_of(f0_min)
-    low, high = f0_min / WIDER_DOWN, min(f0_max * WIDER_UP, HIGHEST_HZ)
-    f0: Hertz = librosa.yin(wave, fmin=low, fmax=high, sr=FEATURE_RATE, frame_length=window, hop_length=F0_HOP)
-    f0 = f0[: len(wave) // F0_HOP]
+    f0 = yin_everywhere(wave, f0_min / WIDER_DOWN, min(f0_max * WIDER_UP, HIGHEST_HZ), window)
     return np.where(is_periodic(wave, f0, window, MAX_YIN_APERIODICITY), f0, 0.0)
+
+
+def yin_everywhere(wave: Samples, low_hz: float, high_hz: float, window: int) -> Hertz:
+    """YIN's pitch of every frame, voiced or not: [S] -> [S // 160] in Hz, to the bit what librosa has.
+
+    The period is the first trough below TROUGH of the difference function, or else its deepest, refined by a parabola.
+    """
+    from scipy.fft import irfft, next_fast_len, rfft
+
+    shortest, longest = math.floor(FEATURE_RATE / high_hz), min(math.ceil(FEATURE_RATE / low_hz), window - 1)
+    frames = windows_around_frames(wave, window)
+    size = next_fast_len(2 * window - 1, real=True)
+    spectrum = rfft(frames, size)
+    similarity = irfft(spectrum.real**2 + spectrum.imag**2, size)
+    energy = np.cumsum(np.square(frames), axis=1)[:, :longest]
+    energy[:, 0] = 0.0  # librosa's, which leaves the first sample out of the lag 1: the features of a run stay
+    lags = slice(1, longest + 1)
+    difference = (2 * (similarity[:, :1] - similarity[:, lags]) - energy).astype(np.float32)
+    mean = (np.cumsum(difference, axis=1) / np.arange(lags.start, lags.stop))[:, shortest - 1 :]
+    depth = difference[:, shortest - 1 :] / (mean + np.finfo(mean.dtype).tiny)
+
+    troughs = depth < TROUGH
+    troughs[:, 0] &= depth[:, 0] < depth[:, 1]
+    troughs[:, 1:] &= depth[:, 1:] < depth[:, :-1]
+    troughs[:, 1:-1] &= depth[:, 1:-1] <= depth[:, 2:]
+    best = np.where(troughs.any(axis=1), troughs.argmax(axis=1), depth.argmin(axis=1))[:, None]
+    inner = best.clip(1, depth.shape[1] - 2)
+    left, middle, right = (np.take_along_axis(depth, inner + d, axis=1) for d in (-1, 0, 1))
+    curvature, slope = right + left - 2 * middle, (right - left) / 2
+    is_parabola = (inner == best) & (np.abs(slope) < np.abs(curvature))
+    shift = np.divide(-slope, curvature, out=np.zeros_like(slope), where=is_parabola)
+    return np.asarray(FEATURE_RATE / (shortest + best + shift)[:, 0])
+
+
+def windows_around_frames(wave: Samples, window: int) -> Samples:
+    """The samples around each frame, beyond the ends 0: [S] -> a view [S // 160, window]."""
+    padded = np.pad(wave, window // 2)
+    windows: Samples = np.lib.stride_tricks.sliding_window_view(padded, window)[::F0_HOP]
+    return windows[: len(wave) // F0_HOP]
 
 
 def is_periodic(wave: Samples, f0: Hertz, window: int, limit: float) -> npt.NDArray[np.bool_]:
@@ -114,8 +150,7 @@ def aperiodicity(wave: Samples, f0: Hertz, window: int) -> Hertz:
 
     Sum of (x[n] - x[n + period])^2 over the sum of x[n]^2 + x[n + period]^2, n such that both lie in the window.
     """
-    padded = np.pad(wave, window // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, window)[::F0_HOP][: len(f0)].astype(np.float64)
+    frames = windows_around_frames(wave, window)[: len(f0)].astype(np.float64)
     lags = np.clip(np.rint(FEATURE_RATE / f0), 1, window // 2).astype(np.int64)
     places = np.arange(window)
     shifted = np.take_along_axis(frames, np.minimum(places + lags[:, None], window - 1), axis=1)

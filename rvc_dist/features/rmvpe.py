@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rvc_dist.config import F0_HOP, FEATURE_RATE, ExtractConfig
 from rvc_dist.features.f0 import PITCH_BINS, F0Method, load_network, of_length, peak_hz
 from rvc_dist.features.precision import lower
+from rvc_dist.models.spectral import mel_bank
 
 NUM_MELS = 128
 N_FFT = 1024
@@ -129,15 +130,13 @@ class RmvpePitch(F0Method):
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        from librosa.filters import mel
-
         self.network = load_network(lambda _: RMVPE(), "extract.f0_model", config.f0_model, "rmvpe", "RMVPE").to(device)
         if self.dtype != torch.float32:  # whose kernels are a third faster in this layout
             self.network.to(memory_format=torch.channels_last)
         # The mel spectrogram, and the recurrent layer with what follows, stay in float32.
         lower(self.network, self.dtype, self.network.unet.encoder["bn"], self.network.fc)
         self.window = torch.hann_window(N_FFT, device=device)
-        filters = mel(sr=FEATURE_RATE, n_fft=N_FFT, n_mels=NUM_MELS, fmin=30.0, fmax=8000.0, htk=True, norm="slaney")
+        filters = mel_bank(FEATURE_RATE, N_FFT, NUM_MELS, low_hz=30.0, htk=True)
         self.mel_filters = torch.from_numpy(filters).to(device)
 
     def track(self, wave: Tensor) -> Tensor:

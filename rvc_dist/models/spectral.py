@@ -6,13 +6,15 @@ mantissa are too few for a logarithm of magnitudes.
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -146,13 +148,47 @@ def _hann(n_fft: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _mel_filters(device: torch.device, rate: int, n_fft: int, num_mels: int) -> Tensor:
-    import librosa
+    with torch.inference_mode(False):
+        return torch.tensor(mel_bank(rate, n_fft, num_mels), device=device)
 
-    with warnings.catch_warnings(), torch.inference_mode(False):
-        # The widest scale has bands narrower than a bin at low frequencies; an empty band adds nothing to a loss.
-        warnings.filterwarnings("ignore", message="Empty filters")
-        bank = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=num_mels)
-        return torch.tensor(bank, dtype=torch.float32, device=device)
+
+def mel_bank(
+    rate: int, n_fft: int, num_mels: int, low_hz: float = 0.0, htk: bool = False, area: bool = True
+) -> npt.NDArray[np.float32]:
+    """Triangles on the mel scale from `low_hz` to rate / 2: [M, n_fft // 2 + 1], to the bit what librosa has.
+
+    The scale is Slaney's (Auditory Toolbox, 1998), linear below 1 kHz, or HTK's; with `area` each triangle has the same
+    area, else the same height. A triangle that is narrower than a bin may be empty, and adds nothing to a loss.
+    """
+    to_mel, to_hz = (_htk_mel, _htk_hz) if htk else (_slaney_mel, _slaney_hz)
+    corners = to_hz(np.linspace(to_mel(low_hz), to_mel(rate / 2), num_mels + 2))
+    ramps = np.subtract.outer(corners, np.fft.rfftfreq(n_fft, 1.0 / rate))
+    widths = np.diff(corners)[:, None]
+    rising, falling = -ramps[:-2] / widths[:-1], ramps[2:] / widths[1:]
+    bank: npt.NDArray[np.float32] = np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
+    return (bank * (2.0 / (corners[2:] - corners[:-2]))[:, None]).astype(np.float32) if area else bank
+
+
+_LINEAR_HZ, _LOG_FROM_HZ, _LOG_STEP = 200.0 / 3, 1000.0, math.log(6.4) / 27.0
+"""Of Slaney's scale: Hz a mel below the frequency from which it is logarithmic, and its step from there on."""
+
+
+def _slaney_mel(hz: float) -> float:
+    linear = min(hz, _LOG_FROM_HZ) / _LINEAR_HZ
+    return linear + math.log(hz / _LOG_FROM_HZ) / _LOG_STEP if hz > _LOG_FROM_HZ else linear
+
+
+def _slaney_hz(mel: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    bend = _LOG_FROM_HZ / _LINEAR_HZ
+    return np.where(mel >= bend, _LOG_FROM_HZ * np.exp(_LOG_STEP * (mel - bend)), _LINEAR_HZ * mel)
+
+
+def _htk_mel(hz: float) -> float:
+    return 2595.0 * math.log10(1.0 + hz / 700.0)
+
+
+def _htk_hz(mel: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.asarray(700.0 * (10.0 ** (mel / 2595.0) - 1.0))
 
 
 def forget_constants() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from rvc_dist.choices import OPTIMIZERS
+from rvc_dist.choices import DEEPSPEED, OPTIMIZERS
 from rvc_dist.config import TrainConfig
 from rvc_dist.workspace import StageError
 
@@ -64,9 +64,7 @@ def check_deepspeed(config: TrainConfig) -> None:
             fp16.
     """
     if importlib.util.find_spec("deepspeed") is None:
-        raise StageError(
-            "the launcher asks for DeepSpeed, which is not installed:", "pip install 'rvc-dist[deepspeed]'"
-        )
+        raise StageError(*DEEPSPEED.missing("this launcher's configuration"))
     if config.autocast_precision == "fp16":
         raise StageError(
             "train.precision: fp16 with DeepSpeed, which would skip steps by a loss scale that is in no checkpoint;",

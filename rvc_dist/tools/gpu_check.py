@@ -66,7 +66,7 @@ Row = dict[str, Any]
 Rows = Iterator[tuple[str, Callable[[], Row]]]
 """Of a part: what each row is of, and what measures it."""
 
-PACKAGES = ("accelerate", "transformers", "numpy", "librosa", "faiss", "soundfile", "soxr", "torchcrepe", "deepspeed")
+PACKAGES = ("accelerate", "transformers", "numpy", "faiss", "soundfile", "soxr", "torchcrepe", "deepspeed")
 FAST: dict[str, Any] = {"fast_train": True, "compile": "never"}
 STEPS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -258,10 +258,9 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> Optimizer:
     try:
         optimizer: Optimizer = resolve(spec.make)(params, **spec.options(config))
     except ImportError as error:
-        raise StageError(
-            f"train.optimizer: {config.optimizer_name} needs a package that cannot be imported ({error});",
-            "install it: pip install 'rvc-dist[optim]'",
-        ) from error
+        if spec.package is None:
+            raise
+        raise StageError(*spec.package.missing(f"train.optimizer {config.optimizer_name}", error)) from error
     return optimizer
 
 

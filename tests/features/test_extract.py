@@ -489,8 +489,8 @@ def test_with_only_some_of_the_clips(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"f0_method": "penn", "f0_penn_model": "/none/p.pt"}, r"extract\.f0_penn_model: .*--extract\.f0_method crepe"),
-        ({"f0_method": "rmvpe", "f0_model": "/none/rmvpe.pt"}, r"extract\.f0_model: .*--extract\.f0_method crepe"),
+        ({"f0_method": "penn", "f0_penn_model": "/none/p.pt"}, r"extract\.f0_penn_model: .*--extract\.f0_method swipe"),
+        ({"f0_method": "rmvpe", "f0_model": "/none/rmvpe.pt"}, r"extract\.f0_model: .*--extract\.f0_method swipe"),
         ({"embedder_model": "/none/encoder"}, r"extract\.embedder_model: /none/encoder is no folder"),
         (
             {"embedder_model": "contentvec"},

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rvc_dist
 from rvc_dist.choices import F0_METHODS, F0Spec
-from rvc_dist.config import ConfigError, ExtractConfig, Recipe, f0_method_names
+from rvc_dist.config import F0_HOP, ConfigError, ExtractConfig, Recipe, f0_method_names
 from rvc_dist.features.crepe import CrepePitch
 from rvc_dist.features.f0 import (
     F0Method,
@@ -30,7 +31,7 @@ from rvc_dist.features.f0 import (
     resample_pitch,
     viterbi,
 )
-from rvc_dist.features.f0_signal import aperiodicity, swipe_kernels
+from rvc_dist.features.f0_signal import aperiodicity, swipe_kernels, window_of, yin_everywhere
 from rvc_dist.models.pitch import coarse_pitch
 
 CPU = torch.device("cpu")
@@ -284,6 +285,18 @@ def test_swipe_hears_speech_with_a_range_beyond_what_it_can_tell() -> None:
     assert ((f0 / truth - 1.0).abs() < 0.01).float().mean() > 0.9
 
 
+@pytest.mark.parametrize(("low_hz", "high_hz"), [(50.0, 1100.0), (100.0, 800.0)])
+def test_yin_is_librosas_to_the_bit(low_hz: float, high_hz: float) -> None:
+    """Of speech, of noise, of silence, and of less than a window."""
+    noise = np.random.default_rng(0).normal(0.0, 0.1, 700).astype(np.float32)
+    for wave in (speech(4.0)[0].numpy(), noise, np.zeros(3000, np.float32)):
+        theirs = librosa.yin(
+            wave, fmin=low_hz, fmax=high_hz, sr=RATE, frame_length=window_of(low_hz), hop_length=F0_HOP
+        )
+        ours = yin_everywhere(wave, low_hz, high_hz, window_of(low_hz))
+        assert ours.tobytes() == theirs[: len(wave) // F0_HOP].tobytes()
+
+
 def test_hum_in_the_pauses_is_no_voice(methods: dict[str, F0Method]) -> None:
     hum = 1e-3 * torch.sin(2 * torch.pi * 100.0 * torch.arange(RATE) / RATE)
     wave = hum + F.pad(voice(200.0, 0.5)[0], (0, RATE // 2))
@@ -375,7 +388,7 @@ def test_missing_package_says_what_to_install(
     method: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    message = rf"extract\.f0_method {method} needs the package {package} \(.*\): pip install {package} .*rvc_dist\[f0\]"
+    message = rf"extract\.f0_method {method} needs the package {package} \(.*\): pip install {package} \(the extra "
     for name in (method, f"hybrid[yin+{method}]"):
         with pytest.raises(ImportError, match=message):
             load_f0(ExtractConfig(f0_method=name), CPU)

@@ -98,7 +98,7 @@ def test_without_weights_the_error_says_what_to_do(tmp_path: Path, monkeypatch: 
     for part in ("rmvpe.pt of lj1995/VoiceConversionWebUI", "models--lj1995--VoiceConversionWebUI", "HF_HUB_OFFLINE"):
         assert part in message
     assert "--extract.f0_model PATH" in message
-    assert "--extract.f0_method crepe" in message
+    assert "--extract.f0_method swipe" in message
 
     with pytest.raises(StageError, match=r"missing\.pt is no file; it is not of the form"):
         load_f0(ExtractConfig(f0_method="rmvpe", f0_model="missing.pt"), CPU)

@@ -12,7 +12,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvc_dist.config import RATES
-from rvc_dist.models.spectral import MULTISCALE_MELS, log_mel, mel_from_spectrogram, multiscale_mels, spectrogram
+from rvc_dist.models.spectral import (
+    MULTISCALE_MELS,
+    log_mel,
+    mel_bank,
+    mel_from_spectrogram,
+    multiscale_mels,
+    spectrogram,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -49,6 +56,19 @@ def test_mel_filters_are_slaney_up_to_half_the_rate() -> None:
     spec = torch.rand(1, 513, 4)
     bank = librosa.filters.mel(sr=24000, n_fft=1024, n_mels=80, fmin=0, fmax=12000)
     torch.testing.assert_close(mel_from_spectrogram(spec, 24000, 1024, 80).exp(), torch.from_numpy(bank) @ spec)
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters")
+@pytest.mark.parametrize("rate", [16000, 22050, 24000, 32000, 40000, 44100, 48000])
+def test_the_mel_bank_is_librosas_to_the_bit(rate: int) -> None:
+    """Those of losses and of what generators hear, RMVPE's (a HTK scale), and mfcc's (triangles of one height)."""
+    for n_fft, num_mels in ((64, 5), (512, 40), (1024, 80), (1024, 128), (2048, 125), (4096, 480)):
+        ours = mel_bank(rate, n_fft, num_mels), mel_bank(rate, n_fft, num_mels, 30.0, htk=True)
+        ours = (*ours, mel_bank(rate, n_fft, num_mels, 20.0, htk=True, area=False))
+        settings = {}, {"fmin": 30.0, "htk": True}, {"fmin": 20.0, "htk": True, "norm": None}
+        for bank, more in zip(ours, settings, strict=True):
+            theirs = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=num_mels, **more)
+            assert (bank.dtype, bank.tobytes()) == (theirs.dtype, theirs.tobytes())
 
 
 @pytest.mark.parametrize(("n_fft", "hop"), [(64, 16), (64, 63), (64, 441), (16, 480)])

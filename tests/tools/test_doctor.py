@@ -340,11 +340,11 @@ def test_the_packages_of_a_recipe(tmp_path):
     recipe = replace(
         tiny_recipe(tmp_path / "run", optimizer="lion"),
         data=DataConfig(audio_dir=str(tmp_path / "audio")),
-        extract=ExtractConfig(f0_method="hybrid[fcpe+dio+yin]"),
+        extract=ExtractConfig(f0_method="hybrid[fcpe+dio+pyin]"),
         preprocess=PreprocessConfig(clean_dataset=True),
     )
     wanted = machine.wanted_packages(DoctorContext(recipe))
-    assert set(wanted) == {"faiss", "torchfcpe", "pyworld", "noisereduce", "pytorch_optimizer", "av"}
+    assert set(wanted) == {"faiss", "torchfcpe", "pyworld", "librosa", "noisereduce", "pytorch_optimizer", "av"}
     assert wanted["pyworld"][0] == "pyworld-prebuilt"
     assert wanted["av"] == ("av", "a.m4a in data.audio_dir")
     eight_bit = with_train(recipe, optimizer="adamw_8bit")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +135,6 @@ def dry_step(context: DoctorContext, batch: Batch) -> tuple[dict[str, float], fl
     recipe, device = context.recipe, context.group.device
     on_device = {name: context.modules[name].to(device) for name in checkpoint.MODELS}
     trained = {name: TrainedModule.alone(m, make_optimizer(recipe.train, m)) for name, m in on_device.items()}
-    # What is imported when it is first needed would be counted as the step's time.
-    import_module("librosa.filters")
     step = GanStep(recipe, trained)
     with out_of_memory.advice(step, batch, context.group.rank):
         if device.type == "cuda":

@@ -1,0 +1,84 @@
+"""What is installed for which job: the extras of pyproject.toml, and what users are told to install."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import make_ssl_folder
+from launching import ONLY_CORE, OPTIONAL, ROOT, finish, start
+
+from rvc_dist.choices import F0_METHODS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def project(requirement: str) -> str:
+    """`torch>=2.6` -> `torch`."""
+    return re.match(r"[\w.-]+", requirement)[0]
+
+
+def test_each_package_comes_with_the_extra_that_its_message_names() -> None:
+    for package in OPTIONAL:
+        assert package.name in map(project, EXTRAS[package.extra]), package
+        assert f"pip install {package.name} (the extra {package.extra} " in " ".join(package.missing("this"))
+
+
+def test_the_core_holds_nothing_that_only_an_extra_needs() -> None:
+    core, heavy = set(map(project, PROJECT["dependencies"])), {"librosa", "torchaudio", "torchcrepe", "onnxruntime"}
+    assert not core & (heavy | {project(name) for names in EXTRAS.values() for name in names})
+
+
+def test_what_is_imported_is_of_the_core_or_optional_and_then_late() -> None:
+    core = {"huggingface_hub", "packaging", "yaml", *map(project, PROJECT["dependencies"])}  # torch needs packaging
+    optional = {package.module for package in OPTIONAL}
+    known = {"rvc_dist", *sys.stdlib_module_names, *core, *optional, "faiss", "triton"}  # triton is torch's for CUDA
+    for file in (ROOT / "rvc_dist").rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        assert {name for node in ast.walk(tree) for name in imported_by(node)} <= known, file
+        assert not {name for node in tree.body for name in imported_by(node)} & optional, file
+
+
+def imported_by(node: ast.AST) -> list[str]:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    return [name.partition(".")[0] for name in (*names, getattr(node, "module", None) or "__future__")]
+
+
+def test_what_users_are_told_to_install_is_on_the_package_index() -> None:
+    """What this package names there is what it requires itself, and so was found there; it is not there itself."""
+    every = {project(name) for names in (PROJECT["dependencies"], *EXTRAS.values()) for name in names}
+    files = [*(ROOT / "rvc_dist").rglob("*.py"), *(ROOT / "launch").iterdir(), *(ROOT / "slurm").iterdir()]
+    install = re.compile(r"pip install (?:-\S+ )*[\"']?([\w.-]+(?:\[\w+\])?)")
+    told = [(file.name, name) for file in files for name in install.findall(file.read_text(encoding="utf-8"))]
+    assert len(told) > 5
+    assert [(file, name) for file, name in told if name not in {*every, ".", "all"}] == []
+
+
+@pytest.mark.slow
+def test_encoders_need_no_extra_and_trackers_name_theirs(tmp_path: Path) -> None:
+    """The other stages without extras: tests/test_pipeline.py."""
+    make_ssl_folder(tmp_path / "encoder", "Hubert")
+    code = (
+        "import sys, torch\n"
+        "from rvc_dist.config import ExtractConfig\n"
+        "from rvc_dist.features.content import load_embedder\n"
+        "from rvc_dist.features.f0 import load_f0\n"
+        "cpu = torch.device('cpu')\n"
+        "print(load_embedder(ExtractConfig(embedder_model=sys.argv[1]), 'v2', cpu)(torch.zeros(1, 16000)).shape)\n"
+        "for name in ('pyin', 'piptrack', 'fcpe'):\n"
+        "    try: load_f0(ExtractConfig(f0_method=name), cpu)\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    said = finish(start([sys.executable, "-c", code, str(tmp_path / "encoder")], ONLY_CORE))
+    assert said.startswith("torch.Size([1, 49, 16])\n"), said
+    for name in ("pyin", "piptrack", "fcpe"):
+        package = F0_METHODS[name].package
+        install = rf"pip install {package.name} \(the extra {package.extra} has it\)"
+        assert re.search(rf"extract\.f0_method {name} needs the package {package.name} \(.*\): {install}", said), said
