@@ -43,6 +43,7 @@ DEEPSPEED = Package("deepspeed", "deepspeed", "deepspeed")
 NOISEREDUCE = Package("noisereduce", "noisereduce", "denoise")
 PYAV = Package("av", "av", "formats")
 PYLOUDNORM = Package("pyloudnorm", "pyloudnorm", "loudness")
+SHTAB = Package("shtab", "shtab", "completion")
 
 
 class EmbedderSpec(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any
 
 from rvc_dist import packaged
 from rvc_dist.arguments import key_types, stage_parser
+from rvc_dist.choices import SHTAB
 from rvc_dist.config import Recipe
 from rvc_dist.schema import choices_of
 from rvc_dist.stages import STAGES
@@ -32,7 +33,7 @@ def run(_: Recipe, shard: Shard, shell: str) -> None:
     try:
         import shtab
     except ImportError as error:
-        raise StageError("completion needs the package shtab, which is not installed:", "pip install shtab") from error
+        raise StageError(*SHTAB.missing("completion", error)) from error
     if shell not in shtab.SUPPORTED_SHELLS:
         raise StageError(f"got the shell {shell},", f"expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
     if shard.is_first:

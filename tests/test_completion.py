@@ -77,4 +77,4 @@ def test_what_completion_cannot_do_is_a_sentence(
     assert "got the shell cmd, expected one of bash, zsh" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert cli.main(["completion", "bash"]) == 1
-    assert "completion needs the package shtab, which is not installed: pip install shtab" in capsys.readouterr().err
+    assert "completion needs the package shtab (" in capsys.readouterr().err
