@@ -3,8 +3,8 @@
 Usage: step_on_ranks.py FOLDER BATCH_SIZE STEPS OUTPUT
 Every FOLDER/*.yaml is a recipe, of which BATCH_SIZE replaces the batch size (times its grad_accum_steps); one whose
 name begins with `short` starts with the epoch's short batch. OUTPUT/NAME.safetensors gets the gradients and losses of
-the first step, the weights after the last, and the bytes sent in the first. With THIN in the environment, the networks
-have one layer of each kind.
+the first step, the weights after the last, and the bytes sent in the first; of the recipe adamw what validation found
+before it. With THIN in the environment, the networks have one layer of each kind.
 """
 
 import os
@@ -32,6 +32,8 @@ def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> No
             run.progress = replace(run.progress, batches_done=((size, position),))
         run.loader.left_in_epoch -= position
     tensors = {}
+    if output.stem == "adamw":
+        tensors["quality"] = torch.tensor(run.validation.measure(run.step.generator), dtype=torch.float64)
     averaged: dict[str, torch.Tensor] = {}
     for name, network in run.networks.items():
         keep = partial(keep_gradients, averaged, name, network.module)

@@ -305,12 +305,11 @@ def swipe_kernels(candidates: Hertz, frequencies: Hertz) -> Hertz:
     ratio = frequencies / candidates[:, None]
     highest = math.floor(ratio.max())
     first_and_primes = [n for n in range(1, highest + 1) if all(n % k for k in range(2, math.isqrt(n) + 1))]
-    kernels = np.zeros_like(ratio)
+    kernels, wave = np.zeros_like(ratio), np.cos(2.0 * np.pi * ratio)
     for harmonic in first_and_primes:
         distance = np.abs(ratio - harmonic)
         # Harmonics that are cut off by the end of the spectrum are left out.
         whole = ratio.max(axis=1, keepdims=True) >= harmonic + 0.75
-        wave = np.cos(2.0 * np.pi * ratio)
         kernels += whole * np.where(distance < 0.25, wave, np.where(distance < 0.75, wave / 2.0, 0.0))
     kernels /= np.sqrt(frequencies)
     # Above some 4,500 Hz not even the first harmonic is whole: such a candidate fits nothing.

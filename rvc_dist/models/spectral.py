@@ -72,7 +72,7 @@ def rectangular_spectrogram(wave: Tensor, n_fft: int, hop: int, window: int) -> 
 
 def mel_from_spectrogram(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
     """Natural log of the slaney mel bands, 0 Hz to rate / 2, of a magnitude spectrogram: [B, F, T] to [B, M, T]."""
-    return _mel_bands(spec, rate, n_fft, num_mels).clamp(min=_LOG_FLOOR).log()
+    return mel_bands(spec, rate, n_fft, num_mels).clamp(min=_LOG_FLOOR).log()
 
 
 def log_mel(wave: Tensor, rate: int, n_fft: int, hop: int, num_mels: int) -> Tensor:
@@ -92,11 +92,12 @@ def multiscale_mels(wave: Tensor, rate: int, at_edges: bool = False) -> Tensor:
     # 8 M / (rate / 2) * rate = 16 M, at any rate; the two widest scales share their window, and so their spectrogram.
     for n_fft, scales in groupby(MULTISCALE_MELS, lambda num_mels: 1 << ((16 * num_mels).bit_length() - 1)):
         spec = magnitude(wave, n_fft, rate // 100)
-        bands += [_mel_bands(spec, rate, n_fft, num_mels) for num_mels in scales]
+        bands += [mel_bands(spec, rate, n_fft, num_mels) for num_mels in scales]
     return torch.cat(bands, dim=1).clamp(min=_LOG_FLOOR).log10()
 
 
-def _mel_bands(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
+def mel_bands(spec: Tensor, rate: int, n_fft: int, num_mels: int) -> Tensor:
+    """The slaney mel bands, 0 Hz to rate / 2, of a spectrogram: [B, F, T] to [B, M, T]."""
     with torch.autocast(spec.device.type, enabled=False):
         uses_tf32 = spec.is_cuda and torch.backends.cuda.matmul.allow_tf32
         product = Float32Product.apply if uses_tf32 else torch.matmul
@@ -112,18 +113,18 @@ class Float32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        with _without_tf32():
+        with without_tf32():
             return weight @ x
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (weight,) = ctx.saved_tensors
-        with _without_tf32():
+        with without_tf32():
             return None, weight.mT @ gradient
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -12,6 +12,7 @@ from rvc_dist.data.sources import hashless, named, other_recordings
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.holdout import choice, validated
 from rvc_dist.train.progress import Progress
+from rvc_dist.train.quality import BEST_BY
 from rvc_dist.workspace import Workspace, fingerprint, read_json
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
         "recordings": recordings,
         "train": fingerprint([(c.source, c.unit, c.key, c.num_frames) for c in table.train]),
         "validation": fingerprint(
-            recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]
+            BEST_BY, recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]
         ),
         "dataset_length": read_json(report)["total_dataset_duration"] if report.is_file() else "",
         **choice(recipe.data.holdout, recipe.train.seed, table.holdout),
@@ -45,7 +46,9 @@ def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         StageError: none of its recordings is left.
     """
     if not before:
-        logger.info("%s is from before checkpoints knew their data; it goes on with the present recordings", path)
+        logger.info(
+            "%s is from before checkpoints knew their data; it goes on with the present recordings and a new best", path
+        )
         return
     old, new = before["recordings"], now["recordings"]
     if not (old.keys() & new.keys() or hashless(old) & {*new.values()}):
@@ -60,15 +63,13 @@ def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             "the data changed since %s: %s; the epoch begins anew", path.name, ", ".join(told) or "other clips of it"
         )
     if before["validation"] != now["validation"]:
-        logger.warning("validation has other clips or another seed since %s: the best begins anew", path.name)
+        logger.warning(
+            "validation has other clips, another seed or another measure since %s: the best begins anew", path.name
+        )
 
 
 def adjusted(progress: Progress, before: dict[str, Any], now: dict[str, Any]) -> Progress:
     """Where training goes on with the data of `now`: places in an epoch and metrics mean nothing on other clips."""
-    if not before:
-        return progress
-    if before["train"] != now["train"]:
-        progress = replace(progress, batches_done=())
-    if before["validation"] != now["validation"]:
+    if before.get("validation") != now["validation"]:
         progress = replace(progress, best_metric=None, best_step=0, best_epoch=0)
-    return progress
+    return replace(progress, batches_done=()) if before and before["train"] != now["train"] else progress

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +35,8 @@ SAME_S = 1e-3
 """Starts of clips are rounded: those that share less than this do not overlap."""
 MAX_VALIDATED = 32
 """Clips of one validation, or as many as there are speakers."""
+VALIDATED_S, LEAST_VALIDATED_S = 100.0, 1.0
+"""Of all these clips together; so each is cut to its share of that, but never to less than a second."""
 LISTED = 6
 """Most speakers whose shares are shown one by one."""
 
@@ -230,8 +233,11 @@ def evenly(clips: Sequence[ClipRef], count: int, seed: int) -> list[ClipRef]:
 
 
 def validated(recipe: Recipe, table: ClipTable) -> list[ClipRef]:
-    """The clips that every validation of a run converts."""
-    return evenly(table.holdout, MAX_VALIDATED, recipe.train.seed)
+    """The clips that every validation of a run converts, or their beginnings where that would take long."""
+    clips = evenly(table.holdout, MAX_VALIDATED, recipe.train.seed)
+    longest_s = max(LEAST_VALIDATED_S, VALIDATED_S / max(1, len(clips)))
+    most_frames = round(longest_s * recipe.data.sample_rate / recipe.rate_spec.hop)
+    return [replace(clip, num_frames=min(clip.num_frames, most_frames)) for clip in clips]
 
 
 def _in_turn(queues: Iterable[Sequence[ClipRef]]) -> Iterator[ClipRef]:

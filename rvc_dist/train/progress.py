@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -20,6 +21,7 @@ class Progress:
     batches_done: tuple[tuple[int, int], ...] = field(default=(), metadata={"key": "seen"})
     """Of the current epoch: (clips of a global batch, steps of that size), one entry a change of size."""
     best_metric: float | None = None
+    """The least `BEST_BY` of `rvc_dist.train.quality` so far."""
     best_step: int = 0
     best_epoch: int = 0
     bad_streak: int = 0
@@ -43,12 +45,19 @@ class Progress:
         last = [(size, num_steps + 1)] if size == global_batch_size else [(size, num_steps), (global_batch_size, 1)]
         return replace(self, step=self.step + 1, batches_done=(*before, *last))
 
-    def validated(self, distance: float) -> Progress:
-        """With this validation as the best, if no other was as good."""
-        best = self.best_metric
-        if best is not None and distance >= best:  # older versions of rvc_dist kept one that is not a number
-            return self
-        return replace(self, best_metric=distance, best_step=self.step, best_epoch=self.epoch)
+    def judged(self, distance: float) -> tuple[Progress, str]:
+        """With this validation as the best, if no other was as good; and why it is the best, or is not."""
+        now, best = f"mel distance {distance:.4f}", self.best_metric
+        if not math.isfinite(distance):
+            return self, f"{now} is never the best"
+        if best is None:
+            why = f"{now} is the first"
+        elif distance < best:
+            why = f"{now} is {1 - distance / best:.1%} below the {best:.4f} of step {self.best_step}"
+        else:
+            more = f"{distance / best - 1:.1%} above" if distance > best else "no less than"
+            return self, f"{now} is {more} the {best:.4f} of step {self.best_step}, which stays the best"
+        return replace(self, best_metric=distance, best_step=self.step, best_epoch=self.epoch), why
 
     def epochs_done(self, num_clips: int) -> float:
         return self.epoch + sum(size * num_steps for size, num_steps in self.batches_done) / num_clips

@@ -29,7 +29,7 @@ from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.runtime.logs import versions
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.screen import ProgressBar
-from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, setup
+from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, setup, speaker_encoder
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
 from rvc_dist.train.loader import StepLoader
@@ -124,7 +124,8 @@ class Trainer:
         self.heartbeat.enter("preparing the run folder")
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
-        check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero_stage(self.accelerator)})
+        encoder = {"speaker encoder": speaker_encoder.PACKAGE if speaker_encoder.weights_file() else "none"}
+        check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero_stage(self.accelerator)} | encoder)
         self.ranks = every_rank(self.accelerator)
         self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.is_main)
         self.validation = Validation(recipe, self.table, self.loader.dataset, self.accelerator, self.tracker)
@@ -162,7 +163,7 @@ class Trainer:
                     with self.heartbeat.within("log"):
                         self.log(audio_s / (time.monotonic() - began_at), bar)
                     began_at, audio_s = time.monotonic(), 0.0
-                is_best = is_due(self.config.eval_every_steps, number, self.total_steps) and self.validate()
+                is_best = is_due(self.config.eval_every_steps, number, self.total_steps) and self.evaluate()
                 with self.heartbeat.within("stop_poll"):
                     asked = stop.poll(failed=self.writer.error is not None or self.lock.is_lost)
                 if asked == StopSignal.FAILED:
@@ -248,14 +249,21 @@ class Trainer:
         setup.load_weights(saved, self.networks, self.work)
         self.progress = replace(self.progress, bad_streak=0, rolled_back_at=self.progress.step)
 
-    def validate(self) -> bool:
-        """Mel distance on held-out clips; True when it is the smallest so far."""
-        before = self.progress
+    def evaluate(self) -> bool:
+        """What the voice makes of held-out speech, on all ranks; True when it is the best so far.
+
+        Training goes on as if it had not been.
+        """
+        step, generator = self.progress.step, self.step.generator
         with self.heartbeat.within("validation"):
-            self.progress = self.validation.judge(self.step.generator, before)
+            verdict = self.validation.judge(generator, self.progress)
+            if self.is_main:
+                self.validation.show(generator, step)
+        if verdict is not None:
+            self.progress = verdict.progress
         if self.is_main:
             self.pages.begin()
-        return self.progress is not before
+        return verdict is not None and verdict.is_best
 
     def _why_save(self, is_asked: bool, is_best: bool) -> checkpoint.Why | None:
         """Why a checkpoint is to be written now, the reason that keeps it longest; None where none is."""

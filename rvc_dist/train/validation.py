@@ -1,4 +1,4 @@
-"""What a voice makes of held-out clips: mel distance, a picture and a sound.
+"""What a voice makes of held-out clips: distances for each speaker, a picture and a sound.
 
 S samples, M mel bands, T frames.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from rvc_dist.config import Recipe
@@ -20,81 +21,131 @@ from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.models.spectral import log_mel
 from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate, reference_clip
-from rvc_dist.train.holdout import validated
+from rvc_dist.train.holdout import LISTED, validated
 from rvc_dist.train.metrics import Tracker
 from rvc_dist.train.progress import Progress
+from rvc_dist.train.quality import Ear, Heard, Quality, mean_quality
 
 logger = logging.getLogger(__name__)
 
+MOST_SHARE = 0.05
+"""Of a run's time that validations should take."""
 
-@dataclass
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one validation found: the same on every rank, but for `seconds`."""
+
+    mean: Quality
+    """Over speakers, each of which counts alike."""
+    speakers: dict[int, Quality]
+    """Mean over the clips of each speaker."""
+    num_clips: int
+    seconds: float
+    progress: Progress
+    """With what is best in it."""
+    is_best: bool
+    why: str
+    """It is the best so far, or not."""
+
+
 class Validation:
     """Converts held-out clips with each one's own noise, so that distances compare, on any number of ranks."""
 
-    recipe: Recipe
-    table: ClipTable
-    dataset: ClipDataset
-    accelerator: Accelerator
-    tracker: Tracker
+    def __init__(
+        self, recipe: Recipe, table: ClipTable, dataset: ClipDataset, accelerator: Accelerator, tracker: Tracker
+    ) -> None:
+        self.recipe, self.table, self.dataset = recipe, table, dataset
+        self.accelerator, self.tracker = accelerator, tracker
+        self.clips = validated(recipe, table)
+        self.ear = Ear(recipe, accelerator.device)
+        self._heard: dict[ClipRef, Heard] = {}
+        """Of real clips, those that this rank compares."""
+        self._ended_at: float | None = None
+        self._has_warned = False
 
-    def judge(self, generator: Generator, progress: Progress) -> Progress:
-        """`progress`, and what is best in it where the mel distance is the smallest so far."""
-        step, distance = progress.step, self.mel_distance(generator, progress.step)
-        if distance is None:
-            return progress
-        self.tracker.scalars({"eval/mel_distance": distance}, step)
-        if not math.isfinite(distance):
-            logger.warning(f"validation at step {step}: the mel distance is {distance}, which is never the best")
-            return progress
-        after = progress.validated(distance)
-        logger.info(
-            f"validation at step {step}: mel distance {distance:.4f} (best {after.best_metric:.4f} at step "
-            f"{after.best_step})"
-        )
-        return after
+    def judge(self, generator: Generator, progress: Progress) -> Verdict | None:
+        """How good the voice is by now, None where no clip is held out; every rank has to ask."""
+        began_at = time.monotonic()
+        qualities = self.measure(generator)
+        if not qualities:
+            return None
+        of_speaker: dict[int, list[Quality]] = {}
+        for clip, quality in zip(self.clips, qualities, strict=True):
+            of_speaker.setdefault(clip.speaker, []).append(quality)
+        speakers = {speaker: mean_quality(of_speaker[speaker]) for speaker in sorted(of_speaker)}
+        mean = mean_quality(list(speakers.values()))
+        after, why = progress.judged(mean.mel_distance)
+        seconds = time.monotonic() - began_at
+        verdict = Verdict(mean, speakers, len(self.clips), seconds, after, after is not progress, why)
+        self._report(verdict)
+        self._warn_of_time(began_at)
+        return verdict
 
     @torch.no_grad()
-    def mel_distance(self, generator: Generator, step: int) -> float | None:
-        """Mean over clips and ranks, None without held-out clips; the first, or the reference, goes to TensorBoard."""
-        device = self.accelerator.device
-        clips = validated(self.recipe, self.table)
-        mine = list(enumerate(clips))[self.accelerator.process_index :: self.accelerator.num_processes]
-        sums = torch.zeros(2, device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), kernel_search(False):
-            for i, clip in mine or [(0, self.table.train[0])]:
-                torch.manual_seed(self.recipe.train.seed + i)
-                real, fake = self._resynthesise(generator, clip)
-                if mine:
-                    distance = F.l1_loss(self._log_mel(fake), self._log_mel(real))
-                    sums += torch.stack([distance, torch.ones_like(distance)])
-                if i == 0:
-                    if (reference := reference_clip(self.recipe, self.table.trained_speakers[0])) is not None:
-                        torch.manual_seed(self.recipe.train.seed)
-                        real, fake = self._resynthesise(generator, reference)
-                    self._show(real, fake, step)
-        if not clips:
-            return None
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return float(total / count)
+    def measure(self, generator: Generator) -> list[Quality]:
+        """Of every clip, in their order; one rank computes all of a clip's, so that they are the same on any number."""
+        mine = []
+        for i in range(self.accelerator.process_index, len(self.clips), self.accelerator.num_processes):
+            clip = self.clips[i]
+            real, fake = self.resynthesise(generator, clip, i)
+            if clip not in self._heard:
+                self._heard[clip] = self.ear.hear(real)
+            mine.append((i, self.ear.compare(self._heard[clip], fake)))
+        return [quality for _, quality in sorted(gather_object(mine))]
 
-    def _resynthesise(self, generator: Generator, clip: ClipRef) -> tuple[Tensor, Tensor]:
-        """A clip [S] and what the voice makes of its content and pitch [S]."""
+    @torch.no_grad()
+    def resynthesise(self, generator: Generator, clip: ClipRef, number: int = 0) -> tuple[Tensor, Tensor]:
+        """A clip [S] and what the voice makes of its content and pitch [S], with the noise of this `number`.
+
+        The state of random numbers is as before.
+        """
+        device, guided = self.accelerator.device, self.recipe.model.pitch_guidance
         read = self.dataset.read(clip)
         frames = len(read.content)
         micro = MicroBatchSpec(clips=(0,), epoch=0, padded_frames=frames, loss_scale=1.0, mean_frames=frames)
-        batch = collate([read], micro, self.recipe.rate_spec, seeds=(0,)).to(self.accelerator.device)
-        guided = self.recipe.model.pitch_guidance
+        batch = collate([read], micro, self.recipe.rate_spec, seeds=(0,)).to(device)
         coarse, f0 = (coarse_pitch(batch.f0), batch.f0) if guided else (None, None)
-        fake = generator.infer(batch.content, batch.lengths, coarse, f0, batch.speaker, batch.energy)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), kernel_search(False):
+            torch.manual_seed(self.recipe.train.seed + number)
+            fake = generator.infer(batch.content, batch.lengths, coarse, f0, batch.speaker, batch.energy)
         return batch.wave[0, 0], fake[0, 0].float()
 
-    def _log_mel(self, wave: Tensor) -> Tensor:
-        """[M, T] of a wave [S]."""
-        spec = self.recipe.rate_spec
-        return log_mel(wave.unsqueeze(0), self.recipe.data.sample_rate, spec.n_fft, spec.hop, spec.num_mels)[0]
+    def show(self, generator: Generator, step: int) -> None:
+        """The reference, or the first of the clips, as a picture and a sound in TensorBoard."""
+        first = (*self.clips, *self.table.train)[0]
+        reference = reference_clip(self.recipe, self.table.trained_speakers[0])
+        rate, spec = self.recipe.data.sample_rate, self.recipe.rate_spec
+        waves = self.resynthesise(generator, reference or first)
+        mels = [log_mel(wave[None], rate, spec.n_fft, spec.hop, spec.num_mels)[0] for wave in waves]
+        self.tracker.mel_picture("mel/real_above_generated", mels, step)
+        for name, wave in zip(("real", "generated"), waves, strict=True):
+            self.tracker.sound(f"audio/{name}", wave, rate, step)
 
-    def _show(self, real: Tensor, fake: Tensor, step: int) -> None:
-        rate = self.recipe.data.sample_rate
-        self.tracker.mel_picture("mel/real_above_generated", [self._log_mel(real), self._log_mel(fake)], step)
-        self.tracker.sound("audio/generated", fake, rate, step)
-        self.tracker.sound("audio/real", real, rate, step)
+    def _report(self, verdict: Verdict) -> None:
+        """Curves and log lines."""
+        step, several = verdict.progress.step, len(verdict.speakers) > 1
+        curves = {f"eval/{name}": value for name, value in verdict.mean._asdict().items()}
+        for speaker, quality in verdict.speakers.items() if several else ():
+            curves |= {f"eval_speaker_{speaker}/{name}": value for name, value in quality._asdict().items()}
+        self.tracker.scalars({name: value for name, value in curves.items() if not math.isnan(value)}, step)
+        logger.info(f"validation at step {step}: {verdict.mean.text()}")
+        if several:
+            worst = sorted(verdict.speakers, key=lambda s: verdict.speakers[s].mel_distance, reverse=True)[:LISTED]
+            listed = "; ".join(f"{s}: {verdict.speakers[s].mel_distance:.4f}" for s in worst)
+            others = len(verdict.speakers) - len(worst)
+            more = f"; {others} others are nearer" if others else ""
+            logger.info(f"mel distance by speaker, farthest first: {listed}{more}")
+        level = logging.INFO if math.isfinite(verdict.mean.mel_distance) else logging.WARNING
+        best = f"step {step} is the best" if verdict.is_best else f"step {step} is not the best"
+        logger.log(level, f"{best}: {verdict.why} ({verdict.num_clips} clips in {verdict.seconds:.1f} s)")
+
+    def _warn_of_time(self, began_at: float) -> None:
+        """Once, where a validation took more than its share of the time since the one before."""
+        before, self._ended_at = self._ended_at, time.monotonic()
+        if before is None or self._has_warned:
+            return
+        share = (self._ended_at - began_at) / (self._ended_at - before)
+        if share > MOST_SHARE:
+            self._has_warned = True
+            logger.warning(f"validation takes {share:.0%} of the time: a longer train.eval_every_steps would take less")

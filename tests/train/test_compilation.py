@@ -148,7 +148,7 @@ def test_compiled_networks_train_as_eager_ones_without_a_graph_break(tmp_path, m
                 run.train_step([batch])
             losses.append(run.meter.read(run.accelerator))
             run.progress = run.loader.advanced(run.progress)
-        run.validate()
+        run.evaluate()
         weights.append({name: network.module.state_dict() for name, network in run.networks.items()})
         run.save()
         run.close()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from rvc_dist.runtime.device import cpu_model
 from rvc_dist.train import checkpoint, fingerprint, losses, memory, out_of_memory, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.ddp import TrainedModule
+from rvc_dist.train.quality import Quality
 from rvc_dist.train.step import GanStep
 from rvc_dist.voice import export
 from rvc_dist.voice.file import Voice
@@ -56,6 +58,10 @@ def newest(recipe) -> checkpoint.Checkpoint:
     path = checkpoint.latest(Workspace(recipe.run_dir, recipe.name).checkpoints_dir)
     assert path is not None
     return checkpoint.load(path)
+
+
+def quality_of(mel_distance: float) -> Quality:
+    return Quality(mel_distance, 1.0, 1.0, 0.1, 1.0, 0.9)
 
 
 def scalars(recipe, name: str) -> dict[int, float]:
@@ -321,7 +327,9 @@ def test_another_voice_in_a_trained_run_folder_is_refused_and_nothing_is_touched
     assert (tmp_path / "config.yaml").read_text() == config
 
 
-def test_changed_recordings_are_told_and_the_best_begins_anew_with_other_validation_clips(tmp_path, caplog):
+def test_changed_recordings_are_told_and_the_best_begins_anew_with_other_validation_clips(
+    tmp_path, monkeypatch, caplog
+):
     recipe = tiny_recipe(tmp_path, max_steps=2, eval_every_steps=1)
     make_features(recipe)
     first = train(recipe)
@@ -340,9 +348,17 @@ def test_changed_recordings_are_told_and_the_best_begins_anew_with_other_validat
         (replace(recipe, data=replace(recipe.data, holdout=0.4)), with_train(recipe, seed=5))
     ):
         after = train(with_train(other, max_steps=5 + number)).progress
-        assert "validation has other clips or another seed" in caplog.text
+        assert "validation has other clips, another seed or another measure" in caplog.text
         assert (after.best_step, after.step) == (5 + number, 5 + number), "what was best on other clips does not count"
         caplog.clear()
+    monkeypatch.setattr(fingerprint, "BEST_BY", "another measure, as that of older versions")
+    monkeypatch.setattr(validation.Validation, "measure", lambda self, _: [quality_of(99.0)] * len(self.clips))
+    measured_anew = train(with_train(other, max_steps=7)).progress
+    assert (measured_anew.best_metric, measured_anew.best_step) == (99.0, 7)
+    assert "another seed or another measure since step_00000006: the best begins anew" in caplog.text
+    caplog.clear()
+    assert train(with_train(other, max_steps=8)).progress.best_step == 7
+    assert "begins anew" not in caplog.text
 
 
 def test_a_checkpoint_that_does_not_know_its_data_goes_on_with_a_line(tmp_path, monkeypatch, caplog):
@@ -677,7 +693,7 @@ def test_kl_warmup_raises_the_weight_linearly(tmp_path):
 def test_overtraining_ends_the_run(tmp_path, monkeypatch, caplog):
     recipe = tiny_recipe(tmp_path, max_steps=50, eval_every_steps=2, overtrain_detect=True, overtrain_threshold=2)
     make_features(recipe)
-    monkeypatch.setattr(validation.F, "l1_loss", lambda a, b: (a - b).abs().mean() * 0 + 1.0)
+    monkeypatch.setattr(validation.Validation, "measure", lambda self, _: [quality_of(1.0)] * len(self.clips))
     saved = train(recipe)
     assert saved.progress.best_step == 2
     assert saved.progress.epoch - saved.progress.best_epoch == 2
@@ -697,7 +713,7 @@ def test_validation_searches_no_kernels_for_the_length_of_each_clip(tmp_path, mo
     )
     run = trainer.Trainer(recipe)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as fast_train has it on a GPU
-    run.validate()
+    run.evaluate()
     run.close()
     assert set(searched) == {False}
     assert torch.backends.cudnn.benchmark
@@ -739,11 +755,13 @@ def test_a_step_searches_kernels_for_slices_alone(tmp_path, monkeypatch, searche
 def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, caplog):
     recipe = tiny_recipe(tmp_path, max_steps=4, eval_every_steps=1)
     make_features(recipe)
-    distances = iter([float("nan"), 2.0, float("inf"), float("nan")])
-    monkeypatch.setattr(validation.Validation, "mel_distance", lambda *_: next(distances))
+    distances = iter([math.inf, 2.0, math.inf, math.inf])
+    monkeypatch.setattr(
+        validation.Validation, "measure", lambda self, _: [quality_of(next(distances))] * len(self.clips)
+    )
     progress = train(recipe).progress
     assert (progress.best_metric, progress.best_step) == (2.0, 2)
-    assert "validation at step 1: the mel distance is nan" in caplog.text
+    assert "step 1 is not the best: mel distance inf is never the best" in caplog.text
 
 
 def test_overtraining_cannot_be_seen_without_validation_and_the_run_says_so(tmp_path, caplog):

@@ -1,0 +1,128 @@
+"""Held-out clips: who is heard, what the log says, and what is best."""
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers import changed, make_features, tiny_recipe
+
+from rvc_dist.train import holdout, trainer, validation
+from rvc_dist.train.dataset import ClipRef, ClipTable
+from rvc_dist.train.progress import Progress
+from rvc_dist.train.quality import BROKEN, Quality
+
+GOOD = Quality(0.5, 6.0, 30.0, 0.05, 1.5, 0.9)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def begin(request):
+    """A run that is about to take its first step."""
+
+    def make(recipe) -> trainer.Trainer:
+        run = trainer.Trainer(recipe)
+        request.addfinalizer(run.close)
+        return run
+
+    return make
+
+
+def test_each_speaker_with_held_out_speech_has_numbers_and_counts_alike(tmp_path, begin, caplog):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe, num_clips=24, speakers=(0, 1, 0, 1, 0, 2, 0, 1))  # of 2 there is too little to hold out
+    run = begin(recipe)
+    before = torch.random.get_rng_state()
+    with caplog.at_level(logging.INFO):
+        verdict = run.validation.judge(run.step.generator, Progress(step=7))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [*verdict.speakers] == [0, 1]
+    every = run.validation.measure(run.step.generator)
+    assert (verdict.num_clips, len(every)) == (len(run.table.holdout),) * 2
+    for speaker, found in verdict.speakers.items():
+        own = [q.mel_distance for q, c in zip(every, run.validation.clips, strict=True) if c.speaker == speaker]
+        assert found.mel_distance == pytest.approx(sum(own) / len(own), rel=1e-12)
+        assert all(map(math.isfinite, found[:1] + found[3:]))
+    means = [q.mel_distance for q in verdict.speakers.values()]
+    assert verdict.mean.mel_distance == pytest.approx(sum(means) / len(means), rel=1e-12)
+    assert verdict.is_best
+    assert f"validation at step 7: mel {verdict.mean.mel_distance:.4f}, cepstra " in caplog.text
+    farthest = max(verdict.speakers, key=lambda s: verdict.speakers[s].mel_distance)
+    assert f"mel distance by speaker, farthest first: {farthest}: " in caplog.text
+    assert f"step 7 is the best: mel distance {verdict.mean.mel_distance:.4f} is the first" in caplog.text
+
+
+def test_without_held_out_clips_there_is_no_verdict(tmp_path, begin):
+    recipe = changed(tiny_recipe(tmp_path), "data", holdout=0.0)
+    make_features(recipe)
+    run = begin(recipe)
+    assert run.validation.judge(run.step.generator, Progress()) is None
+    assert run.evaluate() is False
+
+
+@pytest.mark.parametrize(
+    ("best", "now", "is_best", "why"),
+    [
+        (None, 0.5, True, "mel distance 0.5000 is the first"),
+        (0.5, 0.4, True, "mel distance 0.4000 is 20.0% below the 0.5000 of step 3"),
+        (0.4, 0.5, False, "mel distance 0.5000 is 25.0% above the 0.4000 of step 3, which stays the best"),
+        (0.5, 0.5, False, "mel distance 0.5000 is no less than the 0.5000 of step 3, which stays the best"),
+        (0.5, math.inf, False, "mel distance inf is never the best"),
+        (None, math.nan, False, "mel distance nan is never the best"),
+    ],
+)
+def test_what_is_best_says_why(best, now, is_best, why):
+    before = Progress(step=9, epoch=4, best_metric=best, best_step=3 if best else 0, best_epoch=1 if best else 0)
+    after, said = before.judged(now)
+    assert said == why
+    assert after == (replace(before, best_metric=now, best_step=9, best_epoch=4) if is_best else before)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_one_clip_that_is_not_finite_keeps_a_step_from_being_the_best(tmp_path, begin, monkeypatch, caplog, broken):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    run = begin(recipe)
+    found = [GOOD] * (len(run.validation.clips) - 1) + [BROKEN if broken else GOOD]
+    monkeypatch.setattr(run.validation, "measure", lambda _: found)
+    assert run.evaluate() is not broken
+    levels = [r.levelname for r in caplog.records if "is never the best" in r.message]
+    assert levels == ["WARNING"] * broken
+
+
+def test_a_validation_that_takes_more_than_its_share_of_the_time_says_so_once(tmp_path, begin, monkeypatch, caplog):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    run = begin(recipe)
+    clock = iter([0, 4, 4, 100, 104, 104, 150, 160, 160, 200, 220, 220])  # begins, ends, is looked at
+    monkeypatch.setattr(validation.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(run.validation, "measure", lambda _: [GOOD] * len(run.validation.clips))
+    for _ in range(4):
+        run.validation.judge(run.step.generator, Progress())
+    assert [r.message for r in caplog.records if "of the time" in r.message] == [
+        "validation takes 18% of the time: a longer train.eval_every_steps would take less"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("speakers", "seconds", "clips", "longest_s"),
+    [(1, 9.0, 32, 100 / 32), (1, 3.0, 32, 3.0), (2, 9.0, 32, 100 / 32), (80, 9.0, 80, 1.25), (400, 3.0, 400, 1.0)],
+)
+def test_a_validation_has_32_clips_or_one_a_speaker_and_a_bounded_length(tmp_path, speakers, seconds, clips, longest_s):
+    recipe = tiny_recipe(tmp_path)
+    held = tuple(
+        ClipRef(0, f"{i}", i % speakers, f"{i % 50}", round(seconds * 100), 0.0, seconds)
+        for i in range(max(64, speakers))
+    )
+    chosen = holdout.validated(recipe, ClipTable((), held, 16, {}, speakers))
+    assert len(chosen) == clips
+    assert {c.speaker for c in chosen} == set(range(speakers))
+    assert max(c.num_frames for c in chosen) == pytest.approx(100 * longest_s, abs=0.5)
