@@ -65,12 +65,14 @@ def speaker_encoder(device: torch.device) -> SpeakerEncoder | None:
     Raises:
         StageError: the package is there, and its weights are not.
     """
-    path, encoder = weights_file(), SpeakerEncoder()
+    path = weights_file()
     if path is None:
         return None
+    with torch.device("meta"):  # weights that are overwritten are not drawn: training's random numbers stay as they are
+        encoder = SpeakerEncoder()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
-        encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+        encoder.load_state_dict({name: state[name] for name in encoder.state_dict()}, assign=True)
     except (OSError, pickle.UnpicklingError, EOFError, LookupError, TypeError, RuntimeError) as error:
         raise StageError(
             f"{path} does not hold the weights of a speaker encoder ({error!r}):",

@@ -261,6 +261,9 @@ class Trainer:
                 self.validation.show(generator, step)
         if verdict is not None:
             self.progress = verdict.progress
+            self.history.write(
+                "validation", step, epoch=self.progress.epochs_done(len(self.table.train)), **verdict.line()
+            )
         if self.is_main:
             self.pages.begin()
         return verdict is not None and verdict.is_best

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,17 @@ class Verdict:
     is_best: bool
     why: str
     """It is the best so far, or not."""
+
+    def line(self) -> dict[str, Any]:
+        """For RUN/metrics.jsonl."""
+        return {
+            "values": self.mean._asdict(),
+            "speakers": {str(speaker): quality._asdict() for speaker, quality in self.speakers.items()},
+            "clips": self.num_clips,
+            "seconds": self.seconds,
+            "is_best": self.is_best,
+            "why": self.why,
+        }
 
 
 class Validation:

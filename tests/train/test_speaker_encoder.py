@@ -33,9 +33,10 @@ def package(tmp_path, monkeypatch):
 
 
 def test_similarity_is_by_the_encoder_where_its_package_is_installed(tmp_path, package):
-    ear = Ear(tiny_recipe(tmp_path), CPU)
+    ear, before = Ear(tiny_recipe(tmp_path), CPU), torch.random.get_rng_state()
     noise = 0.1 * torch.randn(2, 48000, generator=torch.Generator().manual_seed(0))
     heard = [ear.hear(wave) for wave in noise]
+    assert torch.equal(torch.random.get_rng_state(), before)
     assert heard[0].embedding.norm() == pytest.approx(1.0)
     assert ear.compare(heard[0], noise[0]).similarity == pytest.approx(1.0)
     assert ear.compare(heard[0], noise[1]).similarity == pytest.approx(float(heard[0].embedding @ heard[1].embedding))

@@ -88,6 +88,11 @@ def test_a_run_leaves_checkpoints_scalars_pictures_and_sounds(tmp_path):
     assert sorted(mel) == [1, 2, 3, 4]
     assert all(v > 0 for v in mel.values())
     assert sorted(scalars(recipe, "eval/mel_distance")) == [2, 4]
+    validated = [line for line in read_history(tmp_path / "metrics.jsonl") if line["kind"] == "validation"]
+    assert [line["step"] for line in validated] == [2, 4]
+    assert validated[-1]["values"]["mel_distance"] == pytest.approx(scalars(recipe, "eval/mel_distance")[4], rel=1e-6)
+    assert [*validated[0]["speakers"]] == ["0"]
+    assert [line["is_best"] for line in validated] == [line["step"] <= saved.progress.best_step for line in validated]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert "audio/generated" in events.Tags()["audio"]
