@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,6 @@ MAX_CURVES = 6
 """Of a figure: speakers, or runs."""
 MAX_ROWS = 40
 """Validations in the table."""
-CELL = 70
-"""Letters of a value in a table."""
 
 
 class Measure(NamedTuple):
@@ -69,7 +67,7 @@ CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("Mel loss", "loss", ("loss/g_mel",), False),
     ("Generator against discriminator", "loss", ("loss/g_adv", "loss/d"), False),
     ("Feature matching and KL", "loss", ("loss/g_fm", "loss/g_kl"), False),
-    ("Learning rate", "a step", ("train/lr", "train/lr_d"), False),
+    ("Learning rate", "", ("train/lr", "train/lr_d"), False),
     ("Gradient norms", "norm", ("grad/norm_g", "grad/norm_d"), True),
     ("Throughput", "s of audio a second", ("perf/audio_s_per_s",), False),
 )
@@ -114,8 +112,8 @@ def write_page(root: Path) -> Path:
         conversion=conversion(facts, advised),
         tiles=tiles(facts, advised),
         drawings=drawings(facts, advised),
-        validations=validation_rows(facts),
-        by_speaker=speaker_rows(facts, advised),
+        validations=validation_table(facts),
+        by_speaker=speaker_table(facts, advised),
         measures=MEASURES,
         samples=samples,
         spectrograms=spectrograms(samples, advised),
@@ -210,14 +208,13 @@ def drawings(facts: Facts, advised: Advice) -> list[Drawing]:
     marks = {} if advised.step is None else {"best": float(advised.step)}
     found = []
     for name in values_of(facts, "validation"):
-        measure = MEASURES.get(name, Measure(name, "", ""))
+        measure = measure_of(name)
         lines = [curve(facts, name, "mean", "validation")]
         judged = facts.lines("validation")[-1].get("speakers", {})
         if len(judged) > 1:
-            speakers = sorted(judged, key=int)[: MAX_CURVES - 1]
-            lines += [curve(facts, name, f"speaker {s}", "validation", s) for s in speakers]
+            lines += [curve(facts, name, f"speaker {s}", "validation", s) for s in list(judged)[: MAX_CURVES - 1]]
         about = f"On held-out speech: {measure.about}." if measure.about else "On held-out speech."
-        found.append(drawing(f"{measure.label}", about, lines, measure.unit, marks=marks))
+        found.append(drawing(measure.label, about, lines, measure.unit, marks=marks))
     logged = values_of(facts, "step")
     groups = list(CURVES)
     known = {name for group in groups for name in group[2]} | {"train/epoch"}
@@ -251,47 +248,52 @@ def drawing(
 
 
 def values_of(facts: Facts, kind: str) -> list[str]:
-    """The names of all values in lines of a kind, those of MEASURES first."""
-    names = dict.fromkeys(name for line in facts.lines(kind) for name in line.get("values", {}))
-    return [name for name in MEASURES if name in names] + [name for name in names if name not in MEASURES]
+    """The names of all values in lines of a kind."""
+    return in_order(name for line in facts.lines(kind) for name in line.get("values", {}))
 
 
-def number(values: dict[str, float | None], name: str) -> str:
-    value = values.get(name)
-    return "not finite" if value is None and name in values else "" if value is None else _text(name, value)
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each once, those of MEASURES first."""
+    found = dict.fromkeys(names)
+    return [name for name in MEASURES if name in found] + [name for name in found if name not in MEASURES]
 
 
-def _text(name: str, value: float) -> str:
-    return MEASURES.get(name, Measure(name, "", "")).text.format(value)
+def measure_of(name: str) -> Measure:
+    return MEASURES.get(name, Measure(name, "", ""))
 
 
-def validation_rows(facts: Facts) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of validations, the newest first, and the advised one among them."""
-    names = values_of(facts, "validation")
+def number(values: Mapping[str, float | None], name: str) -> str:
+    if name not in values:
+        return ""
+    value = values[name]
+    return "not finite" if value is None else measure_of(name).text.format(value)
+
+
+Table = tuple[list[str], list[list[str]]]
+"""Head and rows."""
+
+
+def table(first: str, rows: Sequence[tuple[str, Mapping[str, float | None]]]) -> Table:
+    """Of (what was judged, its values)."""
+    names = in_order(name for _, values in rows for name in values)
+    head = [first, *(measure_of(name).label for name in names)]
+    return head, [[label, *(number(values, name) for name in names)] for label, values in rows]
+
+
+def validation_table(facts: Facts) -> Table:
+    """All validations, the newest first, or as many as a table bears and the best among them."""
     lines = [line for line in facts.lines("validation") if "values" in line]
     best = [line["step"] for line in lines if line.get("is_best")][-1:]
     kept = [line for i, line in enumerate(lines) if i >= len(lines) - MAX_ROWS or line["step"] in best]
-    head = ["step", *(MEASURES[n].label if n in MEASURES else n for n in names)]
-    rows = [
-        [f"{line['step']}{' ★' * (line['step'] in best)}", *(number(line["values"], n) for n in names)]
-        for line in reversed(kept)
-    ]
-    return head, rows
+    return table("step", [(f"{s['step']}{' ★' * (s['step'] in best)}", s["values"]) for s in reversed(kept)])
 
 
-def speaker_rows(facts: Facts, advised: Advice) -> tuple[list[str], list[list[str]]]:
-    """The same of each speaker, at the advised step or the last."""
-    lines = [line for line in facts.lines("validation") if line.get("speakers")]
+def speaker_table(facts: Facts, advised: Advice) -> Table:
+    """The speakers, where there are several, at the advised step or the last."""
+    lines = [line for line in facts.lines("validation") if len(line.get("speakers", {})) > 1]
     lines = [line for line in lines if line["step"] == advised.step] or lines
-    if not lines or len(lines[-1]["speakers"]) < 2:
-        return [], []
-    speakers = lines[-1]["speakers"]
-    names = list(dict.fromkeys(name for values in speakers.values() for name in values))
-    rows = [
-        [facts.speakers.label(int(s)) if s.isdecimal() else s, *(number(values, n) for n in names)]
-        for s, values in speakers.items()
-    ]
-    return ["speaker", *(MEASURES[n].label if n in MEASURES else n for n in names)], rows
+    judged = lines[-1]["speakers"].items() if lines else ()
+    return table("speaker", [(facts.speakers.label(int(s)) if s.isdecimal() else s, v) for s, v in judged][:MAX_ROWS])
 
 
 def speed_text(facts: Facts) -> str:
@@ -331,7 +333,7 @@ def run_labels(every: Sequence[Facts]) -> list[str]:
 
 def comparison_rows(every: Sequence[Facts], advised: Sequence[Advice]) -> list[list[str]]:
     """A row a quantity, a cell a run."""
-    judged = dict.fromkeys(name for facts in every for name in values_of(facts, "validation"))
+    judged = in_order(name for facts in every for name in values_of(facts, "validation"))
 
     def best(name: str, facts: Facts, step: int | None) -> str:
         at = [line for line in facts.lines("validation") if line["step"] == step and "values" in line]
@@ -355,8 +357,12 @@ def comparison_rows(every: Sequence[Facts], advised: Sequence[Advice]) -> list[l
     }
     found = [[name, *(cell(f, a) for f, a in zip(every, advised, strict=True))] for name, cell in rows.items()]
     for name in judged:
-        label = f"{MEASURES[name].label}, {MEASURES[name].unit}" if name in MEASURES else name
-        found.append([f"{label} (best step)", *(best(name, f, a.step) for f, a in zip(every, advised, strict=True))])
+        found.append(
+            [
+                f"{measure_of(name).label} (best step)",
+                *(best(name, f, a.step) for f, a in zip(every, advised, strict=True)),
+            ]
+        )
     return [row for row in found if any(row[1:])]
 
 
@@ -371,9 +377,9 @@ def differing_keys(every: Sequence[Facts]) -> list[list[str]]:
 def comparison_drawings(every: Sequence[Facts], labels: Sequence[str]) -> list[Drawing]:
     found = []
     short = [f"{i + 1}" for i in range(len(labels))]
-    names = dict.fromkeys(name for facts in every for name in values_of(facts, "validation"))
-    wanted = [(name, "validation", MEASURES.get(name, Measure(name, "", ""))) for name in names]
-    wanted += [(names[0], "step", Measure(title, unit, "")) for title, unit, names, _ in CURVES]
+    names = in_order(name for facts in every for name in values_of(facts, "validation"))
+    wanted = [(name, "validation", measure_of(name)) for name in names]
+    wanted += [(name, "step", Measure(name, unit, "")) for _, unit, names, _ in CURVES for name in names]
     for name, kind, measure in wanted:
         lines = [curve(facts, name, label, kind) for facts, label in zip(every, short, strict=True)]
         found.append(drawing(measure.label, measure.about, lines[:MAX_CURVES], measure.unit))
@@ -382,12 +388,13 @@ def comparison_drawings(every: Sequence[Facts], labels: Sequence[str]) -> list[D
 
 def compared_phrases(every: Sequence[Facts], advised: Sequence[Advice], labels: Sequence[str]) -> list[Phrase]:
     """The phrases that several runs have, each with one sound of every run: its best step's, else its newest."""
-    together: dict[tuple[str, str], Phrase] = {}
+    together: dict[tuple[str, str, str], Phrase] = {}
     for i, (facts, best) in enumerate(zip(every, advised, strict=True)):
         for phrase in read_samples(facts.work.root / "samples", facts.notes):
             steps = sorted(phrase.files)
             step = best.step if best.step in phrase.files else steps[-1]
-            same = together.setdefault((phrase.kind, phrase.title), Phrase(phrase.kind, phrase.title, "", None))
+            key = phrase.kind, phrase.title, phrase.source
+            same = together.setdefault(key, Phrase(*key, "", None))
             same.original = same.original or phrase.original
             same.files[i] = phrase.files[step]
     shared = [phrase for phrase in together.values() if len(phrase.files) > 1]

@@ -63,6 +63,7 @@ class Phrase:
 
     kind: str
     title: str
+    source: str
     about: str
     original: Path | None
     files: dict[int, Path] = field(default_factory=dict)
@@ -101,11 +102,9 @@ def read_samples(folder: Path, notes: list[str]) -> list[Phrase]:
             key = (entry["kind"], entry["title"], entry["source"])
             path = inside(folder, step_folder / entry["file"])
             original = entry["original"] and inside(folder, step_folder / entry["original"])
-            about = f"{entry['source']}; voice of {entry['speaker_name'] or entry['speaker']}"
-            about += ", with the index" if entry["index"] else ""
+            about = f"voice of {entry['speaker_name'] or entry['speaker']}{', with the index' * entry['index']}"
             if path is not None:
-                phrase = phrases.setdefault(key, Phrase(entry["kind"], entry["title"], about, original or None))
-                phrase.files[int(found[1])] = path
+                phrases.setdefault(key, Phrase(*key, about, original or None)).files[int(found[1])] = path
     order = list(KINDS)
     return sorted(phrases.values(), key=lambda p: order.index(p.kind) if p.kind in order else len(order))
 

@@ -262,7 +262,7 @@ def test_runs_are_compared(tmp_path: Path, browser: Browser) -> None:
     said = text_of(path)
     assert "2 runs compared" in said
     assert "best step 2000 1000" in said
-    assert "Mel distance, log10 (best step) 0.520 0.500" in said
+    assert "Mel distance (best step) 0.520 0.500" in said
     assert "train.seed 7 1234" in said
     assert "run_dir" not in said
     browser.open(path, width=PHONE)
