@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the checkout's root and the pages that they become."""
+NOTEBOOK = ROOT / "launch" / "notebook.ipynb"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -22,6 +23,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         text = with_site_links((ROOT / source).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, NOTEBOOK.name, abs_src_path=str(NOTEBOOK)))
     files.append(File.generated(config, "keys.md", content=recipe_keys()))
     return files
 
@@ -63,4 +65,4 @@ def with_site_links(text: str) -> str:
     """A code host's links between files become links between pages."""
     for source, page in PAGES.items():
         text = text.replace(f"]({source}", f"]({page}").replace(f"](../{source}", f"]({page}")
-    return text.replace("](docs/", "](")
+    return text.replace("](docs/", "](").replace("](launch/", "](")
