@@ -121,6 +121,9 @@ def scratch(tmp_path: Path) -> Path:
         soundfile.write(tmp_path / name, wave, rate)
     for name, made in {"A": "last", "B": "best", "voice": "last"}.items():
         (tmp_path / f"{name}.pth").symlink_to(f"runs/my_voice/voice/my_voice_{made}.pth")
+    (tmp_path / "runs").mkdir()
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).symlink_to("my_voice")
     return tmp_path
 
 
