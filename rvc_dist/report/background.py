@@ -23,6 +23,7 @@ from typing import IO
 from rvc_dist.report import PAGE
 from rvc_dist.runtime.hang_killer import end_with_parent
 from rvc_dist.runtime.logs import EXIT_S
+from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,10 @@ def main() -> None:
         os.nice(niceness)
     from rvc_dist.report.page import write_page
 
-    write_page(root)
+    try:
+        write_page(root)
+    except (StageError, OSError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ import base64
 import io
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 
+from rvc_dist.choices import SOUNDS
+from rvc_dist.data.audio import resample
 from rvc_dist.files import ForeignFileError, regular_size
 from rvc_dist.report.figures import Wave
 from rvc_dist.schema import Count, OsName, Positive, Seconds
@@ -28,6 +31,7 @@ MAX_BYTES = 6_000_000
 """Of all MP3 in a page: some 10 minutes."""
 BYTES_PER_S = 12_000
 """More than MP3 takes of a voice at 48 kHz."""
+NUM_THREADS = 4
 KINDS = {"own": "own voice, held out", "foreign": "another speaker, converted", "reference": "your reference"}
 NOTHING: tuple[Wave, int] = np.zeros(0, np.float32), 1
 _STEP = re.compile(r"step_(\d{1,12})")
@@ -145,11 +149,15 @@ def read_wave(path: Path) -> tuple[Wave, int]:
         raise ForeignFileError(f"{path.name} is no sound file ({error})") from error
 
 
-def mp3_address(wave: Wave, rate: int) -> str:
+def mp3_address(sound: tuple[Wave, int]) -> str:
+    """A wave [S] of a rate as a data: URL; at the nearest rate that MP3 has."""
     import soundfile
 
-    out = io.BytesIO()
-    soundfile.write(out, wave, rate, format="MP3", subtype="MPEG_LAYER_III")
+    wave, rate = sound
+    spec, out = SOUNDS["mp3"], io.BytesIO()
+    if spec.rate(rate) != rate:
+        wave = resample(wave, rate, spec.rate(rate))
+    soundfile.write(out, wave, spec.rate(rate), format=spec.form, subtype=spec.subtype)
     return f"data:audio/mpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
@@ -170,16 +178,19 @@ def embed(phrases: list[Phrase], advised: int | None, notes: list[str], max_byte
                 waves[path] = NOTHING
         if BYTES_PER_S * sum(len(waves[p][0]) / waves[p][1] for p in paths) <= max_bytes:
             break
-    left = max_bytes
+    left = max_bytes / BYTES_PER_S
+    wanted: list[tuple[Phrase, int | None, tuple[Wave, int]]] = []
     for phrase in shown:
         for step in [None, *steps]:
             source = phrase.original if step is None else phrase.files.get(step)
             wave, rate = waves[source] if source else NOTHING
-            if len(wave) and left > BYTES_PER_S * len(wave) / rate:
-                address = mp3_address(wave, rate)
-                left -= len(address) * 3 // 4
-                label = "original" if step is None else f"step {step}"
-                phrase.sounds.append(Sound(label, wave, rate, address, step))
+            if 0 < len(wave) < left * rate:
+                left -= len(wave) / rate
+                wanted.append((phrase, step, (wave, rate)))
+    with ThreadPoolExecutor(NUM_THREADS) as pool:  # libsndfile's encoder lets go of the interpreter
+        addresses = pool.map(mp3_address, [sound for _, _, sound in wanted])
+        for (phrase, step, sound), address in zip(wanted, addresses, strict=True):
+            phrase.sounds.append(Sound("original" if step is None else f"step {step}", *sound, address, step))
     kept = [phrase for phrase in shown if any(sound.step is not None for sound in phrase.sounds)]
     parts = [f"{len(steps)} of {len(every)} steps"] if len(steps) < len(every) else []
     parts += [f"{len(kept)} of {len(phrases)} phrases"] if len(kept) < len(phrases) else []

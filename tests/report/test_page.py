@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import re
 import shlex
@@ -12,6 +14,7 @@ from pathlib import Path
 import made_run
 import numpy as np
 import pytest
+import soundfile
 from browser import PHONE, Browser
 
 from rvc_dist.__main__ import main
@@ -233,6 +236,12 @@ def test_sounds_are_bounded_and_what_is_left_out_is_said(tmp_path: Path) -> None
     assert sum(len(s.address) for p in small.phrases for s in p.sounds) * 3 / 4 < 40_000
     assert "of 20 steps" in small.left_out
     assert notes == []
+
+
+def test_sounds_of_rates_that_mp3_lacks_keep_their_length(tmp_path: Path) -> None:
+    address = sounds.mp3_address((made_run.tone(1.0, 200)[:40_000], 40_000))
+    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+    assert (rate, len(wave) / rate) == (44_100, pytest.approx(made_run.RATE / 40_000, abs=0.002))
 
 
 def test_samples_of_others_lead_nowhere_else(tmp_path: Path) -> None:
