@@ -28,6 +28,7 @@ SPEECH_PERCENTILE, NOISE_PERCENTILE, BELOW_SPEECH_DB, ABOVE_NOISE_DB = 95, 5, 24
 and more is cut as the other tools cut it."""
 MUTED_DB = -80.0
 """Frames below are digital silence, which is no noise of a room; and silence never begins below."""
+CANCELS = "its channels cancel each other"
 CANCELLING = 0.1
 """Of the energy that the mean of independent channels would have: one with less of it is no downmix."""
 FILTER_BLOCK = 1 << 20
@@ -250,7 +251,7 @@ def stream(recording: Recording, rate: int, keep_channels: bool = False) -> Iter
         downmix(block)
     channel = downmix.loudest_of_cancelling()
     if channel is not None:
-        note = "its channels cancel each other where they are mixed" if keep_channels else cancelling_note(channel)
+        note = f"{CANCELS} where they are mixed" if keep_channels else cancelling_note(channel)
         recording.notes = (*recording.notes, note)
     downmix, keeps = Downmix(channel), keep_channels and channels > 1
     resampler = Resampler(recording.rate, rate, channels if keeps else 1)
@@ -260,4 +261,4 @@ def stream(recording: Recording, rate: int, keep_channels: bool = False) -> Iter
 
 
 def cancelling_note(channel: int) -> str:
-    return f"its channels cancel each other: only channel {channel + 1} is taken"
+    return f"{CANCELS}: only channel {channel + 1} is taken"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rvc_dist.config import RATES, Recipe
@@ -56,9 +56,7 @@ class ClipStage(UnitStage[ClipsHeader]):
 
     def recordings(self, headers: list[ClipsHeader]) -> list[dict[str, Any]]:
         """What became of each recording, given the headers of all units; each reason is logged."""
-        files = _by_recording([dict(f) for h in headers for f in h["files"]])
-        files += [file_entry(f) for f in self.work_list.excluded]
-        files.sort(key=lambda f: (f["speaker"], f["path"]))
+        files = by_recording([dict(f) for h in headers for f in h["files"]], self.work_list.excluded)
         by_reason: dict[str, list[str]] = {}
         for file in files:
             if file["reason"]:
@@ -203,8 +201,11 @@ def file_entry(file: SourceFile, seconds_in: float = 0.0, lost: dict[str, float]
     return {"path": file.path, "speaker": file.speaker, **nothing, "reason": file.reason}
 
 
-def _by_recording(slices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of slices summed up by recording; what is said of a slice says where it begins."""
+def by_recording(slices: list[dict[str, Any]], excluded: Iterable[SourceFile]) -> list[dict[str, Any]]:
+    """The entries of slices summed up by recording, and of what was left out before, by speaker and name.
+
+    What is said of a slice says where it begins.
+    """
     files: dict[str, dict[str, Any]] = {}
     reasons: dict[str, list[tuple[float, str]]] = {}
     for part in slices:
@@ -220,7 +221,7 @@ def _by_recording(slices: list[dict[str, Any]]) -> list[dict[str, Any]]:
         told = [f"from {format_duration(at)}: {why}" if len(found) > 1 else why for at, why in sorted(found) if why]
         more = [f"and {len(told) - TOLD_SLICES} slices more"] if len(told) > TOLD_SLICES else []
         files[path]["reason"] = "; ".join(told[:TOLD_SLICES] + more)
-    return list(files.values())
+    return sorted([*files.values(), *map(file_entry, excluded)], key=lambda f: (f["speaker"], f["path"]))
 
 
 def format_duration(seconds: float) -> str:

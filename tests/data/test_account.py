@@ -10,7 +10,7 @@ from recordings import write_made
 
 from rvc_dist import workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
-from rvc_dist.data import preprocess
+from rvc_dist.data import cutting, preprocess
 from rvc_dist.workspace import Shard, Workspace, read_json
 
 WITHIN_S = 0.002
@@ -90,7 +90,7 @@ def test_seconds_in_are_seconds_in_clips_and_seconds_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | range
 ) -> None:
     monkeypatch.setattr(workspace, "MIN_UNIT_S", 2.0)
-    for module in (workspace, preprocess):
+    for module in (workspace, cutting):
         monkeypatch.setattr(module, "MAX_SLICE_S", 4.0)
     seeds = seed if isinstance(seed, range) else [seed]
     worst = max((worst_deviation(tmp_path / str(s), s), s) for s in seeds)

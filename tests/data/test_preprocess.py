@@ -20,9 +20,9 @@ import soundfile
 from recordings import write_av
 from safetensors.numpy import load_file
 
-from rvc_dist import unit_stage, workspace
+from rvc_dist import workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
-from rvc_dist.data import audio, clip_files, decode, preprocess
+from rvc_dist.data import audio, clip_files, cutting, decode, preprocess
 from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import content_of, list_sources
 from rvc_dist.workspace import Shard, StageError, WorkList, Workspace
@@ -204,7 +204,7 @@ def test_the_real_voice(tmp_path: Path) -> None:
     assert result["clips"] == len(clips(config))
     assert result["clip_seconds"] == pytest.approx(sum(len(w) for _, w in clips(config)) / RATE, abs=0.01)
     for clip, wave in clips(config):
-        assert preprocess.MIN_CLIP_S <= len(wave) / RATE <= 3.3 + 1e-6
+        assert cutting.MIN_CLIP_S <= len(wave) / RATE <= 3.3 + 1e-6
         assert 0.675 < np.abs(wave).max() < 1.0, clip
 
 
@@ -291,15 +291,6 @@ def test_a_second_run_decodes_nothing(tmp_path: Path, small: Path, monkeypatch: 
     preprocess.run(config, Shard())
     assert contents(config) == whole
     assert mtimes(config) == before
-
-
-def test_reading_many_recordings_is_told(
-    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(unit_stage, "LOG_EVERY_S", 0.0)
-    with caplog.at_level(logging.INFO):
-        preprocess.run(recipe(tmp_path), Shard())
-    assert "preprocess: read 3 of 6 recordings, to know their content" in caplog.text
 
 
 def test_an_unfinished_rank_writes_no_report(tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -826,7 +817,7 @@ def test_the_stage_needs_no_torch(tmp_path: Path) -> None:
 @pytest.fixture
 def slices_of_4_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "MAX_SLICE_S", 4.0)
-    monkeypatch.setattr(preprocess, "MAX_SLICE_S", 4.0)
+    monkeypatch.setattr(cutting, "MAX_SLICE_S", 4.0)
 
 
 def test_slices_by_hand(slices_of_4_s: None) -> None:
@@ -900,7 +891,7 @@ def test_a_recording_longer_than_its_header_says_so(tmp_path: Path, slices_of_4_
     """An mp4 whose header was written for its first 3 of 9 seconds."""
     write(tmp_path / "audio" / "a.wav", noise(9.0))
     file = workspace.SourceFile("a.wav", 0, 1, 1, 3.0)
-    outcome = preprocess.cut_file(recipe(tmp_path), file)
+    outcome = cutting.cut_file(recipe(tmp_path), file)
     assert (outcome.seconds_in, outcome.lost["longer than its header says"]) == (9.0, 2.0)
     assert outcome.reason == "2.00 s are missing (longer than its header says)"
 
