@@ -33,7 +33,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(dataset, tmp_path_factory):
-    """Run folders of the same recipe, made stage by stage on 1 rank and on 2."""
+    """Run folders of the same recipe, made by `run` on 1 rank and stage by stage on 2."""
     folders = {}
     for num_ranks in (1, 2):
         folder = folders[num_ranks] = tmp_path_factory.mktemp(f"ranks{num_ranks}")
@@ -47,7 +47,8 @@ def runs(dataset, tmp_path_factory):
         }
         arguments = ["--config", ROOT / "configs" / "demo_cpu.yaml"]
         arguments += [x for key, value in options.items() for x in (f"--{key}", value)]
-        said = [rvc_dist(num_ranks, stage, *arguments, more_environment=ONLY_CORE) for stage in STAGES]
+        stages = STAGES if num_ranks == 2 else ("run", "infer")
+        said = [rvc_dist(num_ranks, stage, *arguments, more_environment=ONLY_CORE) for stage in stages]
         (folder / "output.txt").write_text("".join(said))
         (folder / "again.txt").write_text(rvc_dist(num_ranks, "run", *arguments))
     return folders
