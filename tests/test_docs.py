@@ -30,8 +30,8 @@ from rvc_dist.config import BenchConfig, DataConfig, ExtractConfig, Recipe, Trai
 from rvc_dist.stages import STAGES
 from rvc_dist.workspace import DEMO_VOICE_DIR
 
-NEEDS = {"gpu", "slurm", "network", "machines"}
-"""What a block may lack here; `machines`: more than one."""
+NEEDS = {"gpu", "slurm", "network", "machines", "browser"}
+"""What a block may lack here; `machines`: more than one; `browser`: somebody who looks at it."""
 FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "first-voice.md"]
 PAGES = [*FIRST, *sorted(set((ROOT / "docs").glob("*.md")) - set(FIRST))]
 """In the order in which their commands run: the first voice is that of the others."""
