@@ -6,11 +6,13 @@ Every part may be missing, of an older version, or damaged: then `Facts.notes` s
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -39,50 +41,33 @@ LEVEL = 0.01
 """A mel distance that differs by less is the same to the ear, and often but chance."""
 FEW = 3
 """Validations of which nothing can be said on where the voice is going."""
-MAX_NAMES, MAX_REASONS, MAX_WARNINGS, MAX_SPEAKERS = 3, 30, 40, 100
+MAX_NAMES, MAX_WARNINGS = 3, 40
 LOG_BYTES, MAX_LOGS = 1 << 20, 64
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* (WARNING|ERROR|CRITICAL) (.*)")
 
 ClipsReport = record(
     False, clips=Count, clip_seconds=Seconds, seconds_in=Seconds, lost=dict[str, Seconds], files=list[FileEntry]
 )
-
-
 Best = record(best_metric=float | None, best_step=Count, best_epoch=Count)
 CheckpointState = record(False, progress=Best)
 """Of a checkpoint, what says which step is the best."""
 
 
-class SpeakerRow(NamedTuple):
-    label: str
-    recordings: int
-    minutes_in: str
-    minutes: str
-    rates: str
-
-
-class Reason(NamedTuple):
-    """Why recordings were left out, or are incomplete."""
-
-    why: str
-    recordings: int
-    names: str
-
-
-@dataclass(frozen=True)
-class Data:
-    """What clips/report.json and clips/plan.json say."""
+class Data(NamedTuple):
+    """What clips/report.json says."""
 
     minutes_in: float
     minutes: float
     clips: int
-    speakers: list[SpeakerRow]
     used: int
     left_out: int
+    speakers: list[list[str]]
+    """Rows of label, recordings, minutes in and out, and the recordings' rates."""
     account: str
     lost: list[tuple[str, float, float]]
     """(why, seconds, share of all)."""
-    reasons: list[Reason]
+    reasons: list[tuple[str, int, str]]
+    """(why, how many recordings were left out or are incomplete, such as)."""
     remarks: list[str]
     """On rates."""
 
@@ -146,27 +131,24 @@ class Facts:
             return "trained, without a history" if self.is_older else "not trained yet"
         total = self.hardware.get("total_steps")
         at = f"step {self.step}" + (f" of {total}" if total else "")
-        last = next(line for line in reversed(self.history) if line["kind"] in ("end", "run", "step", "validation"))
-        ended = last.get("why", "") if last["kind"] == "end" else ""
-        return f"{ended}, at {at}" if ended else f"at {at}; not ended when this page was made"
+        kinds = [line["kind"] for line in self.history if line["kind"] in ("run", "step", "end")]
+        if kinds[-1:] != ["end"]:
+            return f"at {at}; not ended when this page was made"
+        return f"{self.lines('end')[-1]['why']}, at {at}"
 
     @property
-    def hours(self) -> float:
+    def minutes(self) -> float:
         """Of training, without the times between its parts."""
-        began, seconds, last = None, 0.0, 0.0
-        for line in self.history:
-            if line["kind"] == "run":
-                seconds += last - began if began is not None else 0.0
-                began = line["time"]
-            last = line["time"]
-        return (seconds + (last - began if began is not None else 0.0)) / 3600
+        seconds = [now["time"] - before["time"] for before, now in pairwise(self.history) if now["kind"] != "run"]
+        return float(sum(seconds)) / 60
 
     @property
     def validation_share(self) -> float | None:
         """Of the time that training took."""
         spent = sum(line.get("seconds", 0.0) for line in self.lines("validation"))
-        return spent / (3600 * self.hours) if self.hours > 0 and spent else None
+        return spent / (60 * self.minutes) if self.minutes > 0 and spent else None
 
+    @property
     def speed(self) -> float | None:
         """Seconds of audio a second, all ranks together: of the last fifth of the history, in the middle."""
         found = [line["values"].get("perf/audio_s_per_s") for line in self.lines("step")]
@@ -251,9 +233,9 @@ def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[s
         minutes_in=seconds_in / 60,
         minutes=report.get("clip_seconds", 0.0) / 60,
         clips=report.get("clips", 0),
-        speakers=list(_speaker_rows(used, speakers)),
         used=len(used),
         left_out=len(files) - len(used),
+        speakers=[_speaker_row(s, used, speakers) for s in sorted({file["speaker"] for file in used})],
         account=f"{account(seconds_in, lost).capitalize()}.",
         lost=[(why, seconds, seconds / max(seconds_in, seconds)) for why, seconds in lost.items() if seconds],
         reasons=_reasons(files),
@@ -261,27 +243,25 @@ def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[s
     )
 
 
-def _speaker_rows(used: list[dict[str, Any]], speakers: Speakers) -> Iterator[SpeakerRow]:
-    for speaker in sorted({file["speaker"] for file in used}):
-        own = [file for file in used if file["speaker"] == speaker]
-        seconds: Counter[int] = Counter()
-        for file in own:
-            seconds[file.get("sample_rate", 0)] += file["seconds_in"]
-        told = [f"{rate} Hz: {part / 60:.1f} min" for rate, part in seconds.most_common(MAX_NAMES) if rate]
-        rates = told[0].partition(":")[0] if len(seconds) == 1 and told else ", ".join(told)
-        minutes_in, minutes = (f"{sum(file[key] for file in own) / 60:.1f}" for key in ("seconds_in", "seconds_out"))
-        yield SpeakerRow(speakers.label(speaker), len(own), minutes_in, minutes, rates or "not known")
+def _speaker_row(speaker: int, used: list[dict[str, Any]], speakers: Speakers) -> list[str]:
+    own = [file for file in used if file["speaker"] == speaker]
+    minutes: Counter[int] = Counter()
+    for file in own:
+        minutes[file.get("sample_rate", 0)] += file["seconds_in"] / 60
+    rates = [f"{rate} Hz: {part:.1f} min" for rate, part in minutes.most_common(MAX_NAMES) if rate]
+    told = ", ".join(rates) if len(minutes) > 1 else "".join(rates).partition(":")[0]
+    sums = (f"{sum(file[key] for file in own) / 60:.1f}" for key in ("seconds_in", "seconds_out"))
+    return [speakers.label(speaker), str(len(own)), *sums, told or "not known"]
 
 
-def _reasons(files: list[dict[str, Any]]) -> list[Reason]:
+def _reasons(files: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
     by_reason: dict[str, list[str]] = {}
     for file in files:
         if file["reason"]:
             by_reason.setdefault(file["reason"], []).append(printable(file["path"]))
-    ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
     return [
-        Reason(why, len(paths), ", ".join(paths[:MAX_NAMES]) + (", ..." if len(paths) > MAX_NAMES else ""))
-        for why, paths in ordered
+        (why, len(paths), ", ".join(paths[:MAX_NAMES]) + ", ..." * (len(paths) > MAX_NAMES))
+        for why, paths in sorted(by_reason.items(), key=lambda item: -len(item[1]))
     ]
 
 
@@ -303,10 +283,7 @@ def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 def text_of(value: object) -> str:
     """As a recipe would have it."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    words = {None: "null", True: "true", False: "false", "": '""'}
-    return words.get(value, str(value)) if value is None or isinstance(value, bool | str) else str(value)
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def advice(facts: Facts) -> Advice:

@@ -43,7 +43,7 @@ MAX_SPECTROGRAMS = 6
 MAX_CURVES = 6
 """Of a figure: speakers, or runs."""
 MAX_ROWS = 40
-"""Validations in the table."""
+"""Of a table."""
 
 
 class Measure(NamedTuple):
@@ -104,24 +104,20 @@ def write_page(root: Path) -> Path:
     facts = read_facts(root)
     advised = advice(facts)
     samples = embed(read_samples(root / "samples", facts.notes), advised.step, facts.notes)
-    said = warnings(facts)
     html = render(
         "page.html.j2",
         facts=facts,
         advised=advised,
         conversion=conversion(facts, advised),
-        tiles=tiles(facts, advised),
         drawings=drawings(facts, advised),
         validations=validation_table(facts),
         by_speaker=speaker_table(facts, advised),
         measures=MEASURES,
+        most_rows=MAX_ROWS,
+        warnings=warnings(facts),
         samples=samples,
         spectrograms=spectrograms(samples, advised),
         changes=recipe_changes(facts.recipe) if facts.recipe else [],
-        speakers=facts.data.speakers[:MAX_ROWS] if facts.data else [],
-        speed_text=speed_text(facts),
-        ranks=rank_rows(facts),
-        warnings=said,
         seconds=lambda: time.monotonic() - began_at,
     )
     return write(root / PAGE, html)
@@ -174,22 +170,6 @@ def shown(value: object) -> object:
     return re.sub(
         r"[^\n]", lambda c: c[0] if c[0].isprintable() else c[0].encode("unicode_escape").decode("ascii"), value
     )
-
-
-def tiles(facts: Facts, advised: Advice) -> list[tuple[str, str]]:
-    """(number, what it is) of the head of the page."""
-    found = []
-    if facts.data:
-        found.append((f"{facts.data.minutes:.1f} min", "in clips"))
-        found.append((str(len(facts.data.speakers)), "speaker" + "s" * (len(facts.data.speakers) != 1)))
-    if facts.step:
-        found.append((f"{facts.step:,}", "steps"))
-        found.append((f"{facts.hours:.1f} h" if facts.hours >= 1 else f"{60 * facts.hours:.1f} min", "of training"))
-    if advised.step is not None:
-        found.append((f"{advised.step:,}", "best step"))
-    if (speed := facts.speed()) is not None:
-        found.append((f"{speed:.1f} s", "of audio a second"))
-    return found
 
 
 def curve(facts: Facts, name: str, label: str, kind: str = "step", speaker: str = "") -> Curve:
@@ -296,22 +276,6 @@ def speaker_table(facts: Facts, advised: Advice) -> Table:
     return table("speaker", [(facts.speakers.label(int(s)) if s.isdecimal() else s, v) for s, v in judged][:MAX_ROWS])
 
 
-def speed_text(facts: Facts) -> str:
-    """How fast the run is, and what validation takes of its time."""
-    ranks, speed, share = len(facts.hardware.get("ranks", [])), facts.speed(), facts.validation_share
-    parts = [f"{ranks} rank{'s' * (ranks != 1)}, {facts.hardware.get('global_batch', '?')} clips a step"]
-    parts += [f"{speed:.1f} s of audio a second together"] if speed is not None else []
-    parts += [f"validation took {share:.1%} of the time"] if share is not None else []
-    return f"{'; '.join(parts)}."
-
-
-def rank_rows(facts: Facts) -> list[list[str]]:
-    """Where each rank computes; all take as many clips, and wait for the slowest."""
-    ranks, speed = facts.hardware.get("ranks", []), facts.speed()
-    each = "" if speed is None else f"{speed / len(ranks):.1f}" if ranks else ""
-    return [[str(r["rank"]), r["host"], r["device"], r["name"], each] for r in ranks]
-
-
 def spectrograms(samples: Samples, advised: Advice) -> list[Drawing]:
     """What was made of each phrase at the advised step and the last, below the original."""
     found = []
@@ -339,20 +303,16 @@ def comparison_rows(every: Sequence[Facts], advised: Sequence[Advice]) -> list[l
         at = [line for line in facts.lines("validation") if line["step"] == step and "values" in line]
         return number(at[-1]["values"], name) if at else ""
 
-    def speed(facts: Facts) -> str:
-        found = facts.speed()
-        return "" if found is None else f"{found:.1f}"
-
     rows: dict[str, Callable[[Facts, Advice], str]] = {
         "state": lambda f, _: f.state,
         "minutes in clips": lambda f, _: f"{f.data.minutes:.1f}" if f.data else "",
         "speakers": lambda f, _: str(len(f.data.speakers)) if f.data else "",
         "steps": lambda f, _: str(f.step),
-        "minutes of training": lambda f, _: f"{60 * f.hours:.1f}",
+        "minutes of training": lambda f, _: f"{f.minutes:.1f}",
         "ranks": lambda f, _: str(len(f.hardware.get("ranks", []))),
         "device": lambda f, _: ", ".join(dict.fromkeys(r["name"] for r in f.hardware.get("ranks", []))),
         "clips a step": lambda f, _: str(f.hardware.get("global_batch", "")),
-        "seconds of audio a second": lambda f, _: speed(f),
+        "seconds of audio a second": lambda f, _: "" if f.speed is None else f"{f.speed:.1f}",
         "best step": lambda _, a: "" if a.step is None else str(a.step),
     }
     found = [[name, *(cell(f, a) for f, a in zip(every, advised, strict=True))] for name, cell in rows.items()]
