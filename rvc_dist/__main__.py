@@ -19,6 +19,7 @@ from rvc_dist.arguments import meant_by, parse
 from rvc_dist.config import Recipe
 from rvc_dist.files import NO_SPACE, remove_half_written, space
 from rvc_dist.runtime.hang_killer import end_with_launcher
+from rvc_dist.runtime.job_file import JobFile
 from rvc_dist.runtime.logs import RankLog, rank_log, tell_launcher
 from rvc_dist.runtime.run_lock import may_be_held
 from rvc_dist.schema import nearest
@@ -94,9 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     work = Workspace(recipe.run_dir, recipe.name)
     # What is refused because another job trains in the folder leaves nothing there.
     is_waiting = name in TRAINING and may_be_held(work.train_lock_file)
-    with rank_log(work, shard, arguments, is_waiting) as log:
+    with rank_log(work, shard, arguments, is_waiting) as log, JobFile(log, name, arguments) as job:
         try:
-            return run_stage(name, recipe, shard, options, log)
+            job.code = run_stage(name, recipe, shard, options, log)
+            return job.code
         except Exception as error:
             log.failed(error)
             log.write_stacks()

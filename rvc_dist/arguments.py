@@ -255,6 +255,8 @@ def with_keys_of_stage(name: str, given: list[tuple[str, str]], more: dict[str, 
     if name == "push":
         run_dir = more.pop("run_dir")
         return [("config", os.path.join(run_dir, "config.yaml")), *given, ("run_dir", run_dir)]
+    if name == "status":
+        more["given"] = given  # each run has a recipe of its own
     if name == "import":
         folder = os.path.abspath(more.pop("folder"))
         voice = os.path.basename(folder)  # the run is called after it

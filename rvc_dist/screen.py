@@ -49,8 +49,10 @@ class Screen(logging.Handler):
 
 def without_details(arguments: Sequence[str]) -> tuple[list[str], str]:
     """A command line without --quiet and --verbose, and the last of them, which counts; or nothing."""
-    given = [word for word in arguments if word in DETAILS]
-    return [word for word in arguments if word not in DETAILS], given[-1] if given else ""
+    own = list(arguments[: arguments.index("--")]) if "--" in arguments else list(arguments)
+    given = [word for word in own if word in DETAILS]  # behind `--` are those of another command
+    rest = [word for word in own if word not in DETAILS]
+    return rest + list(arguments[len(own) :]), given[-1] if given else ""
 
 
 def set_up_logging(shard: Shard, detail: str = "") -> None:

@@ -195,6 +195,19 @@ STAGES = {
         passes="runs",
         keeps_log=False,
     ),
+    "status": Stage(
+        "rvc_dist.tools.status",
+        "Say what is done of a run, what is stale and why, who works on it now and how far that is.",
+        reads=_RUN,
+        examples=("runs/alice", "runs/* --json", "runs/alice --config my.yaml"),
+        folders="RUN ...",
+        passes="runs",
+        options=(
+            Option("--json", "Print JSON, whose keys stay what they are.", passes="as_json"),
+            Option("--watch", "Look again every few seconds.", passes="watches"),
+        ),
+        keeps_log=False,
+    ),
     "fetch": Stage(
         "rvc_dist.tools.fetch",
         "Get the encoder, the pitch tracker's weights and the base model from the hub, for work without network.",

@@ -175,9 +175,17 @@ class Workspace:
         """Where a rank of a training run is, while it runs."""
         return self.logs_dir / f"rank_{rank:05d}.beat"
 
+    def job_file(self, rank: int) -> Path:
+        """Which command a rank runs or ran last."""
+        return self.logs_dir / f"rank_{rank:05d}.job"
+
     def failure_file(self, rank: int) -> Path:
         """Why a rank failed, of the last stage that it ran."""
         return self.logs_dir / f"failed_rank_{rank:05d}.json"
+
+    def failure_files(self) -> list[Path]:
+        """Those of all ranks, of this command and of earlier ones."""
+        return sorted(self.logs_dir.glob("failed_rank_*.json"))
 
     def check_root(self) -> None:
         """Nothing, unless the run folder is a file.

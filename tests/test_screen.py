@@ -129,7 +129,7 @@ def test_what_is_shown_of_which_rank(rank: str, detail: str, shown: list[str]) -
 
 def test_the_options_may_stand_anywhere() -> None:
     assert without_details(["--quiet", "run", "--verbose", "--name", "x"]) == (["run", "--name", "x"], "--verbose")
-    assert without_details(["run"]) == (["run"], "")
+    assert without_details(["launch", "--", "run", "--quiet"]) == (["launch", "--", "run", "--quiet"], "")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from rvc_dist.data.clip_files import (
 )
 from rvc_dist.data.cutting import Outcome, cut_file, entry_of, make_gate, measure, unreadable
 from rvc_dist.data.loudness import LoudnessMeter
-from rvc_dist.data.sources import check_recordings, content_by, folder_of, list_sources
+from rvc_dist.data.sources import check_recordings, content_by, folder_of, list_sources, listing_of
 from rvc_dist.files import atomic_write, write_json
 from rvc_dist.unit_stage import in_threads
 from rvc_dist.workspace import (
@@ -37,7 +37,6 @@ from rvc_dist.workspace import (
     Workspace,
     changes,
     cut_units,
-    fingerprint,
     listed,
     printable,
     save_arrays,
@@ -106,7 +105,7 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
     audio_dir, settings = Path(recipe.data.audio_dir), clip_settings(recipe)
     work.check_root()
     sources, speakers = list_sources(audio_dir, work)
-    listing = fingerprint([(f.path, f.reason) if f.reason else f.listed for f in sources])
+    listing = listing_of(sources)
     usable = {f.listed for f in sources if not f.reason}
 
     def current() -> WorkList | None:

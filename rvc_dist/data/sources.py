@@ -17,7 +17,7 @@ from rvc_dist.config import MAX_SPEAKERS
 from rvc_dist.data.decode import AUDIO_SUFFIXES
 from rvc_dist.files import ForeignFileError, not_regular
 from rvc_dist.schema import Repeat, SpeakerName, check
-from rvc_dist.workspace import SourceFile, Speakers, StageError, WorkList, Workspace, listed, printable
+from rvc_dist.workspace import SourceFile, Speakers, StageError, WorkList, Workspace, fingerprint, listed, printable
 
 KINDS = " ".join(suffix[1:] for suffix in AUDIO_SUFFIXES)
 NO_FOLDER, BY_ID, BY_NAME, BY_ALL = "in no folder", "by id", "by name", "Name_ID_Repeat"
@@ -54,6 +54,11 @@ def list_sources(audio_dir: Path, work: Workspace | None = None) -> tuple[list[S
             listed((f.path, f.reason) for f in found),
         )
     return found, speakers
+
+
+def listing_of(sources: Iterable[SourceFile]) -> str:
+    """A stamp of what a folder holds, without a look into its files."""
+    return fingerprint([(f.path, f.reason) if f.reason else f.listed for f in sources])
 
 
 class Folder(NamedTuple):

@@ -7,10 +7,12 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from rvc_dist.files import read_bounded
 from rvc_dist.runtime.logs import is_collective_error
-from rvc_dist.schema import Count, Seconds, Token, Word, record
+from rvc_dist.schema import Count, Seconds, Token, Word, parse_json, record
 
 MIN_STEPS, RECENT_STEPS = 10, 50
 """The first steps, which compile and search for kernels, and the ones that the median is taken of."""
@@ -85,6 +87,14 @@ HEARTBEAT = record(
 )
 """What a rank writes into its file."""
 MAX_HEARTBEAT_BYTES = 1 << 16
+
+
+def read_beats(folder: Path, since: float) -> Iterator[dict[str, Any]]:
+    """What the ranks of a job that began at `since`, by the clock of the disk, have written last."""
+    for path in sorted(folder.glob("rank_*.beat")):
+        with contextlib.suppress(OSError, ValueError):  # its rank has ended, or writes just now
+            if path.stat().st_mtime >= since:
+                yield parse_json(read_bounded(path, MAX_HEARTBEAT_BYTES), HEARTBEAT)
 
 
 class HeartbeatRecord(NamedTuple):

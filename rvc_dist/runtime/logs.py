@@ -69,6 +69,12 @@ Failure = record(rank=Count, host=Word, time=float, error=str)
 """What a rank that failed leaves behind."""
 
 
+def read_failure(path: Path) -> dict[str, Any]:
+    """Raises ForeignFileError where it is none, OSError where it is gone."""
+    found: dict[str, Any] = parse_json(read_bounded(path, MAX_FAILURE_BYTES), Failure)
+    return found
+
+
 class RankLog(logging.Handler):
     """Appends all that one rank logs to its file.
 
@@ -117,6 +123,11 @@ class RankLog(logging.Handler):
         if not faulthandler.is_enabled():  # else somebody wants the stacks elsewhere
             faulthandler.enable(self._stream, all_threads=True)
             self._set_faulthandler = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this rank may write into the run folder, and does."""
+        return self._stream is not None
 
     def write_stacks(self) -> None:
         """Append where every thread of this process is."""
@@ -170,9 +181,9 @@ class RankLog(logging.Handler):
     def _failures(self) -> list[dict[str, Any]]:
         """What ranks wrote that failed. One look into the folder: a look for each rank would be a million of them."""
         found = []
-        for path in self.work.logs_dir.glob("failed_rank_*.json"):
+        for path in self.work.failure_files():
             with contextlib.suppress(OSError, ForeignFileError):  # its rank begins anew; edited, or of another program
-                found.append(parse_json(read_bounded(path, MAX_FAILURE_BYTES), Failure))
+                found.append(read_failure(path))
         return found
 
     @contextlib.contextmanager

@@ -165,6 +165,16 @@ class RunLock:
             self._stream = None
 
 
+def holder(path: Path) -> dict[str, Any] | None:
+    """Who wrote the lock file `path`; None where there is none, or it says nobody.
+
+    Raises:
+        StageError: it is no file of ours.
+        OSError: it cannot be read.
+    """
+    return _parsed(_read(path))
+
+
 def may_be_held(path: Path) -> bool:
     """Whether another job may train in the run folder of the lock file `path`; only `RunLock` can tell for sure."""
     try:
