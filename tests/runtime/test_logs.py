@@ -64,7 +64,8 @@ def test_every_rank_writes_all_of_it_with_who_and_what_it_is(tmp_path, monkeypat
     for rank in (0, 1, 1):
         monkeypatch.setenv("RANK", str(rank))
         assert cli.main(["extract", "--run_dir", str(run), "--name", "a b"]) == 0
-    assert sorted(p.name for p in (run / "logs").iterdir()) == ["rank_00000.log", "rank_00001.log"]
+    assert sorted(p.name for p in (run / "logs").glob("*.log")) == ["rank_00000.log", "rank_00001.log"]
+    assert json.loads(Workspace(run, "").job_file(1).read_text())["ended"] == "done"
     lines = Workspace(run, "").rank_log(1).read_text().splitlines()
     assert len(lines) == 4, "the second time appends"
     assert f"rvc-dist extract --run_dir {run} --name 'a b'; in " in lines[0]
@@ -81,7 +82,7 @@ def test_tasks_of_an_array_write_files_of_their_own(tmp_path, monkeypatch):
         for rank in range(2):
             monkeypatch.setenv("RANK", str(rank))
             assert cli.main(["extract", "--run_dir", str(tmp_path), "--shard", f"{task}/2"]) == 0
-    assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == [f"rank_{i:05d}.log" for i in range(4)]
+    assert sorted(p.name for p in (tmp_path / "logs").glob("*.log")) == [f"rank_{i:05d}.log" for i in range(4)]
 
 
 def test_a_command_that_made_nothing_leaves_no_folder_behind(tmp_path, monkeypatch):
