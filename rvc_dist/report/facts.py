@@ -227,6 +227,9 @@ def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[s
     seconds_in, lost = report.get("seconds_in", 0.0), report.get("lost", {})
     used = [file for file in files if file["clips"]]
     rates = [(file["sample_rate"], file["seconds_in"]) for file in used if file.get("sample_rate")]
+    by_speaker: dict[int, list[dict[str, Any]]] = {}
+    for file in used:
+        by_speaker.setdefault(file["speaker"], []).append(file)
     remarks = [f"{text}; {remedy}." for text, remedy in [low_rates(recipe, rates)] if text]
     remarks += [f"{text}." for text in [upsampled_recordings(recipe, used)] if text]
     return Data(
@@ -235,7 +238,7 @@ def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[s
         clips=report.get("clips", 0),
         used=len(used),
         left_out=len(files) - len(used),
-        speakers=[_speaker_row(s, used, speakers) for s in sorted({file["speaker"] for file in used})],
+        speakers=[_speaker_row(speakers.label(s), by_speaker[s]) for s in sorted(by_speaker)],
         account=f"{account(seconds_in, lost).capitalize()}.",
         lost=[(why, seconds, seconds / max(seconds_in, seconds)) for why, seconds in lost.items() if seconds],
         reasons=_reasons(files),
@@ -243,15 +246,14 @@ def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[s
     )
 
 
-def _speaker_row(speaker: int, used: list[dict[str, Any]], speakers: Speakers) -> list[str]:
-    own = [file for file in used if file["speaker"] == speaker]
+def _speaker_row(label: str, own: list[dict[str, Any]]) -> list[str]:
     minutes: Counter[int] = Counter()
     for file in own:
         minutes[file.get("sample_rate", 0)] += file["seconds_in"] / 60
     rates = [f"{rate} Hz: {part:.1f} min" for rate, part in minutes.most_common(MAX_NAMES) if rate]
     told = ", ".join(rates) if len(minutes) > 1 else "".join(rates).partition(":")[0]
     sums = (f"{sum(file[key] for file in own) / 60:.1f}" for key in ("seconds_in", "seconds_out"))
-    return [speakers.label(speaker), str(len(own)), *sums, told or "not known"]
+    return [label, str(len(own)), *sums, told or "not known"]
 
 
 def _reasons(files: list[dict[str, Any]]) -> list[tuple[str, int, str]]:

@@ -194,6 +194,7 @@ def drawings(facts: Facts, advised: Advice) -> list[Drawing]:
         if len(judged) > 1:
             lines += [curve(facts, name, f"speaker {s}", "validation", s) for s in list(judged)[: MAX_CURVES - 1]]
         about = f"On held-out speech: {measure.about}." if measure.about else "On held-out speech."
+        about += f" The first speakers of {len(judged)}." if len(judged) >= MAX_CURVES else ""
         found.append(drawing(measure.label, about, lines, measure.unit, marks=marks))
     logged = values_of(facts, "step")
     groups = list(CURVES)
