@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from rvc_dist.runtime.job_file import JobFile
 from rvc_dist.runtime.logs import RankLog, rank_log, tell_launcher
 from rvc_dist.runtime.run_lock import may_be_held
 from rvc_dist.schema import nearest
-from rvc_dist.screen import set_up_logging, without_details
+from rvc_dist.screen import duration, set_up_logging, stoppable, without_details
 from rvc_dist.stages import STAGES, TRAINING
 from rvc_dist.workspace import Shard, StageError, Stopped, Workspace
+
+logger = logging.getLogger("rvc_dist")
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 """75 is EX_TEMPFAIL: a checkpoint was written and the same command continues the run. The doctor has a 3 besides."""
@@ -117,17 +119,30 @@ def disk_sentence(error: OSError, recipe: Recipe) -> str | None:
     return f"{where}: {error.strerror}; this path must exist or be free to make, on a disk that works and lets you in"
 
 
+def end_words(name: str, recipe: Recipe, seconds: float) -> None:
+    """What was made, where, and what comes next; a file that cannot be read is no failure of a stage that is done."""
+    from rvc_dist.report.next_steps import next_steps  # late: numbers and pages need libraries
+
+    with suppress(StageError, OSError):
+        steps = list(next_steps(name, recipe))
+        for line in [f"{name}: done in {duration(seconds)}", *(f"  {step}" for step in steps)] if steps else []:
+            logger.info("%s", line)
+
+
 def run_stage(name: str, recipe: Recipe, shard: Shard, options: dict[str, Any], log: RankLog | None = None) -> int:
     """Run a stage, tell the user's mistakes and the disk's in a sentence; its exit code."""
+    began_at, level = time.monotonic(), logging.WARNING if shard.is_first or shard.array else logging.INFO
     if recipe.train.fast_train:  # before any stage uses a GPU: its allocator reads this once
         importlib.import_module("rvc_dist.runtime.device").set_allocator(recipe.train)
     try:
         if log is not None and shard.is_first:
             remove_half_written(log.work.root, ".*.tmp", "*/.*.tmp")
-        with log.first_cause() if log is not None else nullcontext():
+        with log.first_cause() if log is not None else nullcontext(), stoppable(name, level):
             code = STAGES[name].load()(recipe, shard, **options)
+        if not code and shard.is_first and not shard.array and not options.get("only_look"):
+            end_words(name, recipe, time.monotonic() - began_at)
     except Stopped as stopped:
-        logging.getLogger("rvc_dist").warning("%s", stopped)
+        logger.warning("%s", stopped)
         return stopped_code()
     except (StageError, OSError) as error:
         reason = str(error) if isinstance(error, StageError) else disk_sentence(error, recipe)
@@ -139,7 +154,8 @@ def run_stage(name: str, recipe: Recipe, shard: Shard, options: dict[str, Any], 
             log.failed(error, message)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print(f"rvc-dist {name}: interrupted; the same command continues", file=sys.stderr)
+        if shard.is_first or shard.array:
+            print(f"rvc-dist {name}: interrupted; the same command continues", file=sys.stderr)
         return EXIT_STOPPED
     return code or 0
 

@@ -5,14 +5,16 @@ This module imports no torch, and rich only where a bar is drawn.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ FIRST_LINE_S, LAST_LINE_S = 10.0, 300.0
 """Where there is no terminal, lines come in a tenth of the time that the work has taken, within these bounds."""
 RATE_S = 60.0
 """The rate is that of the later half of the time, and at least of so much of it: the beginning is often slower."""
-AUDIO = "s of audio"
+AUDIO = "s audio"
 """The unit of work that is counted in seconds of recordings."""
 MIN_BAR, MAX_BAR = 8, 40
 """Columns."""
@@ -67,6 +69,31 @@ def set_up_logging(shard: Shard, detail: str = "") -> None:
     logging.getLogger("rvc_dist").setLevel(logging.DEBUG)  # the rank's log has all
 
 
+def say_at_once(text: str, level: int = logging.WARNING) -> None:
+    """For signal handlers: a thread waits for the locks that the code which was interrupted may hold."""
+    _thread.start_new_thread(logger.log, (level, "%s", text))
+
+
+@contextlib.contextmanager
+def stoppable(what: str, level: int) -> Iterator[None]:
+    """Inside, Ctrl-C says at once what it does, since what is being made may take a while; a second one ends all."""
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        told = f"Ctrl-C: {what} stops, what is done is kept and the same command continues; a second Ctrl-C ends it"
+        say_at_once(f"{told} without waiting for what is being made now", level)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in the background
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def duration(seconds: float) -> str:
     """`45 s`, `12 min`, `2 h 5 min`, `3 d 4 h`."""
     if seconds < 99.5:
@@ -75,6 +102,11 @@ def duration(seconds: float) -> str:
     if hours < 100:
         return f"{hours} h {minutes} min" if hours else f"{minutes} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def short(number: float) -> str:
+    """`12.3`, `123`"""
+    return f"{number:.{0 if number >= 99.95 else 1}f}"
 
 
 class ProgressBar:
@@ -185,7 +217,7 @@ class ProgressBar:
         is_audio = self.unit == AUDIO
         done, total = (duration(n) if is_audio else f"{n:.0f}" for n in (self.done, self.total))
         per_s = rate >= 0.1 or is_audio
-        speed = f"{rate if per_s else 60 * rate:.{0 if rate >= 100 else 1}f}"
+        speed = short(rate if per_s else 60 * rate)
         return {
             "percent": f"{100 * self.done / max(self.total, 1e-9):.0f}%",
             "done": f"{done}/{total}" if is_audio else f"{done}/{total} {self.unit}",

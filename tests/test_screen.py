@@ -7,17 +7,21 @@ import logging
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
 
 from rvc_dist import screen
 from rvc_dist.screen import ProgressBar, duration, without_details
+from rvc_dist.train.metrics import report_steps
+from rvc_dist.train.progress import Progress
 
 PROGRAM = """
 import logging, sys, time
@@ -78,7 +82,7 @@ def test_a_pipe_gets_whole_lines_without_codes() -> None:
     told = in_pipe("0", FORCE_COLOR="1", TTY_COMPATIBLE="1")  # as CI services set them
     assert "\x1b" not in told
     assert "\r" not in told
-    line = r"\d\d:\d\d:\d\d \[rank 0\] extract: 40%, 24 min/1 h 0 min, \d+ s of audio/s, 0 s left, 1 failed, 3/10 units"
+    line = r"\d\d:\d\d:\d\d \[rank 0\] extract: 40%, 24 min/1 h 0 min, \d+ s audio/s, 0 s left, 1 failed, 3/10 units"
     assert re.search(line.replace("40%, 24", r"\d+%, \d+").replace("1 failed, 3", r"\d failed, \d"), told)
     assert "told in passing" in told
 
@@ -91,7 +95,7 @@ def test_a_bar_fits_the_terminal(columns: int) -> None:
     assert max(map(len, drawn)) <= columns
     assert any("left" in line for line in drawn) == (columns > 20)
     assert any("━" in line for line in drawn) == (columns > 40)
-    assert any("s of audio/s" in line for line in drawn) == (columns >= 80)
+    assert any("s audio/s" in line for line in drawn) == (columns >= 80)
     assert "told in passing" in CODES.sub("", told).replace("\r\n", " ").replace("  ", " ")
 
 
@@ -169,3 +173,59 @@ def test_a_bar_within_another_shows_nothing(caplog: pytest.LogCaptureFixture, mo
     told = {r.getMessage().partition(":")[0] for r in caplog.records}
     assert told == {"outer"}
     assert ProgressBar.opened == []
+
+
+STAGE = """
+import logging, sys, time
+from rvc_dist import __main__ as cli, stages
+from rvc_dist.unit_stage import in_threads
+
+def run(recipe, shard):
+    sys.stdout.write("ready\\n")
+    sys.stdout.flush()
+    in_threads(1, lambda _: time.sleep(1.5), range(100), "work", "units")
+
+cli.STAGES["dataset"] = stages.Stage("__main__", "", keeps_log=False)
+sys.exit(cli.main(["dataset"]))
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_says_at_once_what_it_does(times: int) -> None:
+    command = [sys.executable, "-c", STAGE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        began_at = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.readline()
+        assert time.monotonic() - began_at < 1.0, "not when what is being made is done"
+        assert (
+            "Ctrl-C: dataset stops, what is done is kept and the same command continues; a second Ctrl-C ends it"
+            in told
+        )
+        if times == 2:
+            process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=30)[1]
+    assert process.returncode == (75 if times == 1 else -signal.SIGINT)
+    assert ("interrupted; the same command continues" in rest) == (times == 1)
+
+
+def test_step_lines_are_short(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With large numbers, behind the time and the rank."""
+    now = [0.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    caplog.set_level(logging.INFO, logger="rvc_dist")
+    bar = ProgressBar("train", 4_400_000, "steps", 999_000)
+    now[0], bar.done = 1000.0, 1_000_000
+    values = {"loss/g_mel": 123.456, "loss/g_kl": 12.3456, "loss/g_total": 1234.567, "loss/d": 0.0012345}
+    values["perf/audio_s_per_s"] = 12345.67
+    progress = Progress(step=1_000_000, epoch=1234)
+    report_steps(values, {"data": 0.01}, progress, 4_400_000, SimpleNamespace(scalars=lambda *_: None), bar)
+    (line,) = caplog.messages
+    assert line == (
+        "step 1000000/4400000 epoch 1234: mel 123.5 kl 12.35 g 1235 d 0.001234; 12346 s audio/s, 39 d 8 h left"
+    )
+    assert len(f"12:00:00 [rank 0] {line}") < 120

@@ -35,6 +35,7 @@ from rvc_dist.runtime.device import (
 )
 from rvc_dist.runtime.launcher import asks_for, check_deepspeed, fill_deepspeed_settings
 from rvc_dist.runtime.logs import tell_launcher
+from rvc_dist.screen import say_at_once
 from rvc_dist.workspace import OtherRankError, StageError
 
 logger = logging.getLogger(__name__)
@@ -231,6 +232,7 @@ class StopSignal:
         self._received = 0
         self._received_at = 0.0
         self._timeout_s = timeout_s
+        self._level = logging.INFO if accelerator.process_index else logging.WARNING  # the first rank says it for all
         self._me = f"rank {accelerator.process_index} on {socket.gethostname()}"
         self._what = self._remedy = ""
         """What is waited for under a limit, and what to do where it does not come."""
@@ -252,12 +254,20 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: Any) -> None:
-        now = time.monotonic()
+        now, name = time.monotonic(), signal.Signals(number).name
         if self._received and now - self._received_at > self.SAME_S:
+            say_at_once(
+                f"{name} again: ending at once; the same command continues from the last checkpoint", self._level
+            )
             signal.signal(number, self._previous[signal.Signals(number)])
             os.kill(os.getpid(), number)
         elif not self._received:
             self._received, self._received_at = number, now
+            say_at_once(
+                f"{name}: stopping after this step, with a checkpoint from which the same command continues; another "
+                f"{name}, {self.SAME_S:g} s from now or later, ends at once without one",
+                self._level,
+            )
             if self._what:
                 self._set_alarm(self.NEXT_S)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rvc_dist.files import disk_errors
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.logs import EXIT_S, ends_within
-from rvc_dist.screen import AUDIO, ProgressBar, duration
+from rvc_dist.screen import AUDIO, ProgressBar, duration, short
 from rvc_dist.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -155,9 +155,9 @@ def report_steps(
     speed = values["perf/audio_s_per_s"]
     tracker.scalars({**values, **{f"perf/{name}_s": s for name, s in seconds.items()}}, progress.step)
     bar.done = progress.step
-    bar.text = f"mel {values['loss/g_mel']:.4g}, {speed:.1f} {AUDIO}/s"
+    bar.text = f"mel {values['loss/g_mel']:.4g}, {short(speed)} {AUDIO}/s"
     shown = {"mel": "loss/g_mel", "kl": "loss/g_kl", "g": "loss/g_total", "d": "loss/d"}
     losses = " ".join(f"{name} {values[key]:.4g}" for name, key in shown.items())
     left = "" if bar.left_s is None else f", {duration(bar.left_s)} left"
-    logger.info(f"step {progress.step}/{total} epoch {progress.epoch}: {losses}; {speed:.1f} {AUDIO}/s{left}")
+    logger.info(f"step {progress.step}/{total} epoch {progress.epoch}: {losses}; {short(speed)} {AUDIO}/s{left}")
     logger.debug(f"step {progress.step}: seconds: {', '.join(f'{name} {s:.3f}' for name, s in seconds.items())}")

@@ -312,8 +312,8 @@ def test_a_wait_has_a_limit_and_hears_signals(monkeypatch, asked):
     assert time.monotonic() - began_at < 5
 
 
-def test_a_signal_that_is_sent_twice_at_once_is_one_and_later_a_second_one(monkeypatch):
-    heard = []
+def test_a_signal_that_is_sent_twice_at_once_is_one_and_later_a_second_one(monkeypatch, caplog):
+    heard, told = [], "SIGTERM: stopping after this step, with a checkpoint from which the same command continues"
     previous = signal.signal(signal.SIGTERM, lambda *_: heard.append("second"))
     try:
         with alone(timeout_s=30.0) as stop:
@@ -324,6 +324,11 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_and_later_a_second_one(monke
             monkeypatch.setattr(accelerator.StopSignal, "SAME_S", 0.0)
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == ["second"]
+        deadline = time.monotonic() + 10
+        while len(caplog.messages) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert caplog.messages[0].startswith(told), "said once, at once"
+        assert caplog.messages[1].startswith("SIGTERM again: ending at once")
     finally:
         signal.signal(signal.SIGTERM, previous)
 
