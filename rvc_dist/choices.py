@@ -30,13 +30,13 @@ class Package(NamedTuple):
     name: str
     """As pip knows it."""
     module: str
-    extra: str
-    """Of this package, in pyproject.toml, that brings it."""
+    extra: str = ""
+    """Of this package, in pyproject.toml, that brings it; few are in none."""
 
     def missing(self, what: str, error: ImportError | None = None) -> tuple[str, str]:
         """For who asks for `what` without it: what is wrong, and what to do."""
-        why = f" ({error})" if error else ""
-        return f"{what} needs the package {self.name}{why}:", f"pip install {self.name} (the extra {self.extra} has it)"
+        why, extra = f" ({error})" if error else "", f" (the extra {self.extra} has it)" if self.extra else ""
+        return f"{what} needs the package {self.name}{why}:", f"pip install {self.name}{extra}"
 
 
 DEEPSPEED = Package("deepspeed", "deepspeed", "deepspeed")
@@ -44,6 +44,18 @@ NOISEREDUCE = Package("noisereduce", "noisereduce", "denoise")
 PYAV = Package("av", "av", "formats")
 PYLOUDNORM = Package("pyloudnorm", "pyloudnorm", "loudness")
 SHTAB = Package("shtab", "shtab", "completion")
+TRACKERS = {
+    "tensorboard": Package("tensorboard", "tensorboard"),
+    "wandb": Package("wandb", "wandb", "wandb"),
+    "mlflow": Package("mlflow-skinny", "mlflow", "mlflow"),
+    "aim": Package("aim", "aim"),
+    "clearml": Package("clearml", "clearml"),
+    "comet_ml": Package("comet-ml", "comet_ml"),
+    "dvclive": Package("dvclive", "dvclive"),
+    "swanlab": Package("swanlab", "swanlab"),
+    "trackio": Package("trackio", "trackio"),
+}
+"""By the name in `train.trackers`, which is Accelerate's."""
 
 
 class EmbedderSpec(NamedTuple):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from rvc_dist import choices, packaged
-from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, SOUNDS, VOCODERS, HubFile
+from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, SOUNDS, TRACKERS, VOCODERS, HubFile
 from rvc_dist.files import ForeignFileError, read_bounded
 from rvc_dist.schema import (
     MAX_YAML_BYTES,
@@ -121,6 +121,14 @@ Texts = Annotated[
     Rule("no zero bytes and no halves of letters", (str, list, tuple), lambda x: not UNCLEAN.search("".join(x))),
 ]
 """One, or a list of them; what begins with a bracket is a list."""
+Trackers = Annotated[
+    str | tuple[str, ...],
+    Rule(
+        f"some of {', '.join(TRACKERS)}, such as [tensorboard, wandb], or [] for none",
+        (str, list, tuple),
+        lambda x: all(name in TRACKERS for name in ([x] if isinstance(x, str) else x)),
+    ),
+]
 Layers = Annotated[
     tuple[int, ...],
     Rule(
@@ -441,6 +449,9 @@ class TrainConfig:
     """Epochs without improvement that end the run."""
     max_bad_steps: Positive = 3
     """Steps in a row without finite gradients after which the run goes back to its last checkpoint, or stops."""
+    trackers: Trackers = ("tensorboard",)
+    """Where curves are shown: tensorboard, wandb, mlflow (extras of these names), aim, clearml, comet_ml, dvclive,
+    swanlab, trackio, as Accelerate has them; several in brackets: [tensorboard, wandb]."""
     log_every_steps: Positive = 10
     """Steps between log lines; only then does the host wait for the device."""
     num_workers: Count | None = None
@@ -458,6 +469,12 @@ class TrainConfig:
     def autocast_precision(self) -> str:
         """Of the networks: fp32, bf16 or fp16."""
         return "bf16" if self.bf16_adamw else self.precision
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """Each once, in their order."""
+        names = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
+        return tuple(dict.fromkeys(names))
 
     @property
     def optimizer_name(self) -> str:

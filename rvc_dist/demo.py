@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rvc_dist import packaged, pipeline
 from rvc_dist.config import Recipe, load_recipe
+from rvc_dist.report.history import read_history
 from rvc_dist.workspace import DEMO_VOICE_DIR, Shard, Workspace
 
 COMPARED_STEPS = 20
@@ -50,12 +51,9 @@ def with_output_in_run_dir(recipe: Recipe) -> Recipe:
 
 def report(recipe: Recipe, seconds: float) -> None:
     """Print what the run made; every number is read from its files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     work = Workspace(recipe.run_dir, recipe.name)
-    events = EventAccumulator(str(work.tensorboard_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    mel = [e.value for e in events.Scalars(MEL_LOSS)] if MEL_LOSS in events.Tags()["scalars"] else []
+    logged = [line["values"].get(MEL_LOSS) for line in read_history(work.history_file) if line["kind"] == "step"]
+    mel = [value for value in logged if value is not None]
     first, last = mel[:COMPARED_STEPS], mel[-COMPARED_STEPS:]
     compared = (
         f"{statistics.mean(first):.3f} over the first {len(first)} logged steps, "

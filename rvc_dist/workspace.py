@@ -149,6 +149,8 @@ class Workspace:
         self.compile_file = self.root / "compile.json"
         self.requeue_file = self.root / "requeue.json"
         self.tensorboard_dir = self.root / "tensorboard"
+        self.events_dir = self.tensorboard_dir / name
+        """Of this run: TensorBoard calls a run by its folder."""
         self.history_file = self.root / "metrics.jsonl"
         """See `report.history`."""
         self.voice_dir = self.root / "voice"

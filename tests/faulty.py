@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from rvc_dist.__main__ import main
 from rvc_dist.runtime import background, logs, watchdog
-from rvc_dist.train import dataset, losses, metrics, trainer
+from rvc_dist.train import dataset, losses, trainer
 
 SLEEP_S = 8
 FACTORS = {"nan": float("nan"), "overflow": 1e20}
@@ -93,7 +93,7 @@ if kind in ("device", "driver"):
     trainer.make_accelerator = lambda config: make(config, 3600.0)
 if kind == "disk":
     os.fsync, RecordWriter.write = faulty_sync, faulty_record
-    for module in (background, logs, metrics, watchdog):
+    for module in (background, logs, watchdog):
         module.EXIT_S = 2.0
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_a_loss_from_outside_is_trained_and_logged(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, loss=WithLoudness(), max_steps=2, log_every_steps=1)
     make_features(recipe)
     trainer.run(recipe, Shard())
-    events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).tensorboard_dir), {"scalars": 0})
+    events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).events_dir), {"scalars": 0})
     events.Reload()
     curve = {
         name: [e.value for e in events.Scalars(f"loss/g_{name}")]

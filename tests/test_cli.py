@@ -21,6 +21,7 @@ from rvc_dist import __main__ as cli
 from rvc_dist import __version__, demo, stages
 from rvc_dist.arguments import key_types
 from rvc_dist.config import Recipe
+from rvc_dist.report.history import History
 from rvc_dist.stages import STAGES, Stage
 from rvc_dist.workspace import Shard, StageError, Stopped
 
@@ -436,17 +437,15 @@ def test_the_demos_result_follows_the_run_folder() -> None:
 
 
 def test_the_demos_report_reads_what_was_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
     long_name = "a_folder_with_a_name_of_more_than_eighty_letters_[which_rich_would_wrap_or_take_for_markup]"
     recipe = Recipe(name="demo", run_dir=str(tmp_path / long_name))
-    with SummaryWriter(str(tmp_path / long_name / "tensorboard")) as writer:
-        writer.add_scalar("train/lr", 1.0, 1)
+    (tmp_path / long_name).mkdir()
     demo.report(recipe, 12.0)
     assert "not logged" in capsys.readouterr().out
-    with SummaryWriter(str(tmp_path / long_name / "tensorboard")) as writer:
+    with History(tmp_path / long_name / "metrics.jsonl") as history:
+        history.begin(0)
         for step in range(40):
-            writer.add_scalar("loss/g_mel", 3.0 if step < 20 else 2.0, step)
+            history.write("step", step, epoch=0.0, values={"loss/g_mel": 3.0 if step < 20 else 2.0}, seconds={})
     demo.report(recipe, 12.0)
     lines = capsys.readouterr().out.splitlines()
     assert "The demo is done in 12 s." in lines

@@ -280,7 +280,7 @@ def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
     default = flat(dataclasses.asdict(Recipe(name=recipe.name)))
     default["name"] = Recipe.name
     values = flat(recipe.to_dict())
-    return [(key, text_of(default[key]), text_of(value)) for key, value in values.items() if value != default[key]]
+    return [(k, text_of(default.get(k)), text_of(v)) for k, v in values.items() if v != default.get(k)]
 
 
 def text_of(value: object) -> str:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from matplotlib import mlab
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -190,6 +191,21 @@ def mel(hz: float) -> float:
 
 def spectrograms(rows: Sequence[tuple[str, Wave, int]], what: str) -> Markup:
     """Of (title, wave [S], Hz), above one another, with one scale of time, pitch and loudness."""
+    with drawn_spectrograms(rows) as drawn:
+        return svg(drawn, what)
+
+
+def spectrograms_as_pixels(rows: Sequence[tuple[str, Wave, int]]) -> npt.NDArray[np.uint8]:
+    """The same, as [height, width, 3], on white."""
+    with drawn_spectrograms(rows) as drawn:
+        drawn.set_dpi(130)
+        canvas: Any = FigureCanvasAgg(drawn)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+@contextmanager
+def drawn_spectrograms(rows: Sequence[tuple[str, Wave, int]]) -> Iterator[Figure]:
     made = [(title, spectrogram(wave, rate), len(wave) / rate, rate) for title, wave, rate in rows]
     loudest = max(float(image.max()) for _, image, _, _ in made)
     longest, highest = max(seconds for _, _, seconds, _ in made), max(rate for *_, rate in made) / 2
@@ -209,4 +225,4 @@ def spectrograms(rows: Sequence[tuple[str, Wave, int]], what: str) -> Markup:
             axes.set_ylabel("Hz")
             axes.yaxis.set_label_coords(*LABEL_AT)
         panels[-1].set_xlabel("s")
-        return svg(drawn, what)
+        yield drawn

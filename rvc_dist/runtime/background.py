@@ -31,17 +31,18 @@ class Background:
     def call(self, function: Callable[[], object]) -> None:
         self._calls.put(function)
 
-    def flush(self) -> None:
-        """Return when all calls until now have ended, or are given up."""
+    def flush(self, limit_s: float | None = None) -> None:
+        """Return when all calls until now have ended, or are given up after `limit_s`, by default EXIT_S."""
+        limit_s = EXIT_S if limit_s is None else limit_s
         ended = threading.Event()
         self.call(ended.set)
-        if not self.is_lost and not ended.wait(EXIT_S):
+        if not self.is_lost and not ended.wait(limit_s):
             self.is_lost = True
-            logger.warning("%s has not answered for %.0f s: going on without it", self.what, EXIT_S)
+            logger.warning("%s has not answered for %.0f s: going on without it", self.what, limit_s)
 
-    def close(self) -> None:
+    def close(self, limit_s: float | None = None) -> None:
         """The last calls, as `flush`; then the thread ends."""
-        self.flush()
+        self.flush(limit_s)
         self._calls.put(None)
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""Meters that never make the host wait for the device, and the tracker that writes TensorBoard."""
+"""Meters that never make the host wait for the device."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rvc_dist.files import disk_errors
 from rvc_dist.runtime.heartbeat import Heartbeat
-from rvc_dist.runtime.logs import EXIT_S, ends_within
 from rvc_dist.screen import AUDIO, ProgressBar, duration, short
 from rvc_dist.train.progress import Progress
+from rvc_dist.train.trackers import Tracker as Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -93,54 +90,6 @@ class PhaseTimer:
         steps = max(1, self.num_steps)
         self._spans, self.num_steps = [], 0
         return {name: total / steps for name, total in totals.items()}
-
-
-class Tracker:
-    """TensorBoard on the main rank, nothing on the others.
-
-    `purge_step` hides what an earlier run wrote at or after the step that this one continues from.
-    """
-
-    def __init__(self, folder: Path, purge_step: int, enabled: bool) -> None:
-        self._folder = folder
-        self._writer: Any = None
-        if enabled:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            # No call waits for its thread, which waits for the disk.
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step, max_queue=0)
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._call("add_scalar", name, value, step)
-
-    def mel_picture(self, name: str, mels: list[Tensor], step: int) -> None:
-        """Log-mel spectrograms [M, T] above one another, low frequencies at the bottom."""
-        if self._writer:
-            stacked = torch.cat([m.float().cpu().flip(0) for m in mels])
-            low, high = stacked.min(), stacked.max()
-            self._call("add_image", name, ((stacked - low) / (high - low).clamp_min(1e-6)).unsqueeze(0), step)
-
-    def sound(self, name: str, wave: Tensor, rate: int, step: int) -> None:
-        """A wave [S] in -1..1."""
-        if self._writer:
-            self._call("add_audio", name, wave.float().cpu().clamp(-1, 1).unsqueeze(0), step, sample_rate=rate)
-
-    def flush(self) -> None:
-        self._finish("flush")
-
-    def close(self) -> None:
-        self._finish("close")
-
-    def _finish(self, method: str) -> None:
-        """Wait until all is written, within seconds; a disk that does not answer costs the curves, not the run."""
-        if not ends_within(EXIT_S, f"TensorBoard's writer in {self._folder}", partial(self._call, method)):
-            self._writer = None  # every call would wait for that one
-
-    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
-        if self._writer:
-            with disk_errors(self._folder):  # of its thread, which do not say of which file
-                getattr(self._writer, method)(*arguments, **options)
 
 
 def report_steps(

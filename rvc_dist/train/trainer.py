@@ -33,10 +33,11 @@ from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, se
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
 from rvc_dist.train.loader import StepLoader
-from rvc_dist.train.metrics import Meter, PhaseTimer, Tracker, report_steps
+from rvc_dist.train.metrics import Meter, PhaseTimer, report_steps
 from rvc_dist.train.optimizers import learning_rate, report_speed
 from rvc_dist.train.progress import Progress, is_due, is_overtrained, kl_warmup, save_is_due
 from rvc_dist.train.step import GanStep, StepResult
+from rvc_dist.train.trackers import Tracker, check_trackers
 from rvc_dist.train.validation import Validation
 from rvc_dist.train.voice_file import VoiceWriter
 from rvc_dist.workspace import Shard, Stopped, Workspace
@@ -92,6 +93,7 @@ class Trainer:
         self.heartbeat, self.lock = watch.heartbeat, watch.lock
         self.pages = pages or PageMaker(self.work.root, enabled=False)
         self.history = history or History(self.work.history_file)
+        on_first_rank(self.accelerator, partial(check_trackers, recipe))
         if self.is_main:
             setup.report_holdout(recipe, self.table)
             report_speed(self.config, self.device)
@@ -127,7 +129,7 @@ class Trainer:
         encoder = {"speaker encoder": speaker_encoder.PACKAGE if speaker_encoder.weights_file() else "none"}
         check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero_stage(self.accelerator)} | encoder)
         self.ranks = every_rank(self.accelerator)
-        self.tracker = Tracker(self.work.tensorboard_dir, self.progress.step + 1, self.is_main)
+        self.tracker = Tracker(recipe, self.progress.step + 1, self.is_main and not self.is_finished)
         self.validation = Validation(recipe, self.table, self.loader.dataset, self.accelerator, self.tracker)
 
     def _prepare_run_folder(self) -> None:

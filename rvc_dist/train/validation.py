@@ -20,7 +20,6 @@ from rvc_dist.config import Recipe
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
-from rvc_dist.models.spectral import log_mel
 from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate, reference_clip
 from rvc_dist.train.holdout import LISTED, validated
 from rvc_dist.train.metrics import Tracker
@@ -127,19 +126,20 @@ class Validation:
         """The reference, or the first of the clips, as a picture and a sound in TensorBoard."""
         first = (*self.clips, *self.table.train)[0]
         reference = reference_clip(self.recipe, self.table.trained_speakers[0])
-        rate, spec = self.recipe.data.sample_rate, self.recipe.rate_spec
-        waves = self.resynthesise(generator, reference or first)
-        mels = [log_mel(wave[None], rate, spec.n_fft, spec.hop, spec.num_mels)[0] for wave in waves]
-        self.tracker.mel_picture("mel/real_above_generated", mels, step)
-        for name, wave in zip(("real", "generated"), waves, strict=True):
-            self.tracker.sound(f"audio/{name}", wave, rate, step)
+        rate, (real, fake) = self.recipe.data.sample_rate, self.resynthesise(generator, reference or first)
+        rows = [("real", real), (f"what the voice makes of it at step {step}", fake)]
+        self.tracker.spectrograms("held_out", rows, rate, step)
+        self.tracker.sound("audio/real", real, rate, step)
+        self.tracker.sound("audio/generated", fake, rate, step)
 
     def _report(self, verdict: Verdict) -> None:
         """Curves and log lines."""
         step, several = verdict.progress.step, len(verdict.speakers) > 1
-        curves = {f"eval/{name}": value for name, value in verdict.mean._asdict().items()}
+        curves = {f"validation/{name}": value for name, value in verdict.mean._asdict().items()}
         for speaker, quality in verdict.speakers.items() if several else ():
-            curves |= {f"eval_speaker_{speaker}/{name}": value for name, value in quality._asdict().items()}
+            curves |= {f"validation_speaker_{speaker}/{name}": value for name, value in quality._asdict().items()}
+        if (best := verdict.progress.best_metric) is not None:
+            curves |= {"best/mel_distance": best, "best/step": verdict.progress.best_step}
         self.tracker.scalars({name: value for name, value in curves.items() if not math.isnan(value)}, step)
         logger.info(f"validation at step {step}: {verdict.mean.text()}")
         if several:
@@ -149,8 +149,8 @@ class Validation:
             more = f"; {others} others are nearer" if others else ""
             logger.info(f"mel distance by speaker, farthest first: {listed}{more}")
         level = logging.INFO if math.isfinite(verdict.mean.mel_distance) else logging.WARNING
-        best = f"step {step} is the best" if verdict.is_best else f"step {step} is not the best"
-        logger.log(level, f"{best}: {verdict.why} ({verdict.num_clips} clips in {verdict.seconds:.1f} s)")
+        judged = f"step {step} is the best" if verdict.is_best else f"step {step} is not the best"
+        logger.log(level, f"{judged}: {verdict.why} ({verdict.num_clips} clips in {verdict.seconds:.1f} s)")
 
     def _warn_of_time(self, began_at: float) -> None:
         """Once, where a validation took more than its share of the time since the one before."""

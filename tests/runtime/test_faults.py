@@ -123,7 +123,9 @@ def test_a_disk_that_hangs_ends_all_with_its_reason(tmp_path, monkeypatch):
     text, seconds = with_fault(monkeypatch, prepared(tmp_path, save_every_steps=3, timeout_s=6.0), "0:5:disk")
     assert seconds < 20
     run = tmp_path / "run"
-    assert f"TensorBoard's writer in {run / 'tensorboard'} has not ended after 2 s: going on without it" in text
+    assert (
+        f"TensorBoard's writer in {run / 'tensorboard' / 'tiny'} has not answered for 2 s: going on without it" in text
+    )
     reason = f"{run / 'checkpoints'}: the last checkpoint is still being written after 3 s: see whether its disk"
     assert reason in text.partition("Root Cause (first observed failure)")[2]
     assert text.count("Traceback (most recent call last)") == 1, "the launcher's own"

@@ -14,7 +14,6 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import NARROWEST, changed, make_features, thin_networks, tiny_recipe, with_train
 from launching import rvc_dist
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rvc_dist import __main__ as cli
@@ -30,6 +29,7 @@ from rvc_dist.config import (
 )
 from rvc_dist.data import preprocess
 from rvc_dist.models import spectral
+from rvc_dist.report.history import read_history
 from rvc_dist.tools import bench, measuring, plan
 from rvc_dist.tools.forecast import (
     BUCKET_BYTES,
@@ -433,9 +433,7 @@ NUM_STEPS, BOUND, ATTEMPTS = 24, 0.25, 3
 
 def seconds_of_steps(folder: Path) -> float:
     """Median over the steps of a run that logs each, without the first ones."""
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    times = [e.wall_time for e in events.Scalars("loss/d")]
+    times = [line["time"] for line in read_history(folder / "metrics.jsonl") if line["kind"] == "step"]
     assert len(times) == NUM_STEPS
     return statistics.median(np.diff(times)[3:])
 

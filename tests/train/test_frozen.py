@@ -65,7 +65,7 @@ def run_cases(folder: Path, num_ranks: int) -> dict[str, Any]:
 
 def result_of(run: Path, with_tensors: bool) -> dict[str, Any]:
     """Curves of every loss and gradient norm, and the checkpoint; of every tensor where they are asked for."""
-    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
+    events = EventAccumulator(str(run / "tensorboard" / "tiny"), {"scalars": 0})
     events.Reload()
     tags = [t for t in events.Tags()["scalars"] if t.startswith(("loss/", "grad/"))]
     # Nine digits tell every float32.

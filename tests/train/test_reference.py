@@ -24,7 +24,7 @@ def tone(path: Path, hz: float, seconds: float, rate: int = RATE) -> None:
 
 def heard(recipe, name: str) -> float:
     """Seconds of the newest sound in TensorBoard."""
-    events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).tensorboard_dir), {"audio": 0})
+    events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).events_dir), {"audio": 0})
     events.Reload()
     return events.Audio(name)[-1].length_frames / RATE
 

@@ -42,7 +42,7 @@ def kill_at(recipe: Path, num_ranks: int, step: int, launch_file: str | None = N
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Every scalar that does not measure time."""
-    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
+    events = EventAccumulator(str(folder / "tensorboard" / "tiny"), {"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("perf/")]
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}

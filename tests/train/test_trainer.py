@@ -65,7 +65,7 @@ def quality_of(mel_distance: float) -> Quality:
 
 
 def scalars(recipe, name: str) -> dict[int, float]:
-    events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).tensorboard_dir), {"scalars": 0})
+    events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).events_dir), {"scalars": 0})
     events.Reload()
     return {e.step: e.value for e in events.Scalars(name)}
 
@@ -87,16 +87,18 @@ def test_a_run_leaves_checkpoints_scalars_pictures_and_sounds(tmp_path):
     mel = scalars(recipe, "loss/g_mel")
     assert sorted(mel) == [1, 2, 3, 4]
     assert all(v > 0 for v in mel.values())
-    assert sorted(scalars(recipe, "eval/mel_distance")) == [2, 4]
+    assert sorted(scalars(recipe, "validation/mel_distance")) == [2, 4]
     validated = [line for line in read_history(tmp_path / "metrics.jsonl") if line["kind"] == "validation"]
     assert [line["step"] for line in validated] == [2, 4]
-    assert validated[-1]["values"]["mel_distance"] == pytest.approx(scalars(recipe, "eval/mel_distance")[4], rel=1e-6)
+    assert validated[-1]["values"]["mel_distance"] == pytest.approx(
+        scalars(recipe, "validation/mel_distance")[4], rel=1e-6
+    )
     assert [*validated[0]["speakers"]] == ["0"]
     assert [line["is_best"] for line in validated] == [line["step"] <= saved.progress.best_step for line in validated]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "tiny"))
     events.Reload()
     assert "audio/generated" in events.Tags()["audio"]
-    assert "mel/real_above_generated" in events.Tags()["images"]
+    assert "spectrograms/held_out" in events.Tags()["images"]
     for name in ("grad/norm_g", "grad/norm_d", "train/lr", "perf/audio_s_per_s", "perf/g_step_s"):
         assert len(scalars(recipe, name)) == 4
     run, *lines = read_history(tmp_path / "metrics.jsonl")
