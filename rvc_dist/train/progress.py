@@ -55,7 +55,7 @@ class Progress:
         elif distance < best:
             why = f"{now} is {1 - distance / best:.1%} below the {best:.4f} of step {self.best_step}"
         else:
-            more = f"{distance / best - 1:.1%} above" if distance > best else "no less than"
+            more = f"{distance / best - 1:.1%} above" if distance > best > 0 else "no less than"
             return self, f"{now} is {more} the {best:.4f} of step {self.best_step}, which stays the best"
         return replace(self, best_metric=distance, best_step=self.step, best_epoch=self.epoch), why
 

@@ -101,8 +101,7 @@ class Ear:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.rate, self.spec, self.extract = recipe.data.sample_rate, recipe.rate_spec, recipe.extract
         self.device = device
-        bins_hz = torch.arange(self.spec.n_fft // 2 + 1, device=device) * (self.rate / self.spec.n_fft)
-        self._weights = a_weighting(bins_hz)
+        self._weights = a_weighting(torch.arange(self.spec.n_fft // 2 + 1) * (self.rate / self.spec.n_fft)).to(device)
         self._shortest = max(self.spec.n_fft, self.rate // 5)
 
     @cached_property
@@ -197,7 +196,7 @@ def spread_similarity(real: Tensor, fake: Tensor) -> float:
 
 
 def _mean(values: Tensor) -> float:
-    return float(values.double().mean())  # of none: not a number
+    return float(values.cpu().double().mean())  # of none: not a number
 
 
 def mean_quality(qualities: Sequence[Quality]) -> Quality:

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,12 +76,13 @@ def test_without_held_out_clips_there_is_no_verdict(tmp_path, begin):
         (0.5, 0.4, True, "mel distance 0.4000 is 20.0% below the 0.5000 of step 3"),
         (0.4, 0.5, False, "mel distance 0.5000 is 25.0% above the 0.4000 of step 3, which stays the best"),
         (0.5, 0.5, False, "mel distance 0.5000 is no less than the 0.5000 of step 3, which stays the best"),
+        (0.0, 0.5, False, "mel distance 0.5000 is no less than the 0.0000 of step 3, which stays the best"),
         (0.5, math.inf, False, "mel distance inf is never the best"),
         (None, math.nan, False, "mel distance nan is never the best"),
     ],
 )
 def test_what_is_best_says_why(best, now, is_best, why):
-    before = Progress(step=9, epoch=4, best_metric=best, best_step=3 if best else 0, best_epoch=1 if best else 0)
+    before = Progress(step=9, epoch=4, best_metric=best, best_step=3, best_epoch=1)
     after, said = before.judged(now)
     assert said == why
     assert after == (replace(before, best_metric=now, best_step=9, best_epoch=4) if is_best else before)
@@ -103,7 +105,7 @@ def test_a_validation_that_takes_more_than_its_share_of_the_time_says_so_once(tm
     make_features(recipe)
     run = begin(recipe)
     clock = iter([0, 4, 4, 100, 104, 104, 150, 160, 160, 200, 220, 220])  # begins, ends, is looked at
-    monkeypatch.setattr(validation.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(validation, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(run.validation, "measure", lambda _: [GOOD] * len(run.validation.clips))
     for _ in range(4):
         run.validation.judge(run.step.generator, Progress())
