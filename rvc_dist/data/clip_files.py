@@ -128,10 +128,15 @@ def pieces(recipe: Recipe, wave: audio.Wave, has_silences: bool = True) -> Itera
                 yield offset + start, piece
 
 
+def heard_rate(recipe: Recipe) -> int:
+    """In Hz: recordings of a lower one lack something that the voice is to have."""
+    return min(recipe.data.sample_rate, HEARD_RATE)
+
+
 def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str, str]:
     """What is to be said, and done, of those `recordings` (Hz, seconds) that hold less than the voice is to have."""
     wanted = recipe.data.sample_rate
-    low = [(rate, seconds) for rate, seconds in recordings if rate < min(wanted, HEARD_RATE)]
+    low = [(rate, seconds) for rate, seconds in recordings if rate < heard_rate(recipe)]
     if not low:
         return "", ""
     fitting = min((r for r in RATES[recipe.model.version] if r >= min(low)[0]), default=wanted)
@@ -142,7 +147,7 @@ def low_rates(recipe: Recipe, recordings: list[tuple[int, float]]) -> tuple[str,
 
 def upsampled_recordings(recipe: Recipe, files: list[dict[str, Any]]) -> str:
     """What is to be said of those recordings that hold less than their own rate, and the voice's, could."""
-    limit = min(recipe.data.sample_rate, HEARD_RATE)
+    limit = heard_rate(recipe)
     found = [f for f in files if 0 < f.get("effective_rate", 0) < min(f.get("sample_rate", 0), limit)]
     if not found:
         return ""
@@ -159,6 +164,16 @@ def _dull(low: list[tuple[int, float]], all_s: list[float], what: str) -> str:
     return (
         f"{share} {what} {lowest} Hz: they hold nothing above {lowest // 2} Hz, and the voice learns to sound as dull"
     )
+
+
+def cut_report(recipe: Recipe, files: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """RUN/clips/report.json of recordings that the recipe cuts, and what is to be warned of."""
+    used = [f for f in files if f["clips"]]
+    rates = [(f.get("sample_rate", recipe.data.sample_rate), f["seconds_in"]) for f in used]
+    low, remedy = low_rates(recipe, rates)
+    upsampled = upsampled_recordings(recipe, used)
+    report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low, "upsampled": upsampled}
+    return report, [f"{low}; {remedy}"] * bool(low) + [upsampled] * bool(upsampled)
 
 
 def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:

@@ -16,11 +16,9 @@ from rvc_dist.data.clip_files import (
     ClipStage,
     account,
     clip_settings,
-    clips_report,
     complete,
+    cut_report,
     imported_clip_settings,
-    low_rates,
-    upsampled_recordings,
 )
 from rvc_dist.data.cutting import Outcome, cut_file, entry_of, make_gate, measure, unreadable
 from rvc_dist.data.loudness import LoudnessMeter
@@ -250,24 +248,18 @@ class Preprocess(ClipStage):
 
     def report(self, headers: list[ClipsHeader]) -> None:
         files, work = self.recordings(headers), self.work
-        used = [f for f in files if f["clips"]]
-        rates = [(f.get("sample_rate", self.recipe.data.sample_rate), f["seconds_in"]) for f in used]
-        low, remedy = low_rates(self.recipe, rates)
-        upsampled = upsampled_recordings(self.recipe, used)
-        report = clips_report(files, sum(f["seconds_in"] for f in used)) | {"low_rates": low, "upsampled": upsampled}
+        report, warnings = cut_report(self.recipe, files)
         if self.work_list.lufs is not None:
             report["loudness_lufs"] = self.work_list.lufs
-        if not used:
+        if not report["clips"]:
             # The report and the work list too: nothing may look like a finished stage.
             for path in [*unit_files(work.clips_dir), work.clips_report_file, work.work_list_file]:
                 path.unlink(missing_ok=True)
             raise _no_clip(self.recipe, [(f["path"], f["reason"]) for f in files])
         write_json(work.clips_report_file, report)
         made = f"{report['clips']} clips, {report['total_dataset_duration']}"
-        left_out = len(files) - len(used)
+        left_out = report["files_left_out"]
         logger.info("preprocess: %s, of %d files (%d left out); %s", made, len(files), left_out, work.clips_report_file)
-        if low:
-            logger.warning("preprocess: %s; %s", low, remedy)
-        if upsampled:
-            logger.warning("preprocess: %s", upsampled)
+        for warning in warnings:
+            logger.warning("preprocess: %s", warning)
         logger.info("preprocess: %s", account(report["seconds_in"], report["lost"]))

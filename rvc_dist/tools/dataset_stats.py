@@ -1,11 +1,12 @@
 """`rvc-dist dataset`: what a run's clips hold, by speaker: minutes, loudness, silence, pitch, and what was left out.
 
 Reads the clips and, where there are any, the features, unit by unit; imports no torch. Levels are in dB below full
-scale: 20 log10 of the root mean square, or of the peak.
+scale: 20 log10 of the root mean square, or of the peak. Folders of recordings are for raw_dataset.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,9 @@ from rvc_dist.workspace import (
     read_header,
     unit_header,
 )
+
+if TYPE_CHECKING:
+    from rvc_dist.tools import raw_dataset
 
 FRAME_S = 0.02
 """Silence is counted in frames of this length: those below the level at which recordings are cut."""
@@ -157,24 +161,43 @@ class Summary:
         }
 
 
-def run(recipe: Recipe, shard: Shard, runs: list[str] | None = None, as_json: bool = False) -> None:
-    """Print the tables of `runs`, or of the recipe's run, on the first rank.
+def run(recipe: Recipe, shard: Shard, folders: list[str] | None = None, as_json: bool = False) -> int:
+    """Print the tables of run folders and folders of recordings on the first rank: by default of the recipe's.
 
     Raises:
-        StageError: one of them has no clips.
+        StageError: one of them has neither clips nor recordings.
     """
     if not shard.is_first:
-        return
-    summaries = [summarise(Path(r)) for r in runs or [recipe.run_dir]]
+        return 0
+    has_recordings = not is_run(Path(recipe.run_dir)) and Path(recipe.data.audio_dir).is_dir()
+    default = recipe.data.audio_dir if has_recordings else recipe.run_dir
+    summaries, looks = list[Summary](), list["raw_dataset.Look"]()
+    for folder in map(Path, folders or [default]):
+        if is_run(folder) or not folder.is_dir():
+            summaries.append(summarise(folder))
+        else:
+            looks.append(importlib.import_module("rvc_dist.tools.raw_dataset").look(recipe, folder))
     if as_json:
-        text = json.dumps([s.to_plain() for s in summaries], indent=1, allow_nan=False)
-        sys.stdout.write(text + "\n")
-        return
-    out = console(PIPED_WIDTH)
+        plain = [*(summary.to_plain() for summary in summaries), *(look.to_plain() for look in looks)]
+        sys.stdout.write(json.dumps(plain, indent=1, allow_nan=False) + "\n")
+    else:
+        show_all(console(PIPED_WIDTH), summaries, looks)
+    return max((look.code for look in looks), key=(0, 3, 1).index, default=0)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's, and not one of recordings."""
+    work = Workspace(folder, "")
+    return work.work_list_file.exists() or work.config_file.exists()
+
+
+def show_all(out: Console, summaries: list[Summary], looks: list[raw_dataset.Look]) -> None:
     if len(summaries) > 1:
         show_comparison(out, summaries)
     for summary in summaries:
         show(out, summary, with_pitch=len(summaries) == 1)
+    for look in looks:
+        look.show(out)
 
 
 def summarise(root: Path) -> Summary:
@@ -186,7 +209,7 @@ def summarise(root: Path) -> Summary:
     work = Workspace(root, "")
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        raise StageError(f"{root} {what};", "expected a run folder: rvc-dist dataset RUN")
+        raise StageError(f"{root} {what};", "expected a run folder, or a folder of recordings")
     work_list = WorkList.load(work.work_list_file)
     if work_list is None:
         raise StageError(f"{work.clips_dir} has no clips:", "run `rvc-dist preprocess` or `import` first")

@@ -276,7 +276,8 @@ def test_a_run_without_clips_is_an_error(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert (
-        error(tmp_path / "none") == f"{tmp_path / 'none'} does not exist; expected a run folder: rvc-dist dataset RUN"
+        error(tmp_path / "none")
+        == f"{tmp_path / 'none'} does not exist; expected a run folder, or a folder of recordings"
     )
     (tmp_path / "file").write_text("")
     assert "is a file" in error(tmp_path / "file")
