@@ -6,7 +6,9 @@ arguments, folder, environment and output to that process, and ends with the exi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -61,6 +63,8 @@ def serve(address: str) -> None:
         importlib.import_module(stage.module)
     for module in ("faiss", "librosa", "torch.utils.tensorboard", "rvc_dist.features.content"):
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # else each child copies all pages when it first looks for garbage
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children of `answer`
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address + ".new")
@@ -91,7 +95,13 @@ def answer(client: socket.socket) -> None:
         from rvc_dist.__main__ import main
 
         sys.argv = ["rvc-dist", *words]
-        sys.exit(main(words))
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)  # taking the libraries down takes longer than many a command
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     client.sendall(str(code).encode())
     os._exit(0)
