@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rvc_dist.workspace import Shard
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DETAILS = {"--quiet": logging.WARNING, "--verbose": logging.DEBUG}
 """From which level on these options show lines, on every rank."""
@@ -255,6 +257,14 @@ class ProgressBar:
             table.add_column(no_wrap=True, overflow="ellipsis")
         table.add_row(*row)
         return table
+
+
+def counted(items: Collection[T], what: str, unit: str) -> Iterator[T]:
+    """Each of `items`, which are done one after the other."""
+    with ProgressBar(what, len(items), unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
 
 
 def _terminal() -> Console | None:

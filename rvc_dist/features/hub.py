@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import sys
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from rvc_dist.files import NO_SPACE, space
+from rvc_dist.screen import ProgressBar
 from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,8 @@ def hub_file(repository: str, filename: str, revision: str = "", sha256: str = "
                     logger.warning(f"{path}: damaged: {damage}; it is fetched again")
                     path.resolve().unlink()
                 logger.info(f"fetching {filename} of {repository} from {constants.ENDPOINT}")
-                path = Path(download())
+                with ProgressBar(f"fetching {filename}", None, "MB") as bar:
+                    path = Path(download(**_shown_on(bar)))
                 if not (reason := _damage(path, sha256)):
                     logger.info(f"fetched {filename} of {repository}, {path.stat().st_size / 1e6:.1f} MB")
                     return _given(path)
@@ -91,6 +95,23 @@ def checked() -> Iterator[list[Path]]:
         yield files
     finally:
         _LOOKED_AT.reset(token)
+
+
+def _shown_on(bar: ProgressBar) -> dict[str, type]:
+    """What makes huggingface_hub count on `bar`; older versions of it show a bar of their own."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Counter(tqdm):
+        def __init__(self, *arguments: Any, total: float | None = None, initial: float = 0, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"disable": True})  # type: ignore[no-untyped-call]
+            bar.total = total and total / 1e6
+            bar.begin(initial / 1e6)
+
+        def update(self, n: float | None = 1) -> None:
+            bar.advance((n or 0) / 1e6)
+
+    return {"tqdm_class": Counter} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
 
 
 def _given(path: Path) -> Path:

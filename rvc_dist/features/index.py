@@ -33,6 +33,7 @@ from rvc_dist.features.index_file import (
     wanted_fingerprint,
 )
 from rvc_dist.files import beside, remove_half_written, write_json
+from rvc_dist.screen import ProgressBar
 from rvc_dist.workspace import (
     FeaturesHeader,
     Shard,
@@ -289,12 +290,14 @@ class Frames:
         chosen = spread(len(self), MAX_SAMPLE)
         vectors = np.empty((len(chosen), self.width), np.float32)
         first = taken = 0
-        for content in self.clips():
-            if copy is not None:
-                copy.write(content.data)
-            upto = int(np.searchsorted(chosen, first + len(content)))
-            vectors[taken:upto] = content[chosen[taken:upto] - first]
-            first, taken = first + len(content), upto
+        with ProgressBar("index: reading", len(self), "frames") as bar:
+            for content in self.clips():
+                if copy is not None:
+                    copy.write(content.data)
+                upto = int(np.searchsorted(chosen, first + len(content)))
+                vectors[taken:upto] = content[chosen[taken:upto] - first]
+                first, taken = first + len(content), upto
+                bar.done = first
         return Queries(vectors, chosen)
 
 
@@ -336,7 +339,8 @@ def reduce(vectors: Vectors) -> Vectors:
         kmeans.train(vectors)
         return np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
 
-    return _on_gpus("k-means", found)
+    with ProgressBar("index: k-means", None, ""):
+        return _on_gpus("k-means", found)
 
 
 def train(vectors: Vectors, cells: int) -> Any:
@@ -352,7 +356,8 @@ def train(vectors: Vectors, cells: int) -> Any:
         index.clustering_index = None  # it ends with this function
         return index
 
-    return _on_gpus("the training of the cells", trained)
+    with ProgressBar("index: training the cells", None, ""):
+        return _on_gpus("the training of the cells", trained)
 
 
 class VectorFile:
@@ -371,10 +376,12 @@ class VectorFile:
     def rows(self, which: slice | Numbers) -> Vectors:
         return np.array(np.load(self.path, mmap_mode="r")[which])
 
-    def chunks(self) -> Iterator[tuple[int, Vectors]]:
-        """All vectors in order: the position of the first of each chunk, and the chunk."""
-        for first in range(0, len(self), CHUNK):
-            yield first, self.rows(slice(first, first + CHUNK))
+    def chunks(self, what: str) -> Iterator[tuple[int, Vectors]]:
+        """All vectors in order: the position of the first of each chunk, and the chunk. A bar calls it `what`."""
+        with ProgressBar(f"index: {what}", len(self), "vectors") as bar:
+            for first in range(0, len(self), CHUNK):
+                bar.done = first
+                yield first, self.rows(slice(first, first + CHUNK))
 
 
 def write_index(index: Any, vectors: VectorFile, path: Path) -> None:
@@ -387,7 +394,7 @@ def write_index(index: Any, vectors: VectorFile, path: Path) -> None:
 
     def nearest_cells(move: Callable[[Any], Any]) -> npt.NDArray[np.int32]:
         cells, centres = np.empty(len(vectors), np.int32), move(index.quantizer)
-        for first, chunk in vectors.chunks():
+        for first, chunk in vectors.chunks("filling the cells"):
             cells[first : first + len(chunk)] = centres.search(chunk, 1)[1][:, 0]
         return cells
 
@@ -433,7 +440,7 @@ class Recall:
 
         def search(move: Callable[[Any], Any]) -> Any:
             flat, best = move(faiss.IndexFlatL2(vectors.width)), faiss.ResultHeap(len(queries.own), self.num + 1)
-            for first, chunk in vectors.chunks():
+            for first, chunk in vectors.chunks("exact search"):
                 flat.add(chunk)
                 distances, numbers = flat.search(queries.vectors, min(self.num + 1, len(chunk)))
                 best.add_result(distances, first + numbers)

@@ -14,6 +14,7 @@ from rvc_dist.choices import Maker, resolve
 from rvc_dist.config import Recipe
 from rvc_dist.files import ForeignFileError, atomic_write
 from rvc_dist.models.torch_file import load_pth, save_pth
+from rvc_dist.screen import counted
 from rvc_dist.train import checkpoint
 from rvc_dist.train.voice_file import of_speaker, voice_dict, voice_file_of, written_at
 from rvc_dist.voice.trained import Trained
@@ -75,7 +76,7 @@ def write_voices(trained: Trained) -> None:
     """
     recipe, work = trained.recipe, trained.work
     files: dict[int, list[Path]] = {}
-    for path in trained.checkpoints:
+    for path in counted(trained.checkpoints, "export", "checkpoints"):
         progress = checkpoint.progress_of(path)
         file = voice_file_of(work, progress.epoch, progress.step)
         if (whole := made_before(file, path, recipe.export.author)) is not None:

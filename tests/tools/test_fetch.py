@@ -205,11 +205,15 @@ def test_a_disk_without_room_is_one_sentence(hub: FakeHub, tmp_path: Path) -> No
 
 def test_processes_that_want_the_same_file_download_it_once_from_a_mirror(hub: FakeHub, tmp_path: Path) -> None:
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    code = f"from rvc_dist.features.hub import hub_file; print(hub_file({REPOSITORY!r}, 'weights.bin'))"
+    environment.pop("CI", None)
+    code = "from rvc_dist.features.hub import hub_file; from rvc_dist.screen import set_up_logging; "
+    code += "from rvc_dist.workspace import Shard; set_up_logging(Shard()); "
+    code += f"print(hub_file({REPOSITORY!r}, 'weights.bin'))"
     hub.delay.clear()
     terminal, end = os.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     options: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "stderr": end, "text": True}
+    options["env"] |= {"TERM": "xterm"}
     ranks = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
     while not hub.given and all(rank.poll() is None for rank in ranks):
         hub.delay.wait(0.05)
@@ -224,6 +228,7 @@ def test_processes_that_want_the_same_file_download_it_once_from_a_mirror(hub: F
     with contextlib.suppress(BlockingIOError):
         while True:
             shown += os.read(terminal, 1 << 16)
-    assert b"100%" in shown
+    assert b"fetching weights.bin \x1b[" in shown, "a bar, once the hub has said how long the file is"
+    assert b"0%, 0/0 MB" in shown
     os.close(terminal)
     os.close(end)
