@@ -156,14 +156,21 @@ def check_settings(folder: Path, made_with: Mapping[str, Any], settings: Mapping
         )
 
 
-def in_threads(count: int, function: Callable[[T], R], items: Sequence[T], what: str, unit: str) -> list[R]:
-    """What `function` gives of each of `items`, in `count` threads; a bar says how far `what` is, in units."""
+def in_threads(
+    count: int,
+    function: Callable[[T], R],
+    items: Sequence[T],
+    what: str,
+    unit: str,
+    failed: Callable[[R], object] = lambda _: False,
+) -> list[R]:
+    """What `function` gives of each of `items`, in `count` threads; a bar says how far `what` is, and what `failed`."""
     results = []
     with ThreadPoolExecutor(count) as pool, ProgressBar(what, len(items), unit) as bar:
         try:
             for result in pool.map(function, items):
                 results.append(result)
-                bar.advance()
+                bar.advance(num_failed=bool(failed(result)))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -124,7 +124,8 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
     old = WorkList.load(work.work_list_file)
     content = content_by(old, audio_dir)
     measure = partial(_measure, audio_dir, content=content)
-    measured = in_threads(recipe.preprocess.num_workers, measure, sources, "preprocess: content", "recordings")
+    num_threads, what = recipe.preprocess.num_workers, "preprocess: content"
+    measured = in_threads(num_threads, measure, sources, what, "recordings", lambda file: file.reason)
     if all(f.reason for f in measured):  # before anything of an earlier dataset in this run folder is touched
         raise _no_clip(recipe, [(f.path, f.reason) for f in measured])
     check_recordings(work, measured, lambda f: f.content)

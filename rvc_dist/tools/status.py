@@ -44,7 +44,7 @@ from rvc_dist.workspace import (
 )
 
 EXIT_NO_RUN = 1
-MISSING, PART, STALE, DONE, UNKNOWN = "missing", "part", "stale", "done", "unknown"
+MISSING, PART, STALE, DONE, RUNNING, UNKNOWN = "missing", "part", "stale", "done", "running", "unknown"
 WATCH_S = 5.0
 SHOWN_RANKS = 4
 """Of more ranks only the one that is in its phase for the longest is shown; JSON has all."""
@@ -55,7 +55,7 @@ class StageState:
     """How a stage stands."""
 
     state: str
-    """MISSING, PART, STALE, DONE; UNKNOWN where there is no recipe to compare with."""
+    """MISSING, PART, STALE, DONE, RUNNING; UNKNOWN where there is no recipe to compare with."""
     why: str = ""
     done: int | None = None
     """Units; of training steps, of export voice files."""
@@ -111,6 +111,10 @@ def state_of(root: Path, given: list[tuple[str, str]] | None = None) -> dict[str
     state["voices"] = sorted(p.name for p in work.voice_dir.glob("*.pth"))
     state["training"] = training(work, progress, state["running"], notes)
     state["stages"] = {name: vars(stage) for name, stage in stages(work, recipe, path, progress, notes)}
+    now = {name for j in state["running"] for name in (j["stage"], (j["doing"] or {}).get("what", "").split(":")[0])}
+    now |= {"train"} if state["training"] and state["training"]["ranks"] else set()
+    for name in now & state["stages"].keys():
+        state["stages"][name]["state"] = RUNNING
     state["requeue"] = None
     with told(notes):
         state["requeue"] = read_json(work.requeue_file) if work.requeue_file.is_file() else None
@@ -326,7 +330,7 @@ def failures(work: Workspace, began_at: float) -> Iterator[dict[str, Any]]:
 def overall(state: dict[str, Any]) -> str:
     """running, failed, stopped, killed, done or unfinished."""
     if state["running"]:
-        return "running"
+        return RUNNING
     if state["failures"]:
         return "failed"
     if state["requeue"]:

@@ -192,7 +192,7 @@ def test_a_running_stage_tells_how_far_it_is_and_how_it_ended(run: Recipe) -> No
         until(job.path)
         state = state_of(run)
         (found,) = state["running"]
-        assert state["state"] == "running"
+        assert (state["state"], stage(state)["extract"], stage(state)["index"]) == ("running", "running", "done")
         assert (found["stage"], found["rank"], found["ranks"], found["pid"]) == ("extract", 0, 2, os.getpid())
         assert (found["doing"]["done"], found["doing"]["total"], found["alive"]) == (50.0, 200.0, True)
         assert "extract (rank 0 of 2, pid" in (line := next(line for line in status.lines(state) if "running " in line))
