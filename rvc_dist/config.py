@@ -257,8 +257,6 @@ class ExtractConfig:
     embedder_mix: EmbedderMix = field(default_factory=EmbedderMix)
     include_mutes: Count = 2
     """Silent clips a speaker that join the training list."""
-    reference: Text | None = None
-    """Recording whose first 9 s every validation converts, to listen to; null: a held-out clip."""
     batch_clips: Positive = 8
     """Most clips of equal length that the encoder and the pitch tracker take at once."""
     num_threads: Positive = 1
@@ -440,9 +438,12 @@ class TrainConfig:
     """Write a voice file beside every checkpoint but a stop's, and keep them all, so that every one of them can be
     chosen later: 57 MB each at RVC's widths (float16 without the posterior encoder), a 23rd of a checkpoint."""
     eval_every_steps: Positive = 500
-    """Steps between validations on held-out clips."""
+    """Steps between evaluations: validation on held-out clips, and phrases to listen to in RUN/samples."""
+    eval_reference: Text | None = None
+    """Recording of any kind whose first 8 s the voice speaks at every evaluation, beside its own held-out phrases and
+    another speaker's."""
     report: bool = True
-    """Make RUN/report.html at every validation, by a process that takes what training leaves of the CPU."""
+    """Make RUN/report.html at every evaluation, by a process that takes what training leaves of the CPU."""
     overtrain_detect: bool = False
     """Stop when validation has not improved for overtrain_threshold epochs."""
     overtrain_threshold: Positive = 50
@@ -752,6 +753,7 @@ def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:
             for part in reversed(key.split(".")):
                 found = {part: found}
         found = as_types(found, Recipe)
+        _rename(found)
         problems += [where + fault.sentence for fault in faults(found, Recipe) if not fault.is_bound]
         _merge(tree, found)
     if problems:
@@ -759,6 +761,13 @@ def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:
         raise ConfigError("\n".join(problems))
     recipe: Recipe = _build(Recipe, tree)
     return recipe
+
+
+def _rename(tree: dict[str, Any]) -> None:
+    """Give the keys of older recipes, which run folders keep, the names of today."""
+    if isinstance(tree.get("extract"), dict) and "reference" in tree["extract"]:
+        reference = tree["extract"].pop("reference")
+        _merge(tree, {"train": {"eval_reference": reference}} if reference is not None else {})
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rvc_dist.config import FEATURE_RATE, MAX_CLIP_FRAMES, Recipe
-from rvc_dist.data import audio, clip_files, decode
+from rvc_dist.config import FEATURE_RATE, Recipe
+from rvc_dist.data import audio, clip_files
 from rvc_dist.features.energy import energy_arrays
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.feature_files import (
@@ -26,8 +26,6 @@ from rvc_dist.features.feature_files import (
     mute_done,
     pack_unit,
     read_report,
-    reference_done,
-    reference_fingerprint,
     write_mute,
     write_report,
 )
@@ -80,7 +78,6 @@ def run(recipe: Recipe, shard: Shard) -> None:
             work.save_recipe(recipe)
         if shard.is_first or shard.array:
             stage.save_mute()
-            stage.save_reference()
         stage.make(shard)
     del stage, extractor
     torch.cuda.empty_cache()  # what PyTorch keeps of it for itself, faiss would lack on the same GPU
@@ -144,36 +141,6 @@ class Extract(UnitStage[FeaturesHeader]):
         num_samples = int(chunk_len * self.recipe.data.sample_rate)
         write_mute(self.recipe, self.work, self.settings, content, len(f0), num_samples)
 
-    def save_reference(self) -> None:
-        """Write the features of extract.reference, with its samples at the voice's rate.
-
-        Raises:
-            StageError: it cannot be read.
-        """
-        recipe, rate, blocks = self.recipe, self.recipe.data.sample_rate, list[audio.Wave]()
-        if reference_done(recipe, self.work, self.settings):
-            return
-        path, most = Path(recipe.extract.reference or ""), MAX_CLIP_FRAMES * recipe.rate_spec.hop
-        stamp = reference_fingerprint(recipe, self.settings, path)
-        try:
-            with decode.opened(path) as recording:
-                for block in audio.stream(recording, rate):
-                    blocks.append(block)
-                    if sum(map(len, blocks)) >= most:
-                        break
-        except decode.AudioError as error:
-            raise StageError(f"extract.reference: {path}: {error};", "give another recording") from error
-        wave = np.concatenate(blocks)[:most]
-        if len(wave) < rate:
-            raise StageError(f"extract.reference: {path} is shorter than a second;", "give a longer recording")
-        wave = audio.highpass(wave, rate) if recipe.preprocess.process_effects else wave
-        resampled = audio.resample(wave, rate, FEATURE_RATE)
-        ((_, content, f0),) = self.extractor([resampled])
-        arrays = {"00000.wave": wave, "00000.content": content, "00000.f0": f0}
-        arrays |= energy_arrays(recipe, arrays, [resampled])
-        sizes = {"num_samples": len(wave), "num_content": len(content), "num_f0": len(f0)}
-        save_arrays(self.work.reference_file, arrays, {"stamp": stamp} | sizes)
-
     def make_units(self, units: Sequence[Unit]) -> None:
         # The next unit is read and resampled, and the last one written, while this one is computed.
         computed = map(self.compute, one_ahead(self.read, units))
@@ -198,9 +165,8 @@ class Extract(UnitStage[FeaturesHeader]):
         return self.file(read.unit), arrays | energy_arrays(self.recipe, arrays, read.waves), header
 
     def report(self, headers: list[FeaturesHeader]) -> None:
-        of_run = self.recipe, self.work, self.settings
-        if not (mute_done(*of_run) and reference_done(*of_run)):
-            logger.info("extract: this part is done, the silent clip or the reference is left to another")
+        if not mute_done(self.recipe, self.work, self.settings):
+            logger.info("extract: this part is done, the silent clip is left to another")
             return
         frames = write_report(self.work, self.settings, self.clips, headers)
         logger.info("extract: %d content frames; %s", frames, self.work.features_report_file)

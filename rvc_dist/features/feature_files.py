@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rvc_dist.config import F0_HOP, Recipe
-from rvc_dist.data.sources import content_of
 from rvc_dist.features.energy import energy_arrays
 from rvc_dist.files import write_json
 from rvc_dist.unit_stage import check_settings
@@ -49,7 +47,7 @@ def complete(recipe: Recipe) -> bool | None:
     settings, embedder = report["settings"], report["settings"].get("embedder", {})
     known = settings in (feature_settings(recipe) | {"embedder": embedder}, imported_feature_settings(recipe, embedder))
     done = known and report["clips"] == fingerprint(list(clip_fingerprints(work).values()))
-    return (done and mute_done(recipe, work, settings) and reference_done(recipe, work, settings)) or None
+    return (done and mute_done(recipe, work, settings)) or None
 
 
 def check_made(recipe: Recipe, work: Workspace) -> None:
@@ -62,8 +60,6 @@ def check_made(recipe: Recipe, work: Workspace) -> None:
         remedy = "run `rvc-dist extract` again"
         made_with = SINCE | report["settings"]
         check_settings(work.features_dir, made_with, SINCE | feature_settings(recipe), remedy)
-        if not reference_done(recipe, work, report["settings"]):
-            raise StageError(f"{work.reference_file} is not of extract.reference {recipe.extract.reference}:", remedy)
 
 
 def read_report(work: Workspace) -> FeaturesReport | None:
@@ -76,7 +72,7 @@ def read_report(work: Workspace) -> FeaturesReport | None:
 def feature_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that the bytes of a feature depend on, under their recipe keys; those of SINCE where they differ."""
     values = asdict(recipe.extract)
-    del values["include_mutes"], values["reference"]
+    del values["include_mutes"]
     mix = values.pop("embedder_mix")
     values |= {"embedder_mix.layers": list(mix["layers"]), "embedder_mix.ratio": mix["ratio"]}
     of_model = {"model.version": recipe.model.version, "model.energy": recipe.model.energy}
@@ -156,25 +152,6 @@ def mute_fingerprint(recipe: Recipe, settings: dict[str, Any]) -> str:
 
 def mute_done(recipe: Recipe, work: Workspace, settings: dict[str, Any]) -> bool:
     return not recipe.extract.include_mutes or is_done(work.mute_file, mute_fingerprint(recipe, settings))
-
-
-def reference_fingerprint(recipe: Recipe, settings: dict[str, Any], path: Path) -> str:
-    """Of the features of the recording in `path`; StageError when it is not there."""
-    try:
-        content = content_of(path)
-    except OSError as error:
-        raise StageError(
-            f"extract.reference: {path} cannot be read ({error.strerror});", "expected a recording"
-        ) from error
-    return fingerprint(settings, content, recipe.data.sample_rate, recipe.preprocess.process_effects)
-
-
-def reference_done(recipe: Recipe, work: Workspace, settings: dict[str, Any]) -> bool:
-    """Also when the recording is gone by now."""
-    path = Path(recipe.extract.reference or "")
-    if recipe.extract.reference is None or (not path.exists() and work.reference_file.is_file()):
-        return True
-    return is_done(work.reference_file, reference_fingerprint(recipe, settings, path))
 
 
 def write_report(

@@ -31,8 +31,8 @@ MIN_STEPS_PER_EPOCH = 4
 """Full steps an epoch below which a run is warned of its global batch, and more ranks are said not to pay."""
 MUTE_SOURCE = ""
 """The source of the silent clips, which belong to no recording."""
-MUTE, REFERENCE = -1, -2
-"""In place of a unit: the silent clip, and the recording that validations convert."""
+MUTE = -1
+"""In place of a unit: the silent clip."""
 CACHE_SHARE = 0.5
 """Of the device's free memory, what a cached dataset may take: the rest is for the step."""
 
@@ -258,17 +258,6 @@ def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:
     return [ClipRef(MUTE, "00000", speaker, MUTE_SOURCE, frames)] * recipe.extract.include_mutes
 
 
-def reference_clip(recipe: Recipe, speaker: int) -> ClipRef | None:
-    """What `extract.reference` asks for, to be spoken by `speaker`."""
-    work = Workspace(recipe.run_dir, recipe.name)
-    if recipe.extract.reference is None or not work.reference_file.is_file():
-        return None
-    header = unit_header(work.reference_file, MuteHeader, "extract")
-    sizes = header["num_samples"], header["num_content"], header["num_f0"]
-    frames = covered_frames(recipe.data.sample_rate, recipe.rate_spec.hop, *sizes)
-    return ClipRef(REFERENCE, "00000", speaker, recipe.extract.reference, frames)
-
-
 class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
     """Global batches of clips of like length, and this rank's part of each: a pure function of its arguments.
 
@@ -407,11 +396,8 @@ class ClipDataset(Dataset[list[Batch]]):
 
     def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor, Tensor | None]:
         """The whole wave [S], or what reads a part of it; content [T50, C]; f0 and energy [T100]."""
-        special = {MUTE: self.work.mute_file, REFERENCE: self.work.reference_file}
-        features = _open(special.get(clip.unit) or self.work.features_file(clip.unit))
-        if clip.unit == REFERENCE:
-            wave = features.get_slice(f"{clip.key}.wave")
-        elif clip.unit == MUTE:
+        features = _open(self.work.mute_file if clip.unit == MUTE else self.work.features_file(clip.unit))
+        if clip.unit == MUTE:
             wave = torch.zeros(clip.num_frames * self.spec.hop)
         else:
             wave = _open(self.work.clips_file(clip.unit)).get_slice(clip.key)

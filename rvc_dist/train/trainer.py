@@ -32,6 +32,7 @@ from rvc_dist.screen import ProgressBar
 from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, setup, speaker_encoder
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
+from rvc_dist.train.listening import Listening
 from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.metrics import Meter, PhaseTimer, report_steps
 from rvc_dist.train.optimizers import learning_rate, report_speed
@@ -131,9 +132,16 @@ class Trainer:
         self.ranks = every_rank(self.accelerator)
         self.tracker = Tracker(recipe, self.progress.step + 1, self.is_main and not self.is_finished)
         self.validation = Validation(recipe, self.table, self.loader.dataset, self.accelerator, self.tracker)
+        self.listening = Listening(recipe, self.table, self.origin.speakers, self.tracker)
+        self.heartbeat.enter("preparing what is to be listened to")
+        on_first_rank(self.accelerator, self._prepare_listening)
 
     def _prepare_run_folder(self) -> None:
         setup.prepare_run_folder(self.recipe, self.work, self.origin, self.networks)
+
+    def _prepare_listening(self) -> None:
+        if not self.is_finished:
+            self.listening.prepare(self.step.shape, lambda: self.voices.facts.f0_medians)
 
     def train(self) -> None:
         """To the end of the budget.
@@ -267,6 +275,8 @@ class Trainer:
                 "validation", step, epoch=self.progress.epochs_done(len(self.table.train)), **verdict.line()
             )
         if self.is_main:
+            with self.heartbeat.within("samples"):
+                self.listening.play(generator, step)
             self.pages.begin()
         return verdict is not None and verdict.is_best
 

@@ -20,28 +20,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rvc_dist.choices import EMBEDDERS
 from rvc_dist.config import F0_PER_S, FEATURE_RATE, ConfigError, ExtractConfig, InferConfig, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.data.sources import content_of
 from rvc_dist.features.content import WITHOUT_FILES
-from rvc_dist.features.energy import frame_energy
 from rvc_dist.features.extractor import Extractor
-from rvc_dist.features.f0 import autotune, drawn_on
 from rvc_dist.features.index_file import Retriever, index_in
 from rvc_dist.files import atomic_write
-from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.runtime.device import compute_exactly
 from rvc_dist.screen import AUDIO, ProgressBar
-from rvc_dist.train.dataset import covered_frames, feature_frames
+from rvc_dist.train.conversion import Feeder, converted, for_conversion, semitones_to
 from rvc_dist.voice.file import CONVERTED_AS, Voice
 from rvc_dist.voice.loudness import Loudness, matched
-from rvc_dist.voice.pitch import GivenPitch, median_f0
+from rvc_dist.voice.pitch import GivenPitch
 from rvc_dist.voice.recordings import Job, list_jobs, share_of
 from rvc_dist.voice.sound_file import check_output, stamp_of, write
-from rvc_dist.voice.windows import CONTEXT, convert
+from rvc_dist.voice.windows import convert
 from rvc_dist.workspace import Shard, StageError, Workspace, fingerprint, listed, wait_for
 
 logger = logging.getLogger(__name__)
@@ -110,17 +106,12 @@ class Converter:
                 "infer.auto_pitch: the voice file does not say its median pitch (f0_median);",
                 "give infer.pitch in semitones instead, or export the voice again",
             )
-        found = median_f0(recording, self.extractor.f0_method, self._filtered)
+        semitones, found = semitones_to(wanted, recording, self.extractor.f0_method, self.recipe)
         if found is None:
             logger.warning("infer.auto_pitch: nothing is voiced, so nothing is transposed")
             return self
-        semitones = round(12.0 * math.log2(wanted / found))
-        logger.info("infer: median pitch %.1f Hz, the voice's %.1f Hz: %+d semitones", found, wanted, semitones)
-        return replace(self, semitones=float(semitones))
-
-    def _filtered(self, wave: audio.Wave, rate: int) -> audio.Wave:
-        """As the clips were in training: without it a young voice hums a constant that no mel loss hears."""
-        return audio.highpass(wave, rate) if self.recipe.preprocess.process_effects else wave
+        logger.info("infer: median pitch %.1f Hz, the voice's %.1f Hz: %+.0f semitones", found, wanted, semitones)
+        return replace(self, semitones=semitones)
 
     @torch.inference_mode()
     def __call__(self, wave: audio.Wave, at: int = 0) -> audio.Wave:
@@ -131,59 +122,19 @@ class Converter:
         Raises:
             StageError: the network gives something else than finite numbers.
         """
-        config, shape = self.recipe.infer, self.voice.generator.shape
-        torch.manual_seed(config.seed + at)
-        wave = self._filtered(wave, FEATURE_RATE)  # the context swallows the filter's onset
-        ((_, content, f0),) = self.extractor([wave])
-        f0 = self._pitch(f0, at)
-        if self.retriever is not None:
-            mixed = self.retriever(content, config.index_rate)
-            kept = self._kept_share(f0, len(content))
-            content = mixed * kept[:, None] + content * (1.0 - kept[:, None])
-        if (self.voice.unvoiced or self.recipe.extract.unvoiced) == "interpolated":
-            f0 = drawn_on(f0)
-        wanted = len(wave) * shape.sample_rate // FEATURE_RATE
-        frames = covered_frames(shape.sample_rate, shape.hop, wanted, len(content), len(f0))
-        content_t = torch.from_numpy(content)[feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S // 2)]
-        of_f0 = feature_frames(frames, shape.sample_rate, shape.hop, F0_PER_S)
-        energy_t = torch.from_numpy(frame_energy(wave, len(f0)))[of_f0] if shape.energy else None
-        made = self._generate(content_t, torch.from_numpy(f0)[of_f0], energy_t).cpu().numpy()
+        torch.manual_seed(self.recipe.infer.seed + at)
+        made = converted(self.voice.generator, self.feeder(wave, at), self.speaker, self.recipe)
         if not np.isfinite(made).all():
             raise StageError(
                 "infer.model: the voice gives samples that are not finite numbers; its weights are damaged"
             )
-        made = self._filtered(made[:wanted], shape.sample_rate)
-        return np.pad(made, (0, wanted - len(made)))
+        return made
 
-    def _pitch(self, f0: Any, at: int) -> Any:
-        """The pitch of the result of a tracked one: [T100] in Hz, 0 where unvoiced."""
-        config, tuned = self.recipe.infer, self.recipe.extract
-        f0 = f0 * 2.0 ** ((config.pitch + self.semitones) / 12.0)
-        as_trained = tuned.f0_autotune_strength if tuned.f0_autotune else 0.0
-        strength = as_trained if config.autotune is None else config.autotune
-        if strength > 0.0:
-            f0 = np.where(f0 > 0, autotune(torch.from_numpy(f0), strength).numpy(), f0)
-        return self.given_pitch(f0, at - CONTEXT) if self.given_pitch else f0
-
-    def _kept_share(self, f0: Any, num_content: int) -> Any:
-        """How much of the retrieval each content frame [T50] keeps: unvoiced consonants are easily smeared by it.
-
-        A voice without pitch guidance does not know what is voiced, and keeps all of it.
-        """
-        protect = self.recipe.infer.protect if self.voice.generator.shape.pitch_guidance else 0.5
-        voiced = f0[np.minimum(np.arange(num_content) * 2, len(f0) - 1)] > 0
-        return np.where(voiced | (protect >= 0.5), 1.0, protect).astype(np.float32)
-
-    def _generate(self, content: Tensor, f0: Tensor, energy: Tensor | None) -> Tensor:
-        """content [T, C], f0 [T], energy [T] -> wave [S]."""
-        guided = self.voice.generator.shape.pitch_guidance
-        content, f0 = content.unsqueeze(0).to(self.device), f0.unsqueeze(0).to(self.device)
-        lengths = torch.tensor([content.shape[1]], device=self.device)
-        speaker = torch.tensor([self.speaker], device=self.device)
-        coarse = coarse_pitch(f0) if guided else None
-        energy = None if energy is None else energy.unsqueeze(0).to(self.device)
-        wave = self.voice.generator.infer(content, lengths, coarse, f0 if guided else None, speaker, energy)
-        return wave[0, 0].float()
+    @property
+    def feeder(self) -> Feeder:
+        draws_on = (self.voice.unvoiced or self.recipe.extract.unvoiced) == "interpolated"
+        of_voice = self.voice.generator.shape, self.extractor, self.retriever, self.recipe, draws_on
+        return Feeder(*of_voice, self.semitones, self.given_pitch)
 
 
 def as_trained(recipe: Recipe, voice: Voice) -> Recipe:
@@ -232,14 +183,7 @@ def _extractor(recipe: Recipe, voice: Voice) -> Extractor:
     encoder = given or wanted.name
     used = replace(
         recipe,
-        extract=replace(
-            recipe.extract,
-            embedder_model=encoder,
-            embedder_mix=wanted.mix,
-            precision="fp32",
-            f0_autotune=False,
-            unvoiced="zero",
-        ),
+        extract=replace(for_conversion(recipe.extract), embedder_model=encoder, embedder_mix=wanted.mix),
         model=replace(recipe.model, version=voice.version),
     )
     try:

@@ -1,4 +1,4 @@
-"""Which pitch a result gets: what somebody wrote down, or where the recording's lies beside the voice's.
+"""Which pitch a result gets that somebody wrote down.
 
 Shapes: S samples, T frames at 100 a second.
 """
@@ -6,26 +6,18 @@ Shapes: S samples, T frames at 100 a second.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE
-from rvc_dist.data import audio, decode
-from rvc_dist.features.f0 import F0Method
+from rvc_dist.config import F0_PER_S
 from rvc_dist.files import ForeignFileError, read_bounded
+from rvc_dist.train.conversion import F0
 from rvc_dist.workspace import StageError
 
 MAX_BYTES = 1 << 26
 """100 lines a second of 6 hours."""
 MAX_HZ = 1e4
-MEDIAN_PIECES, MEDIAN_PIECE_S = 12, 10.0
-"""The median pitch of a long recording is that of so many pieces, spread evenly over it, each so long."""
-F0 = npt.NDArray[np.float32]
-"""[T] in Hz, 0 where unvoiced."""
 
 
 class GivenPitch:
@@ -77,22 +69,3 @@ def _point(path: Path, number: int, line: str) -> tuple[float, float]:
             f"expected seconds,hz with at most {MAX_HZ:g} Hz (0: unvoiced), such as 1.25,220",
         )
     return seconds, hz
-
-
-def median_f0(
-    recording: decode.Recording, f0_method: F0Method, filtered: Callable[[audio.Wave, int], audio.Wave]
-) -> float | None:
-    """The median pitch of a recording in Hz, of waves [S] at 16 kHz that are `filtered`; None where none is voiced.
-
-    Raises:
-        AudioError: it cannot be read.
-    """
-    num = min(MEDIAN_PIECES, math.ceil(recording.duration_s / MEDIAN_PIECE_S))
-    voiced = []
-    for start_s in np.linspace(0.0, max(0.0, recording.duration_s - MEDIAN_PIECE_S), num):
-        blocks = recording.blocks(float(start_s), round(MEDIAN_PIECE_S * recording.rate))
-        wave = np.concatenate([np.zeros(F0_HOP, np.float32), *map(decode.mono, blocks)])
-        wave = filtered(audio.resample(wave, recording.rate, FEATURE_RATE), FEATURE_RATE)
-        voiced.append(f0_method(torch.from_numpy(wave)[None])[0].cpu().numpy())
-    f0 = np.concatenate(voiced)
-    return float(np.median(f0[f0 > 0])) if (f0 > 0).any() else None

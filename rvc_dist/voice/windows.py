@@ -13,11 +13,10 @@ import numpy as np
 
 from rvc_dist.config import F0_HOP, F0_PER_S, FEATURE_RATE
 from rvc_dist.data.decode import Samples, Wave
+from rvc_dist.train.conversion import CONTEXT
 
 WindowConverter: TypeAlias = Callable[[Wave, int], Wave]
 """A window [S] at 16 kHz, and the frame at which it begins behind its context -> its samples at the voice's rate."""
-CONTEXT = F0_PER_S
-"""Frames of context on either side of a window: more than the encoders' and the decoder's reach at the joins."""
 FADE = 4
 """Frames over which neighbouring windows are cross-faded."""
 SEARCH_SHARE = 0.25

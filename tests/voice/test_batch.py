@@ -23,6 +23,7 @@ from rvc_dist.data import decode
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.torch_file import save_pth
 from rvc_dist.screen import AUDIO, ProgressBar
+from rvc_dist.train import conversion
 from rvc_dist.voice import infer, pitch, recordings, sound_file, windows
 from rvc_dist.voice.loudness import Loudness, matched
 from rvc_dist.workspace import Shard, StageError
@@ -421,7 +422,7 @@ def test_the_median_is_of_pieces_of_a_long_recording(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "long.wav", np.tile(tone(1.0, 8000), 300), 8000)
     with decode.opened(tmp_path / "long.wav") as recording:
         method = Pitch(Recipe().extract, torch.device("cpu"))
-        assert pitch.median_f0(recording, method, lambda wave, rate: wave) == 220.0
+        assert conversion.median_f0(recording, method, lambda wave: wave) == 220.0
     assert len(heard) == 12
     assert max(heard) <= 10 * FEATURE_RATE + 2 * F0_HOP
 
