@@ -47,7 +47,6 @@ from rvc_dist.train.conversion import (
     with_context,
 )
 from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable
-from rvc_dist.train.metrics import Tracker
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
     IndexReport,
@@ -118,13 +117,12 @@ class Source:
 class Listening:
     """Speaks phrases with the weights of the moment; on the main rank alone."""
 
-    def __init__(self, recipe: Recipe, table: ClipTable, speakers: Speakers, tracker: Tracker) -> None:
-        self.recipe, self.table, self.speakers, self.tracker = recipe, table, speakers, tracker
+    def __init__(self, recipe: Recipe, table: ClipTable, speakers: Speakers) -> None:
+        self.recipe, self.table, self.speakers = recipe, table, speakers
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.folder, self.kept_file = self.work.samples_dir, self.work.samples_dir / "features.safetensors"
         self.originals = self.folder / "originals"
         self.phrases: list[Phrase] = []
-        self._shown: set[str] = set()
 
     def prepare(self, shape: GeneratorShape, f0_medians: Callable[[], dict[int | None, float]]) -> None:
         """Find the phrases, and make what they need: with a network of `shape`, for voices of these median pitches.
@@ -270,7 +268,7 @@ class Listening:
     # At an evaluation
 
     def play(self, generator: Generator, step: int) -> Path | None:
-        """Speak all phrases, into a folder of this step and into TensorBoard; None where there is none, or no room."""
+        """Speak all phrases, into a folder of this step; None where there is none, or no room."""
         if not self.phrases:
             return None
         folder = self.folder / f"step_{step:08d}"
@@ -296,7 +294,6 @@ class Listening:
             wave = np.zeros_like(wave)
         wave = levelled(wave, rate)
         write_flac(folder / f"{phrase.name}.flac", wave, rate)
-        self.tracker.sound(f"samples/{phrase.name}", torch.from_numpy(wave), rate, step)
         return {
             "file": f"{phrase.name}.flac",
             "kind": phrase.kind,

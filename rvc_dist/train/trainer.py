@@ -132,7 +132,7 @@ class Trainer:
         self.ranks = every_rank(self.accelerator)
         self.tracker = Tracker(recipe, self.progress.step + 1, self.is_main and not self.is_finished)
         self.validation = Validation(recipe, self.table, self.loader.dataset, self.accelerator, self.tracker)
-        self.listening = Listening(recipe, self.table, self.origin.speakers, self.tracker)
+        self.listening = Listening(recipe, self.table, self.origin.speakers)
         self.heartbeat.enter("preparing what is to be listened to")
         on_first_rank(self.accelerator, self._prepare_listening)
 
@@ -276,7 +276,10 @@ class Trainer:
             )
         if self.is_main:
             with self.heartbeat.within("samples"):
-                self.listening.play(generator, step)
+                folder = self.listening.play(generator, step)
+            if folder is not None:
+                self.tracker.samples(folder, step)
+                self.history.write("samples", step, folder=folder.relative_to(self.work.root).as_posix())
             self.pages.begin()
         return verdict is not None and verdict.is_best
 

@@ -1,4 +1,4 @@
-"""What a voice makes of held-out clips: distances for each speaker, a picture and a sound.
+"""What a voice makes of held-out clips: distances for each speaker, and a picture.
 
 S samples, M mel bands, T frames.
 """

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import itertools
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator

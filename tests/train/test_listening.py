@@ -101,7 +101,7 @@ def test_what_is_heard_is_what_infer_makes_of_the_exported_voice(tmp_path, monke
         assert len(made) == len(wave)
         gain = wave @ made / (made @ made)
         assert np.linalg.norm(wave - gain * made) < 0.003 * np.linalg.norm(wave)
-    events = EventAccumulator(str(workspace_of(recipe).tensorboard_dir), {"audio": 0})
+    events = EventAccumulator(str(workspace_of(recipe).events_dir), {"audio": 0})
     events.Reload()
     assert {f"samples/{name}" for name in found} <= {*events.Tags()["audio"]}
 
