@@ -253,7 +253,7 @@ def tiny_recipe(run_dir: Path, **train: Any) -> Recipe:
         name="tiny",
         run_dir=str(run_dir),
         data=DataConfig(sample_rate=24000, holdout=0.25),
-        extract=ExtractConfig(embedder_model="mfcc", f0_method="pyin", include_mutes=1),
+        extract=ExtractConfig(embedder_model="mfcc", f0_method="yin", include_mutes=1),
         model=NARROWEST,
         train=TrainConfig(**(defaults | train)),
     )

@@ -39,7 +39,7 @@ class Spectral(Embedder):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr("rvc_dist.features.extractor.load_embedder", lambda _config, _version, device: Spectral(device))
-    monkeypatch.setitem(F0_METHODS, "pyin", F0Spec(SteadyPitch))
+    monkeypatch.setitem(F0_METHODS, "yin", F0Spec(SteadyPitch))
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -481,7 +481,7 @@ def test_a_voice_without_pitch_needs_no_tracker(
     assert len(convert_file(recipe)) == RATE
     # What is voiced is not known, so protection does not apply: all frames are retrieved ones.
     converter = infer.Converter.load(recipe)
-    assert (converter._kept_share(np.zeros(20), 10) == 1).all()
+    assert (converter.feeder._kept_share(np.zeros(20), 10) == 1).all()
 
 
 def test_a_recording_beyond_the_range_of_pitch_is_told(
