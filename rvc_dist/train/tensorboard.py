@@ -77,11 +77,6 @@ class TensorBoard:
         now, kept = time.time(), dict(values)
         self._call(lambda: [self._writer.add_scalar(name, value, step, now) for name, value in kept.items()])
 
-    def sound(self, name: str, wave: Tensor, rate: int, step: int) -> None:
-        """A wave [S] in -1..1."""
-        kept = wave.detach().float().cpu().clamp(-1, 1).unsqueeze(0)
-        self._call(lambda: self._writer.add_audio(name, kept, step, sample_rate=rate))
-
     def spectrograms(self, name: str, rows: Sequence[tuple[str, Tensor]], rate: int, step: int) -> None:
         """Of titled waves [S], above one another."""
         kept = [(title, wave.detach().float().cpu().numpy(), rate) for title, wave in rows]

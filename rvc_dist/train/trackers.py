@@ -62,11 +62,6 @@ class Tracker:
         if self._host is not None:
             self._host.log(values, step)
 
-    def sound(self, name: str, wave: Tensor, rate: int, step: int) -> None:
-        """A wave [S] in -1..1, in TensorBoard."""
-        if self._board is not None:
-            self._board.sound(name, wave, rate, step)
-
     def spectrograms(self, name: str, rows: Sequence[tuple[str, Tensor]], rate: int, step: int) -> None:
         """Of titled waves [S] above one another, in TensorBoard."""
         if self._board is not None:
