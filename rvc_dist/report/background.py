@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MOST_S = 300.0
 """A page that takes longer is given up: it takes seconds, or some more of a busy CPU."""
+PATIENT_S = 60.0
+"""How long a run that is done waits for its last page; one that is stopped or fails has less time."""
 NICENESS = 19
 
 
@@ -52,12 +54,12 @@ class PageMaker:
     def __enter__(self) -> PageMaker:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._process is not None:
-            self.finish()
+            self.finish(PATIENT_S if kind is None else EXIT_S)
 
-    def finish(self) -> None:
-        """Make the page of what is there now, and wait for it some seconds."""
+    def finish(self, most_s: float = PATIENT_S) -> None:
+        """Make the page of what is there now, and wait for it."""
         if not self.enabled:
             return
         if self._process is not None and self._process.poll() is None:
@@ -67,8 +69,8 @@ class PageMaker:
         self._start(0)
         with contextlib.suppress(subprocess.TimeoutExpired):
             if self._process is not None:
-                self._process.wait(EXIT_S)
-        self._look_after(EXIT_S)
+                self._process.wait(most_s)
+        self._look_after(most_s)
 
     def _start(self, niceness: int) -> None:
         command = [sys.executable, "-m", __spec__.name, str(self.root), str(os.getpid()), str(niceness)]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from rvc_dist.config import Recipe
 from rvc_dist.data.clip_files import account, low_rates, upsampled_recordings
 from rvc_dist.files import ForeignFileError
+from rvc_dist.report import PAGE
 from rvc_dist.report.history import read_history
 from rvc_dist.schema import Count, Seconds, record
 from rvc_dist.workspace import (
@@ -374,4 +375,5 @@ def warnings(facts: Facts) -> list[tuple[str, int]]:
         head = line["text"].partition("\n")[0]
         if head and head not in texts:
             texts[head] += 1
-    return list(texts.items())[-MAX_WARNINGS:]
+    others = [(text, count) for text, count in texts.items() if f"{PAGE}: " not in text]  # this one is made
+    return others[-MAX_WARNINGS:]

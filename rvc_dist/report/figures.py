@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib import mlab
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 Numbers = npt.NDArray[np.float64]
 Wave = npt.NDArray[np.float32]
@@ -66,6 +66,9 @@ FLOOR_DB = 80.0
 """Below the loudest of a figure's spectrograms nothing is shown."""
 NUM_BANDS, NUM_FRAMES, NUM_COLOURS = 128, 420, 48
 TICKS_HZ = (0, 500, 1000, 2000, 4000, 8000, 16000)
+
+
+Scale = Literal["fitted", "from zero", "logarithmic"]
 
 
 class Curve(NamedTuple):
@@ -120,7 +123,7 @@ def svg(drawn: Figure, what: str) -> Markup:
 
 
 def curves(
-    found: Sequence[Curve], unit: str, what: str, is_log: bool = False, marks: Mapping[str, float] | None = None
+    found: Sequence[Curve], unit: str, what: str, scale: Scale = "fitted", marks: Mapping[str, float] | None = None
 ) -> Markup:
     """Curves over steps, and `marks`, steps with a name."""
     with figure() as drawn:
@@ -136,10 +139,13 @@ def curves(
             where: Any = ("data", "axes fraction")
             beside: Any = {"xytext": (-2, 0), "textcoords": "offset points", "ha": "right", "va": "top"}
             axes.annotate(name, (step, 0.98), xycoords=where, rotation=90, fontsize=8, **beside)
-        if is_log:
+        if scale == "from zero":
+            axes.set_ylim(bottom=0)
+        elif scale == "logarithmic" and all(value > 0 for curve in found for value in curve.values):
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
         axes.yaxis.set_label_coords(*LABEL_AT)

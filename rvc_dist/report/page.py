@@ -32,7 +32,7 @@ from rvc_dist.report.facts import (
     text_of,
     warnings,
 )
-from rvc_dist.report.figures import Curve
+from rvc_dist.report.figures import Curve, Scale
 from rvc_dist.report.sounds import Phrase, Samples, embed, read_samples
 from rvc_dist.workspace import Shard
 
@@ -63,15 +63,16 @@ MEASURES = {
     "loudness_db": Measure("Loudness error", "dB", "how far frames are from the recording's loudness", "{:.2f}"),
     "similarity": Measure("Speaker similarity", "1 is the same", "how alike the voices are; the higher the better"),
 }
-CURVES: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
-    ("Mel loss", "loss", ("loss/g_mel",), False),
-    ("Generator against discriminator", "loss", ("loss/g_adv", "loss/d"), False),
-    ("Feature matching and KL", "loss", ("loss/g_fm", "loss/g_kl"), False),
-    ("Learning rate", "", ("train/lr", "train/lr_d"), False),
-    ("Gradient norms", "norm", ("grad/norm_g", "grad/norm_d"), True),
-    ("Throughput", "s of audio a second", ("perf/audio_s_per_s",), False),
+CURVES: tuple[tuple[str, str, tuple[str, ...], Scale], ...] = (
+    ("Mel loss", "loss", ("loss/g_mel",), "fitted"),
+    ("Generator, weighted sum", "loss", ("loss/g_total",), "fitted"),
+    ("Generator against discriminator", "loss", ("loss/g_adv", "loss/d"), "fitted"),
+    ("Feature matching and KL", "loss", ("loss/g_fm", "loss/g_kl"), "fitted"),
+    ("Learning rate", "", ("train/lr", "train/lr_d"), "from zero"),
+    ("Gradient norms", "norm", ("grad/norm_g", "grad/norm_d"), "logarithmic"),
+    ("Throughput", "s of audio a second", ("perf/audio_s_per_s",), "from zero"),
 )
-"""(title, unit, values, whether on a logarithmic scale) of the first figures; every other loss has its own."""
+"""(title, unit, values, scale) of the first figures; every other loss has its own."""
 
 
 class Drawing(NamedTuple):
@@ -199,10 +200,10 @@ def drawings(facts: Facts, advised: Advice) -> list[Drawing]:
     logged = values_of(facts, "step")
     groups = list(CURVES)
     known = {name for group in groups for name in group[2]} | {"train/epoch"}
-    groups += [(name, "loss", (name,), False) for name in logged if name not in known and name.startswith("loss/")]
-    for title, unit, names, is_log in groups:
+    groups += [(name, "loss", (name,), "fitted") for name in logged if name not in known and name.startswith("loss/")]
+    for title, unit, names, scale in groups:
         lines = [curve(facts, name, name.partition("/")[2]) for name in names if name in logged]
-        found.append(drawing(title, "", lines, unit, is_log))
+        found.append(drawing(title, "", lines, unit, scale))
     steps = [line for line in facts.lines("step") if line.get("seconds")]
     if steps:
         parts = list(dict.fromkeys(name for line in steps for name in line["seconds"]))
@@ -217,15 +218,14 @@ def drawing(
     about: str,
     lines: Sequence[Curve],
     unit: str,
-    is_log: bool = False,
+    scale: Scale = "fitted",
     marks: dict[str, float] | None = None,
 ) -> Drawing | None:
     """None where there is nothing to draw."""
     lines = [line for line in lines if line.steps]
     if not lines:
         return None
-    is_log = is_log and all(value > 0 for line in lines for value in line.values)
-    return Drawing(title, about, figures.curves(lines, unit, f"{title} over steps", is_log, marks))
+    return Drawing(title, about, figures.curves(lines, unit, f"{title} over steps", scale, marks))
 
 
 def values_of(facts: Facts, kind: str) -> list[str]:
