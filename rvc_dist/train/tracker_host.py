@@ -17,6 +17,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -31,8 +32,10 @@ logger = logging.getLogger("rvc_dist.train.tracker_host")
 PROJECT = "rvc_dist"
 """What trackers call the runs of this program together."""
 MAX_IDS_BYTES = 1 << 16
-FINISH_S = 30.0
-"""How long all trackers may take to finish, when they have just been started too: their libraries take seconds."""
+START_S, FINISH_S = 60.0, 30.0
+"""How long all trackers may take to start, whose libraries take seconds, and to finish."""
+LAST_LINES_S = 2
+"""How long what the parent has written is read, when it is gone and something else holds its end of the pipe."""
 
 
 class Start(TypedDict):
@@ -118,9 +121,9 @@ class Hosted:
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._background.call(lambda: self._tracker.log(values, step=step) if self._tracker else None)
 
-    def finish(self) -> None:
+    def finish(self, limit_s: float) -> None:
         self._background.call(lambda: self._tracker.finish() if self._tracker else None)
-        self._background.close(FINISH_S)
+        self._background.close(limit_s)
 
     def _start(self, start: Start, ids: Ids) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -168,10 +171,17 @@ def _end() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def left_to_finish_s(began_at: float) -> float:
+    """For trackers that began to start at that time.monotonic()."""
+    return max(0.0, began_at + START_S - time.monotonic()) + FINISH_S
+
+
 def main() -> None:
+    began_at = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # which launchers and SLURM send to all that a rank started
-    signal.signal(signal.SIGUSR2, _parent_ended)
+    signal.signal(signal.SIGUSR2, lambda *_: signal.alarm(LAST_LINES_S))
+    signal.signal(signal.SIGALRM, _parent_ended)
     log = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", errors="backslashreplace")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
     screen = logging.StreamHandler(log)
@@ -191,11 +201,13 @@ def main() -> None:
         for line in sys.stdin:
             for tracker in hosted:
                 tracker.log(**json.loads(line))
+    signal.alarm(0)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    guard = threading.Timer(FINISH_S, _end)
+    left_s = left_to_finish_s(began_at)
+    guard = threading.Timer(left_s, _end)
     guard.daemon = True
     guard.start()
-    for thread in [threading.Thread(target=tracker.finish) for tracker in hosted]:
+    for thread in [threading.Thread(target=tracker.finish, args=(left_s,)) for tracker in hosted]:
         thread.start()
 
 

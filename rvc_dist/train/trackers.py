@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.runtime.background import Background
 from rvc_dist.runtime.logs import EXIT_S
 from rvc_dist.train.tensorboard import TensorBoard, plain_recipe
-from rvc_dist.train.tracker_host import FINISH_S
+from rvc_dist.train.tracker_host import left_to_finish_s
 from rvc_dist.workspace import StageError, Workspace
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class TrackerHost:
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._began_at = time.monotonic()
         self._background = Background(self.what)
         self._input: IO[bytes] = self._process.stdin
         self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
@@ -120,10 +122,11 @@ class TrackerHost:
     def close(self) -> None:
         """Let the trackers finish, and end those that have not after some seconds."""
         self._background.call(self._input.close)
+        limit_s = left_to_finish_s(self._began_at)
         try:
-            self._process.wait(FINISH_S)
+            self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            logger.warning("%s: not finished after %.0f s, and ended", self.what, FINISH_S)
+            logger.warning("%s: not finished after %.0f s, and ended", self.what, limit_s)
             process = psutil.Process(self._process.pid)
             for one in [*process.children(recursive=True), process]:
                 one.kill()

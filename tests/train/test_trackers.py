@@ -5,12 +5,14 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -22,10 +24,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from rvc_dist.__main__ import main
 from rvc_dist.choices import TRACKERS
 from rvc_dist.config import ConfigError, Recipe, recipe_of
-from rvc_dist.train import trackers
+from rvc_dist.report.history import read_history
+from rvc_dist.train import trackers, trainer
 from rvc_dist.train.tensorboard import LAYOUT
 from rvc_dist.train.trackers import Tracker
-from rvc_dist.workspace import Workspace
+from rvc_dist.workspace import Shard, Workspace
 
 RATE = 24000
 
@@ -155,3 +158,96 @@ def test_a_name_that_is_unknown_or_not_installed_is_told_before_training(tmp_pat
     assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 1
     assert "train.trackers: aim needs the package aim: pip install aim" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()
+
+
+SHOW_AND_WAIT = """
+import sys, time
+from rvc_dist.config import load_recipe
+from rvc_dist.train.trackers import Tracker
+tracker = Tracker(load_recipe(sys.argv[1]), 1, enabled=True)
+for step in range(1, 6):
+    tracker.scalars({"loss/g_mel": 1.0 / step}, step)
+time.sleep(300)
+"""
+
+
+def wandb_steps(folder: Path) -> dict[str, list[int]]:
+    """Of the files that `wandb sync` sends: by the run's id, the steps."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, at = file.read_bytes(), 7
+        assert len(data) < 1 << 15, "one block of LevelDB's log format"
+        while at < len(data):
+            _, size, _ = struct.unpack_from("<IHB", data, at)
+            record = Record.FromString(data[at + 7 : at + 7 + size])
+            at += 7 + size
+            if record.HasField("history"):
+                found.setdefault(file.stem, []).append(record.history.step.num)
+    return found
+
+
+@pytest.mark.slow
+def test_wandb_and_mlflow_go_on_in_the_same_run_after_a_kill_that_their_processes_do_not_outlive(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe = tiny_recipe(tmp_path / "run", trackers=("wandb", "mlflow"))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    killed = subprocess.Popen([sys.executable, "-c", SHOW_AND_WAIT, tmp_path / "recipe.yaml"])
+    try:
+        deadline = time.monotonic() + 120
+        while not ([*tmp_path.glob("run/mlruns/*/*/metrics/*/*")] and [*tmp_path.glob("run/wandb/*/*.wandb")]):
+            assert killed.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        below = psutil.Process(killed.pid).children(recursive=True)
+        assert len(below) >= 2, "the trackers' process and wandb's"
+    finally:
+        killed.kill()
+        killed.wait()
+    assert psutil.wait_procs(below, 90)[1] == []
+    tracker = Tracker(recipe, 4, enabled=True)
+    below = psutil.Process().children()
+    for step in range(4, 8):
+        tracker.scalars({"loss/g_mel": 1.0 / step}, step)
+    tracker.close()
+    assert not any(process.is_running() for process in below)
+    ((_, steps),) = wandb_steps(tmp_path / "run").items()
+    assert steps == [1, 2, 3, 4, 5, 4, 5, 6, 7]
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient((tmp_path / "run" / "mlruns").as_uri())
+    (experiment,) = [e for e in client.search_experiments() if e.name == "rvc_dist"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.data.params["train.batch_size"]) == ("tiny", "2")
+    metrics = client.get_metric_history(run.info.run_id, "loss/g_mel")
+    assert [m.step for m in metrics] == [1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert all(m.value == 1.0 / m.step for m in metrics)
+
+
+@pytest.mark.slow
+def test_trackers_that_reach_no_network_cost_a_warning_and_the_run_ends_as_without_them(tmp_path, monkeypatch, caplog):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    for name, value in {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "MLFLOW_TRACKING_URI": address}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(trackers, "left_to_finish_s", lambda began_at: 8.0)
+    recipe = tiny_recipe(tmp_path, trackers=("wandb", "mlflow"), num_workers=0)
+    make_features(recipe)
+    below: list[psutil.Process] = []
+    begin = trackers.TrackerHost.log
+
+    def log(self, *values):
+        below.extend(psutil.Process().children(recursive=True))
+        begin(self, *values)
+
+    monkeypatch.setattr(trackers.TrackerHost, "log", log)
+    trainer.run(recipe, Shard())
+    assert "train.trackers: wandb, mlflow: not finished after 8 s, and ended" in caplog.text
+    assert below
+    assert not any(process.is_running() for process in below)
+    lines = read_history(tmp_path / "metrics.jsonl")
+    assert lines[-2]["why"] == "done"
+    assert "not finished" in lines[-1]["text"]
