@@ -64,9 +64,6 @@ def report(recipe: Recipe, seconds: float) -> None:
     sys.stdout.write(
         f"\nThe demo is done in {seconds:.0f} s.\n"
         f"mel loss      {compared}\n"
-        f"voice         {work.last_voice_file}\n"
-        f"index         {work.index_file()}\n"
         f"converted     {recipe.infer.output}\n"
         f"  from        {recipe.infer.input}\n"
-        f"TensorBoard   tensorboard --logdir {work.tensorboard_dir}\n"
     )

@@ -218,7 +218,7 @@ class ProgressBar:
             return {"since": f"for {duration(time.monotonic() - self.began_at)}"} | parts | {"text": self.text}
         is_audio = self.unit == AUDIO
         done, total = (duration(n) if is_audio else f"{n:.0f}" for n in (self.done, self.total))
-        per_s = rate >= 0.1 or is_audio
+        per_s = rate >= 1 or is_audio
         speed = short(rate if per_s else 60 * rate)
         return {
             "percent": f"{100 * self.done / max(self.total, 1e-9):.0f}%",

@@ -12,7 +12,7 @@ from rvc_dist.workspace import Workspace
 
 FOLLOWING = {"preprocess": "extract", "extract": "index", "index": "train", "import": "train"}
 """The stage after a stage."""
-TRAINED = ("train", "export", "run")
+TRAINED = ("train", "export", "run", "demo")
 """Stages that end with a voice, or with what one is made of."""
 SHOWN = 4
 """Voices that are named: the best and the last are at the end of the alphabet."""
@@ -37,6 +37,8 @@ def next_steps(stage: str, recipe: Recipe) -> Iterator[str]:
         voices = sorted(path.name for path in work.voice_dir.glob("*.pth"))
         if voices:
             yield f"voices     {', '.join(voices[-SHOWN:])} in {work.voice_dir}"
+        if index := work.index_file():
+            yield f"index      {index}"
         if command.export:
             yield f"export     {command.export}"
         yield f"convert    {command.infer}"

@@ -254,7 +254,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: Any) -> None:
-        now, name = time.monotonic(), signal.Signals(number).name
+        now = time.monotonic()
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if self._received and now - self._received_at > self.SAME_S:
             say_at_once(
                 f"{name} again: ending at once; the same command continues from the last checkpoint", self._level
