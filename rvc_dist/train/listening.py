@@ -16,6 +16,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from rvc_dist.files import atomic_write, write_json
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.shape import GeneratorShape
+from rvc_dist.runtime.background import Background
 from rvc_dist.train.checkpoint import discard
 from rvc_dist.train.conversion import (
     CONTEXT,
@@ -123,6 +125,7 @@ class Listening:
         self.folder, self.kept_file = self.work.samples_dir, self.work.samples_dir / "features.safetensors"
         self.originals = self.folder / "originals"
         self.phrases: list[Phrase] = []
+        self._background = Background(f"{self.folder}")
 
     def prepare(self, shape: GeneratorShape, f0_medians: Callable[[], dict[int | None, float]]) -> None:
         """Find the phrases, and make what they need: with a network of `shape`, for voices of these median pitches.
@@ -267,33 +270,51 @@ class Listening:
 
     # At an evaluation
 
-    def play(self, generator: Generator, step: int) -> Path | None:
-        """Speak all phrases, into a folder of this step; None where there is none, or no room."""
-        if not self.phrases:
-            return None
+    def play(self, generator: Generator, step: int, on_written: Callable[[Path], object] = lambda _: None) -> None:
+        """Speak all phrases; `on_written` is called with the folder that a thread of its own has written them to.
+
+        Where memory or the disk has no room, this evaluation has no samples.
+        """
+        try:
+            waves = [spoken(generator, phrase, self.recipe) for phrase in self.phrases]
+        except torch.OutOfMemoryError as error:
+            logger.warning("samples of step %d are left out: %s", step, error)
+        else:
+            if waves:
+                self._background.call(partial(self._write, waves, step, on_written))
+
+    def flush(self) -> None:
+        """Return when all is written, or when the disk has not answered for some seconds."""
+        self._background.flush()
+
+    def close(self) -> None:
+        self._background.close()
+
+    def _write(self, waves: Sequence[audio.Wave], step: int, on_written: Callable[[Path], object]) -> None:
         folder = self.folder / f"step_{step:08d}"
         half = folder.with_name(f".{folder.name}.tmp")
         try:
+            shutil.rmtree(half, ignore_errors=True)
             half.mkdir(parents=True)
-            write_json(half / "samples.json", [self._played(generator, p, step, half) for p in self.phrases])
+            entries = [self._written(p, wave, step, half) for p, wave in zip(self.phrases, waves, strict=True)]
+            write_json(half / "samples.json", entries)
             if os.path.lexists(folder):  # of a run that went on from before
                 discard(folder, half)
             else:
                 half.rename(folder)
-        except (OSError, torch.OutOfMemoryError) as error:
+        except OSError as error:
             logger.warning("samples of step %d are left out: %s", step, error)
             shutil.rmtree(half, ignore_errors=True)
-            return None
-        return folder
+        else:
+            on_written(folder)
 
-    def _played(self, generator: Generator, phrase: Phrase, step: int, folder: Path) -> dict[str, Any]:
+    def _written(self, phrase: Phrase, wave: audio.Wave, step: int, folder: Path) -> dict[str, Any]:
+        """The file of a phrase, and what samples.json says of it."""
         rate = self.recipe.data.sample_rate
-        wave = spoken(generator, phrase, self.recipe)
         if not np.isfinite(wave).all():
             logger.warning("samples: at step %d the voice gives numbers that are not finite: silence", step)
             wave = np.zeros_like(wave)
-        wave = levelled(wave, rate)
-        write_flac(folder / f"{phrase.name}.flac", wave, rate)
+        write_flac(folder / f"{phrase.name}.flac", levelled(wave, rate), rate)
         return {
             "file": f"{phrase.name}.flac",
             "kind": phrase.kind,

@@ -276,12 +276,14 @@ class Trainer:
             )
         if self.is_main:
             with self.heartbeat.within("samples"):
-                folder = self.listening.play(generator, step)
-            if folder is not None:
-                self.tracker.samples(folder, step)
-                self.history.write("samples", step, folder=folder.relative_to(self.work.root).as_posix())
+                self.listening.play(generator, step, partial(self._heard, step))
             self.pages.begin()
         return verdict is not None and verdict.is_best
+
+    def _heard(self, step: int, folder: Path) -> None:
+        """By the thread that wrote them, when there are samples of `step`."""
+        self.tracker.samples(folder, step)
+        self.history.write("samples", step, folder=folder.relative_to(self.work.root).as_posix())
 
     def _why_save(self, is_asked: bool, is_best: bool) -> checkpoint.Why | None:
         """Why a checkpoint is to be written now, the reason that keeps it longest; None where none is."""
@@ -317,12 +319,13 @@ class Trainer:
             self.history.write("voice", step, path=voice.relative_to(root).as_posix())
 
     def _finish_writing(self) -> None:
-        """Wait until the last checkpoint is on the disk.
+        """Wait until the last checkpoint is on the disk, and for samples some seconds.
 
         Raises:
             StageError: it could not be written, or the run folder is another job's by now; on all ranks.
         """
         on_first_rank(self.accelerator, self.writer.finish)
+        self.listening.flush()
 
     def _stop(self, name: str) -> NoReturn:
         self._finish_writing()
@@ -336,6 +339,7 @@ class Trainer:
 
     def close(self) -> None:
         self.writer.wait(min(WRITE_S, self.config.timeout_s))
+        self.listening.close()
         self.tracker.close()
 
 

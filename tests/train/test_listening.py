@@ -133,8 +133,10 @@ def test_every_kind_of_voice_is_heard_and_no_random_state_is_touched(tmp_path, s
     index.run(recipe, Shard())
     run = trainer.Trainer(recipe)
     states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
-    folder = run.listening.play(run.step.generator, 0)
-    assert folder is not None
+    written = []
+    run.listening.play(run.step.generator, 0, written.append)
+    run.listening.flush()
+    assert written == [workspace_of(recipe).samples_dir / "step_00000000"]
     assert (random.getstate(), np.random.get_state()[1].tobytes()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2])
     found = samples(recipe, 0)
@@ -143,6 +145,7 @@ def test_every_kind_of_voice_is_heard_and_no_random_state_is_touched(tmp_path, s
     assert len(heard(recipe, 0, "foreign")) == round(7.4545 * RATE)
     again = {name: heard(recipe, 0, name) for name in found}
     run.listening.play(run.step.generator, 0)
+    run.listening.flush()
     for name, wave in again.items():
         np.testing.assert_array_equal(heard(recipe, 0, name), wave)
     run.close()
@@ -160,16 +163,17 @@ def test_a_fault_of_samples_is_a_warning_and_never_the_end(tmp_path, monkeypatch
         (folder / ".step_00000001.tmp").mkdir(parents=True)
         (folder / ".step_00000001.tmp" / "half.flac").touch()
     else:
-        kinds = {"disk": OSError(28, "No space left on device"), "memory": torch.OutOfMemoryError("CUDA")}
-        write, calls = listening.write_flac, []
+        name = {"disk": "write_flac", "memory": "converted"}[fault]
+        error = {"disk": OSError(28, "No space left on device"), "memory": torch.OutOfMemoryError("CUDA")}[fault]
+        whole, calls = getattr(listening, name), []
 
-        def fails_once(path, *what):
-            calls.extend([path] if path.parent.name.startswith(".step") else [])
+        def fails_once(*what):
+            calls.extend([what] if fault == "memory" or what[0].parent.name.startswith(".step") else [])
             if len(calls) == 2:
-                raise kinds[fault]
-            write(path, *what)
+                raise error
+            return whole(*what)
 
-        monkeypatch.setattr(listening, "write_flac", fails_once)
+        monkeypatch.setattr(listening, name, fails_once)
     train(recipe)
     assert checkpoint.latest(workspace_of(recipe).checkpoints_dir).name == "step_00000002"
     names = sorted(p.name for p in folder.iterdir())
