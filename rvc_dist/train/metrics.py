@@ -15,7 +15,7 @@ from torch import Tensor
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.screen import AUDIO, ProgressBar, duration, short
 from rvc_dist.train.progress import Progress
-from rvc_dist.train.trackers import Tracker as Tracker
+from rvc_dist.train.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 

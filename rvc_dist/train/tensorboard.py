@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 LAYOUT = {
     "Losses": {
-        "generator": ["Multiline", ["loss/g_total", "loss/g_mel", "loss/g_kl", "loss/g_fm", "loss/g_adv"]],
+        "generator": ["Multiline", ["loss/g_.*"]],
         "mel": ["Multiline", ["loss/g_mel"]],
         "discriminator": ["Multiline", ["loss/d"]],
         "gradient norms": ["Multiline", ["grad/norm_g", "grad/norm_d"]],
@@ -40,7 +40,7 @@ LAYOUT = {
     },
     "Throughput": {
         "seconds of audio a second": ["Multiline", ["perf/audio_s_per_s"]],
-        "seconds a step, by part": ["Multiline", ["perf/.*_s"]],
+        "seconds a step, by part": ["Multiline", ["perf/(?!audio_).*_s"]],
     },
 }
 """The tab Custom Scalars; tags are regular expressions."""

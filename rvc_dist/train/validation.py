@@ -22,9 +22,9 @@ from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
 from rvc_dist.train.holdout import LISTED, validated
-from rvc_dist.train.metrics import Tracker
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import Ear, Heard, Quality, mean_quality
+from rvc_dist.train.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 

@@ -83,6 +83,11 @@ def test_tensorboard_has_layout_recipe_hyperparameters_samples_and_pictures_once
     }
     matched = [tag for c in layout.category for chart in c.chart for tag in chart.multiline.tag]
     shown = [tag for tag in events.Tags()["scalars"] if tag != "best/step"]
+    seconds = next(chart for c in layout.category for chart in c.chart if chart.title.startswith("seconds a step"))
+    matches = [
+        re.fullmatch(seconds.multiline.tag[0], tag) is not None for tag in ("perf/d_step_s", "perf/audio_s_per_s")
+    ]
+    assert matches == [True, False]
     assert all(any(re.fullmatch(pattern, tag) for pattern in matched) for tag in shown), "the layout has all of them"
     start = hparams(events, "session_start_info").session_start_info.hparams
     assert start["train.learning_rate"].number_value == 3e-4, "of the run as it is now"
