@@ -349,6 +349,8 @@ def test_the_packages_of_a_recipe(tmp_path):
     assert wanted["av"] == ("av", "a.m4a in data.audio_dir")
     eight_bit = with_train(recipe, optimizer="adamw_8bit")
     assert "bitsandbytes" in machine.wanted_packages(DoctorContext(eight_bit))
+    tracked = with_train(recipe, trackers=("tensorboard", "mlflow"))
+    assert machine.wanted_packages(DoctorContext(tracked))["mlflow"] == ("mlflow-skinny", "train.trackers mlflow")
 
 
 @pytest.mark.parametrize("done", [False, True])

@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from rvc_dist import __version__
-from rvc_dist.choices import F0_METHODS, OPTIMIZERS
+from rvc_dist.choices import F0_METHODS, OPTIMIZERS, TRACKERS
 from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.features import index_file
@@ -112,6 +112,8 @@ def wanted_packages(context: DoctorContext) -> dict[str, tuple[str, str]]:
     chosen = {f"train.optimizer {recipe.train.optimizer_name}": OPTIMIZERS[recipe.train.optimizer_name].package}
     for name in f0_method_names(recipe.extract.f0_method):
         chosen[f"extract.f0_method {name}"] = F0_METHODS[name].package
+    others = [name for name in recipe.train.tracker_names if name != "tensorboard"]  # which the main job needs
+    chosen |= {f"train.trackers {name}": TRACKERS[name] for name in others}
     wanted |= {package.module: (package.name, reason) for reason, package in chosen.items() if package}
     if recipe.preprocess.clean_dataset:
         wanted["noisereduce"] = "noisereduce", "preprocess.clean_dataset"
