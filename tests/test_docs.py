@@ -150,9 +150,9 @@ def test_commands_parse(block: Block, scratch: Path, monkeypatch: pytest.MonkeyP
             parse(stage, words)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "CHANGELOG"], ids=lambda page: page.name)
 def test_sentences_name_what_exists(page: Path) -> None:
-    """Stages, keys and files of the checkout in `code` between the blocks."""
+    """Stages, keys and files of the checkout in `code` between the blocks; a changelog names what is gone."""
     known = set(keys())
     for text in INLINE.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))):
         words = text.split()
