@@ -324,9 +324,14 @@ def _then(facts: Facts, count: int, lowest: float | None, since: list[float]) ->
             "More steps will not help: keep the best. More or cleaner recordings would help, or a base model "
             "(train.pretrained); train.overtrain_detect true stops such a run by itself."
         )
+    others = f"Since then {len(since)} validation{'s' * (len(since) > 1)} came out"
+    if worse > LEVEL:
+        return (
+            f"{others} worse, by at least {worse:.1%}. So few may be chance: train on, and see whether it overtrains."
+        )
     return (
-        f"Since then {len(since)} validation{'s' * (len(since) > 1)} came within chance of it: the voice has nearly "
-        "stopped improving. Compare this step and the newest by ear below; a later one may sound better."
+        f"{others} within chance of it: the voice has nearly stopped improving. Compare this step and the newest by "
+        "ear below; a later one may sound better."
     )
 
 

@@ -354,7 +354,7 @@ def compared_phrases(every: Sequence[Facts], advised: Sequence[Advice], labels: 
         for phrase in read_samples(facts.work.root / "samples", facts.notes):
             steps = sorted(phrase.files)
             step = best.step if best.step in phrase.files else steps[-1]
-            key = phrase.kind, phrase.title, phrase.source
+            key = phrase.kind, phrase.title, re.sub(r", [+-]\d+ semitones$", "", phrase.source)
             same = together.setdefault(key, Phrase(*key, "", None))
             same.original = same.original or phrase.original
             same.files[i] = phrase.files[step]

@@ -106,7 +106,8 @@ def read_samples(folder: Path, notes: list[str]) -> list[Phrase]:
             key = (entry["kind"], entry["title"], entry["source"])
             path = inside(folder, step_folder / entry["file"])
             original = entry["original"] and inside(folder, step_folder / entry["original"])
-            about = f"voice of {entry['speaker_name'] or entry['speaker']}{', with the index' * entry['index']}"
+            name = f"{'speaker ' * entry['speaker_name'].isdecimal()}{entry['speaker_name']}"
+            about = f"voice of {name}{', with the index' * entry['index']}"
             if path is not None:
                 phrases.setdefault(key, Phrase(*key, about, original or None)).files[int(found[1])] = path
     order = list(KINDS)
