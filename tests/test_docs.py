@@ -133,6 +133,8 @@ def test_blocks_say_what_they_are() -> None:
         for block in blocks(page):
             assert block.language in LANGUAGES, f"{block}: a block of {block.language or 'nothing'}"
             assert block.needs <= NEEDS, f"{block}: needs {block.needs - NEEDS}, expected of {NEEDS}"
+            is_remote = re.search(r"^(?:.* )?(pip|git|sbatch|srun|rclone|tensorboard) ", block.text, re.M)
+            assert block.language != "sh" or block.needs or not is_remote, f"{block}: what does {is_remote} need?"
         rest = BLOCK.sub("", text)
         assert "```" not in rest, f"{page}: a fence that does not end"
         assert not re.search(r"\n\n {4}\S", rest), f"{page}: an indented block; a fenced one says what it is"
