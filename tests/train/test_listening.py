@@ -151,40 +151,49 @@ def test_every_kind_of_voice_is_heard_and_no_random_state_is_touched(tmp_path, s
     run.close()
 
 
-@pytest.mark.parametrize("fault", ["disk", "memory", "killed", "encoder"])
-def test_a_fault_of_samples_is_a_warning_and_never_the_end(tmp_path, monkeypatch, caplog, fault):
-    recipe = tiny_recipe(tmp_path, max_steps=2, eval_every_steps=1)
+def test_a_fault_of_samples_is_a_warning_and_costs_one_evaluation(tmp_path, monkeypatch, caplog):
+    recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     folder = workspace_of(recipe).samples_dir
-    if fault == "encoder":
-        missing = "rvc_dist.features.extractor.load_embedder", lambda *_: (_ for _ in ()).throw(OSError("no network"))
-        monkeypatch.setattr(*missing)
-    elif fault == "killed":  # what it left is removed
-        (folder / ".step_00000001.tmp").mkdir(parents=True)
-        (folder / ".step_00000001.tmp" / "half.flac").touch()
-    else:
-        name = {"disk": "write_flac", "memory": "converted"}[fault]
-        error = {"disk": OSError(28, "No space left on device"), "memory": torch.OutOfMemoryError("CUDA")}[fault]
+    (folder / ".step_00000009.tmp").mkdir(parents=True)  # of a run that was killed
+    run = trainer.Trainer(recipe)
+    assert sorted(p.name for p in folder.iterdir()) == ["features.safetensors", "originals"]
+
+    def play(step: int) -> str:
+        caplog.clear()
+        run.listening.play(run.step.generator, step)
+        run.listening.flush()
+        return caplog.text
+
+    faults = {"write_flac": OSError(28, "No space left on device"), "converted": torch.OutOfMemoryError("no memory")}
+    for step, (name, error) in enumerate(faults.items(), 1):
         whole, calls = getattr(listening, name), []
 
-        def fails_once(*what):
-            calls.extend([what] if fault == "memory" or what[0].parent.name.startswith(".step") else [])
+        def second_fails(*what, whole=whole, calls=calls, error=error):
+            calls.append(what)
             if len(calls) == 2:
                 raise error
             return whole(*what)
 
-        monkeypatch.setattr(listening, name, fails_once)
-    train(recipe)
-    assert checkpoint.latest(workspace_of(recipe).checkpoints_dir).name == "step_00000002"
-    names = sorted(p.name for p in folder.iterdir())
-    if fault == "encoder":
-        assert "samples: only held-out phrases are converted: no network" in caplog.text
-        assert list(samples(recipe, 2)) == ["own_1"]
-    elif fault == "killed":
-        assert names == ["features.safetensors", "originals", "step_00000001", "step_00000002"]
-    else:
-        assert "samples of step 1 are left out: " in caplog.text
-        assert names == ["features.safetensors", "originals", "step_00000002"]
+        monkeypatch.setattr(listening, name, second_fails)
+        assert f"samples of step {step} are left out: {error}" in play(step)
+    with torch.no_grad():
+        run.step.generator.emb_g.weight.fill_(float("nan"))
+    assert "at step 3 the voice gives numbers that are not finite: silence" in play(3)
+    assert not heard(recipe, 3, "foreign").any()
+    assert sorted(p.name for p in folder.iterdir()) == ["features.safetensors", "originals", "step_00000003"]
+    run.close()
+
+
+def test_without_the_encoder_there_are_held_out_phrases_alone(tmp_path, monkeypatch, caplog):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe)
+    missing = "rvc_dist.features.extractor.load_embedder", lambda *_: (_ for _ in ()).throw(OSError("no network"))
+    monkeypatch.setattr(*missing)
+    run = trainer.Trainer(recipe)
+    assert [phrase.kind for phrase in run.listening.phrases] == ["own"]
+    assert "samples: only held-out phrases are converted: no network" in caplog.text
+    run.close()
 
 
 @pytest.mark.parametrize(

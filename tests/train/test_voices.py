@@ -1,21 +1,18 @@
 """train.save_every_voices: a voice file beside every checkpoint, which are never pruned and never end a run."""
 
-import logging
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import make_features, tiny_recipe, workspace_of
+from helpers import WIDTH, make_checkpoint, make_features, make_generator, tiny_recipe, workspace_of
 
 from rvc_dist.models.torch_file import load_pth
 from rvc_dist.train import checkpoint, trainer, voice_file
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.voice import export
 from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, Stopped
@@ -83,43 +80,54 @@ def test_no_voice_is_written_where_none_is_asked_for(tmp_path):
     assert voices(recipe) == []
 
 
-@pytest.mark.parametrize("fault", ["no room for a checkpoint", "disk", "folder", "weights"])
-def test_a_voice_that_cannot_be_written_costs_itself_alone(tmp_path, monkeypatch, caplog, fault):
-    recipe = tiny_recipe(tmp_path, max_steps=4, save_every_steps=2, eval_every_steps=99)
+@pytest.fixture
+def saved(tmp_path):
+    """A run with a checkpoint, and what makes voices of it."""
+    recipe = tiny_recipe(tmp_path)
     make_features(recipe)
-    folder, told = workspace_of(recipe).voice_dir, "it would leave no room for a checkpoint"
+    made = make_checkpoint(recipe, make_generator(recipe, content_channels=WIDTH))
+    path = checkpoint.save(workspace_of(recipe).checkpoints_dir, made)
+    return voice_file.VoiceWriter(recipe, ClipTable.load(recipe)), made, path
+
+
+@pytest.mark.parametrize("fault", ["no room for a checkpoint", "disk", "folder", "weights"])
+def test_a_voice_that_cannot_be_written_costs_itself_alone(saved, monkeypatch, caplog, fault):
+    writer, made, path = saved
+    folder = writer.work.voice_dir
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if fault == "no room for a checkpoint":
-        usage = voice_file.shutil.disk_usage
-        few = voice_file.SPARE_BYTES + 10**5
-        monkeypatch.setattr(
-            voice_file.shutil, "disk_usage", lambda path: usage(path)._replace(free=few if path == folder else 10**12)
-        )
+        usage, few = voice_file.shutil.disk_usage, voice_file.SPARE_BYTES + 10**5
+        monkeypatch.setattr(voice_file.shutil, "disk_usage", lambda path: usage(path)._replace(free=few))
+        told = "it would leave no room for a checkpoint"
     elif fault == "disk":  # it ends within the file
-        save = voice_file.save_pth
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         told = "File too large"
-
-        def limited(*what):
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            handler = signal.getsignal(signal.SIGXFSZ)
-            assert handler == signal.SIG_IGN  # as Python sets it
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-            try:
-                save(*what)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-        monkeypatch.setattr(voice_file, "save_pth", limited)
     elif fault == "folder":
         folder.write_text("in the way")
         told = "File exists"
     else:
-        monkeypatch.setattr(voice_file, "halved", lambda weights, step: trainer.checkpoint.verify(tmp_path / "none"))
-        told = "is damaged"
-    train(recipe)
-    assert kept(recipe) == [2, 4]
-    assert caplog.text.count("is left out (") == 2
+        made.models["generator"]["emb_g.weight"][0] = 70000.0
+        told = "weights that are not finite numbers of 16 bits"
+    try:
+        assert writer(made, path) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (
+        f"tiny_2e_10s.pth is left out ({'' if fault != 'weights' else 'the checkpoint of step 10 has '}" in caplog.text
+    )
     assert told in caplog.text
-    assert fault == "folder" or voices(recipe) == []
+    assert fault == "folder" or not list(folder.iterdir())
+
+
+def test_what_a_killed_run_left_half_written_goes(saved):
+    writer, made, path = saved
+    writer.work.voice_dir.mkdir()
+    halves = [writer.work.voice_dir / f".{16 * digit}.tmp" for digit in "ab"]
+    for half in halves:
+        half.touch()
+    os.utime(halves[0], (0, 0))  # of nobody who still writes
+    file = writer(made, path)
+    assert {*writer.work.voice_dir.iterdir()} == {file, halves[1]}
 
 
 def test_training_goes_on_while_a_voice_is_written(tmp_path, monkeypatch):
@@ -142,27 +150,3 @@ def test_training_goes_on_while_a_voice_is_written(tmp_path, monkeypatch):
     train(recipe)
     assert threads == {"checkpoint writer"}
     assert len(voices(recipe)) == 2
-
-
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from rvc_dist.models import torch_file
-os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-torch_file.save_pth(Path(sys.argv[1]), {"weight": {"a": torch.zeros(1000)}, "config": []})
-"""
-
-
-def test_a_kill_leaves_no_half_of_a_voice_and_what_it_leaves_goes(tmp_path, caplog):
-    recipe = tiny_recipe(tmp_path, max_steps=1)
-    make_features(recipe)
-    folder = workspace_of(recipe).voice_dir
-    folder.mkdir()
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder / "tiny_1e_1s.pth")], check=False)
-    (half,) = folder.iterdir()
-    assert (killed.returncode, half.suffix) == (-signal.SIGKILL, ".tmp")
-    os.utime(half, (0, 0))
-    with caplog.at_level(logging.INFO):
-        train(recipe)
-    assert [Path(name).suffix for name in voices(recipe)] == [".pth"]
-    assert f"saved {folder}" in caplog.text
