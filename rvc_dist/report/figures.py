@@ -140,7 +140,7 @@ def curves(
             beside: Any = {"xytext": (-2, 0), "textcoords": "offset points", "ha": "right", "va": "top"}
             axes.annotate(name, (step, 0.98), xycoords=where, rotation=90, fontsize=8, **beside)
         if scale == "from zero":
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max(max(curve.values) for curve in found) or 1.0)
         elif scale == "logarithmic" and all(value > 0 for curve in found for value in curve.values):
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
