@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING
 
 from mkdocs.structure.files import File, Files
 
@@ -29,28 +28,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def recipe_keys() -> str:
-    """A page of every key: what it may be, its default and its meaning, as the dataclasses of the recipe say it."""
+    """A page of every key: what it may be, its default, its meaning and who reads it, as the code says it."""
     sys.path.insert(0, str(ROOT))  # mkdocs may run where the checkout is not installed
-    from rvc_dist.arguments import _docstrings, _sections
-    from rvc_dist.config import Recipe
+    from rvc_dist.arguments import sections
     from rvc_dist.schema import expected
+    from rvc_dist.stages import STAGES
 
-    docs = _docstrings()
     lines = ["# Recipe keys", "", "Made of the code at each build. On the command line: `--section.key VALUE`.", ""]
-    for prefix, kind in _sections(Recipe):
-        hints = get_type_hints(kind, include_extras=True)
-        lines += [f"## {prefix.rstrip('.') or 'The run'}", "", str(kind.__doc__), ""]
-        lines += ["| key | default | may be | meaning |", "|---|---|---|---|"]
-        for field in dataclasses.fields(kind):
-            if field.default is not dataclasses.MISSING:
-                default = "null" if field.default is None else str(field.default)
-                default = default.lower() if isinstance(field.default, bool) else default
-                cells = [
-                    f"`{prefix}{field.name}`",
-                    f"`{default}`" if default != "" else "",
-                    expected(hints[field.name]),
-                ]
-                cells.append(" ".join(docs.get((kind.__name__, field.name), "").split()))
+    for section, about, keys in sections():
+        lines += [f"## {section or 'The run'}", "", about, ""]
+        lines += ["| key | default | may be | meaning | read by |", "|---|---|---|---|---|"]
+        for key in keys:
+            if not key.is_section:
+                readers = ", ".join(f"`{name}`" for name, stage in STAGES.items() if stage.shows(key.name))
+                default, meaning = key.default and f"`{key.default}`", " ".join(key.meaning.split())
+                cells = [f"`{key.name}`", default, expected(key.kind), meaning, readers]
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

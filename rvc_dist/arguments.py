@@ -11,10 +11,10 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from rvc_dist import config
 from rvc_dist.config import ConfigError, Recipe, recipe_of
@@ -104,28 +104,46 @@ def whole_number(least: int, text: str) -> int:
 
 def add_keys(parser: argparse.ArgumentParser, shows: Callable[[str], bool]) -> None:
     """Every key of the recipe, one group a section."""
-    docs = _docstrings()
-    for prefix, kind in _sections(Recipe):
-        title = re.split("[.:]", str(kind.__doc__))[0]
-        group = parser.add_argument_group(f"{title} ({prefix[:-1]})" if prefix else title)
-        hints = get_type_hints(kind, include_extras=True)
-        for field in dataclasses.fields(kind):
-            text = f"{docs.get((kind.__name__, field.name), '')} ({expected(hints[field.name])}{_default(field)})"
-            is_section = field.default is dataclasses.MISSING
-            is_hidden = is_section or not shows(f"{prefix}{field.name}")
-            about = argparse.SUPPRESS if is_hidden else text.strip().replace("%", "%%")
-            group.add_argument(f"--{prefix}{field.name}", action=Given, metavar="VALUE", help=about)
+    for section, about, keys in sections():
+        title = re.split("[.:]", about)[0]
+        group = parser.add_argument_group(f"{title} ({section})" if section else title)
+        for key in keys:
+            default = key.default and f"; default: {key.default}"
+            text = f"{key.meaning} ({expected(key.kind)}{default})".strip().replace("%", "%%")
+            is_hidden = key.is_section or not shows(key.name)
+            about = argparse.SUPPRESS if is_hidden else text
+            group.add_argument(f"--{key.name}", action=Given, metavar="VALUE", help=about)
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    """As YAML writes it; a text that is empty stands for what the meaning of its key says."""
-    default: Any = field.default
-    if default in (None, ()):
-        default = "null" if default is None else "[]"
-    word = str(default).lower() if isinstance(default, bool) else str(default)
-    return word and f"; default: {word}"
+class Key(NamedTuple):
+    """A key of the recipe; a whole section is one too."""
+
+    name: str
+    """In full."""
+    kind: Any
+    meaning: str
+    default: str
+    """As YAML writes it; empty where the meaning says what counts without a value."""
+    is_section: bool
 
 
+def sections(kind: type[Any] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, list[Key]]]:
+    """Every section: its full name (empty for the recipe itself), what it is, and its keys."""
+    docs, hints, keys = _docstrings(), get_type_hints(kind, include_extras=True), []
+    for field in dataclasses.fields(kind):
+        default: Any = field.default
+        is_section = default is dataclasses.MISSING
+        text = "" if is_section else {None: "null", (): "[]"}.get(default, str(default))
+        text = text.lower() if isinstance(default, bool) else text
+        meaning = docs.get((kind.__name__, field.name), "")
+        keys.append(Key(f"{prefix}{field.name}", hints[field.name], meaning, text, is_section))
+    yield prefix.rstrip("."), str(kind.__doc__), keys
+    for key in keys:
+        if key.is_section:
+            yield from sections(key.kind, f"{key.name}.")
+
+
+@cache
 def _docstrings() -> dict[tuple[str, str], str]:
     """The text below each field of the recipe, by class and field."""
     classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
@@ -137,21 +155,9 @@ def _docstrings() -> dict[tuple[str, str], str]:
     }
 
 
-def _sections(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
-    """Every section with its full key and a dot, the recipe itself first."""
-    yield prefix, kind
-    for name, hint in get_type_hints(kind).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from _sections(hint, f"{prefix}{name}.")
-
-
 def key_types() -> dict[str, Any]:
-    """Every key of the recipe, those of whole sections too, and the type of its value."""
-    return {
-        f"{prefix}{name}": hint
-        for prefix, kind in _sections(Recipe)
-        for name, hint in get_type_hints(kind, include_extras=True).items()
-    }
+    """Every key of the recipe, and the type of its value."""
+    return {key.name: key.kind for _, _, keys in sections() for key in keys}
 
 
 def as_options(stage: Stage, words: list[str]) -> list[str]:

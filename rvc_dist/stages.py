@@ -30,7 +30,9 @@ class Stage(NamedTuple):
     """Module with `run(recipe, shard)`, which may return an exit code; imported only when the stage runs."""
     about: str
     reads: str = "name run_dir"
-    """The sections and single keys of the recipe that it reads, which are those of its help; empty: it takes none."""
+    """The sections and single keys of the recipe that decide what it does, which its help has; empty: it takes none."""
+    checks: str = ""
+    """Those besides that it compares with what the stages before it made, or that are of interest to few."""
     examples: tuple[str, ...] = ()
     """Words after `rvc-dist STAGE`, each a command that works."""
     takes_shard: bool = False
@@ -56,10 +58,9 @@ class Stage(NamedTuple):
 TRAINING = ("train", "run")
 """Stages that hold the run folder's lock."""
 
-_CLIPS = "name run_dir data.audio_dir data.sample_rate preprocess model.version"
-_FEATURES = "name run_dir data.sample_rate preprocess.chunk_len preprocess.process_effects extract"
-_TRAIN = f"{_FEATURES} data model train"
-_RUN = f"{_TRAIN} preprocess index export"
+_RUN = "name run_dir data preprocess extract index model train export"
+_KERNELS = "train.fast_train train.deterministic"
+_TRACKERS = "extract.f0_model extract.f0_penn_model extract.f0_djcm_model extract.f0_crepe_model"
 
 STAGES = {
     "new": Stage(
@@ -83,14 +84,16 @@ STAGES = {
     "preprocess": Stage(
         "rvc_dist.data.preprocess",
         "Cut recordings into clips.",
-        reads=_CLIPS,
+        reads="name run_dir data.audio_dir data.sample_rate preprocess model.version",
+        checks=_KERNELS,
         examples=("--config my.yaml", "--config my.yaml --data.audio_dir recordings", "--config my.yaml --shard 0/8"),
         takes_shard=True,
     ),
     "extract": Stage(
         "rvc_dist.features.extract",
         "Compute content features and pitch of the clips.",
-        reads=f"{_FEATURES} model.version model.energy model.pitch_guidance",
+        reads="name run_dir data.sample_rate extract model.version model.energy model.pitch_guidance",
+        checks=f"data.audio_dir preprocess {_KERNELS}",
         examples=("--config my.yaml", "--config my.yaml --extract.f0_method fcpe", "--config my.yaml --shard 0/8"),
         takes_shard=True,
     ),
@@ -103,13 +106,15 @@ STAGES = {
     "train": Stage(
         "rvc_dist.train.trainer",
         "Train the voice; continues from the newest checkpoint.",
-        reads=_TRAIN,
+        reads="name run_dir data.sample_rate data.holdout extract.include_mutes extract.reference model train",
+        checks="data.audio_dir preprocess extract export.author",
         examples=("--config my.yaml", "--config rtx run_dir=runs/alice train.batch_size=8 train.pretrained=rvc"),
     ),
     "export": Stage(
         "rvc_dist.voice.export",
         "Write voice files, base models or an experiment's folder from the run's checkpoints.",
         reads="name run_dir export",
+        checks="data extract model preprocess.num_workers train",
         examples=("--config my.yaml", "--config my.yaml --layout applio", "--config my.yaml --as pretrained"),
         options=(Option("--as", key="export.format"), Option("--layout", key="export.format")),
     ),
@@ -117,6 +122,7 @@ STAGES = {
         "rvc_dist.voice.hub",
         "Put a run's newest voice on the Hugging Face hub.",
         reads="export",
+        checks="name data extract model train",
         examples=("runs/alice me/alice",),
         folders="RUN OWNER/NAME",
         passes="run_dir repository",
@@ -124,7 +130,8 @@ STAGES = {
     "infer": Stage(
         "rvc_dist.voice.infer",
         "Convert recordings with a trained voice.",
-        reads="name run_dir infer extract preprocess.process_effects",
+        reads=f"name run_dir infer {_TRACKERS} extract.unvoiced",
+        checks=f"extract preprocess.process_effects model.version {_KERNELS}",
         examples=(
             "--infer.model voice.pth --infer.input song.wav --infer.output converted.wav --infer.pitch 5",
             "--config runs/alice/config.yaml --infer.input songs/ --infer.output converted/",
@@ -211,7 +218,7 @@ STAGES = {
     "fetch": Stage(
         "rvc_dist.tools.fetch",
         "Get the encoder, the pitch tracker's weights and the base model from the hub, for work without network.",
-        reads="extract train.pretrained model data.sample_rate",
+        reads="extract train.pretrained train.pretrained_g train.pretrained_d model data.sample_rate",
         examples=("--config my.yaml",),
         keeps_log=False,
     ),
@@ -227,21 +234,23 @@ STAGES = {
     "bench": Stage(
         "rvc_dist.tools.bench",
         "Measure training steps; --parity compares losses with float32 ones.",
-        reads=f"{_TRAIN} bench",
+        reads="name run_dir data.sample_rate data.holdout model train bench",
+        checks="data.audio_dir preprocess extract",
         examples=("--config my.yaml", "--config my.yaml --bench.plain true", "--config my.yaml --parity"),
         options=(Option("--parity", key="bench.parity", value="true"),),
     ),
     "doctor": Stage(
         "rvc_dist.tools.doctor",
         "Check ranks, devices, network, disk, data and weights before training; exits with 1 on errors, 3 on warnings.",
-        reads=_RUN,
+        reads="name run_dir data preprocess extract model train",
         examples=("--config my.yaml",),
         keeps_log=False,
     ),
     "plan": Stage(
         "rvc_dist.tools.plan",
         "Say what the run will cost on any number of ranks, and how many are worth it.",
-        reads=f"{_TRAIN} preprocess bench plan",
+        reads="name run_dir data preprocess.chunk_len preprocess.cut_method extract.include_mutes model train plan",
+        checks="bench",
         examples=("--config my.yaml --plan.ranks 16",),
         keeps_log=False,
     ),
