@@ -280,9 +280,12 @@ def parse(name: str, words: list[str]) -> tuple[Recipe, Shard, dict[str, Any]]:
     """
     stage = STAGES[name]
     command: list[str] = []
-    if stage.passes == "command":  # those of another stage, from its name on, are its own
+    if stage.passes == "command":  # the words behind `--` are those of another stage
         at = next((i for i, word in enumerate(words) if word == "--" or word in STAGES), len(words))
-        words, command = words[:at], words[at:]
+        if words[at:] and words[at] != "--":
+            meant = shlex.join(["rvc-dist", name, *words[:at], "--", *words[at:]])
+            raise ConfigError(f"the stage stands behind --; did you mean: {meant}")
+        words, command = words[:at], words[at + 1 :]
     words = as_options(stage, words)
     found, others = stage_parser(name).parse_known_args(words)
     if found.help is not None:

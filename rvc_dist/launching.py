@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rvc_dist import packaged
 from rvc_dist.arguments import parse
 from rvc_dist.config import Recipe
+from rvc_dist.screen import without_details
 from rvc_dist.stages import STAGES
 from rvc_dist.workspace import Shard, StageError
 
@@ -57,21 +58,20 @@ def run(_: Recipe, shard: Shard, command: list[str], only_print: bool, **asked: 
     Raises:
         StageError: this machine has fewer GPUs than asked for, or this is a rank already.
     """
-    words = command[1:] if command[:1] == ["--"] else command
     machines = Machines(**asked)
     try:
-        if not words or words[0] not in STAGES or not STAGES[words[0]].reads:
-            raise ValueError(f"got {' '.join(words) or 'no stage'}, expected rvc-dist launch --gpus N -- STAGE ...")
+        if not command or command[0] not in STAGES or not STAGES[command[0]].reads:
+            raise ValueError(f"got {' '.join(command) or 'no stage'}, expected rvc-dist launch --gpus N -- STAGE ...")
         machines.check()
-        parse(words[0], words[1:])  # a mistake is told once, and by no rank
+        parse(command[0], without_details(command[1:])[0])  # a mistake is told once, and by no rank
     except (argparse.ArgumentError, ValueError, OSError) as error:
         sys.stderr.write(f"rvc-dist launch: {error}\n")
         return EXIT_USAGE
     if shard.count > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        raise StageError("launch starts ranks, but this is one already;", f"say rvc-dist {words[0]} without launch")
+        raise StageError("launch starts ranks, but this is one already;", f"say rvc-dist {command[0]} without launch")
     ranks = machines.cpu or num_ranks(machines.gpus)
     variables, options = launcher_options(machines, ranks)
-    words = [*options, "-m", "rvc_dist", *words]
+    words = [*options, "-m", "rvc_dist", *command]
     shown = [f"{name}={value}" for name, value in variables.items()]
     sys.stderr.write(f"{' '.join([*shown, 'accelerate', 'launch', shlex.join(words)])}\n")
     sys.stderr.flush()

@@ -39,13 +39,13 @@ def launched(words: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], di
     return command[3:], {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
-STAGE = ["-m", "rvc_dist", "train", "--name", "a b", "train.batch_size=2"]
+STAGE = ["-m", "rvc_dist", "train", "--quiet", "--name", "a b", "train.batch_size=2"]
 
 
 @pytest.mark.parametrize(
     ("words", "options", "variables"),
     [
-        ("--gpus 2 --", ["--config_file", str(LAUNCH / "multi_gpu.yaml"), "--num_processes", "2"], {}),
+        ("--gpus 2", ["--config_file", str(LAUNCH / "multi_gpu.yaml"), "--num_processes", "2"], {}),
         ("", ["--config_file", str(LAUNCH / "multi_gpu.yaml"), "--num_processes", "4"], {}),
         ("--gpus 1", ["--config_file", str(LAUNCH / "one_gpu.yaml")], {}),
         ("--cpu 2", ["--config_file", str(LAUNCH / "cpu.yaml"), "--num_processes", "2"], {}),
@@ -68,7 +68,10 @@ def test_the_command_is_printed_and_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert launched(f"{words} train --name 'a b' train.batch_size=2", monkeypatch) == (options + STAGE, variables)
+    assert launched(f"{words} -- train --quiet --name 'a b' train.batch_size=2", monkeypatch) == (
+        options + STAGE,
+        variables,
+    )
     printed = [*(f"{name}={value}" for name, value in variables.items()), "accelerate", "launch", *options, *STAGE]
     assert shlex.split(capsys.readouterr().err) == printed
 
@@ -86,6 +89,7 @@ def test_the_rendezvous_of_several_machines_is_that_of_the_file() -> None:
         ("--gpus 5 -- train", 1, "--gpus 5: PyTorch sees 4 GPUs on this machine; say --gpus 4"),
         ("--gpus 2 --cpu 2 -- train", 2, "got --gpus and --cpu, expected one of them"),
         ("--gpus 2", 2, "got no stage, expected rvc-dist launch --gpus N -- STAGE ..."),
+        ("--gpus 2 train", 2, "the stage stands behind --; did you mean: rvc-dist launch --gpus 2 -- train"),
         ("--gpus 2 -- trian", 2, "got trian, expected rvc-dist launch"),
         ("--gpus 2 -- recipes", 2, "got recipes, expected rvc-dist launch"),
         ("--gpus 2 -- train --train.batchsize 2", 2, "unknown key train.batchsize; did you mean train.batch_size?"),

@@ -33,11 +33,15 @@ def recipes(_: Recipe, shard: Shard) -> None:
 
 
 def first_comment(path: Path) -> str:
-    """The first sentence of the comment that a file begins with, below the line that says who runs it; a long one to
-    its colon or semicolon."""
+    """The first sentence of the comment that a file begins with, below the line that says who runs it, a long one to
+    its colon or semicolon; of a notebook its title."""
     lines = path.read_text(encoding="utf-8").removeprefix("#!/usr/bin/env bash\n").splitlines()
     until = next((i for i, line in enumerate(lines) if not line.startswith("# ")), len(lines))
     text = " ".join(line.removeprefix("# ") for line in lines[:until])
+    if path.suffix == ".ipynb":
+        text = next(
+            (line.strip(' ",')[2:].removesuffix("\\n") for line in lines if line.lstrip().startswith('"# ')), ""
+        )
     sentence = re.split(r"(?<=[.?])\s", text, maxsplit=1)[0]
     return sentence if len(sentence) < LINE else re.split("[:;] ", sentence, maxsplit=1)[0]
 

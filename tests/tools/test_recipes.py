@@ -106,10 +106,14 @@ def test_an_installed_package_has_recipes_launchers_and_batch_files(tmp_path: Pa
     assert f"They are in {inside / 'configs'};" in told("recipes")
     assert yaml.safe_load(told("train", "--config", "t4", "--print_config"))["train"]["precision"] == "fp16"
     assert f"--config_file {inside / 'launch' / 'cpu.yaml'}" in told("launch", "--cpu", "2", "--dry-run", "--", "train")
-    assert f"They are in {inside};" in told("files")
+    listed = told("files")
+    assert f"They are in {inside};" in listed
+    assert "launch/notebook.ipynb         A voice on Colab or Kaggle\n" in listed
 
-    assert "20 files are in work/launch and work/slurm" in told("files", "work")
-    assert "20 files are in work/launch" in told("files", "work"), "the same files again"
+    assert "files are in work/launch and work/slurm" in told("files", "work")
+    assert "files are in work/launch" in told("files", "work"), "the same files again"
+    names = {*(ROOT / "launch").iterdir(), *(ROOT / "slurm").iterdir()} - {ROOT / "launch" / "test.sh"}
+    assert {ROOT / path.relative_to("work") for path in Path("work").rglob("*.*")} == names
     for copy in Path("work").rglob("*.*"):
         source = ROOT / copy.relative_to("work")
         assert (copy.read_bytes(), copy.stat().st_mode) == (source.read_bytes(), source.stat().st_mode)
@@ -119,10 +123,22 @@ def test_an_installed_package_has_recipes_launchers_and_batch_files(tmp_path: Pa
     assert not Path("work/launch/cpu.yaml").exists()
     assert "expected one folder, or none: rvc-dist files [DIR]" in told("files", "a", "b", code=1)
 
-    # A script of the copy finds its brothers and the installed package, and works where it is.
+    # Scripts of the copy find their brothers and the installed package, and work where they are.
     Path("work/my.yaml").write_text("name: alice\n")
-    dry = subprocess.run(
-        ["bash", "slurm/pipeline.sh", "my.yaml", "--dry-run", "--nodes", "2"],
-        cwd="work", env=environment, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    commands = ["bash slurm/pipeline.sh my.yaml --dry-run --nodes 2", "source launch/setup.sh cpu && type -p python"]
+    dry, python = (
+        subprocess.run(
+            ["bash", "-c", c], cwd="work", env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for c in commands
+    )
     assert "slurm/train_multinode.sbatch" in dry
+    assert python.strip() == shutil.which("python")
+    broken = environment | {"PYTHONPATH": "/nowhere", "PATH": "/usr/bin:/bin", "VENV": "none"}
+    done = subprocess.run(
+        ["bash", "launch/demo.sh"], cwd="work", env=broken, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1,
+        "rvc_dist is neither in none nor in the python on the PATH; say where with VENV=/path/to/environment",
+    )
