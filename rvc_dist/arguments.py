@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, get_type_hints
 from rvc_dist import config
 from rvc_dist.config import ConfigError, Recipe, recipe_of
 from rvc_dist.schema import expected, nearest
+from rvc_dist.screen import DETAILS
 from rvc_dist.stages import STAGES, Stage
 from rvc_dist.workspace import Shard, adopt_slurm_ranks
 
@@ -162,8 +163,8 @@ def key_types() -> dict[str, Any]:
 
 def as_options(stage: Stage, words: list[str]) -> list[str]:
     """`words` with `--` before each `key=value`, unless it is the value of an option."""
-    takes_none = {*HELP_OPTIONS, "--print_config", *(o.name for o in stage.options if not o.metavar and not o.key)}
-    takes_none |= {o.name for o in stage.options if o.value}
+    takes_none = {*HELP_OPTIONS, *DETAILS, "--print_config"}
+    takes_none |= {o.name for o in stage.options if o.value or not (o.key or o.metavar)}
     keys = {"config", *key_types()}
     found = []
     for before, word in pairwise(["", *words]):

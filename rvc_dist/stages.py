@@ -60,6 +60,7 @@ TRAINING = ("train", "run")
 
 _RUN = "name run_dir data preprocess extract index model train export"
 _KERNELS = "train.fast_train train.deterministic"
+_CUTS = "preprocess.chunk_len preprocess.overlap_len preprocess.cut_method"
 _TRACKERS = "extract.f0_model extract.f0_penn_model extract.f0_djcm_model extract.f0_crepe_model"
 
 STAGES = {
@@ -180,7 +181,8 @@ STAGES = {
     "import": Stage(
         "rvc_dist.tools.import_experiment",
         "Take over an experiment folder of Applio, ARVC, RVC-WebUI or rvc-next, such as logs/NAME.",
-        reads="name run_dir data extract index model preprocess.num_workers train.optimizer train.optim",
+        reads="name run_dir data extract index model preprocess.num_workers",
+        checks="preprocess train",
         examples=("logs/alice", "logs/alice --extract.embedder_model FOLDER"),
         folders="DIR",
         passes="folder",
@@ -205,7 +207,7 @@ STAGES = {
     "status": Stage(
         "rvc_dist.tools.status",
         "Say what is done of a run, what is stale and why, who works on it now and how far that is.",
-        reads=_RUN,
+        checks=_RUN,
         examples=("runs/alice", "runs/* --json", "runs/alice --config my.yaml"),
         folders="RUN ...",
         passes="runs",
@@ -249,7 +251,7 @@ STAGES = {
     "plan": Stage(
         "rvc_dist.tools.plan",
         "Say what the run will cost on any number of ranks, and how many are worth it.",
-        reads="name run_dir data preprocess.chunk_len preprocess.cut_method extract.include_mutes model train plan",
+        reads=f"name run_dir data {_CUTS} extract.include_mutes model train plan",
         checks="bench",
         examples=("--config my.yaml --plan.ranks 16",),
         keeps_log=False,

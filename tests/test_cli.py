@@ -230,6 +230,7 @@ def test_a_recipe_with_a_typo_is_told_at_once_with_all_its_mistakes(tmp_path: Pa
         (["--train.batch_size", "5", "train.batch_size=3", "--config", "a.yaml"], "a", 3),
         (["--config", "32k"], "mine", 7),  # the working directory goes before the package
         (["--config", "40k"], "my_voice_40k", 4),
+        (["--quiet", "train.batch_size=3", "--verbose", "name=c"], "c", 3),
         (["--config", "40k", "--config", "a.yaml"], "a", 2),
     ],
 )
