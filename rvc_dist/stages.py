@@ -190,7 +190,8 @@ STAGES = {
     "dataset": Stage(
         "rvc_dist.tools.dataset_stats",
         "Look at recordings before they are cut, and at what the recipe would keep; or at the clips of runs.",
-        reads=_CLIPS,
+        reads="name run_dir data.audio_dir data.sample_rate preprocess model.version",
+        checks=_KERNELS,
         examples=("audio --config 40k", "runs/alice", "runs/alice runs/bob --json"),
         folders="DIR ...",
         passes="folders",

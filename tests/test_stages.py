@@ -102,7 +102,7 @@ def test_a_stage_reads_what_its_entry_says(found: set[str], tmp_path: Path, monk
         ("import", imported, {}),
         *((name, recipe, {}) for name in ("doctor", "plan", "bench")),
         ("fetch", pretrained, {}),
-        ("dataset", recipe, {"runs": []}),
+        ("dataset", recipe, {"folders": ["audio", "run"]}),
         ("status", recipe, {"runs": [], "given": [], "as_json": False, "watches": False}),
         ("inspect", recipe, {"paths": ["run", *voices]}),
         ("blend", recipe, dict(zip(("first", "second"), voices, strict=True))),
