@@ -83,6 +83,11 @@ def test_the_help_of_a_stage_has_its_keys_and_all_has_every_key(name: str, capsy
 PITCH_KEYS = ["model.pitch_guidance", "infer.pitch", "infer.auto_pitch"]
 
 
+def test_the_keys_of_an_entry_are_keys_of_the_recipe() -> None:
+    named = {entry for stage in STAGES.values() for entry in f"{stage.reads} {stage.checks}".split()}
+    assert named <= key_types().keys()
+
+
 @pytest.mark.parametrize(("name", "example"), [(n, e) for n, stage in STAGES.items() for e in stage.examples])
 def test_every_example_of_a_help_is_a_command(
     name: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

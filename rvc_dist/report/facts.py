@@ -5,7 +5,6 @@ Every part may be missing, of an older version, or damaged: then `Facts.notes` s
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
@@ -278,7 +277,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
     """(key, default, value) of every key that is not as by default."""
-    default = flat(dataclasses.asdict(Recipe(name=recipe.name)))
+    default = flat(Recipe(name=recipe.name).to_dict())
     default["name"] = Recipe.name
     values = flat(recipe.to_dict())
     return [(k, text_of(default.get(k)), text_of(v)) for k, v in values.items() if v != default.get(k)]
