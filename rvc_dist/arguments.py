@@ -64,6 +64,8 @@ def stage_parser(name: str, shows: Callable[[str], bool] = lambda key: True) -> 
         parser.add_argument("--config", action=Given, metavar="FILE", help=CONFIG_HELP)
         parser.add_argument("--print_config", action="store_true", help="Print the whole recipe, and do nothing.")
         add_keys(parser, shows)
+        for key in config.OLD_KEYS:
+            parser.add_argument(f"--{key}", action=Given, help=argparse.SUPPRESS)
     return parser
 
 

@@ -763,6 +763,10 @@ def recipe_of(given: Iterable[tuple[str, str]]) -> Recipe:
     return recipe
 
 
+OLD_KEYS = ("extract.reference",)
+"""Those that `_rename` knows."""
+
+
 def _rename(tree: dict[str, Any]) -> None:
     """Give the keys of older recipes, which run folders keep, the names of today."""
     if isinstance(tree.get("extract"), dict) and "reference" in tree["extract"]:

@@ -251,6 +251,10 @@ def test_keys_count_more_than_files_and_later_ones_more_than_earlier_ones(
     assert (recipe.name, recipe.train.batch_size) == (name, batch_size)
 
 
+def test_a_command_line_with_an_old_key_works() -> None:
+    assert cli.parse("train", ["--extract.reference", "a.wav"])[0].train.eval_reference == "a.wav"
+
+
 def test_a_file_whose_name_has_an_equals_sign_is_no_key() -> None:
     _, _, more = cli.parse("inspect", ["a=b.pth", "./name=x", "runs/lr=1", "name=x"])
     assert more == {"paths": ["a=b.pth", "./name=x", "runs/lr=1"]}
