@@ -88,3 +88,21 @@ def test_encoders_need_no_extra_and_trackers_name_theirs(tmp_path: Path) -> None
         package = F0_METHODS[name].package
         install = rf"pip install {package.name} \(the extra {package.extra} has it\)"
         assert re.search(rf"extract\.f0_method {name} needs the package {package.name} \(.*\): {install}", said), said
+
+
+@pytest.mark.slow
+def test_torchaudio_is_imported_beside_a_torch_that_its_libraries_do_not_fit() -> None:
+    """As PyPI's does not fit a torch for CPUs; what trackers use of it is written in Python."""
+    code = (
+        "import torch\n"
+        "from rvc_dist.features.hub import make_torchaudio_importable\n"
+        "def refuse(path): raise OSError(f'Could not load this library: {path}')\n"
+        "torch.ops.load_library = refuse\n"
+        "try: import torchaudio\n"
+        "except OSError as error: print(error)\n"
+        "make_torchaudio_importable()\n"
+        "from torchaudio.transforms import Resample\n"
+        "print(Resample(16000, 8000)(torch.zeros(1600)).shape)\n"
+    )
+    said = finish(start([sys.executable, "-c", code]))
+    assert re.fullmatch(r"Could not load this library: .*torchaudio.*\ntorch\.Size\(\[800\]\)\n", said), said

@@ -161,22 +161,16 @@ def transport_errors() -> Errors:
 def make_torchaudio_importable() -> None:
     """To be called before importing transformers, torchcrepe or torchfcpe, which import torchaudio.
 
-    torchaudio 2.11, the newest on PyPI, refuses to be imported beside a torch built for another minor version of CUDA,
-    such as torch 2.15 from PyPI (13.2 and 13.0). Its authors have since relaxed the check to the major version
-    (pytorch/audio#4226, not released); this does the same. Nothing here uses torchaudio's compiled part.
+    torchaudio refuses to be imported beside a torch that its compiled part does not fit: PyPI's, built for CUDA, beside
+    a torch for CPUs or for another version of CUDA. Nothing here uses that part, so it is left out then.
     """
     try:
         import torchaudio
     except ModuleNotFoundError:
         return
-    except RuntimeError:
-        import torch  # late: who asks for a file alone need not wait for it
-
+    except (OSError, RuntimeError):
         utils = sys.modules.get("torchaudio._extension.utils")
-        if utils is None or torch.version.cuda is None:
+        if utils is None:
             raise
-        built_for = int(torch.ops._torchaudio.cuda_version()) // 1000
-        if built_for != int(torch.version.cuda.split(".")[0]):
-            raise
-        utils._check_cuda_version = lambda: None  # type: ignore[attr-defined]
+        utils._load_lib = lambda _: False  # type: ignore[attr-defined]
         import torchaudio  # noqa: F401

@@ -19,6 +19,7 @@ from rvc_dist.choices import F0_METHODS, OPTIMIZERS, TRACKERS
 from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
 from rvc_dist.features import index_file
+from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.runtime import device as devices
 from rvc_dist.runtime.device import device_name
 from rvc_dist.runtime.launcher import asks_for, usable_cores
@@ -92,6 +93,7 @@ def outdated(requirements: Sequence[str], version_of: Callable[[str], str]) -> F
 def check_packages(context: DoctorContext) -> Findings:
     """The optional packages that this recipe needs can be imported."""
     wanted = wanted_packages(context)
+    make_torchaudio_importable()
     for module, (package, reason) in wanted.items():
         try:
             importlib.import_module(module)
