@@ -46,15 +46,6 @@ def test_without_a_beginning_there_is_no_page(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fault_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made_run.history(Workspace(tmp_path, "anna"), ())
-    (tmp_path / PAGE).mkdir()
-    PageMaker(tmp_path).finish()
-    (warning,) = caplog.messages
-    assert "Is a directory" in warning
-    assert warning.endswith(f"; `rvc-dist report {tmp_path}` makes it")
-
-
 def test_a_page_that_is_never_made_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -192,6 +192,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "empty" / page.PAGE).exists()
 
 
+@pytest.mark.slow
 def test_a_page_of_100_000_lines_takes_seconds_and_stays_small(tmp_path: Path) -> None:
     work = Workspace(tmp_path, "anna")
     values = {"loss/g_mel": 0.5, "loss/d": 3.0, "perf/audio_s_per_s": 100.0}
