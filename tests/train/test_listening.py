@@ -62,6 +62,7 @@ def heard(recipe, step: int, name: str) -> np.ndarray:
     return soundfile.read(workspace_of(recipe).samples_dir / f"step_{step:08d}" / f"{name}.flac", dtype="float32")[0]
 
 
+@pytest.mark.slow
 def test_what_is_heard_is_what_infer_makes_of_the_exported_voice(tmp_path, monkeypatch):
     """Of the same features and, but for their rounding to float16, the same weights: they differ by less than 0.3%."""
     song = tmp_path / "song.wav"
