@@ -795,6 +795,7 @@ def test_all_that_a_run_lacks_is_told_at_once_before_anything_is_made(new_run, t
         replace(new_run, extract=ExtractConfig(f0_method="hybrid[rmvpe+yin]", embedder_model="contentvec")),
         pretrained_g=str(tmp_path / "G.pth"),
         pretrained_d=str(tmp_path / "D48k.pth"),
+        eval_reference=str(tmp_path / "song.wav"),
     )
     with pytest.raises(StageError) as caught:
         pipeline.run(recipe, Shard())
@@ -807,11 +808,12 @@ def test_all_that_a_run_lacks_is_told_at_once_before_anything_is_made(new_run, t
         "train.pretrained_g: ",
         "holds no generator (no emb_g.weight)",
         "D48k.pth does not exist",
+        "song.wav is no file",
         "/dev/shm has 1 MB free",
         "the disk has 1 MB free",
     ):
         assert part in told, part
-    assert "for want of 8 thing" in told
+    assert "for want of 9 thing" in told
     assert not Path(recipe.run_dir).exists()
 
 

@@ -17,6 +17,7 @@ from rvc_dist.data import audio, decode
 from rvc_dist.features import index
 from rvc_dist.features.content import Embedder
 from rvc_dist.features.extractor import Extractor
+from rvc_dist.report.history import read_history
 from rvc_dist.report.sounds import Sample
 from rvc_dist.train import checkpoint, listening, trainer
 from rvc_dist.train.dataset import ClipDataset, ClipRef
@@ -102,6 +103,8 @@ def test_what_is_heard_is_what_infer_makes_of_the_exported_voice(tmp_path, monke
         assert len(made) == len(wave)
         gain = wave @ made / (made @ made)
         assert np.linalg.norm(wave - gain * made) < 0.003 * np.linalg.norm(wave)
+    written = [line for line in read_history(workspace_of(recipe).history_file) if line["kind"] == "samples"]
+    assert [(line["step"], line["folder"]) for line in written] == [(2, "samples/step_00000002")]
     events = EventAccumulator(str(workspace_of(recipe).events_dir), {"audio": 0})
     events.Reload()
     assert {f"samples/{name}" for name in found} <= {*events.Tags()["audio"]}

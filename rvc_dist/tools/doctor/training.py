@@ -43,6 +43,8 @@ def check_weights(context: DoctorContext) -> Findings:
     if newest is not None and context.group.is_first:  # reading gigabytes once is enough
         checkpoint.verify(newest)
     saved = None if newest is None else checkpoint.identity_of(newest)
+    if newest is None and train.eval_reference is not None and not Path(train.eval_reference).is_file():
+        yield error(f"train.eval_reference: {train.eval_reference} is no file", "give a recording, or leave it out")
     try:
         shape, context.modules = networks.build(recipe, table, saved)
     except networks.PretrainedError as failed:
