@@ -108,7 +108,7 @@ def scratch(tmp_path: Path) -> Path:
         data=DataConfig(sample_rate=24000, holdout=0.2),
         extract=ExtractConfig(f0_method="yin", embedder_model="mfcc"),
         model=NARROW,
-        train=TrainConfig(batch_size=2, max_steps=4, eval_every_steps=2, save_every_steps=2, log_every_steps=1),
+        train=TrainConfig(batch_size=2, max_steps=2, eval_every_steps=2, save_every_steps=2, log_every_steps=1),
         bench=BenchConfig(warmup_steps=1, steps=1),
     )
     (tmp_path / "my.yaml").write_text(recipe.to_yaml())
