@@ -112,7 +112,7 @@ const texts = root => [...root.querySelectorAll('*')].flatMap(element => [
 return texts(document)
 """
 TABS = {
-    "timeseries": ["voice_a/tensorboard/tiny", "voice_b/tensorboard/tiny", "best/mel_distance"],
+    "timeseries": ["voice_a/tensorboard/tiny", "voice_b/tensorboard/tiny", "best", "loss"],
     "custom_scalars": ["Losses", "Validation on held-out speech", "Throughput", "seconds of audio a second"],
     "images": ["spectrograms"],
     "audio": ["samples", "originals"],
