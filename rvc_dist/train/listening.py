@@ -32,7 +32,7 @@ from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.feature_files import read_report
 from rvc_dist.features.identity import EmbedderId
 from rvc_dist.features.index_file import Retriever
-from rvc_dist.files import atomic_write, write_json
+from rvc_dist.files import ForeignFileError, atomic_write, regular_size, write_json
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.shape import GeneratorShape
@@ -135,8 +135,8 @@ class Listening:
         Raises:
             StageError: train.eval_reference cannot be read.
         """
-        sources = [Source("foreign", FOREIGN, content_of(FOREIGN)), *self._reference()]
         try:
+            sources = [Source("foreign", FOREIGN, content_of(FOREIGN)), *self._reference()]
             for path in self.folder.glob(".step_*.tmp"):
                 shutil.rmtree(path)
             self.phrases = [*self._own(), *self._of_sources(sources, shape, f0_medians)]
@@ -150,10 +150,11 @@ class Listening:
         path = Path(self.recipe.train.eval_reference)
         kept = (read_header(self.kept_file) or {}).get("reference", {})
         try:
+            regular_size(path)  # a FIFO may never answer
             yield Source("reference", path, content_of(path))
-        except OSError as error:
+        except (OSError, ForeignFileError) as error:
             if kept.get("path") != str(path):
-                where = f"train.eval_reference: {path} cannot be read ({error.strerror});"
+                where = f"train.eval_reference: {path} cannot be read ({error});"
                 raise StageError(where, "expected a recording") from error
             yield Source("reference", path, kept["content"])
 

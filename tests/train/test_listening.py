@@ -1,5 +1,6 @@
 """Phrases to listen to: what they are, that they are what `infer` makes, and that nothing of them touches a run."""
 
+import os
 import random
 from pathlib import Path
 
@@ -201,12 +202,15 @@ def test_without_the_encoder_there_are_held_out_phrases_alone(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "No such file"), (b"RIFF", "song.wav: "), ("short", "shorter")]
+    ("content", "message"),
+    [(None, "No such file"), ("fifo", "it is a FIFO"), (b"RIFF", "song.wav: "), ("short", "shorter")],
 )
 def test_a_reference_that_cannot_be_read_is_one_error_before_any_step(tmp_path, content, message):
     song = tmp_path / "song.wav"
     if content == "short":
         soundfile.write(song, tone(0.5), RATE)
+    elif content == "fifo":
+        os.mkfifo(song)
     elif content is not None:
         song.write_bytes(content)
     recipe = tiny_recipe(tmp_path / "run", eval_reference=str(song))
