@@ -86,7 +86,10 @@ def stoppable(what: str, level: int) -> Iterator[None]:
         say_at_once(f"{told} without waiting for what is being made now", level)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in the background
+    is_main = threading.current_thread() is threading.main_thread()
+    if (
+        not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):  # ignored, as in the background
         yield
         return
     signal.signal(signal.SIGINT, stop)
