@@ -69,7 +69,7 @@ from rvc_dist.screen import set_up_logging
 from rvc_dist.tools import bench, bench_report, dataset_stats, measuring, plan
 from rvc_dist.tools.inspect_file import inspect
 from rvc_dist.tools.tracing import TracedStep
-from rvc_dist.train import checkpoint, networks, setup
+from rvc_dist.train import checkpoint, networks, trial
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Shard, StageError
 
@@ -667,7 +667,7 @@ def read_run(folder: Path) -> int:
     recipe, name = run_recipe(folder), (folder / "chosen").read_text()
     work = workspace_of(recipe)
     if name == "compile.json":
-        return told("train", lambda: workspace.read_json(work.compile_file, setup.Compiled))
+        return told("train", lambda: workspace.read_json(work.compile_file, trial.Compiled))
     if name.startswith("logs"):
         return told("train", lambda: sys.stderr.write(f"rvc-dist: {RankLog(work, Shard()).first_failure(0)}\n"))
     code = told("export", lambda: (work.index_file(), work.kept_recipe()))

@@ -25,7 +25,7 @@ from rvc_dist.schema import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_YAML_BYTES, che
 from rvc_dist.tools import bench
 from rvc_dist.train import checkpoint
 from rvc_dist.train.progress import Progress
-from rvc_dist.train.setup import Compiled
+from rvc_dist.train.trial import Compiled
 from rvc_dist.workspace import SourceFile, StageError
 
 CLIP = {"speaker": 0, "source": "a.wav", "start_s": 0.0, "content": "0a"}

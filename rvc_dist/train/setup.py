@@ -4,56 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TypedDict
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from rvc_dist.config import Recipe
 from rvc_dist.data import clip_files
 from rvc_dist.features import feature_files
-from rvc_dist.files import write_json
-from rvc_dist.models.modules import use_channels_last
-from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.models.state_dict import SPEAKER_TABLE
 from rvc_dist.runtime.accelerator import on_first_rank
-from rvc_dist.runtime.device import BACKENDS
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, moments, networks, out_of_memory
+from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, networks, trial
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.ddp import GradientReducer, TrainedModule
 from rvc_dist.train.deepspeed import ZeroNetwork
 from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.loss_scale import LossScale
-from rvc_dist.train.metrics import Meter
 from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.progress import Progress, total_steps
-from rvc_dist.train.step import GanStep, autocast
-from rvc_dist.workspace import Speakers, StageError, Workspace, read_json
+from rvc_dist.train.run_state import Origin
+from rvc_dist.train.step import autocast
+from rvc_dist.workspace import Speakers, Workspace
 
 logger = logging.getLogger(__name__)
-
-
-class Networks(TypedDict):
-    generator: bool
-    discriminator: bool
-
-
-class OldCompiled(TypedDict):
-    key: dict[str, Any]
-    compiled: Networks
-
-
-class Compiled(OldCompiled, total=False):
-    """RUN/compile.json."""
-
-    channels_last: Networks
-    """Older files, whose key is never a run's, lack it."""
 
 
 def load_clips(recipe: Recipe, work: Workspace) -> ClipTable:
@@ -75,21 +48,6 @@ def report_holdout(recipe: Recipe, table: ClipTable) -> None:
         logger.log(level, line)
     if recipe.train.overtrain_detect and not table.holdout:
         logger.warning("train.overtrain_detect does nothing: no clip is held out to see overtraining on")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run begins: new networks, or its newest checkpoint. The same on all ranks."""
-
-    shape: GeneratorShape
-    modules: dict[str, nn.Module]
-    """By checkpoint.MODELS, on the host; `resume` gives them a checkpoint's weights."""
-    identity: dict[str, Any]
-    """What its checkpoints must agree on."""
-    data: dict[str, Any]
-    """`fingerprint.of_data`."""
-    progress: Progress
-    speakers: Speakers
 
 
 def find_origin(
@@ -138,45 +96,6 @@ def budget(recipe: Recipe, table: ClipTable, loader: StepLoader, done: Progress)
     return total
 
 
-def choose_compiled(
-    recipe: Recipe, accelerator: Accelerator, work: Workspace, origin: Origin, total: int, loader: StepLoader
-) -> dict[str, bool]:
-    """Which networks to compile for a run of `total` steps: as it did before, else by a trial with its next batch.
-
-    Their memory layout, which the same trial finds, is set already.
-    """
-    config, device, modules = recipe.train, accelerator.device, origin.modules
-    if not (compilation.asked_for(config) and BACKENDS[device.type].compiles):
-        return dict.fromkeys(modules, False)
-    key = compilation.key(config, device, total)
-    kept = read_json(work.compile_file, Compiled) if work.compile_file.is_file() else None
-    (kept,) = broadcast_object_list([kept])
-    if kept is not None and kept["key"] == key:
-        for name, on in kept.get("channels_last", {}).items():
-            use_channels_last(modules[name], bool(on))
-        chosen: dict[str, bool] = dict(kept["compiled"])
-        return chosen
-    compiled = {name: compilation.compiled(module, device, config) for name, module in modules.items()}
-    optimizers = {name: make_optimizer(config, module) for name, module in modules.items()}
-    batch = loader.next_batch(origin.progress)
-
-    def trial(which: Mapping[str, bool]) -> GanStep:
-        calls = {name: compiled[name] if which.get(name) else module for name, module in modules.items()}
-        return GanStep(recipe, {n: TrainedModule(m, calls[n], calls[n], optimizers[n]) for n, m in modules.items()})
-
-    with out_of_memory.advice(trial({}), batch, accelerator.process_index):
-        steps_left = total - origin.progress.step
-        layout = compilation.choose_layout(
-            config, accelerator, modules, lambda: trial({}).local_dry_run(batch), steps_left
-        )
-        chosen = compilation.choose(
-            config, accelerator, checkpoint.MODELS, lambda which: trial(which).local_dry_run(batch), steps_left
-        )
-    if accelerator.is_main_process:
-        write_json(work.compile_file, {"key": key, "compiled": chosen, "channels_last": layout})
-    return chosen
-
-
 def prepare_networks(
     recipe: Recipe,
     accelerator: Accelerator,
@@ -192,7 +111,7 @@ def prepare_networks(
         The networks, which of them are compiled, and what sends their gradients; `on_send` is called at each sending.
     """
     modules = {name: module.to(accelerator.device) for name, module in origin.modules.items()}
-    compiled = choose_compiled(recipe, accelerator, work, origin, total, loader)
+    compiled = trial.choose_compiled(recipe, accelerator, work, origin, total, loader)
     reducer = GradientReducer(recipe.train.grad_compression == "bf16", on_send)
     made = {name: _trained(recipe, accelerator, modules[name], yes, reducer) for name, yes in compiled.items()}
     return made, compiled, reducer
@@ -211,96 +130,6 @@ def _trained(
     network = TrainedModule(module, compiled, accelerator.prepare_model(compiled), optimizer, scale=scale)
     reducer.attach(network.wrapped)
     return network
-
-
-def resume(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    saved: checkpoint.Checkpoint,
-    progress: Progress,
-    modules: Mapping[str, TrainedModule],
-    meter: Meter,
-) -> None:
-    """Fill the networks, their optimizers and the meter; training goes on from `progress`."""
-    num_ranks = accelerator.num_processes
-    load_weights(saved, modules, Workspace(recipe.run_dir, recipe.name))
-    meter.load(saved.meter, accelerator.process_index, num_ranks, accelerator.device)
-    logger.info(f"continuing from step {progress.step}, epoch {progress.epoch}")
-    if saved.num_ranks != num_ranks:
-        num_clips = recipe.train.batch_size * recipe.train.grad_accum_steps * num_ranks
-        logger.warning(
-            f"the checkpoint was made on {saved.num_ranks} ranks, this run has {num_ranks}: it continues from the same "
-            f"weights, optimizers and place in the data, with steps of {num_clips} clips"
-        )
-
-
-def begin(recipe: Recipe, modules: Mapping[str, TrainedModule]) -> None:
-    """Give new optimizers what an import kept of the experiment's beside the weights that the networks begin with."""
-    for name, key in networks.PRETRAINED.items():
-        if (file := getattr(recipe.train, key)) is not None:
-            without = SPEAKER_TABLE if recipe.train.fresh_speakers else ""
-            moments.begin_with(modules[name], Path(file), recipe.train.optimizer_name, without)
-
-
-def load_weights(saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModule], work: Workspace) -> None:
-    """Fill the networks and their optimizers.
-
-    Raises:
-        StageError: the state of an optimizer does not fit.
-    """
-    saved = networks.with_speakers(saved, len(modules["generator"].module.get_parameter(SPEAKER_TABLE)))
-    for name, module in modules.items():
-        try:
-            module.load(saved.models[name], saved.optimizers[name])
-            if module.scale is not None and name in saved.loss_scales:
-                module.scale.load(saved.loss_scales[name])
-        except ValueError as error:
-            raise StageError(
-                f"{work.checkpoints_dir}: step {saved.progress.step} does not fit the {name}'s optimizer;",
-                "change train.optim back, or give the run another run_dir",
-                f": {error}",
-            ) from error
-
-
-def make_checkpoint(
-    accelerator: Accelerator,
-    origin: Origin,
-    progress: Progress,
-    modules: Mapping[str, TrainedModule],
-    meter: Meter,
-    work: Workspace,
-    why: checkpoint.Why,
-) -> checkpoint.Checkpoint | None:
-    """What the main rank is to write, None elsewhere; every rank has to ask for it.
-
-    Its weights share the memory of the networks.
-
-    Raises:
-        StageError: a weight is not a finite number (on every rank alike).
-    """
-    weights = [w.detach() for module in modules.values() for w in module.module.parameters()]
-    if not torch.stack([w.isfinite().all() for w in weights]).all():
-        raise StageError(
-            f"step {progress.step}: a weight is not finite;",
-            f"lower train.learning_rate or set train.max_grad_norm. The checkpoints in {work.checkpoints_dir} are from "
-            "before",
-        )
-    meter_state = meter.state(accelerator)
-    states = {name: module.optimizer_state(accelerator.is_main_process) for name, module in modules.items()}
-    if not accelerator.is_main_process:
-        return None
-    return checkpoint.Checkpoint(
-        progress=progress,
-        identity=origin.identity,
-        models={name: module.module.state_dict() for name, module in modules.items()},
-        optimizers={name: state for name, state in states.items() if state is not None},
-        loss_scales={name: module.scale.state() for name, module in modules.items() if module.scale is not None},
-        meter=meter_state,
-        num_ranks=accelerator.num_processes,
-        speakers=origin.speakers,
-        data=origin.data,
-        why=why,
-    )
 
 
 def prepare_run_folder(recipe: Recipe, work: Workspace, origin: Origin, modules: Mapping[str, TrainedModule]) -> None:

@@ -29,7 +29,7 @@ from rvc_dist.runtime.launcher import zero_stage
 from rvc_dist.runtime.logs import versions
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.screen import ProgressBar
-from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, setup, speaker_encoder
+from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, run_state, setup, speaker_encoder
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
 from rvc_dist.train.listening import Listening
@@ -113,9 +113,9 @@ class Trainer:
         self.step = GanStep(recipe, self.networks, self.timer)
         self.recent: list[RecentStep] = []
         if saved is not None:
-            setup.resume(recipe, self.accelerator, saved, self.progress, self.networks, self.meter)
+            run_state.resume(recipe, self.accelerator, saved, self.progress, self.networks, self.meter)
         else:
-            setup.begin(recipe, self.networks)
+            run_state.begin(recipe, self.networks)
         self.writer = checkpoint.AsyncCheckpointWriter(
             self.work.checkpoints_dir,
             self.config.keep_checkpoints,
@@ -256,7 +256,7 @@ class Trainer:
         self._finish_writing()
         folder, most = self.work.checkpoints_dir, self.config.max_bad_steps
         saved = bad_steps.checkpoint_from_before(self.accelerator, folder, self.origin.identity, self.progress, most)
-        setup.load_weights(saved, self.networks, self.work)
+        run_state.load_weights(saved, self.networks, self.work)
         self.progress = replace(self.progress, bad_streak=0, rolled_back_at=self.progress.step)
 
     def evaluate(self) -> bool:
@@ -301,7 +301,7 @@ class Trainer:
         """
         self.check_recent_steps()
         state = self.origin, self.progress, self.networks, self.meter, self.work
-        made = setup.make_checkpoint(self.accelerator, *state, why)
+        made = run_state.make_checkpoint(self.accelerator, *state, why)
         if made is not None:
             self.writer.start(made)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime.launcher import check_deepspeed
-from rvc_dist.train import bad_steps, checkpoint, loss_scale, setup, trainer
+from rvc_dist.train import bad_steps, checkpoint, loss_scale, run_state, setup, trainer
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.loss_scale import LossScale
@@ -128,7 +128,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         net.load = lambda weights, state: None
     for known, scale in ((scales, scales["generator"]["scale"]), ({}, 1024.0)):
         networks["generator"].scale = LossScale(CPU)
-        setup.load_weights(checkpoint.replace(saved, loss_scales=known), networks, None)
+        run_state.load_weights(checkpoint.replace(saved, loss_scales=known), networks, None)
         assert networks["generator"].scale.state()["scale"] == scale
 
 
