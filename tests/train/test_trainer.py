@@ -390,7 +390,7 @@ def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_p
     train(recipe)
     kept = work.config_file.read_text()
     others = {
-        r"extract\.f0_method: pyin -> rmvpe": replace(recipe, extract=replace(recipe.extract, f0_method="rmvpe")),
+        r"extract\.f0_method: yin -> rmvpe": replace(recipe, extract=replace(recipe.extract, f0_method="rmvpe")),
         r"model\.version: v2 -> v1": replace(recipe, model=replace(recipe.model, version="v1")),
         r"preprocess\.clean: 0\.0 -> 0\.5": replace(recipe, preprocess=replace(recipe.preprocess, clean_dataset=True)),
         r"is the run of tiny, the recipe's name is other": replace(recipe, name="other"),
@@ -404,7 +404,7 @@ def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_p
         with pytest.raises(StageError, match="is the run of tiny"):
             stage.run(replace(recipe, name="other"), Shard())
     assert work.config_file.read_text() == kept
-    preprocess.save_recipe(replace(others[r"extract\.f0_method: pyin -> rmvpe"], data=DataConfig("new", 24000)), work)
+    preprocess.save_recipe(replace(others[r"extract\.f0_method: yin -> rmvpe"], data=DataConfig("new", 24000)), work)
     assert load_recipe(work.config_file) == replace(recipe, data=DataConfig("new", 24000)), "until extract has run"
 
 
