@@ -88,7 +88,7 @@ def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
     assert_same(unmeasured, two["accumulated"], weights=1e-4, case="accumulated on ranks")
     # Each clip of validation is measured by one rank: its numbers are the same to the bit.
     qualities = [tensors["adamw"]["quality"] for tensors in (one, two)]
-    assert qualities[0].shape == (5, 6)
+    assert qualities[0].shape == (6, 6)
     assert torch.equal(*(q.nan_to_num(nan=-1.0) for q in qualities))
     # Each gradient goes over the wire once a step, G's and D's; as bf16 in half the bytes.
     gradient_bytes = sum(v.nbytes for k, v in two["adamw"].items() if k.startswith("grad."))
