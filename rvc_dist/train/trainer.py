@@ -163,7 +163,8 @@ class Trainer:
             while not self.is_finished and not self.is_overtrained:
                 self.history.step = number = self.progress.step + 1
                 is_logged = is_due(self.config.log_every_steps, number, self.total_steps)
-                self.heartbeat.begin_step(number, "logged" if is_logged else "other")
+                is_evaluated = is_due(self.config.eval_every_steps, number, self.total_steps)
+                self.heartbeat.begin_step(number, "evaluated" if is_evaluated else "logged" if is_logged else "other")
                 with self.timer.phase("data"), stop.limit(*self.loader.awaited(number)):
                     batches = next(steps)
                 self.train_step(batches)
@@ -173,7 +174,7 @@ class Trainer:
                     with self.heartbeat.within("log"):
                         self.log(audio_s / (time.monotonic() - began_at), bar)
                     began_at, audio_s = time.monotonic(), 0.0
-                is_best = is_due(self.config.eval_every_steps, number, self.total_steps) and self.evaluate()
+                is_best = is_evaluated and self.evaluate()
                 with self.heartbeat.within("stop_poll"):
                     asked = stop.poll(failed=self.writer.error is not None or self.lock.is_lost)
                 if asked == StopSignal.FAILED:

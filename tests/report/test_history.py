@@ -41,7 +41,7 @@ def test_a_line_is_what_was_written_and_the_handler_is_gone_after_the_end(tmp_pa
         assert not path.exists()
         writer.begin(3, **START | {"ranks": ranks})
         writer.step = 4
-        logger.warning("a bad step: %s", "\udcff.wav")
+        writer.emit(logging.LogRecord("x", logging.WARNING, "", 0, "a bad step: %s", ("\udcff.wav",), None))
         logger.info("no warning")
         writer.write("step", 4, epoch=0.5, values=values, seconds={})
     logger.warning("late")
