@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import pairwise
@@ -37,6 +38,13 @@ class Given(argparse.Action):
         namespace.given.append((self.dest, values or self.const or ""))
 
 
+class WholeNames(argparse.RawDescriptionHelpFormatter):
+    """Breaks no line within a name such as crepe-tiny, which is copied from it."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def stage_parser(name: str, shows: Callable[[str], bool] = lambda key: True) -> argparse.ArgumentParser:
     """A parser of all that a stage takes. Its help has those keys of the recipe that `shows` says: what each means,
     what it may be, and its default."""
@@ -49,7 +57,7 @@ def stage_parser(name: str, shows: Callable[[str], bool] = lambda key: True) -> 
         usage=" ".join(["%(prog)s", *words, stage.folders]).strip(),
         description=stage.about,
         epilog=epilog(name),
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=help_width()),
+        formatter_class=partial(WholeNames, max_help_position=36, width=help_width()),
         allow_abbrev=False,
         add_help=False,
         exit_on_error=False,
