@@ -173,7 +173,11 @@ def test_the_run_goes_on_from_the_weights_to_a_voice(
     assert Path(recipe.train.pretrained_d).parent == work.root / "pretrained"
 
     # No encoder and no tracker is as much as looked for.
-    monkeypatch.setattr(extract.Extractor, "load", None)
+
+    def no_encoder(*_: object) -> None:
+        raise StageError("there is no encoder here")
+
+    monkeypatch.setattr(extract.Extractor, "load", no_encoder)  # it costs samples of other recordings alone
     before = {p: p.read_bytes() for p in work.root.rglob("*.safetensors")}
     caplog.clear()
     shutil.rmtree(folder)
@@ -807,7 +811,7 @@ def test_the_command(
     with pytest.raises(SystemExit) as caught:
         cli.main(["import", "--help"])
     assert caught.value.code == 0
-    assert "usage: rvc-dist import DIR" in capsys.readouterr().out
+    assert "usage: rvc-dist import " in capsys.readouterr().out
 
 
 def test_keys_that_the_experiment_overrules_are_told(
