@@ -442,6 +442,8 @@ class TrainConfig:
     eval_reference: Text | None = None
     """Recording of any kind whose first 8 s the voice speaks at every evaluation, beside its own held-out phrases and
     another speaker's."""
+    samples: bool = True
+    """Speak those phrases, and keep them in RUN/samples."""
     report: bool = True
     """Make RUN/report.html at every evaluation, by a process that takes what training leaves of the CPU."""
     overtrain_detect: bool = False

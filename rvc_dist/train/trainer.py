@@ -140,7 +140,7 @@ class Trainer:
         setup.prepare_run_folder(self.recipe, self.work, self.origin, self.networks)
 
     def _prepare_listening(self) -> None:
-        if not self.is_finished:
+        if self.config.samples and not self.is_finished:
             self.listening.prepare(self.step.shape, lambda: self.voices.facts.f0_medians)
 
     def train(self) -> None:

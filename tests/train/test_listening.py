@@ -69,7 +69,7 @@ def test_what_is_heard_is_what_infer_makes_of_the_exported_voice(tmp_path, monke
     """Of the same features and, but for their rounding to float16, the same weights: they differ by less than 0.3%."""
     song = tmp_path / "song.wav"
     soundfile.write(song, np.stack([tone(2.5, 44100), tone(2.5, 44100)], axis=1), 44100)
-    recipe = tiny_recipe(tmp_path / "run", max_steps=2, eval_every_steps=2, eval_reference=str(song))
+    recipe = tiny_recipe(tmp_path / "run", max_steps=2, eval_every_steps=2, eval_reference=str(song), samples=True)
     recipe = changed(recipe, "index", speakers="both")
     make_features(recipe, num_clips=12, speakers=(1, 3))
     index.run(recipe, Shard())
@@ -133,7 +133,7 @@ def test_what_is_heard_is_what_infer_makes_of_the_exported_voice(tmp_path, monke
     ],
 )
 def test_every_kind_of_voice_is_heard_and_no_random_state_is_touched(tmp_path, section, values, kinds):
-    recipe = changed(tiny_recipe(tmp_path, max_steps=1, save_every_voices=False), section, **values)
+    recipe = changed(tiny_recipe(tmp_path, max_steps=1, save_every_voices=False, samples=True), section, **values)
     make_features(recipe)
     index.run(recipe, Shard())
     run = trainer.Trainer(recipe)
@@ -157,7 +157,7 @@ def test_every_kind_of_voice_is_heard_and_no_random_state_is_touched(tmp_path, s
 
 
 def test_a_fault_of_samples_is_a_warning_and_costs_one_evaluation(tmp_path, monkeypatch, caplog):
-    recipe = tiny_recipe(tmp_path)
+    recipe = tiny_recipe(tmp_path, samples=True)
     make_features(recipe)
     folder = workspace_of(recipe).samples_dir
     (folder / ".step_00000009.tmp").mkdir(parents=True)  # of a run that was killed
@@ -191,7 +191,7 @@ def test_a_fault_of_samples_is_a_warning_and_costs_one_evaluation(tmp_path, monk
 
 
 def test_without_the_encoder_there_are_held_out_phrases_alone(tmp_path, monkeypatch, caplog):
-    recipe = tiny_recipe(tmp_path)
+    recipe = tiny_recipe(tmp_path, samples=True)
     make_features(recipe)
     missing = "rvc_dist.features.extractor.load_embedder", lambda *_: (_ for _ in ()).throw(OSError("no network"))
     monkeypatch.setattr(*missing)
@@ -213,7 +213,7 @@ def test_a_reference_that_cannot_be_read_is_one_error_before_any_step(tmp_path, 
         os.mkfifo(song)
     elif content is not None:
         song.write_bytes(content)
-    recipe = tiny_recipe(tmp_path / "run", eval_reference=str(song))
+    recipe = tiny_recipe(tmp_path / "run", eval_reference=str(song), samples=True)
     make_features(recipe)
     with pytest.raises(StageError, match=f"train.eval_reference: .*{message}"):
         train(recipe)
@@ -243,7 +243,7 @@ def test_phrases_are_stretches_of_neighbours_evenly_over_speakers():
 @pytest.mark.parametrize(("share_s", "pause_s"), [(0.3, 0.0), (0.0, 0.4)])
 def test_clips_meet_in_what_they_share_at_one_level(tmp_path, share_s, pause_s):
     """Of a swelling tone, cut into clips that are levelled each for itself."""
-    recipe = changed(tiny_recipe(tmp_path), "model", energy=True)
+    recipe = changed(tiny_recipe(tmp_path, samples=True), "model", energy=True)
     rate, hop = RATE, recipe.rate_spec.hop
     wave, frames = tone(4.0, rate) * np.linspace(0.2, 1.0, 4 * rate, dtype=np.float32), np.arange(400, dtype=np.float32)
     starts, gains = (0.0, 2.0 - share_s + pause_s), (1.0, 0.5)

@@ -77,7 +77,7 @@ def same(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> bool:
 
 
 def test_a_run_leaves_checkpoints_scalars_pictures_and_sounds(tmp_path):
-    recipe = tiny_recipe(tmp_path, max_steps=4, eval_every_steps=2, save_every_steps=2)
+    recipe = tiny_recipe(tmp_path, max_steps=4, eval_every_steps=2, save_every_steps=2, samples=True)
     make_features(recipe)
     saved = train(recipe)
     assert saved.progress.step == 4
