@@ -503,4 +503,4 @@ def test_tasks_of_srun_are_ranks_without_a_launcher(cluster: Cluster, tmp_path: 
     output = cluster(srun, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_ports(1))
     assert "2 ranks: " in output
     assert "trained to step 2" in output
-    assert sorted(path.name for path in logs.iterdir()) == ["rank_00000.log", "rank_00001.log"]
+    assert sorted(path.name for path in logs.glob("*.log")) == ["rank_00000.log", "rank_00001.log"]
