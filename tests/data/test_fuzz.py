@@ -28,10 +28,10 @@ from rvc_dist.workspace import Shard
 
 spent = {}
 def timed(function, path_of):
-    def call(*arguments):
+    def call(*arguments, **options):
         started_at = time.monotonic()
         try:
-            return function(*arguments)
+            return function(*arguments, **options)
         finally:
             path = path_of(arguments)
             spent[path] = spent.get(path, 0.0) + time.monotonic() - started_at
