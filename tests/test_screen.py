@@ -176,9 +176,11 @@ def test_a_bar_within_another_shows_nothing(caplog: pytest.LogCaptureFixture, mo
 
 
 STAGE = """
-import logging, sys, time
+import logging, signal, sys, time
 from rvc_dist import __main__ as cli, stages
 from rvc_dist.unit_stage import in_threads
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
 
 def run(recipe, shard):
     sys.stdout.write("ready\\n")
