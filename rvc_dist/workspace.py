@@ -126,6 +126,20 @@ class Speakers:
         return name if name == str(speaker) else f"{speaker} ({name})"
 
 
+@contextlib.contextmanager
+def noted(notes: list[str], about: str = "") -> Iterator[None]:
+    """Inside, what cannot be read becomes one of `notes`, behind what it is `about`: the rest is worth showing."""
+    try:
+        yield
+    except (StageError, ForeignFileError, OSError) as error:
+        notes.append(f"{about}{error}")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, oldest first; copies that a user made under other names are none."""
+    return sorted(path for path in folder.glob("step_" + 8 * "[0-9]") if path.is_dir())
+
+
 class Workspace:
     """The paths of one run folder. Nothing is created until something is written."""
 
@@ -204,8 +218,7 @@ class Workspace:
         return path, state.get("data", {})
 
     def _newest_state(self) -> tuple[Path, dict[str, Any]]:
-        named = self.checkpoints_dir.glob("step_" + 8 * "[0-9]")
-        whole = sorted(p for p in named if (p / CHECKPOINT_MANIFEST).is_file())
+        whole = [p for p in list_checkpoints(self.checkpoints_dir) if (p / CHECKPOINT_MANIFEST).is_file()]
         with contextlib.suppress(StageError, OSError):  # whoever goes on from it says it
             if whole:
                 return whole[-1], read_json(whole[-1] / CHECKPOINT_STATE, KnowingState)

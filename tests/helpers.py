@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from rvc_dist import __main__ as cli
@@ -27,11 +28,11 @@ from rvc_dist.files import write_json
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream, to_upstream
-from rvc_dist.train import checkpoint
+from rvc_dist.train import checkpoint, trainer
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.voice_file import Dataset, voice_dict
-from rvc_dist.workspace import Unit, WorkList, Workspace, fingerprint, save_arrays
+from rvc_dist.workspace import Shard, Unit, WorkList, Workspace, fingerprint, save_arrays
 
 RATE = 24000
 NARROW = ModelConfig(
@@ -243,6 +244,19 @@ def make_whisper_folder(folder: Path, whole: bool) -> Any:
     tensors = {key: value.clone() for key, value in network.state_dict().items()}
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     return network.encoder if whole else network
+
+
+def train(recipe: Recipe) -> checkpoint.Checkpoint:
+    """On one rank, in this process, as if none had trained in it before; the newest checkpoint."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.run(recipe, Shard(0, 1))
+    return newest(recipe)
+
+
+def newest(recipe: Recipe) -> checkpoint.Checkpoint:
+    path = checkpoint.latest(workspace_of(recipe).checkpoints_dir)
+    assert path is not None
+    return checkpoint.load(path)
 
 
 def tiny_recipe(run_dir: Path, **train: Any) -> Recipe:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from rvc_dist.report import PAGE
-from rvc_dist.runtime.hang_killer import end_with_parent
+from rvc_dist.runtime.hang_killer import end_with_parent, ignore_signals_of_job
 from rvc_dist.runtime.logs import EXIT_S
 from rvc_dist.workspace import StageError
 
@@ -107,8 +107,7 @@ class PageMaker:
 
 def main() -> None:
     root, parent, niceness = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # which launchers and SLURM send to all that a rank started
+    ignore_signals_of_job()
     end_with_parent(signal.SIGKILL, parent)
     with contextlib.suppress(AttributeError, OSError):  # Windows has none
         os.nice(niceness)

@@ -9,15 +9,13 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from rvc_dist.config import Recipe
 from rvc_dist.data.clip_files import account, low_rates, upsampled_recordings
-from rvc_dist.files import ForeignFileError
 from rvc_dist.report import PAGE
 from rvc_dist.report.history import read_history
 from rvc_dist.schema import Count, Seconds, record
@@ -29,11 +27,11 @@ from rvc_dist.workspace import (
     StageError,
     WorkList,
     Workspace,
+    list_checkpoints,
+    noted,
     printable,
     read_json,
 )
-
-T = TypeVar("T")
 
 MEASURE = "mel_distance"
 """By which the best step is chosen."""
@@ -175,17 +173,21 @@ def read_facts(root: Path) -> Facts:
     found = (work.clips_dir, work.history_file, work.checkpoints_dir, work.voice_dir)
     if recipe is None and not any(path.exists() for path in found):
         raise StageError(f"{root} has nothing of a run in it;", "expected a run folder: rvc-dist report RUN")
-    speakers = _or_note(notes, work.speakers) or Speakers()
-    history = _or_note(notes, lambda: read_history(work.history_file)) or []
-    kept = _or_note(notes, lambda: read_kept(work)) or {}
-    facts = Facts(work, work.name, recipe, speakers, None, history, kept, notes)
+    facts = Facts(work, work.name, recipe, Speakers(), None, [], {}, notes)
+    with noted(notes):
+        facts.speakers = work.speakers()
+    with noted(notes):
+        facts.history = read_history(work.history_file)
+    with noted(notes):
+        facts.kept = read_kept(work)
     if facts.is_older:
         notes.append(
             f"{work.history_file.name} is missing or empty: this run was trained by an older version. Its curves are "
             f"in TensorBoard (tensorboard --logdir {shlex.quote(str(work.tensorboard_dir))}); training on from here "
             "writes one."
         )
-    facts.data = _or_note(notes, lambda: read_data(work, recipe or Recipe(), speakers, notes))
+    with noted(notes):
+        facts.data = read_data(work, recipe or Recipe(), facts.speakers, notes)
     return facts
 
 
@@ -195,17 +197,8 @@ def read_kept(work: Workspace) -> dict[str, Any]:
     Raises:
         StageError: it is damaged.
     """
-    whole = sorted(path.parent for path in work.checkpoints_dir.glob(f"step_*/{CHECKPOINT_MANIFEST}"))
+    whole = [path for path in list_checkpoints(work.checkpoints_dir) if (path / CHECKPOINT_MANIFEST).is_file()]
     return read_json(whole[-1] / CHECKPOINT_STATE, CheckpointState).get("progress", {}) if whole else {}
-
-
-def _or_note(notes: list[str], read: Callable[[], T]) -> T | None:
-    """What `read` gives, or None and a note on why not."""
-    try:
-        return read()
-    except (StageError, ForeignFileError, OSError) as error:
-        notes.append(str(error))
-        return None
 
 
 def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[str]) -> Data | None:

@@ -19,6 +19,12 @@ PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
 
+def ignore_signals_of_job() -> None:
+    """Outlive what launchers and SLURM send to all that a rank started: this process ends with the rank."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_with_parent(number: int, parent: int) -> None:
     """Let the kernel send this process the signal `number` when `parent` ends, or now if it has ended; Linux alone."""
     import ctypes
@@ -43,8 +49,7 @@ def end_with_launcher() -> None:
 
 def main() -> None:
     file, token, interval_s, parent = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # which launchers and SLURM send to all that a rank started
+    ignore_signals_of_job()
     end_with_parent(signal.SIGKILL, parent)
     asked = False
     while not asked:

@@ -45,6 +45,7 @@ from rvc_dist.workspace import (
     StageError,
     Workspace,
     changes,
+    list_checkpoints,
     printable,
     read_json,
     read_unit_file,
@@ -302,7 +303,7 @@ def _run_folder(path: Path, recipe: Recipe) -> Found:
         raise ForeignFileError("a run folder of rvc_dist without a config.yaml that this version reads")
     work = Workspace(path, kept.name)
     names = {
-        "checkpoints": [p.name for p in checkpoint.list_checkpoints(work.checkpoints_dir)],
+        "checkpoints": [p.name for p in list_checkpoints(work.checkpoints_dir)],
         "voices": sorted(p.name for p in work.voice_dir.glob("*.pth")),
         "indices": sorted(p.name for p in work.index_dir.glob("*.index")),
     }

@@ -38,6 +38,8 @@ from rvc_dist.workspace import (
     changes,
     fingerprint,
     is_done,
+    list_checkpoints,
+    noted,
     printable,
     read_header,
     read_json,
@@ -96,10 +98,10 @@ def state_of(root: Path, given: list[tuple[str, str]] | None = None) -> dict[str
     notes: list[str] = state["notes"]
     recipe = recipe_in(root, given or [], notes)
     work = Workspace(root, recipe.name if recipe else root.name)
-    with told(notes):
+    with noted(notes):
         state["name"] = work.name
     jobs, lock = list(read_jobs(work)), None
-    with told(notes):
+    with noted(notes):
         lock = holder(work.train_lock_file)
     look_for_life(work, [*jobs, *([lock] if lock else [])])
     state["lock"] = lock
@@ -116,7 +118,7 @@ def state_of(root: Path, given: list[tuple[str, str]] | None = None) -> dict[str
     for name in now & state["stages"].keys():
         state["stages"][name]["state"] = RUNNING
     state["requeue"] = None
-    with told(notes):
+    with noted(notes):
         state["requeue"] = read_json(work.requeue_file) if work.requeue_file.is_file() else None
     state["failures"] = list(failures(work, max((j["began_at"] for j in jobs), default=0.0)))
     state["state"] = overall(state)
@@ -141,15 +143,6 @@ def no_run(root: Path) -> str:
     inside = sorted(p.name for p in root.iterdir() if (p / "config.yaml").is_file())
     more = f"; it holds runs: {', '.join(map(printable, inside[:5]))}" if inside else ""
     return f"is no run folder of rvc_dist{more}"
-
-
-@contextlib.contextmanager
-def told(notes: list[str]) -> Iterator[None]:
-    """Inside, what cannot be read becomes a note: the rest of the state is worth showing."""
-    try:
-        yield
-    except (StageError, ForeignFileError, OSError) as error:
-        notes.append(str(error))
 
 
 def recipe_in(root: Path, given: list[tuple[str, str]], notes: list[str]) -> Recipe | None:
@@ -192,7 +185,7 @@ def last_of(jobs: list[dict[str, Any]], running: list[dict[str, Any]]) -> dict[s
 def newest_checkpoint(work: Workspace) -> tuple[Path | None, Progress | None, list[str]]:
     """The newest checkpoint whose files are as long as they were written, where it stands, and those that are not."""
     damaged: list[str] = []
-    for path in sorted(work.checkpoints_dir.glob("step_" + 8 * "[0-9]"), reverse=True):
+    for path in reversed(list_checkpoints(work.checkpoints_dir)):
         try:
             sizes = {name: file["bytes"] for name, file in read_json(path / CHECKPOINT_MANIFEST).items()}
             if any((path / name).stat().st_size != size for name, size in sizes.items()):
@@ -208,7 +201,7 @@ def training(
 ) -> dict[str, Any] | None:
     """Where training is, from its history, its newest checkpoint and what its ranks say now."""
     history: list[dict[str, Any]] = []
-    with told(notes):
+    with noted(notes):
         history = read_history(work.history_file)
     last = {line["kind"]: line for line in history}
     beats = list(read_beats(work.logs_dir, min(j["began_at"] for j in running))) if running else []
@@ -237,7 +230,7 @@ def stages(
     for name, ask in (("preprocess", _preprocess), ("extract", _extract), ("index", _index)):
         found = StageState(UNKNOWN)
         if recipe is not None:
-            with told(notes):
+            with noted(notes):
                 found = ask(work, recipe)
         yield name, found
     yield "train", _train(recipe, progress)

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -37,7 +36,7 @@ from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
 from rvc_dist.workspace import CHECKPOINT_STATE as STATE
-from rvc_dist.workspace import Speaker, Speakers, StageError, TrainedOn, read_json
+from rvc_dist.workspace import Speaker, Speakers, StageError, TrainedOn, list_checkpoints, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -311,11 +310,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, oldest first; copies that a user made under other names are none."""
-    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8}", p.name) and p.is_dir())
 
 
 def whole_in(folder: Path) -> list[Path]:

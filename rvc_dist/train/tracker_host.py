@@ -24,7 +24,7 @@ from typing import Any, TypedDict
 
 from rvc_dist.files import ForeignFileError, read_bounded, write_json
 from rvc_dist.runtime.background import Background
-from rvc_dist.runtime.hang_killer import end_with_parent
+from rvc_dist.runtime.hang_killer import end_with_parent, ignore_signals_of_job
 from rvc_dist.schema import Token, parse_json
 
 logger = logging.getLogger("rvc_dist.train.tracker_host")
@@ -178,8 +178,7 @@ def left_to_finish_s(began_at: float) -> float:
 
 def main() -> None:
     began_at = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # which launchers and SLURM send to all that a rank started
+    ignore_signals_of_job()
     signal.signal(signal.SIGUSR2, lambda *_: signal.alarm(LAST_LINES_S))
     signal.signal(signal.SIGALRM, _parent_ended)
     log = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", errors="backslashreplace")

@@ -72,6 +72,8 @@ class Validation:
         self.ear = Ear(recipe, accelerator.device)
         self._heard: dict[ClipRef, Heard] = {}
         """Of real clips, those that this rank compares."""
+        self._first: tuple[Tensor, Tensor] | None = None
+        """The first clip and what the voice made of it last; on the main rank."""
         self._ended_at: float | None = None
         self._has_warned = False
 
@@ -100,6 +102,8 @@ class Validation:
         for i in range(self.accelerator.process_index, len(self.clips), self.accelerator.num_processes):
             clip = self.clips[i]
             real, fake = self.resynthesise(generator, clip, i)
+            if i == 0:
+                self._first = real, fake
             if clip not in self._heard:
                 self._heard[clip] = self.ear.hear(real)
             mine.append((i, self.ear.compare(self._heard[clip], fake)))
@@ -123,8 +127,8 @@ class Validation:
         return batch.wave[0, 0], fake[0, 0].float()
 
     def show(self, generator: Generator, step: int) -> None:
-        """The first of the clips, as a picture in TensorBoard."""
-        real, fake = self.resynthesise(generator, (*self.clips, *self.table.train)[0])
+        """The first clip as it was judged, or one of training where none is held out: a picture in TensorBoard."""
+        real, fake = self._first or self.resynthesise(generator, self.table.train[0])
         rows = [("real", real), (f"what the voice makes of it at step {step}", fake)]
         self.tracker.spectrograms("held_out", rows, self.recipe.data.sample_rate, step)
 

@@ -9,7 +9,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.voice_file import Dataset, DatasetFacts
-from rvc_dist.workspace import StageError, Workspace
+from rvc_dist.workspace import StageError, Workspace, list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Trained:
         """Raises StageError when there is no whole checkpoint, or no report of the clips."""
         work = Workspace(recipe.run_dir, recipe.name)
         work.check_name()
-        if not checkpoint.list_checkpoints(work.checkpoints_dir):
+        if not list_checkpoints(work.checkpoints_dir):
             raise StageError(f"{work.checkpoints_dir} has no checkpoint:", "run `rvc-dist train` first")
         facts = DatasetFacts.of_run(work, ClipTable.load(recipe))
         return cls(recipe, work, checkpoint.whole_in(work.checkpoints_dir), facts)

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -172,6 +173,8 @@ def test_every_stage_of_a_run_has_a_page(tmp_path: Path, there: str, said: str) 
         newest.mkdir(parents=True)
         (newest / "manifest.json").touch()
         (newest / "state.json").write_text('{"progress": {"best_metric": 1.4, "best_step": 300, "best_epoch": 15}}')
+        copy = shutil.copytree(newest, newest.with_name("step_00000320_before"))  # a user's, and no checkpoint
+        (copy / "state.json").write_text('{"progress": {"best_metric": 9.9, "best_step": 1, "best_epoch": 1}}')
     if there == "damaged":
         made_run.samples(work.root, [100])
         for path in (work.clips_report_file, work.speakers_file, work.root / "samples/step_00000100/samples.json"):

@@ -26,13 +26,6 @@ from rvc_dist.train import compilation, trainer
 from rvc_dist.train.checkpoint import MODELS
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 class FakeStep:
     """Takes 20 ms; 10 with G compiled, 40 with D compiled, as on a CPU. Fails with a network compiled if told to."""
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from accelerate.state import AcceleratorState
-from helpers import EMBEDDER, WIDTH, SteadyPitch, changed, make_features, tiny_recipe, tone, workspace_of
+from helpers import EMBEDDER, WIDTH, SteadyPitch, changed, make_features, tiny_recipe, tone, train, workspace_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rvc_dist.choices import F0_METHODS, F0Spec
@@ -42,14 +41,6 @@ class Spectral(Embedder):
 def _quick(monkeypatch):
     monkeypatch.setattr("rvc_dist.features.extractor.load_embedder", lambda _config, _version, device: Spectral(device))
     monkeypatch.setitem(F0_METHODS, "yin", F0Spec(SteadyPitch))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def train(recipe) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer.run(recipe, Shard())
 
 
 def samples(recipe, step: int) -> dict[str, dict]:

@@ -11,13 +11,6 @@ from rvc_dist.train import trainer
 from rvc_dist.train.optimizers import AnyPrecisionAdamW
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def first_step(recipe) -> tuple[trainer.Trainer, int]:
     """A trainer after one step, and the bytes that its backward passes found saved."""
     AcceleratorState._reset_state(reset_partial_state=True)

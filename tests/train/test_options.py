@@ -33,10 +33,7 @@ MODELS = {"rvc": {}, "energy": {"energy": True}, "svc": {"architecture": "svc"}}
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    AcceleratorState._reset_state(reset_partial_state=True)
     thin_networks(monkeypatch.setattr)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def trained(recipe: Recipe, *steps: int) -> checkpoint.Checkpoint:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import EMBEDDER, changed, make_features, tiny_recipe, with_train
+from helpers import EMBEDDER, changed, make_features, newest, tiny_recipe, train, with_train
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -38,25 +38,6 @@ from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, Speakers, StageError, Stopped, WorkList, Workspace, read_json
 
 DRAWN_ON = {"extract.unvoiced": "interpolated"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def train(recipe) -> checkpoint.Checkpoint:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer.run(recipe, Shard())
-    return newest(recipe)
-
-
-def newest(recipe) -> checkpoint.Checkpoint:
-    path = checkpoint.latest(Workspace(recipe.run_dir, recipe.name).checkpoints_dir)
-    assert path is not None
-    return checkpoint.load(path)
 
 
 def quality_of(mel_distance: float) -> Quality:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import changed, make_features, tiny_recipe
 
 from rvc_dist.train import holdout, trainer, validation
@@ -16,13 +15,6 @@ from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import BROKEN, Quality
 
 GOOD = Quality(0.5, 6.0, 30.0, 0.05, 1.5, 0.9)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -59,6 +51,20 @@ def test_each_speaker_with_held_out_speech_has_numbers_and_counts_alike(tmp_path
     farthest = max(verdict.speakers, key=lambda s: verdict.speakers[s].mel_distance)
     assert f"mel distance by speaker, farthest first: {farthest}: " in caplog.text
     assert f"step 7 is the best: mel distance {verdict.mean.mel_distance:.4f} is the first" in caplog.text
+
+
+def test_an_evaluation_converts_each_clip_once(tmp_path, begin, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    make_features(recipe, num_clips=24)
+    run, converted, resynthesise = begin(recipe), [], validation.Validation.resynthesise
+
+    def once(self, generator, clip, *number):
+        converted.append(clip)
+        return resynthesise(self, generator, clip, *number)
+
+    monkeypatch.setattr(validation.Validation, "resynthesise", once)
+    run.evaluate()
+    assert converted == run.validation.clips
 
 
 def test_without_held_out_clips_there_is_no_verdict(tmp_path, begin):

@@ -7,8 +7,7 @@ import threading
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from helpers import WIDTH, make_checkpoint, make_features, make_generator, tiny_recipe, workspace_of
+from helpers import WIDTH, make_checkpoint, make_features, make_generator, tiny_recipe, train, workspace_of
 
 from rvc_dist.models.torch_file import load_pth
 from rvc_dist.train import checkpoint, trainer, voice_file
@@ -16,18 +15,6 @@ from rvc_dist.train.dataset import ClipTable
 from rvc_dist.voice import export
 from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, Stopped
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def train(recipe) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer.run(recipe, Shard())
 
 
 def voices(recipe) -> list[str]:

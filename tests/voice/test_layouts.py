@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from accelerate.state import AcceleratorState
-from helpers import RATE, changed, narrow_recipe, parse_recipe, workspace_of
+from helpers import RATE, changed, narrow_recipe, newest, parse_recipe, train, workspace_of
 from safetensors.numpy import load_file
 
 from rvc_dist.config import Recipe, load_recipe
 from rvc_dist.features import index
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.tools import import_experiment
-from rvc_dist.train import checkpoint, trainer
 from rvc_dist.voice import export
 from rvc_dist.voice.layouts import LAYOUTS
 from rvc_dist.workspace import Shard, StageError, read_header, unit_files
@@ -36,18 +34,6 @@ def imported(folder: Path, run_dir: Path, **sections: Any) -> Recipe:
     recipe = changed(replace(recipe, run_dir=str(run_dir)), "train", max_steps=2, batch_size=2, num_workers=1)
     import_experiment.run(recipe, ALONE)
     return load_recipe(workspace_of(recipe).config_file)
-
-
-def train(recipe: Recipe) -> checkpoint.Checkpoint:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer.run(recipe, ALONE)
-    return newest(recipe)
-
-
-def newest(recipe: Recipe) -> checkpoint.Checkpoint:
-    path = checkpoint.latest(workspace_of(recipe).checkpoints_dir)
-    assert path is not None
-    return checkpoint.load(path)
 
 
 @pytest.fixture(scope="module")

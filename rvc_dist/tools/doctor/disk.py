@@ -18,7 +18,7 @@ from rvc_dist.tools.doctor.data import recorded_seconds
 from rvc_dist.tools.doctor.findings import Fact, Findings, error, ranks_text, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext, RankGroup
 from rvc_dist.train import checkpoint
-from rvc_dist.workspace import StageError
+from rvc_dist.workspace import StageError, list_checkpoints
 
 SAME_FOLDER = "every rank must see the same run folder and be given the same recipe: put run_dir on a shared filesystem"
 MAX_FSYNC_S = 0.1
@@ -33,7 +33,7 @@ def check_disk(context: DoctorContext) -> Findings:
     config, work = context.recipe.train, context.work
     weights = {name: sum(p.nbytes for p in module.parameters()) for name, module in context.modules.items()}
     one = 3 * sum(weights.values()) + checkpoint.SPARE_BYTES  # weights, and two moments of each
-    kept = sum(f.stat().st_size for p in checkpoint.list_checkpoints(work.checkpoints_dir) for f in p.glob("*"))
+    kept = sum(f.stat().st_size for p in list_checkpoints(work.checkpoints_dir) for f in p.glob("*"))
     folders = (work.clips_dir, work.features_dir, work.index_dir)
     there = sum(f.stat().st_size for folder in folders for f in folder.glob("*"))
     data = max(0, round(sum(data_bytes(context))) - there) if context.has_features_to_make else 0
