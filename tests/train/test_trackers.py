@@ -193,6 +193,13 @@ def wandb_steps(folder: Path) -> dict[str, list[int]]:
     return found
 
 
+@pytest.fixture
+def begun():
+    """What this process has begun since the test did: a browser of other tests may live all the time."""
+    before = psutil.Process().children(recursive=True)
+    return lambda: [child for child in psutil.Process().children(recursive=True) if child not in before]
+
+
 def alive(processes: list[psutil.Process]) -> list[str]:
     """Those that have not ended after some seconds; one that its parent, by now init, has yet to reap has."""
     running = psutil.wait_procs(processes, 10)[1]
@@ -200,7 +207,9 @@ def alive(processes: list[psutil.Process]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_wandb_and_mlflow_go_on_in_the_same_run_after_a_kill_that_their_processes_do_not_outlive(tmp_path, monkeypatch):
+def test_wandb_and_mlflow_go_on_in_the_same_run_after_a_kill_that_their_processes_do_not_outlive(
+    tmp_path, monkeypatch, begun
+):
     monkeypatch.setenv("WANDB_MODE", "offline")
     recipe = tiny_recipe(tmp_path / "run", trackers=("wandb", "mlflow"))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
@@ -218,7 +227,8 @@ def test_wandb_and_mlflow_go_on_in_the_same_run_after_a_kill_that_their_processe
         killed.wait()
     assert psutil.wait_procs(below, 90)[1] == []
     tracker = Tracker(recipe, 4, enabled=True)
-    below = psutil.Process().children()
+    below = begun()
+    assert below
     for step in range(4, 8):
         tracker.scalars({"loss/g_mel": 1.0 / step}, step)
     tracker.close()
@@ -238,20 +248,22 @@ def test_wandb_and_mlflow_go_on_in_the_same_run_after_a_kill_that_their_processe
 
 
 @pytest.mark.slow
-def test_trackers_that_reach_no_network_cost_a_warning_and_the_run_ends_as_without_them(tmp_path, monkeypatch, caplog):
+def test_trackers_that_reach_no_network_cost_a_warning_and_the_run_ends_as_without_them(
+    tmp_path, monkeypatch, caplog, begun
+):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
     for name, value in {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "MLFLOW_TRACKING_URI": address}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(trackers, "left_to_finish_s", lambda began_at: 8.0)
-    recipe = tiny_recipe(tmp_path, trackers=("wandb", "mlflow"), num_workers=0)
+    recipe = tiny_recipe(tmp_path, trackers=("wandb", "mlflow"))
     make_features(recipe)
     below: list[psutil.Process] = []
     begin = trackers.TrackerHost.log
 
     def log(self, *values):
-        below.extend(psutil.Process().children(recursive=True))
+        below.extend(begun())
         begin(self, *values)
 
     monkeypatch.setattr(trackers.TrackerHost, "log", log)
