@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -353,11 +353,21 @@ class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
             epoch, batches_done = epoch + 1, ()
 
 
+class UnitFiles(Protocol):
+    """Where the files of units are: a run folder, or what fetches them when they are asked for."""
+
+    @property
+    def mute_file(self) -> Path: ...
+    def clips_file(self, unit: int) -> Path: ...
+    def features_file(self, unit: int) -> Path: ...
+
+
 class ClipDataset(Dataset[list[Batch]]):
     """Reads whole steps: one item is the micro-batches of one rank."""
 
-    def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...]) -> None:
+    def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...], units: UnitFiles | None = None) -> None:
         self.work = Workspace(recipe.run_dir, recipe.name)
+        self.units: UnitFiles = units or self.work
         self.clips = clips
         self.rate, self.spec, self.seed = recipe.data.sample_rate, recipe.rate_spec, recipe.train.seed
         self.has_energy = recipe.model.energy
@@ -396,11 +406,11 @@ class ClipDataset(Dataset[list[Batch]]):
 
     def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor, Tensor | None]:
         """The whole wave [S], or what reads a part of it; content [T50, C]; f0 and energy [T100]."""
-        features = _open(self.work.mute_file if clip.unit == MUTE else self.work.features_file(clip.unit))
+        features = _open(self.units.mute_file if clip.unit == MUTE else self.units.features_file(clip.unit))
         if clip.unit == MUTE:
             wave = torch.zeros(clip.num_frames * self.spec.hop)
         else:
-            wave = _open(self.work.clips_file(clip.unit)).get_slice(clip.key)
+            wave = _open(self.units.clips_file(clip.unit)).get_slice(clip.key)
         energy = features.get_tensor(f"{clip.key}.energy") if self.has_energy else None
         return wave, features.get_tensor(f"{clip.key}.content"), features.get_tensor(f"{clip.key}.f0"), energy
 
@@ -408,8 +418,10 @@ class ClipDataset(Dataset[list[Batch]]):
 class CachedClips(ClipDataset):
     """A dataset that lies in a device's memory: read once, never copied again."""
 
-    def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...], device: torch.device) -> None:
-        super().__init__(recipe, clips)
+    def __init__(
+        self, recipe: Recipe, clips: tuple[ClipRef, ...], device: torch.device, units: UnitFiles | None = None
+    ) -> None:
+        super().__init__(recipe, clips, units)
         self._cache = {clip: self._load(clip, device) for clip in dict.fromkeys(clips)}
 
     def _load(self, clip: ClipRef, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -450,19 +462,19 @@ def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
-def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device) -> ClipDataset:
+def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device, units: UnitFiles | None = None) -> ClipDataset:
     """The training clips, in the device's memory if the recipe asks for that and they fit."""
     if not recipe.train.cache_on_device:
-        return ClipDataset(recipe, table.train)
+        return ClipDataset(recipe, table.train, units)
     needed, free = cached_bytes(recipe, table.train, table.content_channels), memory.free_memory(device)
     if needed > free * CACHE_SHARE:
         logger.warning(
             f"train.cache_on_device: the dataset needs {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free of "
             f"which it may take {CACHE_SHARE:.0%}; it is read from the disk instead"
         )
-        return ClipDataset(recipe, table.train)
+        return ClipDataset(recipe, table.train, units)
     logger.info("the dataset lies in the memory of %s: %.2f GB", device, needed / 1e9)
-    return CachedClips(recipe, table.train, device)
+    return CachedClips(recipe, table.train, device, units)
 
 
 def collate(clips: list[ClipData], micro: MicroBatchSpec, spec: RateSpec, seeds: tuple[int, ...]) -> Batch:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EMBEDDER, WIDTH, make_features, tiny_recipe, workspace_of
+from helpers import EMBEDDER, WIDTH, make_features, tiny_recipe, with_train, workspace_of
 
 from rvc_dist.config import RATES, RateSpec
 from rvc_dist.models.spectral import spectrogram_with_reach
@@ -27,6 +27,7 @@ from rvc_dist.train.dataset import (
     collate,
     covered_frames,
     feature_frames,
+    make_dataset,
 )
 from rvc_dist.workspace import save_arrays
 
@@ -218,6 +219,23 @@ def test_a_cached_dataset_gives_the_same_batches(tmp_path):
     frames = sum(c.num_frames for c in dict.fromkeys(table.train))
     beyond = 4 * recipe.rate_spec.reach * len(dict.fromkeys(table.train))
     assert cached_bytes(recipe, table.train, 16) == round(frames / 100 * seconds) + beyond
+
+
+def test_units_are_read_where_they_are_said_to_be(tmp_path):
+    """As from a cache of objects: the run folder has neither clips nor features then."""
+    recipe, kept = tiny_recipe(tmp_path / "run"), tiny_recipe(tmp_path / "kept")
+    make_features(recipe)
+    table = ClipTable.load(recipe)
+    plans = (MicroBatchSpec(tuple(range(len(table.train))), 0, 100, 1.0, 1.0),)
+    (before,) = ClipDataset(recipe, table.train)[plans]
+    (tmp_path / "run").rename(tmp_path / "kept")
+    for dataset in (
+        ClipDataset(recipe, table.train, workspace_of(kept)),
+        make_dataset(with_train(recipe, cache_on_device=True), table, torch.device("cpu"), workspace_of(kept)),
+    ):
+        (moved,) = dataset[plans]
+        assert torch.equal(moved.wave_with_reach, before.wave_with_reach)
+        assert torch.equal(moved.content, before.content)
 
 
 def whole_file_spectrogram(wave: torch.Tensor, spec: RateSpec) -> torch.Tensor:
