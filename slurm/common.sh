@@ -94,7 +94,7 @@ run_stage() {
 
   # In the background: a trap of bash waits for a command in the foreground.
   "${srun[@]}" --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
-    --ntasks-per-node=1 bash slurm/node.sh "${inside[@]}" -- "$@" &
+    --ntasks-per-node=1 bash launch/node.sh "${inside[@]}" -- "$@" &
   step=$!
   [[ -z $asked ]] || kill -USR1 "$step" 2>/dev/null || true
   while kill -0 "$step" 2>/dev/null; do

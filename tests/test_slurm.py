@@ -119,12 +119,12 @@ def test_an_array_that_would_leave_work_undone_is_refused(variables: dict[str, i
     [
         (
             {"CONTAINER": "a.sif"},
-            "bash slurm/node.sh {bin}/apptainer exec --nv --pwd {root} --bind {root},/d:/d a.sif -- ",
+            "bash launch/node.sh {bin}/apptainer exec --nv --pwd {root} --bind {root},/d:/d a.sif -- ",
         ),
         ({"CONTAINER": "org/image:1"}, "--container-image=org/image:1 --container-workdir={root} "),
         ({"CONTAINER": "org/image:1"}, "--container-mounts={root}:{root},/d:/d "),
         ({"SRUN_OPTIONS": "--mpi=none --quiet"}, "--mpi=none --quiet --kill-on-bad-exit=1 --nodes=1 --ntasks=1 "),
-        ({}, "bash slurm/node.sh -- extract --config my recipe.yaml --name x --shard 1/2\n"),
+        ({}, "bash launch/node.sh -- extract --config my recipe.yaml --name x --shard 1/2\n"),
     ],
 )
 def test_what_the_cluster_needs_is_passed_through(variables, wanted, stand_in, tmp_path) -> None:
@@ -197,7 +197,7 @@ def test_a_job_that_never_gets_anywhere_is_not_requeued_for_ever(stand_in) -> No
 def start_node(stage: str, path: str, **variables: object) -> subprocess.Popen[str]:
     values = environment() | {"PATH": path, "RANKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
     values |= {"SLURM_NODEID": "0", "HEAD_ADDR": "n1", "HEAD_PORT": "1"} | {k: str(v) for k, v in variables.items()}
-    command = ["bash", str(SLURM / "node.sh"), "--", stage, "--config", "x"]
+    command = ["bash", str(ROOT / "launch" / "node.sh"), "--", stage, "--config", "x"]
     return subprocess.Popen(command, env=values, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

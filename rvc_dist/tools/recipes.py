@@ -94,14 +94,15 @@ def files(_: Recipe, shard: Shard, folders: list[str]) -> None:
         return
     if len(folders) > 1:
         raise StageError(f"got {' and '.join(folders)}, expected one folder, or none:", "rvc-dist files [DIR]")
-    sources = [p for kind in ("launch", "slurm") for p in sorted(packaged.folder(kind).iterdir()) if p.is_file()]
+    root = packaged.folder("launch").parent
+    sources = [p for kind in ("launch", "slurm") for p in sorted(packaged.folder(kind).rglob("*")) if p.is_file()]
     sources = [path for path in sources if path.name not in NEEDS_CHECKOUT]
     if not folders:
-        lines = [f"{path.parent.name + '/' + path.name:<30}{first_comment(path)}" for path in sources]
-        lines += ["", f"They are in {packaged.folder('launch').parent}; `rvc-dist files DIR` copies them into DIR."]
+        lines = [f"{path.relative_to(root).as_posix():<34}{first_comment(path)}" for path in sources]
+        lines += ["", f"They are in {root}; `rvc-dist files DIR` copies them into DIR."]
         sys.stdout.write("\n".join(lines) + "\n")
         return
-    copies = {path: Path(folders[0], path.parent.name, path.name) for path in sources}
+    copies = {path: Path(folders[0], path.relative_to(root)) for path in sources}
     if differing := [str(c) for path, c in copies.items() if c.exists() and c.read_bytes() != path.read_bytes()]:
         raise StageError(
             f"{', '.join(differing)}: there already, and not as rvc_dist has it; nothing was copied:",

@@ -108,11 +108,12 @@ def test_an_installed_package_has_recipes_launchers_and_batch_files(tmp_path: Pa
     assert f"--config_file {inside / 'launch' / 'cpu.yaml'}" in told("launch", "--cpu", "2", "--dry-run", "--", "train")
     listed = told("files")
     assert f"They are in {inside};" in listed
-    assert "launch/notebook.ipynb         A voice on Colab or Kaggle\n" in listed
+    assert "launch/notebook.ipynb             A voice on Colab or Kaggle\n" in listed
 
     assert "files are in work/launch and work/slurm" in told("files", "work")
     assert "files are in work/launch" in told("files", "work"), "the same files again"
-    names = {*(ROOT / "launch").iterdir(), *(ROOT / "slurm").iterdir()} - {ROOT / "launch" / "test.sh"}
+    names = {*(ROOT / "launch").rglob("*.*"), *(ROOT / "slurm").iterdir()} - {ROOT / "launch" / "test.sh"}
+    assert "launch/kubernetes/train.yaml      Training on several nodes, one rank a GPU" in listed
     assert {ROOT / path.relative_to("work") for path in Path("work").rglob("*.*")} == names
     for copy in Path("work").rglob("*.*"):
         source = ROOT / copy.relative_to("work")
