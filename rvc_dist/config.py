@@ -391,6 +391,12 @@ class TrainConfig:
     """Steps over which the learning rate rises linearly from zero."""
     kl_warmup_steps: Count = 0
     """Steps over which the weight of the KL loss rises linearly from zero."""
+    adversarial_from_step: Count = 0
+    """Steps before the discriminator joins: until then it rests, and G has no adversarial and no feature matching
+    loss. Its warmup_steps begin there; which step is the best begins anew."""
+    ema_decay: Decay = 0.0
+    """Keep an average of G's weights over about 1 / (1 - this) steps: 0.999 or 0.9999; 0: none. After n steps it is at
+    most (1 + n) / (10 + n). Validation measures both, and its choice is exported (export.weights)."""
     max_grad_norm: AboveZero | None = None
     """Clip the gradient norm of G and of D to this."""
     optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
@@ -495,6 +501,9 @@ class ExportConfig:
     hub; applio, rvc: an experiment's folder in which Applio or RVC-WebUI trains on. Short for it: --as, --layout."""
     each_speaker: bool = False
     """With the voice of all speakers, one of each, NAME_spkid3_last.pth: who takes it hears speaker 3 under any id."""
+    weights: Literal["chosen", "raw", "ema"] = "chosen"
+    """With train.ema_decay, which of the generator: those of training (raw), their average (ema), or those that the
+    validation before the checkpoint found better; the average where there was none. applio and rvc get raw ones."""
     folder: Text = ""
     """Where anything but voice files goes, a folder that is not there yet; by default RUN/export/FORMAT."""
     private: bool = True

@@ -49,6 +49,8 @@ def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> No
             losses = run.meter.read(run.accelerator)
             tensors |= {f"loss.{k}": torch.tensor(v) for k, v in losses.items() if k.startswith("loss/")}
             tensors["bytes"] = torch.tensor(run.reducer.num_bytes)
+    averages = run.ema.state_dict() if run.ema is not None else {}
+    tensors |= {f"weight.average.{k}": v for k, v in averages.items()}
     for name, network in run.networks.items():
         tensors |= {f"weight.{name}.{k}": p.detach() for k, p in network.module.named_parameters()}
     if run.accelerator.is_main_process:

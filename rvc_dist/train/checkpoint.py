@@ -46,6 +46,8 @@ MODELS = ("generator", "discriminator")
 FILES = (*(f"{name}.safetensors" for n in MODELS for name in (n, f"optimizer_{n}")), STATE)
 IDENTITY = record(False, **{"embedder": record(name=Word), "discriminator.version": Word})
 """Besides the generator's shape."""
+AVERAGE = "generator_ema"
+"""The stem of the file that runs with train.ema_decay have besides."""
 SPARE_BYTES = 16 << 20
 """Free space beyond the tensors themselves that a checkpoint asks for."""
 
@@ -107,11 +109,27 @@ class Checkpoint:
     loss_scales: dict[str, LossScaleState] = field(default_factory=dict)
     """By MODELS, of those that compute in float16."""
     why: Why = "due"
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    """State dict of the generator with the averages of its weights; empty without train.ema_decay."""
+
+    def generator(self, weights: str) -> tuple[dict[str, Tensor], bool]:
+        """Those of export.weights, and whether they are the average.
+
+        Raises:
+            StageError: there is no average.
+        """
+        if weights == "ema" and not self.ema:
+            raise StageError(
+                f"export.weights: the checkpoint of step {self.progress.step} has no average of its weights;",
+                "leave it out, or train with train.ema_decay above 0",
+            )
+        averaged = weights == "ema" or (weights == "chosen" and bool(self.ema) and self.progress.uses_ema is not False)
+        return (self.ema if averaged else self.models["generator"]), averaged
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """File stem to what it holds."""
         states = {f"optimizer_{name}": state.tensors for name, state in self.optimizers.items()}
-        return {**self.models, **states}
+        return {**self.models, **states, **({AVERAGE: self.ema} if self.ema else {})}
 
     @property
     def num_bytes(self) -> int:
@@ -119,8 +137,9 @@ class Checkpoint:
 
     def to_host(self) -> Checkpoint:
         """With the weights copied to host memory, where training cannot change them; optimizer states are there."""
-        copies = {n: {k: t.detach().to("cpu", copy=True) for k, t in w.items()} for n, w in self.models.items()}
-        return replace(self, models=copies)
+        weights = {**self.models, AVERAGE: self.ema}
+        copies = {n: {k: t.detach().to("cpu", copy=True) for k, t in w.items()} for n, w in weights.items()}
+        return replace(self, ema=copies.pop(AVERAGE), models=copies)
 
 
 class AsyncCheckpointWriter:
@@ -375,7 +394,7 @@ def find_corruption(path: Path) -> list[str]:
     except ForeignFileError as error:
         return [f"{MANIFEST} is not what was written ({error})"]
     problems = [f"{name} is not in {MANIFEST}" for name in FILES if name not in wanted_files]
-    for name in set(FILES) & wanted_files.keys():
+    for name in {*FILES, f"{AVERAGE}.safetensors"} & wanted_files.keys():
         file, size, digest = path / name, wanted_files[name]["bytes"], wanted_files[name]["sha256"]
         if not file.is_file():
             problems.append(f"{name} is missing")
@@ -479,4 +498,5 @@ def load(path: Path) -> Checkpoint:
         speakers=_speakers(state),
         data=state.get("data", {}),
         loss_scales=state.get("loss_scales", {}),
+        ema=load_file(average) if (average := path / f"{AVERAGE}.safetensors").is_file() else {},
     )

@@ -127,7 +127,7 @@ class LossInputs(NamedTuple):
     real_features: Sequence[Sequence[Tensor]]
     fake_features: Sequence[Sequence[Tensor]]
     fake_scores: Sequence[Tensor]
-    """What D makes of both; its weights get no gradients."""
+    """What D makes of both; its weights get no gradients. Empty before D joins, for those that are not ADVERSARIAL."""
 
 
 def recipe_mel_loss(recipe: Recipe, real: Tensor, fake: Tensor) -> Tensor:
@@ -178,13 +178,17 @@ GENERATOR_LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
 """By field of LossConfig. Each gives [] this micro-batch's part of the global batch's loss: a mean over clips is
 multiplied by `batch.loss_scale`, which is 0 where a rank has no clip of its own."""
 
+ADVERSARIAL = ("fm", "adv")
+"""Those that need D."""
 
-def wanted(weights: LossConfig) -> dict[str, Callable[[LossInputs], Tensor]]:
-    """GENERATOR_LOSSES without those that are off by default and get no weight.
+
+def wanted(weights: LossConfig, adversarial: bool = True) -> dict[str, Callable[[LossInputs], Tensor]]:
+    """GENERATOR_LOSSES without those that are off by default and get no weight, and, if not `adversarial`, need D.
 
     Others are computed even without one: gradients reach all parameters only through all of them.
     """
     on = {f.name for f in fields(weights) if getattr(weights, f.name) or f.default}
+    on -= set() if adversarial else set(ADVERSARIAL)
     return {name: loss for name, loss in GENERATOR_LOSSES.items() if name in on}
 
 

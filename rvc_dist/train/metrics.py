@@ -29,10 +29,13 @@ class Meter:
         """[N + 1]: the sum of every value, and last the count of steps."""
 
     def update(self, values: Mapping[str, Tensor], good: Tensor) -> None:
-        """Add one step's values, scalars of the same names every time; nothing when `good` [] is false."""
+        """Add one step's values, scalars; nothing when `good` [] is false. With other names the means begin anew."""
         row = torch.stack([*(v.detach().float() for v in values.values()), torch.ones_like(good, dtype=torch.float32)])
-        row = row.where(good, 0.0)
-        self._names, self._sums = tuple(values), row if self._sums is None else self._sums + row
+        row, names = row.where(good, 0.0), tuple(values)
+        if self._sums is None or names != self._names:  # a run's losses become others where D joins
+            self._names, self._sums = names, row
+        else:
+            self._sums = self._sums + row
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The means since the last read, over all ranks; empty without a good step. The host waits for the device."""
@@ -106,7 +109,7 @@ def report_steps(
     bar.done = progress.step
     bar.text = f"mel {values['loss/g_mel']:.4g}, {short(speed)} {AUDIO}/s"
     shown = {"mel": "loss/g_mel", "kl": "loss/g_kl", "g": "loss/g_total", "d": "loss/d"}
-    losses = " ".join(f"{name} {values[key]:.4g}" for name, key in shown.items())
+    losses = " ".join(f"{name} {values[key]:.4g}" for name, key in shown.items() if key in values)
     left = "" if bar.left_s is None else f", {duration(bar.left_s)} left"
     logger.info(f"step {progress.step}/{total} epoch {progress.epoch}: {losses}; {short(speed)} {AUDIO}/s{left}")
     logger.debug(f"step {progress.step}: seconds: {', '.join(f'{name} {s:.3f}' for name, s in seconds.items())}")

@@ -192,6 +192,7 @@ def with_speakers(saved: Checkpoint, count: int) -> Checkpoint:
     return replace(
         saved,
         models={**saved.models, "generator": {**saved.models["generator"], SPEAKER_TABLE: table}},
+        ema=saved.ema and saved.ema | {SPEAKER_TABLE: torch.cat([saved.ema[SPEAKER_TABLE], table[len(known) :]])},
         optimizers={**saved.optimizers, "generator": replace(state, tensors=state.tensors | moments)},
     )
 

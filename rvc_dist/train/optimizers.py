@@ -447,16 +447,24 @@ def step_if(optimizer: Optimizer, good: Tensor) -> None:
 
 
 def learning_rate(
-    config: TrainConfig, step: int, epoch: int, total_steps: int, num_ranks: int, first: float | None = None
+    config: TrainConfig,
+    step: int,
+    epoch: int,
+    total_steps: int,
+    num_ranks: int,
+    first: float | None = None,
+    joins_at: int = 0,
 ) -> float:
     """The learning rate of step `step` in epoch `epoch` (both from 0): a pure function, so resuming needs no state.
 
-    It begins at `first`, by default `config.learning_rate`.
+    It begins at `first`, by default `config.learning_rate`. A network that joins at a later step warms up from there.
     """
     scale = {"none": 1.0, "sqrt": math.sqrt(num_ranks), "linear": float(num_ranks)}[config.lr_scaling]
     rate = (first or config.learning_rate) * scale
+    since = max(0, step - joins_at + 1)
     if step < config.warmup_steps:
-        return rate * (step + 1) / config.warmup_steps
+        return rate * since / config.warmup_steps
+    rate *= min(1.0, since / max(1, config.warmup_steps))
     if config.lr_schedule == "exponential":
         return float(rate * config.lr_decay**epoch)
     if config.lr_schedule == "cosine":

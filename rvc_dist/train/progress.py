@@ -28,6 +28,8 @@ class Progress:
     """Last steps in a row whose gradients were not finite."""
     rolled_back_at: int | None = None
     """The step at which such a row last made the run go back to a checkpoint."""
+    uses_ema: bool | None = None
+    """Whether the last validation found the average of G's weights better than the weights; None where none did."""
 
     @classmethod
     def from_file(cls, kept: Mapping[str, Any]) -> Progress:
@@ -35,7 +37,9 @@ class Progress:
         return cls(**{key: value for key, value in kept.items() if key != "seen"}, batches_done=steps)
 
     def to_file(self) -> dict[str, Any]:
-        return {f.metadata.get("key", f.name): getattr(self, f.name) for f in fields(self)}
+        """All fields; only `uses_ema`, which is younger, is left out where it says nothing."""
+        kept = {f.metadata.get("key", f.name): getattr(self, f.name) for f in fields(self)}
+        return {key: value for key, value in kept.items() if (key, value) != ("uses_ema", None)}
 
     def advanced(self, global_batch_size: int, epoch_ends: bool) -> Progress:
         """One step later."""

@@ -17,6 +17,7 @@ from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import SPEAKER_TABLE
 from rvc_dist.train import checkpoint, moments, networks
 from rvc_dist.train.ddp import TrainedModule
+from rvc_dist.train.ema import Ema
 from rvc_dist.train.metrics import Meter
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import Speakers, StageError, Workspace
@@ -46,10 +47,11 @@ def resume(
     progress: Progress,
     modules: Mapping[str, TrainedModule],
     meter: Meter,
+    ema: Ema | None = None,
 ) -> None:
-    """Fill the networks, their optimizers and the meter; training goes on from `progress`."""
+    """Fill the networks, their optimizers, the average and the meter; training goes on from `progress`."""
     num_ranks = accelerator.num_processes
-    load_weights(saved, modules, Workspace(recipe.run_dir, recipe.name))
+    load_weights(saved, modules, Workspace(recipe.run_dir, recipe.name), ema)
     meter.load(saved.meter, accelerator.process_index, num_ranks, accelerator.device)
     logger.info(f"continuing from step {progress.step}, epoch {progress.epoch}")
     if saved.num_ranks != num_ranks:
@@ -68,8 +70,10 @@ def begin(recipe: Recipe, modules: Mapping[str, TrainedModule]) -> None:
             moments.begin_with(modules[name], Path(file), recipe.train.optimizer_name, without)
 
 
-def load_weights(saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModule], work: Workspace) -> None:
-    """Fill the networks and their optimizers.
+def load_weights(
+    saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModule], work: Workspace, ema: Ema | None = None
+) -> None:
+    """Fill the networks, their optimizers and the average, which begins with the weights where `saved` has none.
 
     Raises:
         StageError: the state of an optimizer does not fit.
@@ -86,6 +90,13 @@ def load_weights(saved: checkpoint.Checkpoint, modules: Mapping[str, TrainedModu
                 "change train.optim back, or give the run another run_dir",
                 f": {error}",
             ) from error
+    if ema is not None and saved.ema:
+        ema.load(saved.ema)
+    elif ema is not None:
+        ema.begin()
+        logger.info(f"train.ema_decay: the average of G's weights begins with those of step {saved.progress.step}")
+    elif saved.ema:
+        logger.info(f"train.ema_decay is 0: the average of G's weights up to step {saved.progress.step} is given up")
 
 
 def make_checkpoint(
@@ -96,6 +107,7 @@ def make_checkpoint(
     meter: Meter,
     work: Workspace,
     why: checkpoint.Why,
+    ema: Ema | None = None,
 ) -> checkpoint.Checkpoint | None:
     """What the main rank is to write, None elsewhere; every rank has to ask for it.
 
@@ -126,4 +138,5 @@ def make_checkpoint(
         speakers=origin.speakers,
         data=origin.data,
         why=why,
+        ema=ema.state_dict() if ema is not None else {},
     )

@@ -9,7 +9,8 @@ Shapes: B clips, T spectrogram frames, S samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,20 +52,51 @@ class GanStep:
         self.dtype = PRECISIONS[self.config.autocast_precision]
         self.timer = timer or PhaseTimer(self.device)
 
-    def __call__(self, batches: Sequence[Batch], kl_warmup: float = 1.0) -> StepResult:
+    def __call__(self, batches: Sequence[Batch], kl_warmup: float = 1.0, adversarial: bool = True) -> StepResult:
         """D's updates, mostly one, then one of G, from all micro-batches: what one batch as large as all would do.
 
-        `kl_warmup` in 0..1 scales the weight of the KL term.
+        `kl_warmup` in 0..1 scales the weight of the KL term. If not `adversarial`, D is neither asked nor updated.
         """
         self.timer.num_steps += 1
-        last = len(batches) - 1
         values: dict[str, Tensor] = {}
-        slices: list[tuple[Tensor, Tensor]] = []
         finite = torch.ones(len(batches), dtype=torch.bool, device=self.device)
-
         for network in self.networks.values():
             network.optimizer.zero_grad(set_to_none=True)
         compilation.begin_step()
+        updates, made = [], None
+        if adversarial:
+            of_d, made = self.update_discriminator(batches, values, finite)
+            updates.append(of_d)
+
+        # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
+        with self.d.frozen(self.dtype) if adversarial else nullcontext():
+            for i, batch in reversed(list(enumerate(batches))):
+                if made is None:
+                    with self.timer.phase("g_forward"):
+                        made = self.generate(batch, no_sync=i > 0)
+                with self.timer.phase("g_step"), self.g.no_sync(i > 0):
+                    terms = self.generator_backward(*made, batch, kl_warmup, adversarial)
+                made = None
+                add_to(values, terms)
+                finite[i] &= terms["loss/g_total"].isfinite()
+        with self.timer.phase("g_step"):
+            of_g = self.g.update(self.config.max_grad_norm)
+            add_to(values, {"grad/norm_g": of_g.norm})
+        good, bad = of_g.good, of_g.bad
+        for update in updates:
+            good, bad = update.good & good, update.bad | bad
+        return StepResult(values, good, bad, finite)
+
+    def update_discriminator(
+        self, batches: Sequence[Batch], values: dict[str, Tensor], finite: Tensor
+    ) -> tuple[Update, tuple[GeneratorOutput, Tensor]]:
+        """D's updates; their loss and norm go into `values`, and micro-batches with a loss that is not into `finite`.
+
+        Returns:
+            What came of them, and what `generate` made of the last micro-batch, with a graph for G's step.
+        """
+        last = len(batches) - 1
+        slices: list[tuple[Tensor, Tensor]] = []
         for i, batch in enumerate(batches):
             # G sees each micro-batch again after D's update; only the last pass of this loop is kept for that.
             with self.timer.phase("g_forward"), torch.set_grad_enabled(i == last):
@@ -76,25 +108,11 @@ class GanStep:
             if self.config.d_updates > 1:
                 slices.append((real, out.wave.detach().clone()))  # CUDA graphs use the memory of their outputs again
         with self.timer.phase("d_step"):
-            of_d = self.d.update(self.config.max_grad_norm)
-            add_to(values, {"grad/norm_d": of_d.norm})
+            update = self.d.update(self.config.max_grad_norm)
+            add_to(values, {"grad/norm_d": update.norm})
             for _ in range(self.config.d_updates - 1):
-                of_d = self.update_discriminator_again(batches, slices, of_d)
-
-        # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
-        with self.d.frozen(self.dtype):
-            for i, batch in reversed(list(enumerate(batches))):
-                if i < last:
-                    with self.timer.phase("g_forward"):
-                        out, real = self.generate(batch, no_sync=i > 0)
-                with self.timer.phase("g_step"), self.g.no_sync(i > 0):
-                    terms = self.generator_backward(out, real, batch, kl_warmup)
-                add_to(values, terms)
-                finite[i] &= terms["loss/g_total"].isfinite()
-        with self.timer.phase("g_step"):
-            of_g = self.g.update(self.config.max_grad_norm)
-            add_to(values, {"grad/norm_g": of_g.norm})
-        return StepResult(values, of_d.good & of_g.good, of_d.bad | of_g.bad, finite)
+                update = self.update_discriminator_again(batches, slices, update)
+        return update, (out, real)
 
     def generate(self, batch: Batch, no_sync: bool = False) -> tuple[GeneratorOutput, Tensor]:
         """G's output for a batch, and the real slice [B, 1, segment] that it imitates."""
@@ -130,23 +148,28 @@ class GanStep:
         return loss
 
     def generator_backward(
-        self, out: GeneratorOutput, real: Tensor, batch: Batch, kl_warmup: float = 1.0
+        self, out: GeneratorOutput, real: Tensor, batch: Batch, kl_warmup: float = 1.0, adversarial: bool = True
     ) -> dict[str, Tensor]:
         """Add G's gradients of one micro-batch; its losses."""
-        terms = self.generator_terms(out, real, batch)
+        terms = self.generator_terms(out, real, batch, adversarial)
         loss = losses.weighted_sum(terms, self.config.loss, kl_warmup)
         with kernel_search():  # the backward pass ends where cuDNN does not search
             self.g.backward(loss)
         return {f"loss/g_{k}": v for k, v in terms.items()} | {"loss/g_total": loss}
 
-    def generator_terms(self, out: GeneratorOutput, real: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def generator_terms(
+        self, out: GeneratorOutput, real: Tensor, batch: Batch, adversarial: bool = True
+    ) -> dict[str, Tensor]:
         """The generator's losses, unweighted, each scaled so that its mean over ranks is the global batch's."""
-        with self._autocast():
-            with torch.no_grad():
-                real_features = self.d.compiled(real).features
-            fake = self.d.compiled(out.wave)
-        seen = losses.LossInputs(self.recipe, batch, out, real, real_features, fake.features, fake.scores)
-        return {name: loss(seen) for name, loss in losses.wanted(self.config.loss).items()}
+        judged: list[Sequence[Any]] = [(), (), ()]
+        if adversarial:
+            with self._autocast():
+                with torch.no_grad():
+                    real_features = self.d.compiled(real).features
+                fake = self.d.compiled(out.wave)
+            judged = [real_features, fake.features, fake.scores]
+        seen = losses.LossInputs(self.recipe, batch, out, real, *judged)
+        return {name: loss(seen) for name, loss in losses.wanted(self.config.loss, adversarial).items()}
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.config.autocast_precision)

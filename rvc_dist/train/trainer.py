@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from rvc_dist.screen import ProgressBar
 from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, run_state, setup, speaker_encoder
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
+from rvc_dist.train.ema import Ema
 from rvc_dist.train.listening import Listening
 from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.metrics import Meter, PhaseTimer, report_steps
@@ -111,9 +112,10 @@ class Trainer:
         )
         self.meter, self.timer = Meter(), PhaseTimer(self.device, self.heartbeat)
         self.step = GanStep(recipe, self.networks, self.timer)
+        self.ema = Ema(self.step.generator, self.config.ema_decay) if self.config.ema_decay else None
         self.recent: list[RecentStep] = []
         if saved is not None:
-            run_state.resume(recipe, self.accelerator, saved, self.progress, self.networks, self.meter)
+            run_state.resume(recipe, self.accelerator, saved, self.progress, self.networks, self.meter, self.ema)
         else:
             run_state.begin(recipe, self.networks)
         self.writer = checkpoint.AsyncCheckpointWriter(
@@ -216,6 +218,8 @@ class Trainer:
         """One update of both networks; what came of it stays on the device until it is logged."""
         done = self.progress
         result = take_step(self.step, batches, done, self.total_steps, self.accelerator)
+        if self.ema is not None:
+            self.ema.update(done.step)
         self.meter.update(result.values, result.good)
         self.recent.append(RecentStep.of(done.step + 1, batches, result))
 
@@ -257,7 +261,7 @@ class Trainer:
         self._finish_writing()
         folder, most = self.work.checkpoints_dir, self.config.max_bad_steps
         saved = bad_steps.checkpoint_from_before(self.accelerator, folder, self.origin.identity, self.progress, most)
-        run_state.load_weights(saved, self.networks, self.work)
+        run_state.load_weights(saved, self.networks, self.work, self.ema)
         self.progress = replace(self.progress, bad_streak=0, rolled_back_at=self.progress.step)
 
     def evaluate(self) -> bool:
@@ -267,7 +271,7 @@ class Trainer:
         """
         step, generator = self.progress.step, self.step.generator
         with self.heartbeat.within("validation"):
-            verdict = self.validation.judge(generator, self.progress)
+            verdict = self.validation.judge(generator, self.progress, self.ema)
             if self.is_main:
                 self.validation.show(generator, step)
         if verdict is not None:
@@ -276,7 +280,8 @@ class Trainer:
                 "validation", step, epoch=self.progress.epochs_done(len(self.table.train)), **verdict.line()
             )
         if self.is_main:
-            with self.heartbeat.within("samples"):
+            averaged = self.ema.applied(bool(self.progress.uses_ema)) if self.ema is not None else nullcontext()
+            with self.heartbeat.within("samples"), averaged:
                 self.listening.play(generator, step, partial(self._heard, step))
             self.pages.begin()
         return verdict is not None and verdict.is_best
@@ -302,7 +307,7 @@ class Trainer:
         """
         self.check_recent_steps()
         state = self.origin, self.progress, self.networks, self.meter, self.work
-        made = run_state.make_checkpoint(self.accelerator, *state, why)
+        made = run_state.make_checkpoint(self.accelerator, *state, why, self.ema)
         if made is not None:
             self.writer.start(made)
 
@@ -350,7 +355,8 @@ def take_step(
     """The update after `done` of a run of `total_steps`: with the learning rates and KL weight of that place."""
     config = step.config
     rate = partial(learning_rate, config, done.step, done.epoch, total_steps, accelerator.num_processes)
-    step.set_learning_rates(generator=rate(), discriminator=rate(config.learning_rate_d))
+    joins_at = config.adversarial_from_step
+    step.set_learning_rates(generator=rate(), discriminator=rate(config.learning_rate_d, joins_at))
     full = all(len(batch.clips) == config.batch_size for batch in batches)
     with out_of_memory.advice(step, batches[0], accelerator.process_index), compilation.eager_unless(full):
-        return step(batches, kl_warmup(config, done))
+        return step(batches, kl_warmup(config, done), adversarial=done.step >= joins_at)

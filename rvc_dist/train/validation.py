@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
+from rvc_dist.train.ema import Ema
 from rvc_dist.train.holdout import LISTED, validated
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import Ear, Heard, Quality, mean_quality
@@ -37,7 +38,7 @@ class Verdict:
     """What one validation found: the same on every rank, but for `seconds`."""
 
     mean: Quality
-    """Over speakers, each of which counts alike."""
+    """Over speakers, each of which counts alike; of the better weights, where there is an average of them."""
     speakers: dict[int, Quality]
     """Mean over the clips of each speaker."""
     num_clips: int
@@ -47,6 +48,8 @@ class Verdict:
     is_best: bool
     why: str
     """It is the best so far, or not."""
+    of_weights: dict[str, Quality]
+    """Where there is an average of the weights: `mean` of the weights (raw), and of the average (ema)."""
 
     def line(self) -> dict[str, Any]:
         """For RUN/metrics.jsonl."""
@@ -57,7 +60,7 @@ class Verdict:
             "seconds": self.seconds,
             "is_best": self.is_best,
             "why": self.why,
-        }
+        } | {f"values_{name}": quality._asdict() for name, quality in self.of_weights.items()}
 
 
 class Validation:
@@ -77,23 +80,43 @@ class Validation:
         self._ended_at: float | None = None
         self._has_warned = False
 
-    def judge(self, generator: Generator, progress: Progress) -> Verdict | None:
-        """How good the voice is by now, None where no clip is held out; every rank has to ask."""
+    def judge(self, generator: Generator, progress: Progress, ema: Ema | None = None) -> Verdict | None:
+        """How good the voice is by now, None where no clip is held out; every rank has to ask.
+
+        With `ema`, the weights of the moment and their average are both heard, and the better ones count.
+        """
         began_at = time.monotonic()
-        qualities = self.measure(generator)
+        qualities, first = self.measure(generator), self._first
         if not qualities:
             return None
+        (mean, speakers), of_weights, uses_ema = self._means(qualities), dict[str, Quality](), None
+        if ema is not None:
+            with ema.applied():
+                averaged, by_speaker = self._means(self.measure(generator))
+            of_weights, uses_ema = {"raw": mean, "ema": averaged}, averaged.mel_distance < mean.mel_distance
+            if uses_ema:
+                mean, speakers, first = averaged, by_speaker, self._first
+        self._first = first
+        joins_at = self.recipe.train.adversarial_from_step
+        if progress.best_step <= joins_at < progress.step and progress.best_metric is not None:
+            logger.info(f"the discriminator joined after step {joins_at}: the best begins anew")
+            progress = replace(progress, best_metric=None, best_step=0, best_epoch=0)
+        after, why = progress.judged(mean.mel_distance)
+        is_best, after = after is not progress, replace(after, uses_ema=uses_ema)
+        why += f", with {'the average of' if uses_ema else 'raw'} weights" if of_weights else ""
+        seconds = time.monotonic() - began_at
+        verdict = Verdict(mean, speakers, len(self.clips), seconds, after, is_best, why, of_weights)
+        self._report(verdict)
+        self._warn_of_time(began_at)
+        return verdict
+
+    def _means(self, qualities: list[Quality]) -> tuple[Quality, dict[int, Quality]]:
+        """Over speakers, and of each, of what `measure` found."""
         of_speaker: dict[int, list[Quality]] = {}
         for clip, quality in zip(self.clips, qualities, strict=True):
             of_speaker.setdefault(clip.speaker, []).append(quality)
         speakers = {speaker: mean_quality(of_speaker[speaker]) for speaker in sorted(of_speaker)}
-        mean = mean_quality(list(speakers.values()))
-        after, why = progress.judged(mean.mel_distance)
-        seconds = time.monotonic() - began_at
-        verdict = Verdict(mean, speakers, len(self.clips), seconds, after, after is not progress, why)
-        self._report(verdict)
-        self._warn_of_time(began_at)
-        return verdict
+        return mean_quality(list(speakers.values())), speakers
 
     @torch.no_grad()
     def measure(self, generator: Generator) -> list[Quality]:
@@ -138,6 +161,9 @@ class Validation:
         curves = {f"validation/{name}": value for name, value in verdict.mean._asdict().items()}
         for speaker, quality in verdict.speakers.items() if several else ():
             curves |= {f"validation_speaker_{speaker}/{name}": value for name, value in quality._asdict().items()}
+        for weights, quality in verdict.of_weights.items():
+            curves |= {f"validation_{weights}/{name}": value for name, value in quality._asdict().items()}
+            logger.info(f"validation at step {step}, {weights} weights: {quality.text()}")
         if (best := verdict.progress.best_metric) is not None:
             curves |= {"best/mel_distance": best, "best/step": verdict.progress.best_step}
         self.tracker.scalars({name: value for name, value in curves.items() if not math.isnan(value)}, step)

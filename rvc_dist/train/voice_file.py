@@ -44,6 +44,8 @@ from rvc_dist.workspace import (
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = {False: "the raw weights", True: "the average of the weights"}
+"""Of a checkpoint that has both, for messages."""
 Hz: TypeAlias = Annotated[float, within(0.0, 1e4)]
 
 
@@ -172,9 +174,10 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
     """The contents of a voice file: float16 weights without the posterior encoder, in the old weight-norm spelling.
 
     Raises:
-        StageError: a weight is not a finite number of float16.
+        StageError: a weight is not a finite number of float16, or there are not the weights that export.weights names.
     """
-    progress, generator = saved.progress, to_upstream(saved.models["generator"])
+    progress, (chosen, averaged) = saved.progress, saved.generator(recipe.export.weights)
+    generator = to_upstream(chosen)
     weight = halved({k: v for k, v in generator.items() if not k.startswith("enc_q.")}, progress.step)
     trained_with = Workspace(recipe.run_dir, recipe.name).config_file
     try:
@@ -194,6 +197,7 @@ def voice_dict(recipe: Recipe, saved: Checkpoint, dataset: Dataset) -> dict[str,
         "trained_speakers": list(saved.speakers.trained),
         "unvoiced": saved.identity.get("extract.unvoiced", SINCE["extract.unvoiced"]),
         "overtrain_info": overtrain_info,
+        **({"weights": "ema"} if averaged else {}),
         "recipe": trained_with.read_text(encoding="utf-8") if trained_with.is_file() else recipe.to_yaml(),
     }
 

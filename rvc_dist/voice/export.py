@@ -16,7 +16,7 @@ from rvc_dist.files import ForeignFileError, atomic_write
 from rvc_dist.models.torch_file import load_pth, save_pth
 from rvc_dist.screen import counted
 from rvc_dist.train import checkpoint
-from rvc_dist.train.voice_file import of_speaker, voice_dict, voice_file_of, written_at
+from rvc_dist.train.voice_file import WEIGHTS, of_speaker, voice_dict, voice_file_of, written_at
 from rvc_dist.voice.trained import Trained
 from rvc_dist.workspace import Shard, StageError
 
@@ -79,12 +79,14 @@ def write_voices(trained: Trained) -> None:
     for path in counted(trained.checkpoints, "export", "checkpoints"):
         progress = checkpoint.progress_of(path)
         file = voice_file_of(work, progress.epoch, progress.step)
-        if (whole := made_before(file, path, recipe.export.author)) is not None:
+        saved, dataset = trained.load(path)
+        _, averaged = saved.generator(recipe.export.weights)
+        if (whole := made_before(file, path, recipe.export.author, averaged)) is not None:
             logger.info("export: %s was written beside the checkpoint", file)
         else:
-            whole = voice_dict(recipe, *trained.load(path))
+            whole = voice_dict(recipe, saved, dataset)
             save_pth(file, whole)
-            logger.info("export: %s", file)
+            logger.info("export: %s%s", file, f" ({WEIGHTS[averaged]})" if saved.ema else "")
         files[progress.step] = [file]
         for speaker in whole["trained_speakers"] if recipe.export.each_speaker else ():
             file = voice_file_of(work, progress.epoch, progress.step, f"_spkid{speaker}")
@@ -110,11 +112,12 @@ def write_voices(trained: Trained) -> None:
     logger.warning("export: %s: %s", before, why)
 
 
-def made_before(file: Path, path: Path, author: str) -> dict[str, Any] | None:
-    """The voice in `file`, if training wrote it beside the checkpoint in `path`, or an export did."""
+def made_before(file: Path, path: Path, author: str, averaged: bool = False) -> dict[str, Any] | None:
+    """The voice in `file`, if training wrote it beside the checkpoint in `path`, or an export did, of these weights."""
     with contextlib.suppress(FileNotFoundError, ForeignFileError):
         voice = load_pth(file)
-        if (voice["creation_date"], voice["author"]) == (written_at(path).isoformat(), author):
+        made_of = voice["creation_date"], voice["author"], voice.get("weights") == "ema"
+        if made_of == (written_at(path).isoformat(), author, averaged):
             return dict(voice)
     return None
 

@@ -32,7 +32,7 @@ from rvc_dist.models.state_dict import to_upstream, upstream_order
 from rvc_dist.models.torch_file import save_pth
 from rvc_dist.train.checkpoint import Checkpoint
 from rvc_dist.train.optimizers import OptimizerState
-from rvc_dist.train.voice_file import Dataset, embedder_of, halved
+from rvc_dist.train.voice_file import WEIGHTS, Dataset, embedder_of, halved
 from rvc_dist.unit_stage import in_threads
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -355,7 +355,14 @@ def adamw_state(
 
 
 def write_base_models(recipe: Recipe, saved: Checkpoint, dataset: Dataset, folder: Path, final: Path) -> None:
-    """Write G and D as base models are shared: float16 weights, with what they were trained with beside them."""
+    """Write G and D as base models are shared: float16 weights, with what they were trained with beside them.
+
+    Raises:
+        StageError: a weight is not a finite number of float16, or there are not the weights that export.weights names.
+    """
+    generator, averaged = saved.generator(recipe.export.weights)
+    if saved.ema:
+        logger.info("export: G has %s of step %d", WEIGHTS[averaged], saved.progress.step)
     shape = GeneratorShape.from_identity(saved.identity)
     told = {
         "iteration": saved.progress.epoch,
@@ -366,7 +373,8 @@ def write_base_models(recipe: Recipe, saved: Checkpoint, dataset: Dataset, folde
         **embedder_of(saved).to_voice(),
     }
     for name, letter in LETTERS.items():
-        weights = halved(to_upstream(saved.models[name]), saved.progress.step)
+        state = generator if name == "generator" else saved.models[name]
+        weights = halved(to_upstream(state), saved.progress.step)
         rate = f"{shape.sample_rate // 1000}k"
         file = f"{'f0' * shape.pitch_guidance}{letter}{rate}_{recipe.name}.pth"
         save_pth(folder / file, {"model": weights} | told)

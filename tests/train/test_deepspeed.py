@@ -30,6 +30,7 @@ STEPS = 4
 CASES: dict[str, dict[str, Any]] = {
     "clipped": {"max_grad_norm": 0.5},
     "accumulated": {"grad_accum_steps": 2, "activation_checkpointing": True},
+    "base": {"adversarial_from_step": 2, "ema_decay": 0.9},
     "bf16": {"bf16_adamw": True, "grad_compression": "bf16"},
 }
 

@@ -80,9 +80,10 @@ def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
         "short": {},
         "compressed": {"grad_compression": "bf16"},
         "accumulated": {"grad_accum_steps": 2},
+        "base": {"adversarial_from_step": 2, "ema_decay": 0.9, "warmup_steps": 2},
     }
     one, two = (first_steps(tmp_path, settings, num_ranks) for num_ranks in (1, 2))
-    for name in ("adamw", "short", "accumulated"):
+    for name in ("adamw", "short", "accumulated", "base"):
         assert_same(one[name], two[name], weights=1e-4, case=name)
     unmeasured = {k: v for k, v in one["adamw"].items() if k != "quality"}
     assert_same(unmeasured, two["accumulated"], weights=1e-4, case="accumulated on ranks")
@@ -93,7 +94,9 @@ def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
     # Each gradient goes over the wire once a step, G's and D's; as bf16 in half the bytes.
     gradient_bytes = sum(v.nbytes for k, v in two["adamw"].items() if k.startswith("grad."))
     sent = {name: int(tensors["bytes"]) for name, tensors in two.items()}
-    assert sent == {name: gradient_bytes // (2 if name == "compressed" else 1) for name in settings}
+    of_g = sum(v.nbytes for k, v in two["adamw"].items() if k.startswith("grad.generator."))
+    assert sent.pop("base") == of_g  # in its first step there is no adversary
+    assert sent == {name: gradient_bytes // (2 if name == "compressed" else 1) for name in sent}
     norms = [
         float(nn.utils.get_total_norm([v for k, v in tensors.items() if k.startswith("grad.")]))
         for tensors in (two["adamw"], two["compressed"])
