@@ -44,6 +44,13 @@ NOISEREDUCE = Package("noisereduce", "noisereduce", "denoise")
 PYAV = Package("av", "av", "formats")
 PYLOUDNORM = Package("pyloudnorm", "pyloudnorm", "loudness")
 SHTAB = Package("shtab", "shtab", "completion")
+STORAGES = {
+    "s3": Package("s3fs", "s3fs", "s3"),
+    "gs": Package("gcsfs", "gcsfs", "gcs"),
+    "hf": Package("huggingface-hub", "huggingface_hub"),
+    "file": Package("fsspec", "fsspec"),
+}
+"""Kinds of object storage, by how their URLs begin."""
 TRACKERS = {
     "tensorboard": Package("tensorboard", "tensorboard"),
     "wandb": Package("wandb", "wandb", "wandb"),

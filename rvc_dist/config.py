@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from rvc_dist import choices, packaged
-from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, SOUNDS, TRACKERS, VOCODERS, HubFile
+from rvc_dist.choices import BASE_MODELS, F0_METHODS, OPTIMIZERS, SOUNDS, STORAGES, TRACKERS, VOCODERS, HubFile
 from rvc_dist.files import ForeignFileError, read_bounded
 from rvc_dist.schema import (
     MAX_YAML_BYTES,
@@ -121,6 +121,11 @@ Texts = Annotated[
     Rule("no zero bytes and no halves of letters", (str, list, tuple), lambda x: not UNCLEAN.search("".join(x))),
 ]
 """One, or a list of them; what begins with a bracket is a list."""
+_REMOTE = Rule(
+    f"a folder's URL that begins with one of {', '.join(f'{kind}://' for kind in STORAGES)}",
+    (str,),
+    lambda t: t.partition("://")[0] in STORAGES and t.partition("://")[2].strip("/") != "",
+)
 Trackers = Annotated[
     str | tuple[str, ...],
     Rule(
@@ -157,6 +162,13 @@ class DataConfig:
     holdout: Annotated[float, within(0.0, 0.5)] = 0.05
     """Share of each speaker's seconds kept out of training, for validation and the choice of the best checkpoint: at
     least about 10 s of a speaker who has enough, never above 10% unless this says so."""
+    remote: Annotated[Text, _REMOTE] | None = None
+    """Where training reads clips and features from instead of the run folder, and `upload` puts them: s3://bucket/path,
+    gs://bucket/path, hf://datasets/owner/name/path, or file:///folder for a slow disk. Needs the extra s3 or gcs."""
+    cache_dir: Text | None = None
+    """With remote, a folder on a disk of each machine that units are fetched to; null: in TMPDIR."""
+    cache_gb: AboveZero = 20.0
+    """With remote, the most that units may take there, in GB (1e9 bytes), for all ranks of a machine together."""
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,13 @@ STAGES = {
         passes="paths",
         keeps_log=False,
     ),
+    "upload": Stage(
+        "rvc_dist.tools.upload",
+        "Put clips and features on object storage, to train from there.",
+        reads="name run_dir data.remote",
+        examples=("--config my.yaml --data.remote s3://bucket/alice", "--config my.yaml --shard 0/8"),
+        takes_shard=True,
+    ),
     "bench": Stage(
         "rvc_dist.tools.bench",
         "Measure training steps; --parity compares losses with float32 ones.",

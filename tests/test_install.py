@@ -37,7 +37,7 @@ def test_the_core_holds_nothing_that_only_an_extra_needs() -> None:
 
 
 def test_what_is_imported_is_of_the_core_or_optional_and_then_late() -> None:
-    brought = {"huggingface_hub", "yaml", "markupsafe", "packaging"}  # under another name, by jinja2, by torch
+    brought = {"huggingface_hub", "yaml", "markupsafe", "packaging", "fsspec"}  # or brought by jinja2, torch
     core = {*map(project, PROJECT["dependencies"]), *brought}
     optional = {package.module for package in OPTIONAL}
     known = {"rvc_dist", *sys.stdlib_module_names, *core, *optional, "faiss", "triton"}  # triton is torch's for CUDA

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rvc_dist.choices import VOCODERS
 from rvc_dist.config import Recipe
+from rvc_dist.data.remote import RemoteRun, data_of, unit_headers
 from rvc_dist.features.content import published
 from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.identity import EmbedderId
@@ -33,13 +34,10 @@ from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import (
     CHECKPOINT_MANIFEST,
     ClipsReport,
-    FeaturesHeader,
     Speakers,
     StageError,
     Workspace,
     read_json,
-    unit_files,
-    unit_header,
 )
 
 logger = logging.getLogger(__name__)
@@ -116,17 +114,22 @@ class DatasetFacts:
 
     @cached_property
     def f0_medians(self) -> dict[int | None, float]:
-        """Median pitch in Hz of the voiced frames, by speaker, and of all together under None."""
-        voiced: dict[int | None, list[Any]] = defaultdict(list)
-        for path in unit_files(self.work.features_dir):
-            header = unit_header(path, FeaturesHeader, "extract")
-            with safe_open(path, framework="numpy") as arrays:
-                for i, clip in enumerate(header["clips"]):
-                    f0 = arrays.get_tensor(f"{i:05d}.f0")
-                    voiced[clip["speaker"]].append(f0[f0 > 0])
-        voiced[None] = [f0 for speaker in list(voiced.values()) for f0 in speaker]
-        joined = {speaker: np.concatenate(f0) for speaker, f0 in voiced.items() if f0}
-        return {speaker: round(float(np.median(f0)), 2) for speaker, f0 in joined.items() if len(f0)}
+        return f0_medians(self.work)
+
+
+def f0_medians(work: Workspace) -> dict[int | None, float]:
+    """Median pitch in Hz of the voiced frames, by speaker, and of all together under None."""
+    if isinstance(work, RemoteRun):  # whose manifest has them: every unit would have to be fetched
+        return dict(work.manifest.f0_medians)
+    voiced: dict[int | None, list[Any]] = defaultdict(list)
+    for _, path, header in unit_headers(work):
+        with safe_open(path, framework="numpy") as arrays:
+            for i, clip in enumerate(header["clips"]):
+                f0 = arrays.get_tensor(f"{i:05d}.f0")
+                voiced[clip["speaker"]].append(f0[f0 > 0])
+    voiced[None] = [f0 for speaker in list(voiced.values()) for f0 in speaker]
+    joined = {speaker: np.concatenate(f0) for speaker, f0 in voiced.items() if f0}
+    return {speaker: round(float(np.median(f0)), 2) for speaker, f0 in joined.items() if len(f0)}
 
 
 def written_at(path: Path) -> datetime.datetime:
@@ -149,7 +152,7 @@ class VoiceWriter:
     @cached_property
     def facts(self) -> DatasetFacts:
         """Read with the first voice, by the thread that writes it."""
-        return DatasetFacts.of_run(self.work, self.table)
+        return DatasetFacts.of_run(data_of(self.recipe), self.table)
 
     def __call__(self, saved: Checkpoint, path: Path) -> Path | None:
         """The voice file of `saved`, which is whole in `path`; None, with a warning, where it could not be written."""

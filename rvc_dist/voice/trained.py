@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rvc_dist.config import Recipe
+from rvc_dist.data.remote import data_of
 from rvc_dist.train import checkpoint
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.voice_file import Dataset, DatasetFacts
@@ -30,7 +31,7 @@ class Trained:
         work.check_name()
         if not list_checkpoints(work.checkpoints_dir):
             raise StageError(f"{work.checkpoints_dir} has no checkpoint:", "run `rvc-dist train` first")
-        facts = DatasetFacts.of_run(work, ClipTable.load(recipe))
+        facts = DatasetFacts.of_run(data_of(recipe), ClipTable.load(recipe))
         return cls(recipe, work, checkpoint.whole_in(work.checkpoints_dir), facts)
 
     def load(self, path: Path) -> tuple[checkpoint.Checkpoint, Dataset]:
