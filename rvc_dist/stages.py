@@ -107,7 +107,7 @@ STAGES = {
     "train": Stage(
         "rvc_dist.train.trainer",
         "Train the voice; continues from the newest checkpoint.",
-        reads="name run_dir data.sample_rate data.holdout extract.include_mutes model train",
+        reads="name run_dir data.sample_rate data.holdout data.remote extract.include_mutes model train",
         checks="data.audio_dir preprocess extract export.author infer",
         examples=("--config my.yaml", "--config rtx run_dir=runs/alice train.batch_size=8 train.pretrained=rvc"),
     ),

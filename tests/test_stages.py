@@ -99,6 +99,7 @@ def test_a_stage_reads_what_its_entry_says(found: set[str], tmp_path: Path, monk
     runs: list[tuple[str, Recipe, dict[str, Any]]] = [
         *((name, recipe, {}) for name in ("plan", "preprocess", "extract", "index", "train", "export", "infer")),
         ("export", replace(recipe, export=experiment), {}),
+        ("upload", replace(recipe, data=replace(recipe.data, remote=Path("there").absolute().as_uri())), {}),
         ("import", imported, {}),
         *((name, recipe, {}) for name in ("doctor", "plan", "bench")),
         ("fetch", pretrained, {}),
