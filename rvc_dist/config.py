@@ -192,6 +192,8 @@ class PreprocessConfig:
     """Reduce noise by spectral gating, on the GPU if there is one; it also takes a little of the voice."""
     clean_strength: Fraction = 0.5
     """Share of the noise's amplitude that clean_dataset takes away, 0 to 1."""
+    clip_format: Literal["float32", "int16"] = "float32"
+    """Of the samples of clips. int16 takes half the disk and memory; what is beyond full scale is clipped, and told."""
     num_workers: Positive = 2
     """Threads a rank."""
 
@@ -275,6 +277,9 @@ class ExtractConfig:
     """CPU threads a rank: fixed, since the last bits of a feature depend on it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the networks of encoder and tracker, on devices that have it; conversion always computes in fp32."""
+    content_format: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the content features. The short ones take half the disk and memory; float16 is the more exact one, bfloat16
+    holds numbers above 65504."""
 
 
 @dataclass(frozen=True)

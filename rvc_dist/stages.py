@@ -61,6 +61,7 @@ TRAINING = ("train", "run")
 _RUN = "name run_dir data preprocess extract index model train export"
 _KERNELS = "train.fast_train train.deterministic"
 _CUTS = "preprocess.chunk_len preprocess.overlap_len preprocess.cut_method"
+_FORMATS = "preprocess.clip_format extract.content_format"
 _TRACKERS = "extract.f0_model extract.f0_penn_model extract.f0_djcm_model extract.f0_crepe_model"
 
 STAGES = {
@@ -181,7 +182,7 @@ STAGES = {
     "import": Stage(
         "rvc_dist.tools.import_experiment",
         "Take over an experiment folder of Applio, ARVC, RVC-WebUI or rvc-next, such as logs/NAME.",
-        reads="name run_dir data extract index model preprocess.num_workers",
+        reads="name run_dir data extract index model preprocess.num_workers preprocess.clip_format",
         checks="preprocess train",
         examples=("logs/alice", "logs/alice --extract.embedder_model FOLDER"),
         folders="DIR",
@@ -259,7 +260,7 @@ STAGES = {
     "plan": Stage(
         "rvc_dist.tools.plan",
         "Say what the run will cost on any number of ranks, and how many are worth it.",
-        reads=f"name run_dir data {_CUTS} extract.include_mutes model train plan",
+        reads=f"name run_dir data {_CUTS} {_FORMATS} extract.include_mutes model train plan",
         checks="bench",
         examples=("--config my.yaml --plan.ranks 16",),
         keeps_log=False,

@@ -339,6 +339,8 @@ class SlicedClip(ClipEntry, total=False):
     repeat: Repeat
     guessed: bool
     """start_s is only what the clip's number and those before it tell, as in an import."""
+    clipped: Count
+    """Samples that lay beyond full scale, where its format ends."""
 
 
 class Rates(TypedDict, total=False):
@@ -646,11 +648,20 @@ def read_json(path: Path, kind: Any = dict, remedy: str = "delete it and run the
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-    """Write numpy `arrays` and a JSON `header` as one safetensors file, atomically."""
-    from safetensors.numpy import save
+    """Write `arrays` and a JSON `header` as one safetensors file, atomically: of numpy, or some of them tensors."""
+    import numpy as np
+    from safetensors import numpy as of_numpy
 
-    text = json.dumps(header, sort_keys=True, ensure_ascii=True)
-    atomic_write(path, save(dict(arrays), metadata={HEADER_KEY: text}))
+    metadata = {HEADER_KEY: json.dumps(header, sort_keys=True, ensure_ascii=True)}
+    if all(isinstance(array, np.ndarray) for array in arrays.values()):
+        contents = of_numpy.save(dict(arrays), metadata=metadata)
+    else:
+        import torch
+        from safetensors import torch as of_torch
+
+        tensors = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
+        contents = of_torch.save(tensors, metadata=metadata)
+    atomic_write(path, contents)
 
 
 UnitFile = tuple[dict[str, Any], dict[str, list[int]]]

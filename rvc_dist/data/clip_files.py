@@ -10,6 +10,7 @@ from typing import Any
 
 from rvc_dist.config import RATES, Recipe
 from rvc_dist.data import audio
+from rvc_dist.data.number_formats import stored_wave
 from rvc_dist.data.parts import CUT
 from rvc_dist.unit_stage import UnitStage, check_settings, in_threads
 from rvc_dist.workspace import ClipsHeader, SourceFile, Unit, WorkList, Workspace, listed, printable
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 HEARD_RATE = 40000
 """Recordings of this rate in Hz and more lack nothing that is heard: 44100 is not below a voice of 48000."""
+SINCE: dict[str, Any] = {"preprocess.clip_format": "float32"}
+"""Settings that came later, and what clips were made with before: it is left out, so that those are not stale."""
 TOLD_FILES = 10
 """Recordings that are named of those with the same reason; the report has all."""
 TOLD_SLICES = 3
@@ -43,16 +46,32 @@ class ClipStage(UnitStage[ClipsHeader]):
 
     def pack(
         self, unit: Unit, clips: Sequence[tuple[dict[str, Any], audio.Wave]], files: list[dict[str, Any]]
-    ) -> tuple[dict[str, audio.Wave], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The clips of a unit and their header, as `save_arrays` takes them; `files` are entries of its recordings."""
         (wanted,), rate = self.fingerprints(unit), self.recipe.data.sample_rate
-        header = {"stamp": wanted, "sample_rate": rate, "clips": [clip for clip, _ in clips], "files": files}
-        return {f"{i:05d}": wave for i, (_, wave) in enumerate(clips)}, header
+        stored = [stored_wave(wave, self.recipe.preprocess.clip_format) for _, wave in clips]
+        entries = [clip | ({"clipped": n} if n else {}) for (clip, _), (_, n) in zip(clips, stored, strict=True)]
+        header = {"stamp": wanted, "sample_rate": rate, "clips": entries, "files": files}
+        return {f"{i:05d}": wave for i, (wave, _) in enumerate(stored)}, header
 
     def make_units(self, units: Sequence[Unit]) -> None:
         """Several at a time."""
         # Decoders, the resampler and the filter release the interpreter lock, so threads are enough.
         in_threads(self.recipe.preprocess.num_workers, self.make_unit, units, self.name, "units")
+
+    def clipped(self, headers: list[ClipsHeader]) -> dict[str, Any]:
+        """What the report says of samples that the clips' format does not hold, which is logged; nothing of none."""
+        found: Counter[str] = Counter()
+        for clip in (clip for header in headers for clip in header["clips"]):
+            found[clip["source"]] += clip.get("clipped", 0)
+        samples = {path: count for path, count in found.most_common() if count}
+        if samples:
+            logger.warning(
+                f"{self.name}: {sum(samples.values())} samples beyond full scale were clipped in {len(samples)} "
+                "recordings: preprocess.clip_format float32 keeps them"
+                + listed(((path, f"{count} samples") for path, count in samples.items()), TOLD_FILES)
+            )
+        return {"clipped_samples": samples} if samples else {}
 
     def recordings(self, headers: list[ClipsHeader]) -> list[dict[str, Any]]:
         """What became of each recording, given the headers of all units; each reason is logged."""
@@ -86,7 +105,14 @@ def complete(recipe: Recipe) -> bool | None:
 
 def imported_clip_settings(recipe: Recipe) -> dict[str, Any]:
     """In the place of `clip_settings`, what the clips of an import depend on: they stay as the other tool cut them."""
-    return {"imported": True, "data.audio_dir": recipe.data.audio_dir, "data.sample_rate": recipe.data.sample_rate}
+    settings = {"imported": True, "data.audio_dir": recipe.data.audio_dir, "data.sample_rate": recipe.data.sample_rate}
+    return settings | _newer(recipe)
+
+
+def _newer(recipe: Recipe) -> dict[str, Any]:
+    """The settings of SINCE that are not as before."""
+    settings = {"preprocess.clip_format": recipe.preprocess.clip_format}
+    return {key: value for key, value in settings.items() if value != SINCE[key]}
 
 
 def clip_settings(recipe: Recipe) -> dict[str, Any]:
@@ -101,7 +127,7 @@ def clip_settings(recipe: Recipe) -> dict[str, Any]:
         "preprocess.normalization": p.normalization,
         "preprocess.clean": float(p.clean_strength) if p.clean_dataset else 0.0,
     }
-    return settings | ({"preprocess.loudness": p.loudness} if p.normalization == "lufs" else {})
+    return settings | _newer(recipe) | ({"preprocess.loudness": p.loudness} if p.normalization == "lufs" else {})
 
 
 def check_made(recipe: Recipe, work: Workspace) -> None:
@@ -112,7 +138,7 @@ def check_made(recipe: Recipe, work: Workspace) -> None:
     """
     if (work_list := WorkList.load(work.work_list_file)) is not None:
         remedy = "run `rvc-dist preprocess` and `extract` again"
-        check_settings(work.clips_dir, work_list.settings, clip_settings(recipe), remedy)
+        check_settings(work.clips_dir, SINCE | work_list.settings, SINCE | clip_settings(recipe), remedy)
 
 
 def pieces(recipe: Recipe, wave: audio.Wave, has_silences: bool = True) -> Iterator[tuple[int, audio.Wave]]:

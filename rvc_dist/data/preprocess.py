@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rvc_dist.config import Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.data.clip_files import (
+    SINCE,
     ClipStage,
     account,
     clip_settings,
@@ -76,9 +77,10 @@ def is_imported(recipe: Recipe, work: Workspace) -> bool:
         return False
     wanted = imported_clip_settings(recipe)
     if work_list.settings != wanted:
+        differ = changes(SINCE | work_list.settings, SINCE | wanted)
         raise StageError(
             f"{work.clips_dir} holds imported clips, which other recordings do not replace:",
-            f"give this recipe another run_dir, or set back what differs ({changes(work_list.settings, wanted)})",
+            f"give this recipe another run_dir, or set back what differs ({differ})",
         )
     if complete(recipe) is None:
         raise StageError(f"{work.clips_dir} is half an import:", f"run `rvc-dist import {recipe.data.audio_dir}` again")
@@ -135,7 +137,9 @@ def make_work_list(recipe: Recipe, work: Workspace, shard: Shard) -> WorkList:
     units = cut_units([part for f in measured if not f.reason for part in f.slices()])
     lufs = common_loudness(recipe, [part for unit in units for part in unit.files])
     work_list = WorkList(listing, settings, units, tuple(f for f in measured if f.reason), lufs)
-    if old is not None and (why := changes(old.made_with, work_list.made_with) or _source_changes(old, measured)):
+    if old is not None and (
+        why := changes(SINCE | old.made_with, SINCE | work_list.made_with) or _source_changes(old, measured)
+    ):
         logger.info("preprocess: making stale clips again: %s", why)
     elif old is not None:
         logger.info("preprocess: the content of the recordings is what it was: what was made of it is kept")
@@ -257,7 +261,7 @@ class Preprocess(ClipStage):
             for path in [*unit_files(work.clips_dir), work.clips_report_file, work.work_list_file]:
                 path.unlink(missing_ok=True)
             raise _no_clip(self.recipe, [(f["path"], f["reason"]) for f in files])
-        write_json(work.clips_report_file, report)
+        write_json(work.clips_report_file, report | self.clipped(headers))
         made = f"{report['clips']} clips, {report['total_dataset_duration']}"
         left_out = report["files_left_out"]
         logger.info("preprocess: %s, of %d files (%d left out); %s", made, len(files), left_out, work.clips_report_file)

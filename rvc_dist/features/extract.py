@@ -15,6 +15,7 @@ import torch
 
 from rvc_dist.config import FEATURE_RATE, Recipe
 from rvc_dist.data import audio, clip_files
+from rvc_dist.data.number_formats import float_wave
 from rvc_dist.features.energy import energy_arrays
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.feature_files import (
@@ -154,14 +155,15 @@ class Extract(UnitStage[FeaturesHeader]):
         path = self.work.clips_file(unit.id)
         header = unit_header(path, ClipsHeader, "preprocess")
         with safe_open(path, framework="numpy") as file:
-            waves = [file.get_tensor(f"{i:05d}") for i in range(len(header["clips"]))]
+            waves = [float_wave(file.get_tensor(f"{i:05d}")) for i in range(len(header["clips"]))]
         resampled = [audio.resample(wave, header["sample_rate"], FEATURE_RATE) for wave in waves]
         return ReadUnit(unit, header, [len(wave) for wave in waves], resampled)
 
     def compute(self, read: ReadUnit) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         """The features of a unit: their file, arrays and header, as `save_arrays` takes them."""
         features, wanted = self.extractor(read.waves), self.fingerprints(read.unit)[0]
-        arrays, header = pack_unit(read.header, read.lengths, features, self.settings["embedder"], wanted)
+        made_by, form = self.settings["embedder"], self.recipe.extract.content_format
+        arrays, header = pack_unit(read.header, read.lengths, features, made_by, wanted, form)
         return self.file(read.unit), arrays | energy_arrays(self.recipe, arrays, read.waves), header
 
     def report(self, headers: list[FeaturesHeader]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rvc_dist.config import F0_HOP, Recipe
+from rvc_dist.data.number_formats import stored_content
 from rvc_dist.features.energy import energy_arrays
 from rvc_dist.files import write_json
 from rvc_dist.unit_stage import check_settings
@@ -30,6 +31,7 @@ from rvc_dist.workspace import (
 
 SINCE: dict[str, str | bool | None] = {
     "extract.precision": "fp32",
+    "extract.content_format": "float32",
     "extract.unvoiced": "zero",
     "extract.f0_djcm_model": None,
     "extract.f0_crepe_model": None,
@@ -54,12 +56,18 @@ def check_made(recipe: Recipe, work: Workspace) -> None:
     """Nothing, unless the run's features were made with other settings than the recipe's.
 
     Raises:
-        StageError: they were.
+        StageError: they were, or of other clips than those that the work list now asks for.
     """
     if (report := read_report(work)) is not None:
         remedy = "run `rvc-dist extract` again"
         made_with = SINCE | report["settings"]
         check_settings(work.features_dir, made_with, SINCE | feature_settings(recipe), remedy)
+        work_list = WorkList.load(work.work_list_file)
+        if work_list is not None and report["clips"] != fingerprint(list(work_list.fingerprints().values())):
+            raise StageError(
+                f"{work.features_dir} holds features of other clips than those of {work.clips_dir}:",
+                "run `rvc-dist preprocess` to its end, and `rvc-dist extract` again",
+            )
 
 
 def read_report(work: Workspace) -> FeaturesReport | None:
@@ -113,6 +121,7 @@ def pack_unit(
     features: Iterable[tuple[int, Any, Any]],
     embedder: dict[str, Any],
     wanted: str,
+    content_format: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The features of one unit and their header, as `save_arrays` takes them.
 
@@ -125,7 +134,7 @@ def pack_unit(
     arrays: dict[str, Any] = {}
     clips: list[dict[str, Any]] = [dict(c) for c in clips_header["clips"]]
     for i, content, f0 in features:
-        arrays[f"{i:05d}.content"], arrays[f"{i:05d}.f0"] = content, f0
+        arrays[f"{i:05d}.content"], arrays[f"{i:05d}.f0"] = stored_content(content, content_format), f0
         clips[i] |= {"num_samples": lengths[i], "num_content": len(content), "num_f0": len(f0)}
     header = {"stamp": wanted, "sample_rate": clips_header["sample_rate"], "embedder": embedder, "clips": clips}
     return arrays, header
@@ -141,7 +150,8 @@ def write_mute(
         "num_content": len(content),
         "num_f0": num_f0,
     }
-    arrays = {"00000.content": content, "00000.f0": np.zeros(num_f0, np.float32)}
+    stored = stored_content(content, recipe.extract.content_format)
+    arrays = {"00000.content": stored, "00000.f0": np.zeros(num_f0, np.float32)}
     silence = np.zeros(num_f0 * F0_HOP, np.float32)
     save_arrays(work.mute_file, arrays | energy_arrays(recipe, arrays, [silence]), header)
 

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 
 from rvc_dist.config import F0_PER_S, BenchConfig, Recipe
 from rvc_dist.data import audio, decode
+from rvc_dist.data.number_formats import stored_wave
 from rvc_dist.features.feature_files import pack_unit
 from rvc_dist.files import ForeignFileError, atomic_write, write_json
 from rvc_dist.runtime.device import PRECISIONS
@@ -138,9 +139,14 @@ class Bench:
         files = self.work.features_report_file, self.work.features_file(0), self.work.clips_file(0)
         return (all(f.is_file() for f in files) and read_json(files[0]) == self._report()) or None
 
+    @property
+    def _formats(self) -> tuple[str, str]:
+        return self._recipe.preprocess.clip_format, self._recipe.extract.content_format
+
     def _report(self) -> dict[str, Any]:
         """As extract's; the clips of the demo voice depend on the rate and the width of the content."""
-        stamp = fingerprint("bench", self._recipe.data.sample_rate, CONTENT_WIDTH[self._recipe.model.version], CLIP_S)
+        rate, width = self._recipe.data.sample_rate, CONTENT_WIDTH[self._recipe.model.version]
+        stamp = fingerprint("bench", rate, width, CLIP_S, *self._formats)
         return {"stamp": stamp, "settings": {}, "clips": stamp, "content_frames": 0}
 
     def _cut(self) -> None:
@@ -158,9 +164,12 @@ class Bench:
             features.append((number, content, made_up_pitch(num_f0)))
         header = {"stamp": report["stamp"], "sample_rate": rate, "clips": clips}
         embedder = {"name": MADE_UP, "width": width, "hash": report["stamp"]}
-        packed = pack_unit(header, [len(wave) for wave in waves], features, embedder, report["stamp"])
+        clip_format, content_format = self._formats
+        lengths = [len(wave) for wave in waves]
+        packed = pack_unit(header, lengths, features, embedder, report["stamp"], content_format)
         self.work.features_report_file.unlink(missing_ok=True)
-        save_arrays(self.work.clips_file(0), {f"{i:05d}": wave for i, wave in enumerate(waves)}, header)
+        stored = {f"{i:05d}": stored_wave(wave, clip_format)[0] for i, wave in enumerate(waves)}
+        save_arrays(self.work.clips_file(0), stored, header)
         save_arrays(self.work.features_file(0), *packed)
         for folder in (self.work.clips_dir, self.work.features_dir):
             remove_leftovers(folder, 1)

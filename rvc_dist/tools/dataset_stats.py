@@ -26,6 +26,7 @@ from safetensors import safe_open
 from rvc_dist.config import Recipe
 from rvc_dist.data.audio import SLICE_THRESHOLD_DB
 from rvc_dist.data.clip_files import account, sum_lost
+from rvc_dist.data.number_formats import float_wave
 from rvc_dist.features.feature_files import read_report
 from rvc_dist.features.unvoiced import UnvoicedCount
 from rvc_dist.tools.tables import console, print_table
@@ -282,7 +283,7 @@ def blocks(wave: Any, length: int) -> Iterator[npt.NDArray[np.float32]]:
     """A wave in a safetensors file [S], at most `length` samples at once."""
     (total,) = wave.get_shape()
     for start in range(0, total, length):
-        yield wave[start : min(start + length, total)]
+        yield float_wave(wave[start : min(start + length, total)])
 
 
 def decibels(power: float) -> float:

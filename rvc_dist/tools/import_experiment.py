@@ -22,6 +22,7 @@ from rvc_dist.choices import EMBEDDERS, embedder_called
 from rvc_dist.config import FEATURE_RATE, ConfigError, Recipe, recipe_of
 from rvc_dist.data import audio, decode
 from rvc_dist.data.clip_files import ClipStage, clips_report, file_entry, finished, imported_clip_settings
+from rvc_dist.data.number_formats import float_wave
 from rvc_dist.data.sources import check_recordings, content_by
 from rvc_dist.features.energy import energy_arrays
 from rvc_dist.features.feature_files import imported_feature_settings, pack_unit, write_mute, write_report
@@ -210,8 +211,9 @@ class Import(ClipStage):
         if self.experiment.content_dir and len(features) == len(waves):
             lengths = [len(wave) for wave in waves.values()]
             wanted = self.features_fingerprint(unit)
-            arrays, features_header = pack_unit(header, lengths, features, self.embedder, wanted)
-            resampled = (audio.resample(wave, rate, FEATURE_RATE) for wave in waves.values())
+            form = self.recipe.extract.content_format
+            arrays, features_header = pack_unit(header, lengths, features, self.embedder, wanted, form)
+            resampled = (audio.resample(float_wave(wave), rate, FEATURE_RATE) for wave in waves.values())
             arrays |= energy_arrays(self.recipe, arrays, resampled)
             save_arrays(self.work.features_file(unit.id), arrays, features_header)
         # After the features: a unit whose clips are there has what it could have.
@@ -235,7 +237,7 @@ class Import(ClipStage):
         total_s = experiment.total_seconds() or sum(f["seconds_in"] for f in used)
         without = sum(1 for f in used if f["reason"]) if experiment.content_dir else len(used)
         added = {"imported": str(experiment.folder), "files_without_features": without}
-        write_json(work.clips_report_file, clips_report(files, total_s) | added)
+        write_json(work.clips_report_file, clips_report(files, total_s) | added | self.clipped(headers))
         left = f"{without} without features, for extract to make" if lacking else "with all features"
         counts = f"{len(used)} clips, {len(files) - len(used)} left out, {left}"
         logger.info("import: %s; go on with `rvc-dist run --config %s`", counts, work.config_file)

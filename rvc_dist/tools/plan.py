@@ -19,6 +19,7 @@ import torch
 
 from rvc_dist.config import MAX_CLIP_FRAMES, PRETRAINED_SPEAKERS, Recipe, TrainConfig
 from rvc_dist.data import clip_files, decode
+from rvc_dist.data.number_formats import FORMATS, clip_bytes_per_s, feature_bytes_per_s
 from rvc_dist.data.sources import folder_of, list_sources
 from rvc_dist.files import write_json
 from rvc_dist.tools import bench
@@ -41,7 +42,7 @@ from rvc_dist.tools.measuring import recipe_key
 from rvc_dist.tools.tables import console, print_table, say
 from rvc_dist.tools.tracing import TracedStep, trace
 from rvc_dist.train.dataset import ClipRef, ClipTable, cached_bytes
-from rvc_dist.workspace import ClipsHeader, Shard, StageError, Workspace, unit_files, unit_header
+from rvc_dist.workspace import ClipsHeader, Shard, StageError, Workspace, read_json, unit_files, unit_header
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class RunPlan:
     """For WORLD_SIZES and plan.ranks."""
     bench_memory: dict[str, int]
     """Bytes by kind, as a benchmark on the longest clips measured them; empty without one."""
+    disk: tuple[Stored, ...]
+    """What units take: of clips and of features."""
 
     @property
     def chosen(self) -> Forecast:
@@ -151,6 +154,7 @@ class RunPlan:
             "cluster": {k: v for k, v in asdict(self.cluster).items() if v != math.inf},
             "assumed": list(self.assumed),
             "traced": asdict(self.traced),
+            "disk": [asdict(stored) for stored in self.disk],
             "forecasts": [
                 asdict(f) | {"wall_s": f.wall_s, "rank_hours": f.rank_hours, "memory_bytes": self.memory_bytes(f.ranks)}
                 for f in self.rows.values()
@@ -158,6 +162,57 @@ class RunPlan:
             "limits": {name: limit and limit._asdict() for name, limit in self.limits().items()},
             "pays_up_to": verdict._asdict(),
         }
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an hour of clips takes on the disk, in the recipe's format and in the units that are there."""
+
+    what: str
+    format: str
+    bytes_per_hour: int
+    """An estimate: of the numbers alone."""
+    made_format: str | None = None
+    """Of the units that are there; None where not all are."""
+    made_bytes_per_hour: int | None = None
+    """Measured: their files by their clips' seconds."""
+
+    def text(self) -> str:
+        made = f"the units that are there {_gb(self.made_bytes_per_hour)} as {self.made_format}"
+        return f"{self.what} {_gb(self.bytes_per_hour)} as {self.format}" + f" ({made})" * bool(self.made_format)
+
+
+def _gb(num_bytes: int | None) -> str:
+    return f"{(num_bytes or 0) / 1e9:.3f} GB"
+
+
+def find_stored(recipe: Recipe, width: int) -> tuple[Stored, ...]:
+    """Of clips, and of features with a content `width` wide."""
+    work = Workspace(recipe.run_dir, recipe.name)
+    report = read_json(work.clips_report_file) if work.clips_report_file.is_file() else {}
+    hours = float(report.get("clip_seconds", 0.0)) / 3600
+    clip, content = recipe.preprocess.clip_format, recipe.extract.content_format
+    found = (
+        (Stored("clips", clip, 3600 * clip_bytes_per_s(recipe)), work.clips_report_file, ""),
+        (Stored("features", content, 3600 * feature_bytes_per_s(recipe, width)), work.features_report_file, ".content"),
+    )
+    made = []
+    for stored, report_file, part in found:
+        files = list(unit_files(report_file.parent)) if hours and report_file.is_file() else []
+        kind = next(filter(None, (_format_of(path, f"00000{part}") for path in files)), None)
+        if kind is not None:
+            per_hour = round(sum(path.stat().st_size for path in files) / hours)
+            stored = replace(stored, made_format=kind, made_bytes_per_hour=per_hour)
+        made.append(stored)
+    return tuple(made)
+
+
+def _format_of(path: Path, key: str) -> str | None:
+    """Of an array in a unit's file; None where no recording of the unit gave a clip."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return FORMATS[file.get_slice(key).get_dtype()] if key in file.keys() else None  # noqa: SIM118
 
 
 def sent_bytes(config: TrainConfig, gradient_bytes: Mapping[str, int]) -> list[int]:
@@ -191,7 +246,8 @@ def make_plan(recipe: Recipe) -> RunPlan:
         f"{WORKSPACE_SHARE:.0%} of the traced memory for workspaces, {RUNTIME_BYTES / 1e9:g} GB for libraries",
     ]
     memory = machine.get("memory", {})
-    return RunPlan(recipe, table, clips_from, traced, pace, pace_from, cluster, tuple(assumed), rows, memory)
+    disk = find_stored(recipe, table.content_channels)
+    return RunPlan(recipe, table, clips_from, traced, pace, pace_from, cluster, tuple(assumed), rows, memory, disk)
 
 
 # What there is to train on
@@ -448,6 +504,7 @@ def sentences(plan: RunPlan) -> Iterator[str]:
         measured = ", ".join(f"{num_bytes / 1e9:.2f} GB {name}" for name, num_bytes in plan.bench_memory.items())
         line += f" bench measured {measured}."
     yield line
+    yield f"Disk, for each hour of clips: {', '.join(stored.text() for stored in plan.disk)}."
 
 
 def ranks_of(count: int) -> str:

@@ -247,7 +247,7 @@ def _preprocess(work: Workspace, recipe: Recipe) -> StageState:
         wanted = clip_files.clip_settings(recipe)
         if work_list.imported_from is not None:
             wanted = clip_files.imported_clip_settings(recipe)
-        why = changes(work_list.settings, wanted)
+        why = changes(clip_files.SINCE | work_list.settings, clip_files.SINCE | wanted)
         return StageState(STALE if why else PART, why, *count)
     if work_list.imported_from is None:
         try:

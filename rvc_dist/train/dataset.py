@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe
+from rvc_dist.data.number_formats import FULL_SCALE, clip_bytes_per_s, feature_bytes_per_s
 from rvc_dist.train import memory
 from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by
 from rvc_dist.workspace import FeaturesHeader, MuteHeader, StageError, Workspace, read_header, unit_files, unit_header
@@ -140,12 +140,12 @@ class MicroBatchSpec:
 
 
 class ClipData(NamedTuple):
-    """One clip as it is trained on."""
+    """One clip as it is trained on. Wave and content are as they are stored, until they are put into a batch."""
 
     wave_with_reach: Tensor
-    """[reach + T * hop + reach] float32"""
+    """[reach + T * hop + reach] float32 or int16"""
     content: Tensor
-    """[T, C] float32"""
+    """[T, C] float32, float16 or bfloat16"""
     f0: Tensor
     """[T] float32 in Hz"""
     speaker: int
@@ -371,6 +371,7 @@ class ClipDataset(Dataset[list[Batch]]):
         self.clips = clips
         self.rate, self.spec, self.seed = recipe.data.sample_rate, recipe.rate_spec, recipe.train.seed
         self.has_energy = recipe.model.energy
+        self.wave_kind: torch.dtype = getattr(torch, recipe.preprocess.clip_format)
 
     def __getitem__(self, micro_batches: tuple[MicroBatchSpec, ...]) -> list[Batch]:
         return [self.read_batch(micro) for micro in micro_batches]
@@ -408,7 +409,7 @@ class ClipDataset(Dataset[list[Batch]]):
         """The whole wave [S], or what reads a part of it; content [T50, C]; f0 and energy [T100]."""
         features = _open(self.units.mute_file if clip.unit == MUTE else self.units.features_file(clip.unit))
         if clip.unit == MUTE:
-            wave = torch.zeros(clip.num_frames * self.spec.hop)
+            wave = torch.zeros(clip.num_frames * self.spec.hop, dtype=self.wave_kind)
         else:
             wave = _open(self.units.clips_file(clip.unit)).get_slice(clip.key)
         energy = features.get_tensor(f"{clip.key}.energy") if self.has_energy else None
@@ -434,11 +435,12 @@ class CachedClips(ClipDataset):
 
 
 def cached_bytes(recipe: Recipe, clips: tuple[ClipRef, ...], content_channels: int) -> int:
-    """Device memory that `CachedClips` takes: wave, content at 50 frames a second, f0 at 100, all float32."""
+    """Device memory that `CachedClips` takes: as much as the clips and features on the disk."""
     different = dict.fromkeys(clips)
     seconds = sum(c.num_frames for c in different) * recipe.rate_spec.hop / recipe.data.sample_rate
-    per_s = recipe.data.sample_rate + content_channels * F0_PER_S / 2 + F0_PER_S * (1 + recipe.model.energy)
-    return round(4 * (seconds * per_s + len(different) * recipe.rate_spec.reach))
+    of_wave, of_features = clip_bytes_per_s(recipe), feature_bytes_per_s(recipe, content_channels)
+    reach_s = len(different) * recipe.rate_spec.reach / recipe.data.sample_rate
+    return round(seconds * (of_wave + of_features) + reach_s * of_wave)
 
 
 def part_with_reach(wave: Any, first: int, last: int, reach: int) -> Tensor:
@@ -450,8 +452,21 @@ def part_with_reach(wave: Any, first: int, last: int, reach: int) -> Tensor:
     (size,) = wave.get_shape() if hasattr(wave, "get_shape") else wave.shape
     begin, end = max(0, first - reach), min(size, last + reach)
     part: Tensor = wave[begin:end]
-    missing = (begin - (first - reach), last + reach - end)
-    return F.pad(part[None], missing, mode="reflect")[0] if any(missing) else part
+    before, after = begin - (first - reach), last + reach - end
+    if not (before or after):
+        return part
+    # Not F.pad, which reflects no int16 on GPUs.
+    padded = torch.cat([part[1 : 1 + before].flip(0), part, part[len(part) - 1 - after : -1].flip(0)])
+    assert len(padded) == last - first + 2 * reach, "shorter than what is reflected"
+    return padded
+
+
+def place(into: Tensor, stored: Tensor) -> None:
+    """Write a wave or content as it is stored into a float32 tensor: numbers are converted while they are copied."""
+    if stored.dtype == torch.int16:
+        torch.mul(stored, 1 / FULL_SCALE, out=into)
+    else:
+        into.copy_(stored)
 
 
 @lru_cache(maxsize=1024)
@@ -485,8 +500,8 @@ def collate(clips: list[ClipData], micro: MicroBatchSpec, spec: RateSpec, seeds:
     f0 = torch.zeros(size, padded, device=device)
     energy = None if clips[0].energy is None else torch.zeros(size, padded, device=device)
     for i, clip in enumerate(clips):
-        wave[i, 0, : len(clip.wave_with_reach)] = clip.wave_with_reach
-        content[i, : len(clip.content)] = clip.content
+        place(wave[i, 0, : len(clip.wave_with_reach)], clip.wave_with_reach)
+        place(content[i, : len(clip.content)], clip.content)
         f0[i, : len(clip.f0)] = clip.f0
         if energy is not None and clip.energy is not None:
             energy[i, : len(clip.energy)] = clip.energy

@@ -48,7 +48,7 @@ from rvc_dist.train.conversion import (
     semitones_to,
     with_context,
 )
-from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable
+from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, place
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
     IndexReport,
@@ -403,7 +403,10 @@ def joined(reader: ClipDataset, clips: Sequence[ClipRef], most_frames: int) -> t
     hop, reach, whole, end_s = reader.spec.hop, reader.spec.reach, None, 0.0
     for clip in clips:
         read = reader.read(clip)
-        part = _Joined(read.wave_with_reach[reach : len(read.wave_with_reach) - reach], *read[1:3], read.energy)
+        wave, content = torch.empty(len(read.content) * hop), torch.empty(read.content.shape)
+        place(wave, read.wave_with_reach[reach : len(read.wave_with_reach) - reach])
+        place(content, read.content)
+        part = _Joined(wave, content, read.f0, read.energy)
         if whole is not None:
             shared = round(max(0.0, end_s - clip.start_s) * reader.rate / hop)
             shared = min(shared, len(whole.f0), len(part.f0))

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import FEATURE_RATE, RATES, Recipe
 from rvc_dist.data import audio
+from rvc_dist.data.number_formats import float_wave
 from rvc_dist.features.feature_files import SINCE
 from rvc_dist.files import write_json
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
@@ -210,19 +211,21 @@ class Experiment:
         unit_header(clips_file, ClipsHeader, "preprocess")
         waves = load_file(clips_file)
         for clip in clips:
-            f0 = features[f"{clip.key}.f0"]
-            self._write_clip(folder, clip.name, clip.name, waves[clip.key], features[f"{clip.key}.content"], f0)
+            wave, content, f0 = waves[clip.key], features[f"{clip.key}.content"], features[f"{clip.key}.f0"]
+            self._write_clip(folder, clip.name, clip.name, float_wave(wave.numpy()), content, f0)
 
-    def _write_clip(self, folder: Path, wave_name: str, name: str, wave: audio.Wave, content: Any, f0: Any) -> None:
+    def _write_clip(
+        self, folder: Path, wave_name: str, name: str, wave: audio.Wave, content: Tensor, f0: Tensor
+    ) -> None:
         """Wave [S], content [T50, C] and f0 [T100] of a clip."""
         rate = self.shape.sample_rate
         wave_16k = audio.resample(wave, rate, FEATURE_RATE)
         soundfile.write(folder / self.layout.wave / f"{wave_name}.wav", wave, rate, subtype="FLOAT")
         soundfile.write(folder / self.layout.wave_16k / f"{wave_name}.wav", wave_16k, FEATURE_RATE, subtype="FLOAT")
-        np.save(folder / self.content / f"{name}.npy", content)
+        np.save(folder / self.content / f"{name}.npy", content.float().numpy())
         if self.has_pitch:
-            np.save(folder / self.layout.coarse / f"{name}.wav.npy", coarse_pitch(torch.from_numpy(f0)).numpy())
-            np.save(folder / self.layout.f0 / f"{name}.wav.npy", f0)
+            np.save(folder / self.layout.coarse / f"{name}.wav.npy", coarse_pitch(f0).numpy())
+            np.save(folder / self.layout.f0 / f"{name}.wav.npy", f0.numpy())
 
     def _line(self, final: Path, wave_name: str, name: str, speaker: int) -> str:
         """A line of filelist.txt; RVC-WebUI has the name of a speaker too, where there are several."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rvc_dist.config import F0_PER_S
+from rvc_dist.data.number_formats import clip_bytes_per_s, feature_bytes_per_s
 from rvc_dist.features import index_file
 from rvc_dist.files import atomic_write
 from rvc_dist.tools.doctor.data import recorded_seconds
@@ -51,11 +52,10 @@ def data_bytes(context: DoctorContext) -> Iterator[float]:
     seconds = recorded_seconds(context)
     if recipe.preprocess.cut_method != "skip":
         seconds *= recipe.preprocess.chunk_len / (recipe.preprocess.chunk_len - recipe.preprocess.overlap_len)
+    yield seconds * (clip_bytes_per_s(recipe) + feature_bytes_per_s(recipe, width))
     frames = seconds * F0_PER_S / 2
     index = recipe.index
     vectors = frames if index.algorithm == "faiss" or index.has_each else min(frames, index_file.KMEANS_ABOVE)
-    yield seconds * recipe.data.sample_rate * 4
-    yield frames * (width + 2) * 4
     yield (1 + index.has_common + index.has_each) * vectors * width * 4  # total_fea.npy and the index files
 
 
