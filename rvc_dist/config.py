@@ -388,6 +388,9 @@ class TrainConfig:
     """Clips a rank and micro-batch; the global batch is this times grad_accum_steps times the number of ranks."""
     grad_accum_steps: Positive = 1
     """Micro-batches a step. All but one run G's forward pass twice, so that D's step precedes all of G's."""
+    keep_global_batch: Positive | None = None
+    """Clips a step on any number of ranks, instead of grad_accum_steps: each rank takes its share, in micro-batches of
+    at most batch_size. lr_scaling then counts them in units of batch_size; null: the global batch follows the ranks."""
     max_epochs: Positive = 200
     """Times that every clip is seen."""
     max_steps: Positive | None = None
@@ -485,6 +488,18 @@ class TrainConfig:
     most 8."""
     timeout_s: Annotated[float, at_least(1.0)] = 600.0
     """Seconds that a rank waits for the others before the run ends: more than the longest that one of them may take."""
+
+    def global_batch(self, num_ranks: int) -> int:
+        """Clips a step."""
+        return self.keep_global_batch or self.batch_size * self.grad_accum_steps * num_ranks
+
+    def micro_batches(self, num_ranks: int) -> int:
+        """Of a rank, a step."""
+        return -(-self.global_batch(num_ranks) // (self.batch_size * num_ranks))
+
+    def micro_batch(self, num_ranks: int) -> float:
+        """Clips of a micro-batch of a full step, on average: they have one more or less where this is no whole one."""
+        return self.global_batch(num_ranks) / (self.micro_batches(num_ranks) * num_ranks)
 
     @property
     def starts_from_generator(self) -> bool:
@@ -717,6 +732,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield wrong("model.discriminator", why)
     if model.num_heads and model.hidden_channels % model.num_heads:
         yield wrong("model.num_heads", f", expected a divisor of model.hidden_channels ({model.hidden_channels})")
+    if recipe.train.keep_global_batch is not None and recipe.train.grad_accum_steps > 1:
+        yield wrong("train.grad_accum_steps", " with train.keep_global_batch, which decides it; expected 1")
     if plan.step_s is not None and plan.device_tflop_s is not None:
         yield wrong("plan.device_tflop_s", f" with plan.step_s {plan.step_s}; set only one")
     if model.architecture == "svc":

@@ -33,7 +33,7 @@ from rvc_dist.runtime.device import (
     set_allocator,
     settings_text,
 )
-from rvc_dist.runtime.launcher import asks_for, check_deepspeed, fill_deepspeed_settings
+from rvc_dist.runtime.launcher import asks_for, check_deepspeed, fill_deepspeed_settings, world_size
 from rvc_dist.runtime.logs import tell_launcher
 from rvc_dist.screen import say_at_once
 from rvc_dist.workspace import OtherRankError, StageError
@@ -53,7 +53,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
             there are fewer devices than ranks or no collective between them.
     """
     check_launcher(config)
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = world_size()
     if wanted > 1:
         check_meeting_point(wanted)
         # Of NCCL's thread that looks at collectives, which a hanging device holds up too: else after 480 s.
@@ -81,7 +81,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
             # With accumulation the first backward passes are local, and a static graph would be recorded from those.
             # Buffers are constants (BigVGAN's filters), and need not be sent.
             DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True, static_graph=config.grad_accum_steps == 1, broadcast_buffers=False
+                gradient_as_bucket_view=True, static_graph=config.micro_batches(wanted) == 1, broadcast_buffers=False
             ),
             InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s or config.timeout_s)),
         ],

@@ -27,6 +27,16 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def world_size() -> int:
+    """Ranks of this job that its launcher asked for."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_among_nodes() -> bool:
+    """Whether this rank's launcher is one of several, on as many nodes, that meet again when ranks of one end."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+
+
 def usable_cores(pid: int = 0) -> frozenset[int]:
     """The cores of this host that a process may use, by default this one."""
     if hasattr(os, "sched_getaffinity"):  # Linux

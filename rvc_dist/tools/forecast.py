@@ -131,22 +131,23 @@ class Load(NamedTuple):
 
     padded_frames: int
     share: float
-    """Of its clips in a full batch."""
+    """Of the clips of a full step on one rank."""
 
 
 def sampler_on(ranks: int, config: TrainConfig, lengths: Sequence[int]) -> BucketBatchSampler:
     """The trainer's, of the first of so many ranks."""
-    return BucketBatchSampler(list(lengths), config.batch_size, ranks, 0, config.seed, config.grad_accum_steps)
+    return BucketBatchSampler.of(config, list(lengths), ranks, 0)
 
 
-def loads(sampler: BucketBatchSampler) -> list[Load]:
-    """The steps of an epoch, as the trainer's own sampler deals them."""
-    full = sampler.batch_size * sampler.accum_steps
+def loads(sampler: BucketBatchSampler, alone: int = 0) -> list[Load]:
+    """The steps of an epoch, as the trainer's own sampler deals them; `alone`: clips of a step on one rank."""
+    of_rank = sampler.global_batch_size / sampler.num_ranks
+    full = alone or of_rank
     steps = []
     for clips in sampler.global_batches(epoch=0):
         if len(clips) == sampler.global_batch_size:
             frames = int(-(-sampler.lengths[clips].max() // BUCKET_FRAMES) * BUCKET_FRAMES)
-            steps.append(Load(frames, 1.0))
+            steps.append(Load(frames, of_rank / full))
         else:  # the short batch of the epoch; rank 0 has the most of it
             parts = sampler.rank_batches(clips, epoch=0)
             steps.append(Load(parts[0].padded_frames, sum(len(p.clips) for p in parts) / full))
@@ -205,7 +206,7 @@ def forecasts(
 
     def on(ranks: int) -> Forecast:
         sampler = sampler_on(ranks, config, lengths)
-        steps, per_epoch = loads(sampler), sampler.steps_per_epoch
+        steps, per_epoch = loads(sampler, config.global_batch(1)), sampler.steps_per_epoch
         factor = cluster.crowding(ranks, pace.measured)
         compute = sum(pace.compute_s(s.padded_frames, s.share) for s in steps) * factor / len(steps)
         exposed = cluster.exposed_s(ranks, gradients, compute, pace.measured)
@@ -234,11 +235,14 @@ class Limit(NamedTuple):
     reason: str
 
 
-def data_limit(num_clips: int, clips_per_rank: int) -> Limit:
+def data_limit(num_clips: int, clips_per_rank: int, kept: int | None = None) -> Limit:
     """As many ranks as leave MIN_STEPS_PER_EPOCH full steps an epoch: past it the trainer warns of the global batch.
 
-    0 when one rank's batch is already more than that. `clips_per_rank`: of a step, all micro-batches together.
+    0 when one rank's batch is already more than that. `clips_per_rank`: of a step, all micro-batches together. A global
+    batch that is `kept` has clips for as many ranks.
     """
+    if kept is not None:
+        return Limit(kept, f"the recipe: a step has train.keep_global_batch {kept} clips")
     ranks = num_clips // (MIN_STEPS_PER_EPOCH * clips_per_rank)
     return Limit(
         ranks,

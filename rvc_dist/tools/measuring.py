@@ -5,6 +5,7 @@ Times are those of steps after which the host waits for the device, which traini
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -142,7 +143,7 @@ class MeasuredRun:
         check_own_device(accelerator.device)
         self.device, self.num_ranks = accelerator.device, int(accelerator.num_processes)
         if self.table.embedder["name"] == MADE_UP:  # a large global batch needs many clips, but no different ones
-            clips, whole = self.table.train, self.config.batch_size * self.config.grad_accum_steps * self.num_ranks
+            clips, whole = self.table.train, self.config.global_batch(self.num_ranks)
             num_batches = max(NUM_GLOBAL_BATCHES, -(-len(clips) // whole))
             self.table = replace(self.table, train=tuple(islice(cycle(clips), num_batches * whole)))
         if accelerator.is_main_process:
@@ -275,7 +276,7 @@ class MeasuredRun:
         """What tells one result from another; plain data."""
         key = {
             "ranks": self.num_ranks,
-            **recipe_key(self.recipe),
+            **recipe_key(self.recipe, self.num_ranks),
             "compiled": ", ".join(name for name, yes in self.compiled.items() if yes),
             "device": kernel_settings(self.device)["device"],
             "cpu": cpu_model(),
@@ -298,12 +299,12 @@ class MeasuredRun:
         }
 
 
-def recipe_key(recipe: Recipe) -> dict[str, Any]:
-    """The part of a result's key that the recipe decides."""
+def recipe_key(recipe: Recipe, num_ranks: int = 1) -> dict[str, Any]:
+    """The part of a result's key that the recipe decides; what a rank computes in a step, on so many."""
     config = recipe.train
     return {
-        "batch_size": config.batch_size,
-        "grad_accum_steps": config.grad_accum_steps,
+        "batch_size": math.ceil(config.micro_batch(num_ranks)),
+        "grad_accum_steps": config.micro_batches(num_ranks),
         "precision": config.autocast_precision,
         "optimizer": config.optimizer_name,
         "fast_train": config.fast_train,

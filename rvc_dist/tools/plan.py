@@ -136,7 +136,7 @@ class RunPlan:
     def limits(self) -> dict[str, Limit | None]:
         train = self.recipe.train
         return {
-            "data": data_limit(len(self.clips.train), train.batch_size * train.grad_accum_steps),
+            "data": data_limit(len(self.clips.train), train.global_batch(1), train.keep_global_batch),
             "speed": speed_limit([self.rows[w] for w in WORLD_SIZES]),
         }
 
@@ -443,6 +443,7 @@ def show(plan: RunPlan) -> None:
     frames = sum(min(c.num_frames, MAX_CLIP_FRAMES) for c in table.train)
     audio_h = frames * recipe.rate_spec.hop / recipe.data.sample_rate / 3600
     micro = f" x {train.grad_accum_steps}" if train.grad_accum_steps > 1 else ""
+    micro += f", {train.keep_global_batch} clips a step" if train.keep_global_batch else ""
     say(
         out,
         f"\n{model.version} {recipe.data.sample_rate} Hz, batch {train.batch_size}{micro}, "

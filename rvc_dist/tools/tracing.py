@@ -132,7 +132,7 @@ def traced_step(recipe: Recipe, content_channels: int, num_speakers: int) -> Gan
 def count(step: GanStep, frames: int) -> float:
     """Operations of a step on full micro-batches of clips of so many frames."""
     config, spec = step.config, step.spec
-    size, micro_batches = config.batch_size, config.grad_accum_steps
+    size, micro_batches = config.batch_size, config.micro_batches(1)
     batch = Batch(
         wave_with_reach=torch.zeros(size, 1, frames * spec.hop + 2 * spec.reach),
         content=torch.zeros(size, frames, step.shape.content_channels),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe
+from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
 from rvc_dist.data.number_formats import FULL_SCALE, clip_bytes_per_s, feature_bytes_per_s
 from rvc_dist.train import memory
 from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by
@@ -262,23 +262,31 @@ class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
     """Global batches of clips of like length, and this rank's part of each: a pure function of its arguments.
 
     Clips are shuffled, put into buckets by padded length, and cut into global batches of batch_size * accum_steps *
-    num_ranks; what is left of a bucket moves up into the next one, so only one batch an epoch, the last of the largest
-    bucket, can be short. A short batch is dealt evenly; a rank that gets none computes a padding clip, whose losses are
-    scaled by 0. Thus every clip is seen exactly once an epoch on any number of ranks. One item is one step: its
-    micro-batches.
+    num_ranks, or of `global_batch_size`, of which some ranks may have more than others; what is left of a bucket moves
+    up into the next one, so only one batch an epoch, the last of the largest bucket, can be short. A short batch is
+    dealt evenly; a rank that gets none computes a padding clip, whose losses are scaled by 0. Thus every clip is seen
+    exactly once an epoch on any number of ranks. One item is one step: its micro-batches.
     """
 
     def __init__(
-        self, lengths: list[int], batch_size: int, num_ranks: int, rank: int, seed: int, accum_steps: int = 1
+        self,
+        lengths: list[int],
+        batch_size: int,
+        num_ranks: int,
+        rank: int,
+        seed: int,
+        accum_steps: int = 1,
+        global_batch_size: int | None = None,
     ) -> None:
         self.lengths = np.minimum(np.asarray(lengths, dtype=np.int64), MAX_CLIP_FRAMES)
         self.batch_size, self.num_ranks, self.rank, self.seed = batch_size, num_ranks, rank, seed
-        self.accum_steps = accum_steps
+        self.global_batch_size = global_batch_size or batch_size * accum_steps * num_ranks
         self._start: tuple[int, BatchesDone] = (0, ())
 
-    @property
-    def global_batch_size(self) -> int:
-        return self.batch_size * self.accum_steps * self.num_ranks
+    @classmethod
+    def of(cls, config: TrainConfig, lengths: list[int], num_ranks: int, rank: int) -> BucketBatchSampler:
+        sizes = (config.batch_size, num_ranks, rank, config.seed, config.grad_accum_steps, config.keep_global_batch)
+        return cls(lengths, *sizes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -291,10 +299,13 @@ class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
 
     @property
     def num_padding_clips(self) -> int:
-        """Clips an epoch that a rank computes for nothing, because the short batch has none for it."""
-        short = len(self.lengths) % self.global_batch_size
-        num_micro = -(-short // (self.batch_size * self.num_ranks))
-        return max(0, self.num_ranks * num_micro - short)
+        """Clips an epoch that a rank computes for nothing, because its batch has none for it: mostly the short one."""
+        num_full, short = divmod(len(self.lengths), self.global_batch_size)
+        return num_full * self._num_padding(self.global_batch_size) + self._num_padding(short)
+
+    def _num_padding(self, num_clips: int) -> int:
+        num_micro = -(-num_clips // (self.batch_size * self.num_ranks))
+        return max(0, self.num_ranks * num_micro - num_clips)
 
     def start_at(self, epoch: int, batches_done: BatchesDone) -> None:
         """Where the next iteration begins: in `epoch`, after the steps that `batches_done` counts."""

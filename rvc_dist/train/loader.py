@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from rvc_dist.config import MAX_CLIP_FRAMES, Recipe, TrainConfig
 from rvc_dist.runtime.hang_killer import end_with_parent
 from rvc_dist.runtime.heartbeat import Heartbeat
-from rvc_dist.runtime.launcher import cores_of_rank, local_ranks
+from rvc_dist.runtime.launcher import cores_of_rank, local_ranks, world_size
 from rvc_dist.runtime.logs import ends_within
 from rvc_dist.train.dataset import (
     BUCKET_FRAMES,
@@ -51,8 +51,8 @@ class StepLoader:
     ) -> None:
         config, self.device, self.rank = recipe.train, accelerator.device, accelerator.process_index
         self.recipe, self.num_ranks, self.heartbeat = recipe, int(accelerator.num_processes), heartbeat
-        sizes = (config.batch_size, self.num_ranks, self.rank, config.seed, config.grad_accum_steps)
-        self.sampler = BucketBatchSampler([c.num_frames for c in table.train], *sizes)
+        lengths = [c.num_frames for c in table.train]
+        self.sampler = BucketBatchSampler.of(config, lengths, self.num_ranks, self.rank)
         self.dataset = make_dataset(recipe, table, self.device)
         settings = loader_settings(config, self.device, isinstance(self.dataset, CachedClips))
         self.settings = fit_shared_memory(recipe, table, settings)
@@ -155,7 +155,7 @@ class ReadAhead(NamedTuple):
         config, spec, num_ranks = recipe.train, recipe.rate_spec, local_ranks()
         frames = min(max((c.num_frames for c in table.train), default=MAX_CLIP_FRAMES), MAX_CLIP_FRAMES)
         samples = -(-frames // BUCKET_FRAMES) * BUCKET_FRAMES * (spec.hop + table.content_channels + 1) + 2 * spec.reach
-        step_bytes = config.batch_size * config.grad_accum_steps * samples * 4
+        step_bytes = config.batch_size * config.micro_batches(world_size()) * samples * 4
         workers, wanted = settings["num_workers"], settings["prefetch_factor"]
         # Besides those that are ready, two: a rank lets go of a step only when it has the next.
         needed, free = step_bytes * (workers * wanted + 2) * num_ranks, shutil.disk_usage(SHM).free

@@ -458,8 +458,10 @@ def learning_rate(
     """The learning rate of step `step` in epoch `epoch` (both from 0): a pure function, so resuming needs no state.
 
     It begins at `first`, by default `config.learning_rate`. A network that joins at a later step warms up from there.
+    A global batch that is kept counts in the place of ranks.
     """
-    scale = {"none": 1.0, "sqrt": math.sqrt(num_ranks), "linear": float(num_ranks)}[config.lr_scaling]
+    size = num_ranks if config.keep_global_batch is None else config.keep_global_batch / config.batch_size
+    scale = {"none": 1.0, "sqrt": math.sqrt(size), "linear": float(size)}[config.lr_scaling]
     rate = (first or config.learning_rate) * scale
     since = max(0, step - joins_at + 1)
     if step < config.warmup_steps:

@@ -44,6 +44,8 @@ def remedy(step: GanStep, batch: Batch) -> str:
     whole = step.config.batch_size * step.config.grad_accum_steps
     count = -(-whole // fits)
     keep = f"{-(-whole // count)} with train.grad_accum_steps {count} keeps the steps as large"
+    if step.config.keep_global_batch is not None:
+        keep = "train.keep_global_batch keeps the steps as large"
     return f"train.batch_size {fits} would fit ({keep})"
 
 

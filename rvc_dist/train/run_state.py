@@ -55,7 +55,7 @@ def resume(
     meter.load(saved.meter, accelerator.process_index, num_ranks, accelerator.device)
     logger.info(f"continuing from step {progress.step}, epoch {progress.epoch}")
     if saved.num_ranks != num_ranks:
-        num_clips = recipe.train.batch_size * recipe.train.grad_accum_steps * num_ranks
+        num_clips = recipe.train.global_batch(num_ranks)
         logger.warning(
             f"the checkpoint was made on {saved.num_ranks} ranks, this run has {num_ranks}: it continues from the same "
             f"weights, optimizers and place in the data, with steps of {num_clips} clips"

@@ -87,6 +87,18 @@ def budget(recipe: Recipe, table: ClipTable, loader: StepLoader, done: Progress)
         f"every clip is seen once an epoch; ranks without one in the last batch of an epoch get {num_padding} padding "
         f"clips ({num_padding / num_clips:.1%}), which count for nothing"
     )
+    num_ranks, size = sampler.num_ranks, recipe.train.micro_batch(sampler.num_ranks)
+    if size < 1:
+        logger.warning(
+            f"train.keep_global_batch {sampler.global_batch_size} is less than the {num_ranks} ranks: in a step some "
+            "have no clip"
+        )
+    elif size % 1:
+        logger.warning(
+            f"train.keep_global_batch {sampler.global_batch_size} cannot be shared evenly by {num_ranks} ranks in "
+            f"micro-batches of at most train.batch_size {recipe.train.batch_size}: some have {int(size)} clips, some "
+            f"{int(size) + 1}. The numbers are the same, but compiled networks are not used, and ranks wait for others"
+        )
     if sampler.exceeds_dataset:
         logger.warning(
             f"the global batch of {sampler.global_batch_size} is more than a quarter of the {num_clips} clips: an "

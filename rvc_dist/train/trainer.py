@@ -25,7 +25,7 @@ from rvc_dist.runtime.accelerator import (
     make_accelerator,
     on_first_rank,
 )
-from rvc_dist.runtime.launcher import zero_stage
+from rvc_dist.runtime.launcher import is_among_nodes, zero_stage
 from rvc_dist.runtime.logs import versions
 from rvc_dist.runtime.watchdog import Watch
 from rvc_dist.screen import ProgressBar
@@ -185,7 +185,7 @@ class Trainer:
                     with self.heartbeat.within("checkpoint"):
                         self.save(why)
                 if asked and not self.is_finished:
-                    self._stop(signal.Signals(asked).name)
+                    self._stop(signal.Signals(asked))
         self._finish_writing()
         if self.is_overtrained:
             logger.warning(
@@ -333,14 +333,17 @@ class Trainer:
         on_first_rank(self.accelerator, self.writer.finish)
         self.listening.flush()
 
-    def _stop(self, name: str) -> NoReturn:
+    def _stop(self, number: signal.Signals) -> NoReturn:
+        """SIGTERM is for the ranks of one launcher, SIGUSR1 and Ctrl-C are for all."""
         self._finish_writing()
+        name, of_node = number.name, number == signal.SIGTERM and is_among_nodes()
         if self.is_main:  # for batch scripts: a launcher hides its ranks' exit codes
             write_json(self.work.requeue_file, {"step": self.progress.step, "signal": name})
         self.history.write("end", self.progress.step, why=f"stopped by {name}")
         raise Stopped(
-            f"stopped by {name} at step {self.progress.step} of {self.total_steps}; a checkpoint was written and the "
-            "same command continues"
+            f"stopped by {name} at step {self.progress.step} of {self.total_steps}; a checkpoint was written and "
+            + ("launchers that were not asked to end go on from it" if of_node else "the same command continues"),
+            of_node,
         )
 
     def close(self) -> None:
@@ -357,6 +360,7 @@ def take_step(
     rate = partial(learning_rate, config, done.step, done.epoch, total_steps, accelerator.num_processes)
     joins_at = config.adversarial_from_step
     step.set_learning_rates(generator=rate(), discriminator=rate(config.learning_rate_d, joins_at))
-    full = all(len(batch.clips) == config.batch_size for batch in batches)
+    size = config.micro_batch(accelerator.num_processes)
+    full = all(len(batch.clips) == size for batch in batches)
     with out_of_memory.advice(step, batches[0], accelerator.process_index), compilation.eager_unless(full):
         return step(batches, kl_warmup(config, done), adversarial=done.step >= joins_at)

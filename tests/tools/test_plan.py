@@ -127,6 +127,20 @@ def test_loads_are_what_the_busiest_rank_gets():
         ]
 
 
+def test_a_global_batch_that_is_kept_is_less_work_for_each_of_more_ranks(tmp_path):
+    train = replace(tiny_recipe(tmp_path).train, batch_size=2, keep_global_batch=8, max_epochs=1, max_steps=None)
+    rows = forecasts(train, [100] * 16, [1, 2, 4], Pace(1.0, 100, 0.0), LINKED, [0], frame_s=0.01)
+    assert [(row.global_batch, row.total_steps, row.compute_s) for row in rows.values()] == [
+        (8, 2, 1.0),
+        (8, 2, 0.5),
+        (8, 2, 0.25),
+    ]
+    assert data_limit(16, 8, train.keep_global_batch).ranks == 8
+    recipe = replace(tiny_recipe(tmp_path), train=train)
+    keys = [measuring.recipe_key(recipe, ranks) for ranks in (1, 2, 4, 8)]
+    assert [(key["batch_size"], key["grad_accum_steps"]) for key in keys] == [(2, 4), (2, 2), (2, 1), (1, 1)]
+
+
 def test_a_run_on_one_and_two_ranks_by_hand(tmp_path):
     train = replace(tiny_recipe(tmp_path).train, batch_size=1, max_epochs=10, max_steps=None)
     pace = Pace(1.0, 100, 0.0, measured={2: Measured(1.0, 0.25)})

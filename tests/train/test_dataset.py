@@ -38,9 +38,9 @@ def speech_lengths(count: int) -> list[int]:
     return [298 if rng.random() < 0.6 else int(rng.integers(50, 330)) for _ in range(count)]
 
 
-def parts(lengths: list[int], batch_size: int, num_ranks: int, accum_steps: int = 1) -> list[list]:
+def parts(lengths: list[int], batch_size: int, num_ranks: int, accum_steps: int = 1, kept: int | None = None) -> list:
     """plans[step][rank * micro-batch] of one epoch."""
-    samplers = [BucketBatchSampler(lengths, batch_size, num_ranks, r, 7, accum_steps) for r in range(num_ranks)]
+    samplers = [BucketBatchSampler(lengths, batch_size, num_ranks, r, 7, accum_steps, kept) for r in range(num_ranks)]
     batches = samplers[0].global_batches(0)
     return [[plan for s in samplers for plan in s.rank_batches(clips, 0)] for clips in batches]
 
@@ -58,6 +58,22 @@ def test_every_clip_is_seen_exactly_once_an_epoch_on_any_number_of_ranks(num_ran
         assert max(len(p.clips) for p in step) <= 8
     borrowed = sum(p.loss_scale == 0 for step in steps for p in step)
     assert borrowed == BucketBatchSampler(speech_lengths(count), 8, num_ranks, 0, 7, accum_steps).num_padding_clips
+
+
+def test_a_global_batch_that_is_kept_has_the_same_clips_on_any_number_of_ranks():
+    """Of 8 clips a step: two micro-batches on one rank; 3, 3 and 2 clips on three; on ten, two ranks have none."""
+    lengths = speech_lengths(252)
+    clips = {}
+    for ranks, sizes in {1: (4, 4), 2: (4, 4), 3: (3, 3, 2), 4: (2,) * 4, 10: (1,) * 10}.items():
+        steps = parts(lengths, 4, ranks, kept=8)
+        assert [len(p.clips) for p in steps[0]] == list(sizes)
+        clips[ranks] = [sorted(c for p in step if p.loss_scale > 0 for c in p.clips) for step in steps]
+        assert all(sum(p.loss_scale for p in step) == pytest.approx(ranks) for step in steps)
+        borrowed = sum(p.loss_scale == 0 for step in steps for p in step)
+        sampler = BucketBatchSampler(lengths, 4, ranks, 0, 7, global_batch_size=8)
+        assert sampler.num_padding_clips == borrowed
+        assert sampler.steps_per_epoch == len(steps) == 32
+    assert all(of == clips[1] for of in clips.values())
 
 
 def test_eight_ranks_compute_less_than_a_twentieth_of_a_small_epoch_for_nothing():

@@ -81,9 +81,10 @@ def test_a_step_on_two_ranks_equals_one_rank_with_twice_the_batch(tmp_path):
         "compressed": {"grad_compression": "bf16"},
         "accumulated": {"grad_accum_steps": 2},
         "base": {"adversarial_from_step": 2, "ema_decay": 0.9, "warmup_steps": 2},
+        "kept": {"keep_global_batch": 3},  # by two ranks, of which one has two clips and the other one
     }
     one, two = (first_steps(tmp_path, settings, num_ranks) for num_ranks in (1, 2))
-    for name in ("adamw", "short", "accumulated", "base"):
+    for name in ("adamw", "short", "accumulated", "base", "kept"):
         assert_same(one[name], two[name], weights=1e-4, case=name)
     unmeasured = {k: v for k, v in one["adamw"].items() if k != "quality"}
     assert_same(unmeasured, two["accumulated"], weights=1e-4, case="accumulated on ranks")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -631,3 +632,6 @@ def test_learning_rate_by_hand():
 def test_the_number_of_ranks_changes_the_rate_only_when_asked(scaling, factor):
     config = TrainConfig(learning_rate=1e-4, lr_schedule="constant", lr_scaling=scaling)
     assert learning_rate(config, 0, 0, 10, 8) == pytest.approx(1e-4 * factor)
+    kept = replace(config, batch_size=4, keep_global_batch=32)
+    for ranks in (1, 3, 8):
+        assert learning_rate(kept, 0, 0, 10, ranks) == pytest.approx(1e-4 * factor), "8 batches, on any number of ranks"

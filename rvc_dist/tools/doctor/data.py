@@ -50,7 +50,7 @@ def check_data(context: DoctorContext) -> Findings:
     context.table = table = ClipTable.load(recipe)
     yield from features_of_clips(context, table)
     config, num_clips = recipe.train, len(table.train)
-    global_batch = config.batch_size * config.grad_accum_steps * context.group.count
+    global_batch = config.global_batch(context.group.count)
     hours = sum(c.num_frames for c in table.train) * recipe.rate_spec.hop / recipe.data.sample_rate / 3600
     facts = {
         "clips": num_clips,

@@ -116,7 +116,7 @@ def check_dry_step(context: DoctorContext) -> Findings:
     finally:
         context.modules.clear()
     # The recipe's batch would take longer in proportion, nearly.
-    context.step_s = seconds * config.grad_accum_steps * config.batch_size / len(batch.clips)
+    context.step_s = seconds * config.global_batch(context.group.count) / context.group.count / len(batch.clips)
     yield from (Fact("took", seconds, "s"), Fact("peak memory", memory.peak_bytes(device) / 1e9, "GB"))
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad or not values["finite gradients"]:
