@@ -50,9 +50,13 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def stopped_code() -> int:
-    """EXIT_STOPPED; under an agent that would take it for a failure and start the ranks again at once, 0."""
-    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else EXIT_STOPPED
+def stopped_code(of_node: bool) -> int:
+    """EXIT_STOPPED; under an agent that would take it for a failure and start the ranks again at once, 0.
+
+    It is to do that where one of several nodes was asked to stop: its own agent has ended, and all others go on.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return 0 if restarts and not of_node else EXIT_STOPPED
 
 
 def usage_error(message: str) -> int:
@@ -143,7 +147,7 @@ def run_stage(name: str, recipe: Recipe, shard: Shard, options: dict[str, Any], 
             end_words(name, recipe, time.monotonic() - began_at)
     except Stopped as stopped:
         logger.warning("%s", stopped)
-        return stopped_code()
+        return stopped_code(stopped.of_node)
     except (StageError, OSError) as error:
         reason = str(error) if isinstance(error, StageError) else disk_sentence(error, recipe)
         if reason is None:

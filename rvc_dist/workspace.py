@@ -77,7 +77,14 @@ class OtherRankError(StageError):
 
 
 class Stopped(RuntimeError):  # noqa: N818 - no error: the run goes on later
-    """The run was asked to stop and saved a checkpoint; the same command continues it."""
+    """The run was asked to stop and saved a checkpoint; the same command continues it.
+
+    Where one of several nodes was asked to (`of_node`), the launchers of the others start their ranks again.
+    """
+
+    def __init__(self, message: str = "", of_node: bool = False) -> None:
+        super().__init__(message)
+        self.of_node = of_node
 
 
 class Speaker(TypedDict):

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,51 @@ def test_the_command_is_printed_and_run(
     assert shlex.split(capsys.readouterr().err) == printed
 
 
+def test_machines_that_come_and_go_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(os, "execve", lambda _, *became: found.append(became))
+    words = "launch --cpu 2 --nodes 1:4 --main_ip h -- train --name alice"
+    assert cli.main(words.split()) == 0
+    ((command, variables),) = found
+    assert command[1:] == [
+        *["-m", "torch.distributed.run", "--nnodes", "1:4", "--nproc_per_node", "2", "--rdzv_backend", "c10d"],
+        *["--rdzv_endpoint", "h:29500", "--rdzv_id", "rvc_dist-alice", "--rdzv_conf"],
+        "join_timeout=600,read_timeout=600,last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=6",
+        *["--max_restarts", "100", "-m", "rvc_dist", "train", "--name", "alice"],
+    ]
+    added = {name: value for name, value in variables.items() if os.environ.get(name) != value}
+    assert added == {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    page = (LAUNCH.parent / "docs" / "distribution.md").read_text()
+    assert f"--rdzv_conf {command[14]}" in page
+    assert "--max_restarts 100" in page
+
+
+def test_a_meeting_point_holds_the_store_of_others_or_says_that_its_port_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = []
+
+    def stand(_: float) -> None:
+        port = capsys.readouterr().err.partition("machines meet at port ")[2].partition(" ")[0]
+        other = torch.distributed.TCPStore("localhost", int(port), is_master=False)
+        other.set("a", "b")
+        held.append((int(port), other.get("a")))
+        assert cli.main(["launch", "--meeting_point", "--main_port", port]) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", stand)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    assert cli.main(["launch", "--meeting_point", "--main_port", str(port)]) == 75
+    assert held == [(port, b"b")]
+    assert f"--main_port {port} cannot be listened on (" in capsys.readouterr().err
+
+
 def test_the_rendezvous_of_several_machines_is_that_of_the_file() -> None:
     text = " ".join((LAUNCH / "two_nodes.yaml").read_text().replace("#", " ").replace("\\", " ").split())
     for part in ("--rdzv_backend c10d", "--rdzv_conf join_timeout=600,read_timeout=600,keep_alive_max_attempt=2000"):
@@ -99,6 +145,14 @@ def test_the_rendezvous_of_several_machines_is_that_of_the_file() -> None:
         ("--nodes 2 -- train", 2, "--nodes 2 needs --node_rank too"),
         ("--nodes 2 --node_rank 0 -- train", 2, "--nodes 2 needs --main_ip too"),
         ("--nodes 2 --node_rank 2 --main_ip h -- train", 2, "--node_rank: got 2, expected less than --nodes 2"),
+        ("--nodes 1:4 -- train", 2, "--nodes 1:4 needs --main_ip too"),
+        (
+            "--nodes 1:4 --node_rank 0 --main_ip h -- train",
+            2,
+            "--node_rank: machines that come and go (--nodes 1:4) have",
+        ),
+        ("--nodes 4:1 --main_ip h -- train", 2, "--nodes: got '4:1', expected a number of machines, or FEWEST:MOST"),
+        ("--nodes all -- train", 2, "--nodes: got 'all', expected a number of machines"),
         ("--node_rank 0 -- train", 2, "--node_rank is for several machines; say how many: --nodes N"),
         ("--gpus two -- train", 2, "argument --gpus: got 'two', expected a whole number"),
         ("--gpu 2 -- train", 2, "unknown option --gpu; rvc-dist launch --help lists them"),

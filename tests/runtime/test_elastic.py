@@ -1,0 +1,176 @@
+"""A run on nodes that come and go: it goes on within seconds, and every epoch has every clip once.
+
+Each node is a network namespace with a launcher of its own, started as `rvc-dist launch --nodes 1:2` does. The meeting
+point is a process of its own on the first, which stays when that node's launcher dies.
+"""
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import netns
+import pytest
+from helpers import make_features, newest, tiny_recipe
+from launching import ROOT, environment
+
+from rvc_dist.launching import Machines, elastic_options
+from rvc_dist.report.history import read_history
+from rvc_dist.train.dataset import ClipTable
+from rvc_dist.workspace import Workspace
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.skipif(bool(netns.missing()), reason=netns.missing() or "never"),
+]
+
+NUM_STEPS = 40
+START_S = 120
+"""More than a machine with other work needs from the launch to the first step."""
+
+
+class ElasticJob:
+    """A run of `rvc-dist train` on one or two hosts, one rank on each."""
+
+    def __init__(self, folder: Path, hosts: list[netns.Host]) -> None:
+        self.recipe = tiny_recipe(
+            folder / "run", max_steps=NUM_STEPS, save_every_steps=3, eval_every_steps=10_000, timeout_s=20.0
+        )
+        make_features(self.recipe, num_clips=24)
+        self.folder, self.hosts, self.num_launches = folder, hosts, 0
+        self.file, self.seen = folder / "recipe.yaml", folder / "seen"
+        self.file.write_text(self.recipe.to_yaml())
+        self.seen.mkdir()
+        self.set_pace(0.5)
+
+    def set_pace(self, seconds: float) -> None:
+        (self.seen / "pace.new").write_text(str(seconds))
+        (self.seen / "pace.new").rename(self.seen / "pace")
+
+    def start(self, host: int, *command: object, **variables: str) -> subprocess.Popen[bytes]:
+        self.num_launches += 1
+        more = environment() | {"SEEN": str(self.seen)} | variables
+        with (self.folder / f"screen{self.num_launches}_node{host}.txt").open("wb") as screen:
+            return subprocess.Popen(
+                self.hosts[host].command(*command),
+                cwd=ROOT,
+                env=more,
+                stdout=screen,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def launch(self, host: int) -> subprocess.Popen[bytes]:
+        machines = Machines(gpus=None, cpu=1, nodes="1:2", node_rank=None, main_ip="node0", main_port=None)
+        variables, options = elastic_options(machines, 1, self.recipe.name)
+        script = [ROOT / "tests" / "seen_clips.py", "train", "--config", self.file]
+        return self.start(host, sys.executable, "-m", "torch.distributed.run", *options, *script, **variables)
+
+    def meetings(self) -> list[list[dict[str, Any]]]:
+        """The lines of each meeting of the ranks, in the order of meetings."""
+        found = collections.defaultdict(list)
+        for path in self.seen.glob("*_*.jsonl"):
+            lines = path.read_text().splitlines(keepends=True)
+            found[path.name.partition("_")[0]] += [json.loads(line) for line in lines if line.endswith("\n")]
+        return sorted(found.values(), key=lambda lines: min(line["at"] for line in lines))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of steps of the last meeting that has made one."""
+        made = [[line for line in lines if "step" in line] for lines in self.meetings()]
+        return next((steps for steps in reversed(made) if steps), [])
+
+    def wait(self, happened: Callable[[], bool], timeout_s: float = START_S) -> None:
+        began_at = time.monotonic()
+        while not happened():
+            screens = sorted(self.folder.glob("screen*.txt"))
+            log = "".join(f"--- {path.name}\n{path.read_text()[-2500:]}" for path in screens)
+            assert time.monotonic() - began_at < timeout_s, f"not within {timeout_s} s:\n{log}"
+            time.sleep(0.1)
+
+    def goes_on(self, ranks: int, since: float) -> tuple[float, float]:
+        """Wait until so many ranks that were started after `since` have trained a few steps.
+
+        Returns:
+            Seconds until they were started, and until their first step was done.
+        """
+
+        def news() -> list[dict[str, Any]]:
+            return [line for line in self.steps() if line["at"] > since and line["ranks"] == ranks]
+
+        self.wait(lambda: len({line["step"] for line in news()}) >= 4)
+        began_at = max(line["began_at"] for line in self.meetings()[-1] if "began_at" in line)
+        assert began_at > since
+        return began_at - since, min(line["at"] for line in news()) - since
+
+    def counted(self) -> dict[int, collections.Counter[int]]:
+        """How often each clip was seen in each epoch, by steps that no later meeting made again."""
+        counts: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+        first_after = NUM_STEPS + 1
+        for lines in reversed(self.meetings()):
+            steps = [line for line in lines if "step" in line]
+            for line in steps:
+                if line["step"] < first_after:
+                    counts[line["epoch"]].update(line["clips"])
+            first_after = min([first_after, *(line["step"] for line in steps)])
+        return counts
+
+
+@pytest.fixture
+def job(tmp_path):
+    with netns.two_hosts(tmp_path) as (first, second, _):
+        yield ElasticJob(tmp_path, [first, second])
+
+
+def test_a_run_goes_on_without_a_node_that_leaves_or_dies_and_with_one_that_comes(job, record_property):
+    """The third fault is the death of the first node's launcher and rank."""
+    meeting_point = job.start(0, sys.executable, "-m", "rvc_dist", "launch", "--meeting_point")
+    job.wait(lambda: "machines meet at port" in (job.folder / "screen1_node0.txt").read_text())
+    first, second = job.launch(0), job.launch(1)
+    job.goes_on(ranks=2, since=0.0)
+    seconds: dict[str, tuple[float, float]] = {}
+
+    second.send_signal(signal.SIGTERM)  # the notice of a spot instance
+    seconds["SIGTERM to a launcher"] = job.goes_on(ranks=1, since=time.time())
+    assert second.wait(20) != 0
+    assert not job.hosts[1].processes()
+    assert first.poll() is None
+
+    job.set_pace(1.0)
+    came_at = time.time()
+    second = job.launch(1)
+    seconds["a node comes"] = job.goes_on(ranks=2, since=came_at)
+    job.set_pace(0.5)
+
+    died_at = time.time()
+    for pid in set(job.hosts[0].processes()) - {meeting_point.pid}:
+        os.kill(pid, signal.SIGKILL)
+    first.wait()
+    seconds["a node dies"] = job.goes_on(ranks=1, since=died_at)
+
+    job.set_pace(0.0)
+    job.wait(lambda: second.poll() is not None)
+    assert second.returncode == 0
+    assert not job.hosts[1].processes()
+    for what, took_s in seconds.items():
+        record_property(what, " and ".join(f"{s:.1f}" for s in took_s))
+
+    saved = newest(job.recipe)
+    assert saved.progress.step == NUM_STEPS
+    num_clips, epochs = len(ClipTable.load(job.recipe).train), job.counted()
+    whole = saved.progress.epoch
+    assert whole >= 3
+    assert set(epochs) - {whole} == set(range(whole))
+    for epoch, seen in epochs.items():
+        assert set(seen.values()) == {1}, f"epoch {epoch} has a clip twice"
+        assert len(seen) == num_clips or epoch == whole, f"epoch {epoch} lacks clips"
+    work = Workspace(job.recipe.run_dir, job.recipe.name)
+    runs = [line for line in read_history(work.history_file) if line["kind"] == "run"]
+    assert [(len(line["ranks"]), line["global_batch"]) for line in runs] == [(2, 4), (1, 2), (2, 4), (1, 2)]
