@@ -18,13 +18,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, overload
 
 from rvc_dist.config import ConfigError, Recipe, load_recipe
-from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, remove_half_written, to_json
+from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, regular_size, remove_half_written, to_json
 from rvc_dist.schema import (
     MAX_JSON_BYTES,
     Count,
@@ -50,6 +50,12 @@ HEADER_KEY = "rvc_dist"
 """All metadata of a safetensors file is one JSON text: the format keeps several keys in no fixed order."""
 MIN_UNIT_S, MAX_UNIT_S, MAX_UNITS = 20.0, 600.0, 512
 """Bounds of a unit's length in seconds, and the count of units that a dataset is cut towards."""
+MAX_PLAIN_RECORDINGS = 50_000
+"""Of a work list that is one JSON text."""
+MAX_WORK_LIST_BYTES = 1 << 30
+"""Of one with a line a unit: about three million recordings."""
+PART_SLACK_S = 0.2
+"""A list may round, and headers of some formats are this much off: so far a part may reach beyond its recording."""
 MAX_SLICE_S = 300.0
 """Longer recordings are cut into slices before anything is read of them: no process ever holds a whole one."""
 
@@ -425,19 +431,55 @@ class SourceFile:
     """A hash of the file, by which a copy is known to be the same; nothing where it was not read."""
     rate: int = 0
     """Of the recording, in Hz."""
+    from_s: Seconds = 0.0
+    to_s: Seconds = 0.0
+    """What the corpus takes of the recording; 0: to its end."""
+    repeat: Repeat = 1
+    """How often each of its clips counts in an epoch."""
+    where: OsName = field(default="", compare=False)
+    """Its place in a list, for reasons; no file keeps it."""
 
     @property
-    def listed(self) -> tuple[str, int, int, int]:
+    def file(self) -> tuple[str, int, int]:
         """What a changed file changes, without opening it."""
-        return self.path, self.speaker, self.size, self.mtime_ns
+        return self.path, self.size, self.mtime_ns
 
     @property
-    def identity(self) -> tuple[str, int, str, float]:
+    def listed(self) -> tuple[Any, ...]:
+        """The same of this part of it, and of whose it is."""
+        part = (self.from_s, self.to_s) if self.from_s or self.to_s else ()
+        return self.path, self.speaker, self.size, self.mtime_ns, *part
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
         """What clips depend on."""
-        return self.path, self.speaker, self.content or f"{self.size} bytes at {self.mtime_ns} ns", self.start_s
+        content = self.content or f"{self.size} bytes at {self.mtime_ns} ns"
+        return self.path, self.speaker, content, self.start_s, *self.listed[4:]
+
+    def refused(self, reason: str) -> SourceFile:
+        """With a reason why it cannot be used, which begins with its place in a list."""
+        return replace(self, reason=f"{self.where}: {reason}" if self.where else reason)
+
+    def part_of(self, length_s: float) -> SourceFile:
+        """With its place in the recording, given the recording's length.
+
+        Raises:
+            ValueError: it does not lie within the recording; the message is the reason.
+        """
+        told, most_s = f"the recording has {length_s:.2f} s", length_s + PART_SLACK_S
+        if self.from_s >= length_s or self.to_s > most_s:
+            place = f"begins at {self.from_s:g} s" if self.from_s >= length_s else f"ends at {self.to_s:g} s"
+            raise ValueError(f"{place}, {told}")
+        end_s = min(self.to_s or length_s, length_s)
+        seconds = round(end_s - self.from_s, 6)
+        return replace(self, start_s=self.from_s, duration_s=seconds, is_last=not self.to_s)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For the work list, where what is of corpora alone stands only if it says something."""
+        return {k: v for k, v in vars(self).items() if k != "where" and _OF_CORPORA.get(k) != v}
 
     def slices(self) -> list[SourceFile]:
-        """The recording in equal slices of at most MAX_SLICE_S, which begin at whole seconds."""
+        """The recording in equal slices of at most MAX_SLICE_S, which begin at whole seconds from its start on."""
         count = math.ceil(self.duration_s / MAX_SLICE_S)
         if count <= 1:
             return [self]
@@ -445,9 +487,17 @@ class SourceFile:
         starts = range(0, math.ceil(self.duration_s), step)
         ends = [*starts[1:], self.duration_s]
         return [
-            replace(self, start_s=float(at), duration_s=round(float(end) - at, 6), is_last=at == starts[-1])
+            replace(
+                self,
+                start_s=round(self.start_s + at, 6),
+                duration_s=round(float(end) - at, 6),
+                is_last=self.is_last and at == starts[-1],
+            )
             for at, end in zip(starts, ends, strict=True)
         ]
+
+
+_OF_CORPORA = {"from_s": 0.0, "to_s": 0.0, "repeat": 1}
 
 
 @dataclass(frozen=True)
@@ -477,6 +527,7 @@ class WorkListFile(OldWorkListFile, total=False):
     """RUN/clips/plan.json."""
 
     lufs: float
+    corpus: str
 
 
 @dataclass(frozen=True)
@@ -492,6 +543,8 @@ class WorkList:
     """Files that no unit holds, each with its reason."""
     lufs: float | None = None
     """The loudness that all clips are brought to, where they are; it depends on all recordings."""
+    corpus: str = ""
+    """What the folder was recognised as; nothing for folders by speaker."""
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -512,28 +565,50 @@ class WorkList:
         return [u for u, wanted in self.fingerprints().items() if not is_done(work.clips_file(u.id), wanted)]
 
     def dumps(self) -> str:
-        units = [[asdict(f) for f in unit.files] for unit in self.units]
-        data = {"version": FORMAT_VERSION, "listing": self.listing, "settings": self.settings, "units": units}
-        found = {} if self.lufs is None else {"lufs": self.lufs}
-        return to_json(data | {"excluded": [asdict(f) for f in self.excluded]} | found)
+        """As one JSON text; of more recordings than one can hold, as a line a unit below a line of all else."""
+        groups = [[f.to_plain() for f in files] for files in (*(unit.files for unit in self.units), self.excluded)]
+        data: dict[str, Any] = {"version": FORMAT_VERSION, "listing": self.listing, "settings": self.settings}
+        more: dict[str, Any] = {"lufs": self.lufs, "corpus": self.corpus or None}
+        more = {key: value for key, value in more.items() if value is not None}
+        if sum(map(len, groups)) <= MAX_PLAIN_RECORDINGS:
+            return to_json(data | {"units": groups[:-1], "excluded": groups[-1]} | more)
+        return "".join(json.dumps(line) + "\n" for line in (data | {"units": [], "excluded": []} | more, *groups))
 
     @classmethod
     def load(cls, path: Path) -> WorkList | None:
-        """The work list in `path`, or None when there is none of this version."""
+        """The work list in `path`, or None when there is none of this version.
+
+        Raises:
+            StageError: it is damaged.
+        """
         if not path.is_file():
             return None
-        data = read_json(path)
-        if data.get("version") != FORMAT_VERSION:
-            return None
         try:
+            if (data := _work_list_text(path))["version"] != FORMAT_VERSION:
+                return None
             check(data, WorkListFile)
-        except ForeignFileError as error:
+        except (ForeignFileError, KeyError) as error:
             raise StageError(
                 f"{path}: not a work list of ours ({error});", "delete it and run the stage again"
             ) from error
-        units = tuple(Unit(i, tuple(SourceFile(**f) for f in files)) for i, files in enumerate(data["units"]))
-        excluded = tuple(SourceFile(**f) for f in data["excluded"])
-        return cls(data["listing"], data["settings"], units, excluded, data.get("lufs"))
+        units, excluded = data["units"], data["excluded"]
+        made = tuple(Unit(i, tuple(SourceFile(**f) for f in files)) for i, files in enumerate(units))
+        kept = tuple(SourceFile(**f) for f in excluded)
+        return cls(data["listing"], data["settings"], made, kept, data.get("lufs"), data.get("corpus", ""))
+
+
+def _work_list_text(path: Path) -> dict[str, Any]:
+    """What is in a work list of either form, not judged yet."""
+    with path.open("rb") as file:
+        head = file.readline(MAX_JSON_BYTES)
+        if head.rstrip() in (b"{", b"") or not file.peek(1):
+            return {"version": None} | read_json(path)
+        if regular_size(path) > MAX_WORK_LIST_BYTES:
+            raise ForeignFileError(f"more than {MAX_WORK_LIST_BYTES} bytes")
+        data: dict[str, Any] = parse_json(head, dict)
+        lines = iter(lambda: file.readline(MAX_JSON_BYTES), b"")
+        *data["units"], data["excluded"] = [parse_json(line, list) for line in lines]
+        return {"version": None} | data
 
 
 def cut_units(files: Sequence[SourceFile]) -> tuple[Unit, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ HEARD_RATE = 40000
 SINCE: dict[str, Any] = {"preprocess.clip_format": "float32"}
 """Settings that came later, and what clips were made with before: it is left out, so that those are not stale."""
 TOLD_FILES = 10
-"""Recordings that are named of those with the same reason; the report has all."""
+"""Recordings that are named of those whose reasons differ in numbers alone; the report has all."""
 TOLD_SLICES = 3
 """Of a recording, what is said of at most so many slices."""
 
@@ -76,15 +77,16 @@ class ClipStage(UnitStage[ClipsHeader]):
     def recordings(self, headers: list[ClipsHeader]) -> list[dict[str, Any]]:
         """What became of each recording, given the headers of all units; each reason is logged."""
         files = by_recording([dict(f) for h in headers for f in h["files"]], self.work_list.excluded)
-        by_reason: dict[str, list[str]] = {}
+        by_reason: dict[str, list[dict[str, Any]]] = {}
         for file in files:
             if file["reason"]:
-                by_reason.setdefault(file["reason"], []).append(printable(file["path"]))
-        for reason, paths in by_reason.items():
-            for path in paths[:TOLD_FILES]:
-                logger.warning("%s: %s: %s", self.name, path, reason)
-            if num_more := len(paths[TOLD_FILES:]):
-                logger.warning("%s: and %d more (%s): %s", self.name, num_more, self.work.clips_report_file, reason)
+                by_reason.setdefault(re.sub("[0-9]+", "#", file["reason"]), []).append(file)
+        for alike in by_reason.values():
+            for file in alike[:TOLD_FILES]:
+                logger.warning("%s: %s: %s", self.name, printable(file["path"]), file["reason"])
+            if more := alike[TOLD_FILES:]:
+                told = len(more), self.work.clips_report_file, more[0]["reason"]
+                logger.warning("%s: and %d more (%s): %s", self.name, *told)
         return files
 
 
@@ -247,21 +249,22 @@ def by_recording(slices: list[dict[str, Any]], excluded: Iterable[SourceFile]) -
 
     What is said of a slice says where it begins.
     """
-    files: dict[str, dict[str, Any]] = {}
-    reasons: dict[str, list[tuple[float, str]]] = {}
+    files: dict[tuple[str, int], dict[str, Any]] = {}
+    reasons: dict[tuple[str, int], list[tuple[float, str]]] = {}
     for part in slices:
+        of = part["path"], part["speaker"]  # of a list several may speak in one recording
         entry = {k: v for k, v in part.items() if k not in ("start_s", "reason")}
-        reasons.setdefault(part["path"], []).append((part.get("start_s", 0.0), part["reason"]))
-        known = files.setdefault(part["path"], entry)
+        reasons.setdefault(of, []).append((part.get("start_s", 0.0), part["reason"]))
+        known = files.setdefault(of, entry)
         if known is not entry:
             for key in ("seconds_in", "clips", "seconds_out"):
                 known[key] = round(known[key] + part[key], 6)
             known["lost"] = sum_lost([known, part])
             known["effective_rate"] = max(e.get("effective_rate", 0) for e in (known, part))
-    for path, found in reasons.items():
+    for of, found in reasons.items():
         told = [f"from {format_duration(at)}: {why}" if len(found) > 1 else why for at, why in sorted(found) if why]
         more = [f"and {len(told) - TOLD_SLICES} slices more"] if len(told) > TOLD_SLICES else []
-        files[path]["reason"] = "; ".join(told[:TOLD_SLICES] + more)
+        files[of]["reason"] = "; ".join(told[:TOLD_SLICES] + more)
     return sorted([*files.values(), *map(file_entry, excluded)], key=lambda f: (f["speaker"], f["path"]))
 
 

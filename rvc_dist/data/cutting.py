@@ -16,6 +16,7 @@ import numpy as np
 from rvc_dist.config import MAX_CLIP_FRAMES, Recipe
 from rvc_dist.data import audio, decode
 from rvc_dist.data.clip_files import file_entry, pieces
+from rvc_dist.data.corpora import located
 from rvc_dist.workspace import MAX_SLICE_S, SourceFile
 
 if TYPE_CHECKING:
@@ -108,10 +109,22 @@ def measure(audio_dir: Path, file: SourceFile) -> SourceFile:
     """`file` with its length and rate.
 
     Raises:
-        AudioError: it cannot be read; the message is the reason.
+        AudioError: it cannot be read, or has not the part that is asked for; the message is the reason.
     """
-    with decode.opened(audio_dir / file.path) as recording:
-        return replace(file, duration_s=round(recording.duration_s, 6), rate=recording.rate)
+    with located(audio_dir, file.path) as path, decode.opened(path) as recording:
+        return placed(replace(file, rate=recording.rate), recording.duration_s)
+
+
+def placed(file: SourceFile, length_s: float) -> SourceFile:
+    """`file` with its place in the recording, which has `length_s`.
+
+    Raises:
+        AudioError: the recording has not that part.
+    """
+    try:
+        return file.part_of(length_s)
+    except ValueError as error:
+        raise decode.AudioError(str(error)) from error
 
 
 def read_slice(recipe: Recipe, file: SourceFile, levels: Levels, channel: int | None = None) -> Slice:
@@ -120,7 +133,10 @@ def read_slice(recipe: Recipe, file: SourceFile, levels: Levels, channel: int | 
     Raises:
         AudioError: it cannot be read, or holds nothing.
     """
-    with decode.opened(Path(recipe.data.audio_dir, file.path)) as recording:
+    with (
+        located(Path(recipe.data.audio_dir), file.path) as path,
+        decode.opened(path) as recording,
+    ):
         # The last slice goes on where the header promised an end, but holds no more than two.
         most_s = file.duration_s + (MAX_SLICE_S if file.is_last else 0.0)
         resampler, downmix = audio.Resampler(recording.rate, recipe.data.sample_rate), audio.Downmix(channel)

@@ -4,56 +4,125 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from rvc_dist.config import MAX_SPEAKERS
+from rvc_dist.data import corpora
+from rvc_dist.data.corpora import Found, Listing
 from rvc_dist.data.decode import AUDIO_SUFFIXES
 from rvc_dist.files import ForeignFileError, not_regular
 from rvc_dist.schema import Repeat, SpeakerName, check
 from rvc_dist.workspace import SourceFile, Speakers, StageError, WorkList, Workspace, fingerprint, listed, printable
 
+logger = logging.getLogger(__name__)
+
 KINDS = " ".join(suffix[1:] for suffix in AUDIO_SUFFIXES)
 NO_FOLDER, BY_ID, BY_NAME, BY_ALL = "in no folder", "by id", "by name", "Name_ID_Repeat"
+NO_NAME = "not at all"
 """The ways to name the folders of speakers."""
 NAME_ID_REPEAT = re.compile("(.+)_([0-9]+)_([0-9]+)")
 NAMED = 3
 """Recordings of either side that a refusal names."""
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """The recordings that data.audio_dir names."""
+
+    sources: list[SourceFile]
+    """In a fixed order; those that cannot be used carry a reason."""
+    speakers: Speakers
+    kind: str = ""
+    """What it was recognised as; nothing for folders by speaker."""
+    about: str = ""
+    """The same in a line, with what was left out."""
+
+
 def list_sources(audio_dir: Path, work: Workspace | None = None) -> tuple[list[SourceFile], Speakers]:
-    """Every file below `audio_dir` in a fixed order, and who speaks; files that cannot be used carry a reason.
+    """The sources and speakers of `read_corpus`."""
+    corpus = read_corpus(audio_dir, work)
+    return corpus.sources, corpus.speakers
+
+
+def read_corpus(audio_dir: Path, work: Workspace | None = None) -> Corpus:
+    """Every recording that `audio_dir` holds or lists, in a fixed order, and who speaks.
 
     The run folder of `work` is left out when it lies in the dataset; whom it knows by name keeps the id. Hidden
     folders, and links to folders, are named, not entered.
 
     Raises:
-        StageError: the folder is missing, is not a folder, or holds no usable file; its folders are named in several
-            ways, or two of them disagree on a speaker.
+        StageError: it is missing, is neither a folder nor a list, or holds no usable file; its speakers are named in
+            several ways, or two places in it disagree on a speaker.
     """
-    if not audio_dir.exists():
-        raise StageError(f"data.audio_dir: {audio_dir} does not exist;", "expected a folder of recordings")
-    if not audio_dir.is_dir():
-        raise StageError(f"data.audio_dir: {audio_dir} is a file;", "expected a folder of recordings")
-    found = _walk(audio_dir, work.root if work else None)
-    ids, speakers = _speakers_of(
-        {folder_of(f.path) for f in found if not f.reason}, work.speakers() if work else Speakers()
-    )
-    found = [replace(f, speaker=ids.get(folder_of(f.path).top, folder_of(f.path).speaker or 0)) for f in found]
-    found = _without_doubles(sorted(found, key=lambda f: (f.speaker, f.path)), audio_dir)
+    listing = _listing(audio_dir, work)
+    folders = [(f, _folder_of_name(who) if listing.kind else folder_of(f.path)) for f, who in listing.found]
+    folders = [(f if f.reason or not folder.fault else f.refused(folder.fault), folder) for f, folder in folders]
+    usable = [(f, folder) for f, folder in folders if not f.reason]
+    places = {folder.top: f.where for f, folder in reversed(usable)}
+    known = work.speakers() if work else Speakers()
+    ids, speakers = _speakers_of({folder for _, folder in usable}, known, places)
+    found = [
+        replace(f, speaker=ids.get(folder.top, folder.speaker or 0), repeat=folder.repeat) for f, folder in folders
+    ]
+    found.sort(key=lambda f: (f.speaker, f.path, f.from_s, f.to_s, f.where))
     if all(f.reason for f in found):
         raise StageError(
             f"data.audio_dir: {audio_dir} holds no usable recording;",
             f"expected files of the kinds {KINDS}, or sub-folders of them named by speaker (0, or alice, or alice_0_1)",
             listed((f.path, f.reason) for f in found),
         )
-    return found, speakers
+    return Corpus(found, speakers, listing.kind, listing.about() if listing.kind else "")
+
+
+def is_corpus(path: Path) -> bool:
+    """Whether there is something that data.audio_dir may be."""
+    return path.is_dir() or (path.is_file() and corpora.is_list(path)) or str(path).startswith(corpora.HF)
+
+
+def _listing(audio_dir: Path, work: Workspace | None) -> Listing:
+    """What is there, and the names of speakers as far as it is no folder by speaker."""
+    if not str(audio_dir).startswith(corpora.HF) and not audio_dir.exists():
+        raise StageError(
+            f"data.audio_dir: {audio_dir} does not exist;", "expected a folder of recordings, or a list of them"
+        )
+    if corpora.is_data_set(audio_dir):
+        return corpora.read_data_set(audio_dir)
+    if audio_dir.is_file():
+        if not corpora.is_list(audio_dir):
+            raise StageError(
+                f"data.audio_dir: {audio_dir} is a file;",
+                f"expected a folder of recordings, or a list of them ({' or '.join(corpora.LISTS)})",
+            )
+        return corpora.read_list(audio_dir)
+    files = _without_doubles(sorted(_walk(audio_dir, work.root if work else None), key=lambda f: f.path), audio_dir)
+    if not any(not f.reason for f in files) and (lists := corpora.lhotse_lists(audio_dir)):
+        return corpora.read_lhotse(lists)
+    found = corpora.recognise(audio_dir, files, lambda path: Path(path).suffix.lower() in AUDIO_SUFFIXES)
+    if found is not None and not (work and _was_plain(found.kind, files, work)):
+        return found
+    return Listing("", [Found(f) for f in files])
+
+
+def _was_plain(kind: str, files: Iterable[SourceFile], work: Workspace) -> bool:
+    """Whether the run has clips of these recordings already, taken as folders by speaker: then it goes on so."""
+    old = WorkList.load(work.work_list_file)
+    if old is None or old.corpus or not {f.path for unit in old.units for f in unit.files} & {f.path for f in files}:
+        return False
+    logger.warning(
+        "data.audio_dir: its layout is that of %s, but the clips of this run were cut with a folder a speaker, and so "
+        "it goes on; for %s by its own rules begin another run",
+        kind,
+        kind,
+    )
+    return True
 
 
 def listing_of(sources: Iterable[SourceFile]) -> str:
@@ -97,6 +166,19 @@ def _folder(top: str) -> Folder:
         return Folder(top, BY_NAME, speaker=0, fault=f"folder {top!a}: {error}")
 
 
+@cache
+def _folder_of_name(who: str | int | None) -> Folder:
+    """The same of a speaker whom a list or a layout names."""
+    if who is None:
+        return Folder("", NO_NAME, speaker=0)
+    try:
+        if isinstance(who, int):
+            return Folder(str(who), BY_ID, speaker=_speaker_id(str(who)))
+        return Folder(who, BY_NAME, check(unicodedata.normalize("NFC", who), SpeakerName, "speaker"))
+    except ForeignFileError as error:
+        return Folder("", NO_NAME, speaker=0, fault=str(error))
+
+
 def _speaker_id(text: str) -> int:
     if len(text) > len(str(MAX_SPEAKERS)) or int(text) >= MAX_SPEAKERS:
         raise ForeignFileError(f"speaker id {text} is above {MAX_SPEAKERS - 1}")
@@ -112,11 +194,14 @@ class Claim(NamedTuple):
     """It is said: a folder."""
 
 
-def _speakers_of(folders: Collection[Folder], known: Speakers) -> tuple[dict[str, int], Speakers]:
+def _speakers_of(
+    folders: Collection[Folder], known: Speakers, places: Mapping[str, str]
+) -> tuple[dict[str, int], Speakers]:
     """The id of each of the `folders` that hold recordings, by its name, and all speakers.
 
-    Names that are `known` keep their ids, others take the lowest that are free, in the order of the alphabet: listing
-    the same folders again gives the same. Who was trained and has no folder any more stays.
+    `places` say where each is first met in a list. Names that are `known` keep their ids, others take the lowest that
+    are free, in the order of the alphabet: listing the same folders again gives the same. Who was trained and has no
+    folder any more stays.
 
     Raises:
         StageError: the folders are named in several ways, or two of them disagree on a speaker.
@@ -133,24 +218,34 @@ def _speakers_of(folders: Collection[Folder], known: Speakers) -> tuple[dict[str
     names = {folder.name for folder in folders if folder.speaker is None}
     if len(names) >= MAX_SPEAKERS:
         most = f"expected at most {MAX_SPEAKERS - 1}"
-        raise StageError(f"data.audio_dir: {len(names)} folders are speakers by name;", most)
+        raise StageError(f"data.audio_dir: {len(names)} speakers by name;", most)
     taken = {*known.trained, *(ids[name] for name in names if name in ids)}
     free = (i for i in itertools.count() if i not in taken)
     ids |= {name: next(free) for name in sorted(names - ids.keys())}
     found = {folder: ids[folder.name] if folder.speaker is None else folder.speaker for folder in folders}
     claims = [
-        Claim(i, folder.name or known.names.get(i, str(i)), printable(folder.top) or "what is in no folder")
+        Claim(
+            i,
+            folder.name or known.names.get(i, str(i)),
+            (printable(folder.top) or "what is in no folder")
+            + (f" ({place})" if (place := places[folder.top]) else ""),
+        )
         for folder, i in found.items()
     ]
-    claims += [Claim(i, known.names[i], "one that was trained") for i in known.trained if i not in found.values()]
+    claims += [Claim(i, known.names[i], "one that was trained") for i in sorted({*known.trained} - {*found.values()})]
     _check_claims(claims)
     names_by_id = dict(sorted((claim.speaker, claim.name) for claim in claims))
     return {folder.top: i for folder, i in found.items()}, Speakers(names_by_id, known.trained)
 
 
+def _place_of(folder: Folder, places: Mapping[str, str]) -> str:
+    place = places.get(folder.top)
+    return (printable(folder.top) or "what is in no folder") + (f" ({place})" if place else "")
+
+
 def _check_claims(claims: Sequence[Claim]) -> None:
     """Raises StageError unless each id has one name, and each name one id."""
-    by: tuple[Callable[[Claim], int | str], ...] = (lambda c: c.speaker, lambda c: c.name.casefold())
+    by: tuple[Callable[[Claim], int | str], ...] = (lambda c: c.speaker, lambda c: " ".join(c.name.casefold().split()))
     for key in by:
         first: dict[int | str, Claim] = {}
         for claim in claims:
@@ -159,7 +254,7 @@ def _check_claims(claims: Sequence[Claim]) -> None:
                 told = " and ".join(f"{c.where} is speaker {c.speaker}, called {c.name}" for c in (other, claim))
                 raise StageError(
                     f"data.audio_dir: {told};",
-                    "give each speaker one id and one name, which differs from others' in more than capitals",
+                    "give each speaker one id and one name, not told from others' by capitals or spaces",
                 )
 
 
@@ -192,8 +287,7 @@ def _source(path: Path, audio_dir: Path) -> SourceFile:
     relative = path.relative_to(audio_dir)
     # Of a link the recording's own size and time count.
     status = path.stat() if path.exists() else path.lstat()
-    reason = folder_of(str(relative)).fault
-    suffix = path.suffix.lower()
+    reason, suffix = "", path.suffix.lower()
     if path.name.startswith("."):
         reason = "hidden file"
     elif path.is_symlink() and not path.exists():
@@ -221,8 +315,15 @@ def content_of(path: Path) -> str:
 
 def content_by(work_list: WorkList | None, audio_dir: Path) -> Callable[[SourceFile], str]:
     """The content of a recording: as `work_list` has it where neither size nor time differs, else it is read."""
-    known = {f.listed: f.content for unit in (work_list.units if work_list else ()) for f in unit.files}
-    return lambda file: known.get(file.listed) or content_of(audio_dir / file.path)
+    known = {f.file: f.content for unit in (work_list.units if work_list else ()) for f in unit.files}
+
+    def content(file: SourceFile) -> str:
+        if not (found := known.get(file.file)):
+            with corpora.located(audio_dir, file.path) as path:
+                found = content_of(path)
+        return found
+
+    return content
 
 
 def check_recordings(work: Workspace, sources: Iterable[SourceFile], content: Callable[[SourceFile], str]) -> None:

@@ -27,6 +27,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.data.audio import SLICE_THRESHOLD_DB
 from rvc_dist.data.clip_files import account, sum_lost
 from rvc_dist.data.number_formats import float_wave
+from rvc_dist.data.sources import is_corpus
 from rvc_dist.features.feature_files import read_report
 from rvc_dist.features.unvoiced import UnvoicedCount
 from rvc_dist.tools.tables import console, print_table
@@ -170,11 +171,11 @@ def run(recipe: Recipe, shard: Shard, folders: list[str] | None = None, as_json:
     """
     if not shard.is_first:
         return 0
-    has_recordings = not is_run(Path(recipe.run_dir)) and Path(recipe.data.audio_dir).is_dir()
+    has_recordings = not is_run(Path(recipe.run_dir)) and is_corpus(Path(recipe.data.audio_dir))
     default = recipe.data.audio_dir if has_recordings else recipe.run_dir
     summaries, looks = list[Summary](), list["raw_dataset.Look"]()
     for folder in map(Path, folders or [default]):
-        if is_run(folder) or not folder.is_dir():
+        if is_run(folder) or not is_corpus(folder):
             summaries.append(summarise(folder))
         else:
             looks.append(importlib.import_module("rvc_dist.tools.raw_dataset").look(recipe, folder))

@@ -19,8 +19,9 @@ import torch
 
 from rvc_dist.config import MAX_CLIP_FRAMES, PRETRAINED_SPEAKERS, Recipe, TrainConfig
 from rvc_dist.data import clip_files, decode
+from rvc_dist.data.cutting import measure
 from rvc_dist.data.number_formats import FORMATS, clip_bytes_per_s, feature_bytes_per_s
-from rvc_dist.data.sources import folder_of, list_sources
+from rvc_dist.data.sources import list_sources
 from rvc_dist.files import write_json
 from rvc_dist.tools import bench
 from rvc_dist.tools.forecast import (
@@ -309,7 +310,7 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
         if source.reason:
             continue
         try:
-            measured = replace(source, duration_s=decode.duration(audio_dir / source.path))
+            measured = measure(audio_dir, source)
         except decode.AudioError as error:
             logger.warning("%s: left out of the estimate: %s", source.path, error)
             continue
@@ -318,8 +319,7 @@ def _expected_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
             for start, piece in clip_files.pieces(recipe, wave, has_silences=False):
                 where = (part.start_s + start / rate, len(piece) / rate)
                 key = f"{start:09d}@{part.start_s:.0f}"
-                repeat = folder_of(part.path).repeat
-                yield ClipRef(number, key, part.speaker, part.path, len(piece) // hop, *where, repeat=repeat)
+                yield ClipRef(number, key, part.speaker, part.path, len(piece) // hop, *where, repeat=part.repeat)
 
 
 # What a step takes

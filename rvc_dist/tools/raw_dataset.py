@@ -11,6 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from rvc_dist.data.cutting import (
     unreadable,
 )
 from rvc_dist.data.parts import CUT
-from rvc_dist.data.sources import list_sources
+from rvc_dist.data.sources import read_corpus
 from rvc_dist.screen import AUDIO, ProgressBar
 from rvc_dist.tools.tables import print_table, say
 from rvc_dist.unit_stage import in_threads
@@ -176,6 +177,8 @@ class Look:
     report: dict[str, Any]
     """As preprocess would write it."""
     warnings: list[str]
+    about: str = ""
+    """What the corpus was recognised as, and what was left out of it by rule."""
 
     @property
     def code(self) -> int:
@@ -187,8 +190,14 @@ class Look:
     def show(self, out: Console) -> None:
         """Speakers, rates, problems, what is said of each recording, and what the recipe would keep."""
         groups = {self.known.label(speaker): group for speaker, group in speakers_of(self.recordings).items()}
+        if self.about:
+            say(out, self.about)
+        every = [recording for group in groups.values() for recording in group]
+        if len(groups) > MAX_LINES:
+            say(out, f"The first {MAX_LINES} of {len(groups)} speakers; --json has all of them")
+            groups = dict(islice(groups.items(), MAX_LINES))
         if len(groups) > 1:
-            groups["all"] = [recording for group in groups.values() for recording in group]
+            groups["all"] = every
         if groups:
             rows = ([name, *cells(figures(group))] for name, group in groups.items())
             print_table(out, ["speaker", *COLUMNS], rows, f"{printable(self.folder)}: recordings, not cut yet")
@@ -208,6 +217,7 @@ class Look:
         groups = speakers_of(self.recordings)
         return {
             "folder": self.folder,
+            "corpus": self.about,
             "settings": self.settings,
             "speakers": [
                 {"speaker": speaker, "name": self.known.names.get(speaker), **figures(group)}
@@ -234,13 +244,14 @@ def look(recipe: Recipe, folder: Path) -> Look:
     """
     is_own = folder.resolve() == Path(recipe.data.audio_dir).resolve()
     recipe = replace(recipe, data=replace(recipe.data, audio_dir=str(folder)))
-    sources, known = list_sources(folder, Workspace(recipe.run_dir, recipe.name) if is_own else None)
+    corpus = read_corpus(folder, Workspace(recipe.run_dir, recipe.name) if is_own else None)
+    sources, known = corpus.sources, corpus.speakers
     entries, levels = heard(recipe, sources)
     foreign = {file.path for file in sources if file.reason and is_foreign(Path(file.path))}
     longest = MAX_CLIP_FRAMES * recipe.rate_spec.hop
     recordings = [Recording(entry, entry["path"] not in foreign) for entry in entries]
     for recording in recordings:
-        recording.measure(levels.get(recording.file["path"]), longest)
+        recording.measure(levels.get((recording.file["path"], recording.file["speaker"])), longest)
     for group in speakers_of([r for r in recordings if r.file["clips"]]).values():
         levels_db = [r.speech_db for r in group if r.speech_db is not None]
         for recording in group:
@@ -250,18 +261,20 @@ def look(recipe: Recipe, folder: Path) -> Look:
     of_each = [(recording, recording.problems(heard_rate(recipe))) for recording in recordings]
     found = {name: [recording for recording, names in of_each if name in names] for name in PROBLEMS}
     problems = {name: those for name, those in found.items() if those}
-    return Look(str(folder), clip_settings(recipe), recordings, problems, known, report, warnings)
+    return Look(str(folder), clip_settings(recipe), recordings, problems, known, report, warnings, corpus.about)
 
 
-def heard(recipe: Recipe, sources: list[SourceFile]) -> tuple[list[dict[str, Any]], dict[str, Loudness]]:
-    """The entry of each recording, as in the report of preprocess; and the levels of those that can be read."""
+def heard(recipe: Recipe, sources: list[SourceFile]) -> tuple[list[dict[str, Any]], dict[tuple[str, int], Loudness]]:
+    """The entry of each recording, as in the report of preprocess; and the levels of those that can be read, by path
+    and speaker.
+    """
     folder, workers, gate = Path(recipe.data.audio_dir), recipe.preprocess.num_workers, make_gate(recipe)
 
     def measured(file: SourceFile) -> SourceFile:
         try:
             return file if file.reason else measure(folder, file)
         except (decode.AudioError, OSError) as error:
-            return replace(file, reason=str(error))
+            return file.refused(str(error))
 
     def cut(file: SourceFile) -> tuple[dict[str, Any], Loudness]:
         levels = Loudness(file.rate)
@@ -277,9 +290,9 @@ def heard(recipe: Recipe, sources: list[SourceFile]) -> tuple[list[dict[str, Any
     parts = [part for file in files if not file.reason for part in file.slices()]
     with ProgressBar("dataset", sum(part.duration_s for part in parts), AUDIO) as bar:
         slices = in_threads(workers, cut, parts, "dataset", "slices")
-    levels: dict[str, Loudness] = {}
+    levels: dict[tuple[str, int], Loudness] = {}
     for entry, of_slice in slices:
-        levels.setdefault(entry["path"], Loudness(1)).merge(of_slice)
+        levels.setdefault((entry["path"], entry["speaker"]), Loudness(1)).merge(of_slice)
     return by_recording([entry for entry, _ in slices], [file for file in files if file.reason]), levels
 
 

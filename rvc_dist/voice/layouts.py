@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rvc_dist.choices import DISCRIMINATORS
 from rvc_dist.config import FEATURE_RATE, RATES, Recipe
 from rvc_dist.data import audio
+from rvc_dist.data.corpora import base_of
 from rvc_dist.data.number_formats import float_wave
 from rvc_dist.features.feature_files import SINCE
 from rvc_dist.files import write_json
@@ -307,7 +308,7 @@ class Experiment:
         """What the manifest says of a clip's recording."""
         speaker = clip.header["speaker"]
         return {
-            "path": str(Path(self.recipe.data.audio_dir).absolute() / clip.header["source"]),
+            "path": str(base_of(Path(self.recipe.data.audio_dir).absolute()) / clip.header["source"]),
             "speaker_name": self.speaker_name(speaker),
             "speaker_id": speaker,
             "repeat": clip.header.get("repeat", 1),

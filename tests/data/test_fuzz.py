@@ -22,7 +22,7 @@ MOST_S = 10.0
 
 CHILD = """
 import json, sys, time
-from rvc_dist.data import preprocess
+from rvc_dist.data import preprocess, work_list
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
 from rvc_dist.workspace import Shard
 
@@ -36,7 +36,7 @@ def timed(function, path_of):
             path = path_of(arguments)
             spent[path] = spent.get(path, 0.0) + time.monotonic() - started_at
     return call
-preprocess._measure = timed(preprocess._measure, lambda a: a[1].path)
+work_list._facts = timed(work_list._facts, lambda a: a[2].path)
 preprocess.cut_file = timed(preprocess.cut_file, lambda a: a[1].path)
 preprocess.run(
     Recipe(run_dir=sys.argv[2], data=DataConfig(audio_dir=sys.argv[1], sample_rate=24000)), Shard()

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from rvc_dist import workspace
 from rvc_dist.config import DataConfig, PreprocessConfig, Recipe
-from rvc_dist.data import audio, clip_files, cutting, decode, preprocess
+from rvc_dist.data import audio, clip_files, cutting, decode, preprocess, work_list
 from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import content_of, list_sources
 from rvc_dist.workspace import Shard, StageError, WorkList, Workspace
@@ -239,8 +239,8 @@ def test_ranks_at_once_wait_for_the_work_list_and_give_the_same_bytes(
     alone = contents_of_fresh_run(config)
     shutil.rmtree(config.run_dir)
     made: list[int] = []
-    cut_units = preprocess.cut_units
-    monkeypatch.setattr(preprocess, "cut_units", lambda files: made.append(len(files)) or cut_units(files))
+    cut_units = work_list.cut_units
+    monkeypatch.setattr(work_list, "cut_units", lambda files: made.append(len(files)) or cut_units(files))
     with ThreadPoolExecutor(3) as ranks:
         others = [ranks.submit(preprocess.run, config, Shard(index, 3)) for index in (2, 1)]
         assert not wait(others, timeout=0.3).done

@@ -11,6 +11,7 @@ import torch
 from rvc_dist.choices import F0_METHODS
 from rvc_dist.config import DataConfig, f0_method_names
 from rvc_dist.data import clip_files, decode, sources
+from rvc_dist.data.cutting import measure
 from rvc_dist.features import feature_files
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import load_f0
@@ -87,9 +88,9 @@ def measured(context: DoctorContext) -> list[tuple[SourceFile, int, float]]:
     """
     usable, found = [s for s in context.sources if not s.reason], []
     for source in usable[:: -(-len(usable) // MAX_MEASURED)]:
-        path = Path(context.recipe.data.audio_dir) / source.path
-        with contextlib.suppress(decode.AudioError), decode.opened(path) as recording:
-            found.append((source, recording.rate, recording.duration_s))  # preprocess leaves the others out
+        with contextlib.suppress(decode.AudioError):  # preprocess leaves these out
+            part = measure(Path(context.recipe.data.audio_dir), source)
+            found.append((source, part.rate, part.duration_s))
     return found
 
 
@@ -146,7 +147,7 @@ def check_start(context: DoctorContext) -> Findings:
 def check_recordings(context: DoctorContext) -> Findings:
     """A run that was trained goes on with one at least of the recordings that it knows."""
     audio_dir = Path(context.recipe.data.audio_dir)
-    if context.is_imported or not audio_dir.exists():
+    if context.is_imported or not sources.is_corpus(audio_dir):
         yield Skipped("imported clips" if context.is_imported else f"{audio_dir} does not exist")
     elif context.group.is_first:
         content = sources.content_by(context.work_list, audio_dir)

@@ -18,6 +18,7 @@ from rvc_dist import __version__
 from rvc_dist.choices import F0_METHODS, OPTIMIZERS, TRACKERS
 from rvc_dist.config import f0_method_names
 from rvc_dist.data.decode import AV_SUFFIXES
+from rvc_dist.data.sources import is_corpus
 from rvc_dist.features import index_file
 from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.runtime import device as devices
@@ -119,7 +120,7 @@ def wanted_packages(context: DoctorContext) -> dict[str, tuple[str, str]]:
     wanted |= {package.module: (package.name, reason) for reason, package in chosen.items() if package}
     if recipe.preprocess.clean_dataset:
         wanted["noisereduce"] = "noisereduce", "preprocess.clean_dataset"
-    if Path(recipe.data.audio_dir).is_dir():
+    if is_corpus(Path(recipe.data.audio_dir)):
         with contextlib.suppress(StageError):  # the data check reports it
             names = (Path(f.path) for f in context.sources if not f.reason)
             if av_file := next((n for n in names if n.suffix.lower() in AV_SUFFIXES), None):

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from rvc_dist.config import Recipe
-from rvc_dist.data.sources import list_sources
+from rvc_dist.data.sources import is_corpus, list_sources
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.accelerator import make_accelerator
 from rvc_dist.runtime.device import local_device
@@ -120,7 +120,7 @@ class DoctorContext:
     @property
     def has_features_to_make(self) -> bool:
         """Whether there are recordings, or clips, without the recipe's features."""
-        there = Path(self.recipe.data.audio_dir).exists() or self.work.work_list_file.is_file()
+        there = is_corpus(Path(self.recipe.data.audio_dir)) or self.work.work_list_file.is_file()
         return there and not self.data_stages_done
 
 
