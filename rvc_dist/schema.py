@@ -171,10 +171,7 @@ def faults(value: Any, kind: Any, key: str = "") -> Iterator[Fault]:
     if rules or kind is Any:
         return
     if origin is Union:
-        found = [list(faults(value, one, key)) for one in arguments]
-        if all(found):
-            near = [some for some in found if any(fault.is_bound or fault.key != key for fault in some)]
-            yield from near[0] if near else [Fault.of(key, value, expected(kind, value))]
+        yield from _faults_of_union(value, kind, key)
     elif type(value) not in ((list, tuple) if origin is list else (dict,)):
         yield Fault.of(key, value, expected(kind, value))
     elif origin is list:
@@ -182,6 +179,16 @@ def faults(value: Any, kind: Any, key: str = "") -> Iterator[Fault]:
             yield from faults(item, arguments[0], f"{key}[{i}]")
     else:
         yield from _faults_inside(value, kind, f"{key}." if key else "")
+
+
+def _faults_of_union(value: Any, kind: Any, key: str) -> Iterator[Fault]:
+    found: list[list[Fault]] = []
+    for one in _parts(kind)[1]:  # in their order: what is frequent stands first
+        found.append(list(faults(value, one, key)))
+        if not found[-1]:
+            return
+    near = [some for some in found if any(fault.is_bound or fault.key != key for fault in some)]
+    yield from near[0] if near else [Fault.of(key, value, expected(kind, value))]
 
 
 def _faults_inside(value: dict[str, Any], kind: Any, prefix: str) -> Iterator[Fault]:

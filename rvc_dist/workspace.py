@@ -607,7 +607,7 @@ def _work_list_text(path: Path) -> dict[str, Any]:
             raise ForeignFileError(f"more than {MAX_WORK_LIST_BYTES} bytes")
         data: dict[str, Any] = parse_json(head, dict)
         lines = iter(lambda: file.readline(MAX_JSON_BYTES), b"")
-        *data["units"], data["excluded"] = [parse_json(line, list) for line in lines]
+        *data["units"], data["excluded"] = [parse_json(line, list[Any]) for line in lines]
         return {"version": None} | data
 
 

@@ -30,6 +30,8 @@ MIN_SHARE = 0.9
 MAX_LINE = 1 << 16
 MARGIN_S = 0.1
 """Kept around the speech that VCTK's list of silences tells of."""
+SAVED = ("dataset_dict.json", "state.json")
+"""Of these a folder has one to which `save_to_disk` has written a data set."""
 SPEAKER_COLUMNS = ("speaker_id", "speaker", "speaker_name", "client_id", "reader_id", "spk_id", "spk")
 
 
@@ -54,7 +56,7 @@ class Listing:
         used = [(file, speaker) for file, speaker in self.found if not file.reason]
         speakers = len({speaker for _, speaker in used})
         left = self.left_out + Counter({"that cannot be used, named below": len(self.found) - len(used)})
-        told = "; left out: " + ", ".join(f"{n} {why}" for why, n in sorted(left.items())) if left else ""
+        told = "; left out: " + ", ".join(f"{n} {why}" for why, n in left.most_common()) if left else ""
         return f"{self.kind}: {speakers} speaker{'s' * (speakers != 1)}, {len(used)} recordings or parts{told}"
 
 
@@ -172,7 +174,7 @@ class Line:
 
     audio: Annotated[OsName, Rule("a path", (str,), lambda text: bool(text))]
     """Relative to the manifest."""
-    speaker: Annotated[int, Rule("a name, or an id", (int,), lambda value: value >= 0)] | SpeakerName | None = None
+    speaker: SpeakerName | Annotated[int, Rule("an id", (int,), lambda value: value >= 0)] | None = None
     start_s: Seconds = 0.0
     end_s: Seconds | None = None
     """None: to the end of the recording."""
@@ -226,7 +228,8 @@ def read_manifest(path: Path) -> Listing:
                 faults.append((where, f"gives to {line.speaker} what line {other} gives to {speaker}"))
                 continue
             reason = f"the same as line {other}" if other != number else file.reason
-            found.append(Found(part_of(replace(file, reason=reason), where, line.start_s, line.end_s), line.speaker))
+            who = speaker_name(line.speaker) if isinstance(line.speaker, str) else line.speaker
+            found.append(Found(part_of(replace(file, reason=reason), where, line.start_s, line.end_s), who))
     if faults:
         raise StageError(
             f"data.audio_dir: {len(faults)} of {len(faults) + len(found)} lines of {path} cannot be used;",
@@ -292,7 +295,7 @@ def _of_lhotse(lhotse: Any, path: Path) -> Iterator[Found]:
     if "cuts" in path.name:
         for cut in lhotse.load_manifest_lazy(path):
             if type(cut).__name__ != "MonoCut" or cut.recording is None:
-                yield Found(SourceFile(str(cut.id), 0, 0, 0, reason=f"cut {cut.id}: {_kind_of_cut(cut)}"))
+                yield Found(SourceFile(str(cut.id), 0, 0, 0, reason=f"a {type(cut).__name__}, expected a MonoCut"))
                 continue
             spans = [(s.id, cut.start + max(0.0, s.start), cut.start + min(s.end, cut.duration), s.speaker, s.channel)
                      for s in cut.supervisions]  # fmt: skip
@@ -307,12 +310,8 @@ def _of_lhotse(lhotse: Any, path: Path) -> Iterator[Found]:
         yield from _parts(judged, recording, by_recording.pop(recording.id, [whole]))
     for name, spans in by_recording.items():
         for span in spans:
-            why = f"supervision {span[0]}: there is no recording {name} in {path.name}"
-            yield Found(SourceFile(name, 0, 0, 0, reason=why))
-
-
-def _kind_of_cut(cut: Any) -> str:
-    return f"a {type(cut).__name__}" + ("" if hasattr(cut, "recording") else ", expected a cut of one recording")
+            missing = SourceFile(name, 0, 0, 0, reason=f"there is no such recording in {path.name}")
+            yield Found(part_of(missing, span[0], 0.0, None))
 
 
 def _parts(
@@ -341,7 +340,7 @@ def is_data_set(audio_dir: Path) -> bool:
     """Whether it is one of the hub, or one that was saved from there: a folder of Arrow's files, or of Parquet's."""
     if str(audio_dir).startswith(HF):
         return True
-    saved = any((audio_dir / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    saved = any((audio_dir / name).is_file() for name in SAVED)
     return audio_dir.is_dir() and (saved or any(True for _ in islice(audio_dir.glob("*.parquet"), 1)))
 
 
@@ -359,12 +358,12 @@ def _data_set(audio_dir: Path) -> tuple[dict[str, Any], str, str]:
     if strange := asked.keys() - {"config", "split", "speaker", "audio"}:
         raise StageError(f"{where}: unknown {', '.join(sorted(strange))};", "expected config, split, speaker or audio")
     try:
-        if Path(name).is_dir() and not any(Path(name).glob("**/*.parquet")):
+        if any((Path(name) / file).is_file() for file in SAVED):
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, asked.get("config"))
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise StageError(f"{where} cannot be had ({type(error).__name__}: {error})") from error
+        raise StageError(f"{where} cannot be had ({type(error).__name__}: {error.__cause__ or error})") from error
     splits = dict(found) if isinstance(found, dict) else {"all": found}
     if (split := asked.get("split")) is not None:
         if split not in splits:
@@ -402,10 +401,9 @@ def read_data_set(audio_dir: Path) -> Listing:
             for size, path, who in zip(sizes, paths, speakers, strict=True):
                 where = f"row {row} of {name}"
                 file = SourceFile(f"{HF}{name}/{row}/{os.path.basename(path or '')}", 0, size or 0, stamp)
-                if size is None:
-                    file = part_of(judge(Path(), path) if path else replace(file, reason="no sound"), where, 0, None)
-                elif not size:
-                    file = replace(file, reason=f"{where}: empty (0 bytes)")
+                file = replace(file, where=where)
+                if not size:
+                    file = file.refused("empty (0 bytes)" if size is not None else "there is no sound in it")
                 if who is not None:
                     who = speaker_name(kind.int2str(who) if hasattr(kind, "int2str") else who)
                 found.append(Found(file, who))
@@ -417,7 +415,7 @@ def read_data_set(audio_dir: Path) -> Listing:
 @contextlib.contextmanager
 def located(audio_dir: Path, path: str) -> Iterator[Path]:
     """Where the file of a recording is: while it is in use, for one that lies inside a data set."""
-    if not path.startswith(HF) or not is_data_set(audio_dir):
+    if not path.startswith(HF):
         yield base_of(audio_dir) / path
         return
     splits, sound, _ = _data_set(audio_dir)
@@ -433,4 +431,6 @@ def _package(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise StageError(f"data.audio_dir: {what} need the package {name}:", f"pip install {name}") from error
+        raise StageError(
+            f"data.audio_dir: {what} need the package {name}:", f"pip install {name}, or the extra corpora"
+        ) from error

@@ -113,15 +113,24 @@ class SharedPass:
         with ProgressBar(f"preprocess: {name}", len(items), "recordings") as bar:
             for number in order:
                 if not files[number].is_file():
-                    if self.is_over():
+                    if self._has_ended():
                         return None
-                    write_json(files[number], self._of_part(function, parts[number], bar, failed))
+                    results = self._of_part(function, parts[number], bar, failed)
+                    with contextlib.suppress(FileNotFoundError):  # the folder was removed meanwhile, as below
+                        write_json(files[number], results)
                 else:
                     bar.advance(len(parts[number]))
         try:
             return [result for file in files for result in read_json(file, list[kind])]
         except FileNotFoundError:  # somebody has come to the end, and has removed them
-            return None
+            if self._has_ended():
+                return None
+            raise
+
+    def _has_ended(self) -> bool:
+        if is_over := self.is_over():
+            self.remove()  # what was written since
+        return is_over
 
     def _of_part(
         self, function: Callable[[T], R], items: Sequence[T], bar: ProgressBar, failed: Callable[[R], object]
