@@ -41,6 +41,8 @@ class Package(NamedTuple):
 
 DEEPSPEED = Package("deepspeed", "deepspeed", "deepspeed")
 NOISEREDUCE = Package("noisereduce", "noisereduce", "denoise")
+DATASETS = Package("datasets", "datasets", "corpora")
+LHOTSE = Package("lhotse", "lhotse", "corpora")
 PYAV = Package("av", "av", "formats")
 PYLOUDNORM = Package("pyloudnorm", "pyloudnorm", "loudness")
 SHTAB = Package("shtab", "shtab", "completion")

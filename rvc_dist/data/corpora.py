@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import parse_qsl
 
+from rvc_dist.choices import DATASETS, LHOTSE, Package
 from rvc_dist.files import ForeignFileError, not_regular
 from rvc_dist.schema import OsName, Rule, Seconds, SpeakerName, check, parse_json
 from rvc_dist.workspace import SourceFile, StageError, listed
@@ -279,7 +280,7 @@ def read_lhotse(paths: Sequence[Path]) -> Listing:
     Raises:
         StageError: the package is missing, or a list cannot be read.
     """
-    lhotse = _package("lhotse", "lists of Lhotse")
+    lhotse = _package(LHOTSE, "a list of Lhotse")
     found: list[Found] = []
     for path in paths:
         try:
@@ -351,7 +352,7 @@ def _data_set(audio_dir: Path) -> tuple[dict[str, Any], str, str]:
     Raises:
         StageError: it cannot be had, or not told which column is the sound.
     """
-    datasets = _package("datasets", "data sets of the Hugging Face hub")
+    datasets = _package(DATASETS, "a data set of the Hugging Face hub")
     name, _, query = str(audio_dir).removeprefix(HF).partition("?")
     asked = dict(parse_qsl(query))
     where = f"data.audio_dir: {audio_dir}"
@@ -384,9 +385,8 @@ def _data_set(audio_dir: Path) -> tuple[dict[str, Any], str, str]:
 
 def read_data_set(audio_dir: Path) -> Listing:
     """A row a recording, without a look at its bytes."""
-    import pyarrow.compute as arrow
-
     splits, sound, speaker = _data_set(audio_dir)
+    arrow = importlib.import_module("pyarrow.compute")  # with which that package comes
     found = []
     for name, split in splits.items():
         kind = split.features.get(speaker)
@@ -427,10 +427,8 @@ def located(audio_dir: Path, path: str) -> Iterator[Path]:
         yield copy
 
 
-def _package(name: str, what: str) -> Any:
+def _package(package: Package, what: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(package.module)
     except ImportError as error:
-        raise StageError(
-            f"data.audio_dir: {what} need the package {name}:", f"pip install {name}, or the extra corpora"
-        ) from error
+        raise StageError(*package.missing(f"data.audio_dir: {what}", error)) from error
