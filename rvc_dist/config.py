@@ -157,7 +157,7 @@ class DataConfig:
     audio_dir: Text = "audio"
     """Folder of recordings of one speaker, or of a sub-folder a speaker, all named alike: by id (0, 1, ...), by name
     (alice), or Name_ID_Repeat (alice_0_3: each clip counts three times). Or a corpus: a folder in the layout of
-    LibriTTS, LibriSpeech, VCTK or HiFi-TTS, a manifest (corpus.jsonl), a list of Lhotse, or hf:OWNER/NAME of the hub."""
+    LibriTTS, LibriSpeech, VCTK or HiFi-TTS, a manifest (corpus.jsonl), lists of Lhotse, or hf:OWNER/NAME (hub)."""
     sample_rate: Annotated[int, one_of(_V2)] = 48000
     """Sample rate of the voice in Hz: 24000, 32000, 40000, 44100 or 48000."""
     holdout: Annotated[float, within(0.0, 0.5)] = 0.05

@@ -8,11 +8,22 @@ from pathlib import Path
 
 import psutil
 
-from rvc_dist.choices import DEEPSPEED, F0_METHODS, NOISEREDUCE, OPTIMIZERS, PYAV, PYLOUDNORM, SHTAB, STORAGES
+from rvc_dist.choices import (
+    DATASETS,
+    DEEPSPEED,
+    F0_METHODS,
+    LHOTSE,
+    NOISEREDUCE,
+    OPTIMIZERS,
+    PYAV,
+    PYLOUDNORM,
+    SHTAB,
+    STORAGES,
+)
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
-OPTIONAL = {DEEPSPEED, NOISEREDUCE, PYAV, PYLOUDNORM, SHTAB}
+OPTIONAL = {DATASETS, DEEPSPEED, LHOTSE, NOISEREDUCE, PYAV, PYLOUDNORM, SHTAB}
 OPTIONAL |= {spec.package for table in (F0_METHODS, OPTIMIZERS) for spec in table.values() if spec.package}
 OPTIONAL |= {package for package in STORAGES.values() if package.extra}
 BROUGHT = ("llvmlite", "matplotlib", "numba", "pandas", "plotly", "onnxruntime", "resampy", "sklearn")
