@@ -240,7 +240,7 @@ def test_what_does_not_fit_the_disk_is_left_out_with_its_line(tmp_path: Path, ca
         "line 6: cannot be read (No such file or directory)",
         "line 8: not readable as audio (Format not recognised)",
     ]
-    assert "data.audio_dir: manifest: 1 speaker, " in caplog.text
+    assert "manifest: 2 speakers, 5 recordings or parts; left out: 23 that cannot be used, named below" in caplog.text
     assert f"and 11 more ({recipe.run_dir}/clips/report.json): line 2" in caplog.text
     assert caplog.text.count("No such file") == 11, "of 21"
 
