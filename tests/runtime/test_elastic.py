@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 NUM_STEPS = 40
-START_S = 120
+START_S = 200
 """More than a machine with other work needs from the launch to the first step."""
 
 

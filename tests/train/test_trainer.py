@@ -31,6 +31,7 @@ from rvc_dist.runtime.device import cpu_model
 from rvc_dist.train import checkpoint, fingerprint, losses, memory, out_of_memory, trainer, validation
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.ddp import TrainedModule
+from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import Quality
 from rvc_dist.train.step import GanStep
 from rvc_dist.voice import export
@@ -669,6 +670,33 @@ def test_accumulated_micro_batches_are_the_larger_batch(tmp_path):
                 assert (other[name][key] - value).norm() <= 1e-4 * value.norm(), key
     assert scalars(whole, "loss/g_mel") == pytest.approx(scalars(micro, "loss/g_mel"), rel=1e-4)
     assert sorted(scalars(micro, "loss/d")) == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "number", "of_node"),
+    [("2", "SIGTERM", True), ("2", "SIGUSR1", False), ("2", "SIGINT", False), ("1", "SIGTERM", False)],
+)
+def test_sigterm_is_for_one_of_several_launchers_and_other_signals_for_all(nodes, number, of_node, monkeypatch):
+    written = []
+    run = SimpleNamespace(
+        _finish_writing=lambda: None,
+        is_main=False,
+        progress=Progress(step=3),
+        total_steps=9,
+        history=SimpleNamespace(write=lambda *_, why: written.append(why)),
+    )
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
+    with pytest.raises(Stopped) as stopped:
+        trainer.Trainer._stop(run, signal.Signals[number])
+    assert stopped.value.of_node is of_node
+    told = "launchers that were not asked to end go on from it" if of_node else "the same command continues"
+    assert str(stopped.value) == f"stopped by {number} at step 3 of 9; a checkpoint was written and {told}"
+    assert written == [f"stopped by {number}"]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # srun's ranks have no launcher
+    with pytest.raises(Stopped) as stopped:
+        trainer.Trainer._stop(run, signal.Signals[number])
+    assert not stopped.value.of_node
 
 
 def test_kl_warmup_raises_the_weight_linearly(tmp_path):
