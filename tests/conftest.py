@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import browser  # noqa: F401 - a fixture of several files
+from launching import ranks
 
 torch.set_num_threads(1)  # the networks are so small that waiting for a second thread costs more than it gives
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
@@ -62,3 +63,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             return (yield)
         finally:
             fcntl.flock(running, fcntl.LOCK_UN)  # closing is not enough: a forked process may still hold it open
+
+
+def pytest_sessionfinish() -> None:
+    ranks.close()

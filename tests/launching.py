@@ -4,9 +4,9 @@ import contextlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
+from warm_cli import ROOT, Ranks
 
 from rvc_dist.choices import (
     DATASETS,
@@ -21,7 +21,6 @@ from rvc_dist.choices import (
     STORAGES,
 )
 
-ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
 OPTIONAL = {DATASETS, DEEPSPEED, LHOTSE, NOISEREDUCE, PYAV, PYLOUDNORM, SHTAB}
 OPTIONAL |= {spec.package for table in (F0_METHODS, OPTIMIZERS) for spec in table.values() if spec.package}
@@ -33,6 +32,8 @@ ONLY_CORE = {
     "LACKING": ",".join([*(package.module for package in OPTIONAL), *BROUGHT]),
 }
 """The environment of a process in which no package can be imported that only an extra brings (but for faiss)."""
+ranks = Ranks()
+"""Of this worker of pytest; ended with it (conftest.py)."""
 
 
 def environment() -> dict[str, str]:
@@ -95,17 +96,23 @@ def rvc_dist(
     launch_file: str | None = None,
     more_environment: dict[str, str] | None = None,
 ) -> str:
-    """Run `rvc-dist ARGUMENTS` on `num_ranks` ranks, expect its exit code, return what it printed."""
-    process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", *map(str, arguments)], more_environment)
-    output = finish(process)
-    assert process.returncode == code, output[-5000:]
+    """Run `rvc-dist ARGUMENTS` on `num_ranks` ranks, expect its exit code, return what it printed.
+
+    By accelerate with a file of launch/, else by `ranks`, which spares the imports.
+    """
+    words, more = [str(argument) for argument in arguments], more_environment or {}
+    if launch_file is None:
+        ended, output = ranks.run(num_ranks, "", words, environment() | more, TIMEOUT_S)
+    else:
+        process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", *words], more)
+        output, ended = finish(process), process.returncode
+    assert ended == code, output[-5000:]
     return output
 
 
 def torchrun(num_ranks: int, script: str, *arguments: object, more_environment: dict[str, str] | None = None) -> str:
-    """Run a script of tests/ on `num_ranks` ranks."""
-    command = [*torchrun_launcher(num_ranks), str(ROOT / "tests" / script), *map(str, arguments)]
-    process = start(command, more_environment)
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
+    """Run a script of tests/ on `num_ranks` ranks, with what torchrun tells each of them."""
+    words, more = [str(argument) for argument in arguments], more_environment or {}
+    ended, output = ranks.run(num_ranks, str(ROOT / "tests" / script), words, environment() | more, TIMEOUT_S)
+    assert ended == 0, output[-5000:]
     return output
