@@ -100,11 +100,11 @@ def rvc_dist(
 
     By accelerate with a file of launch/, else by `ranks`, which spares the imports.
     """
-    words, more = [str(argument) for argument in arguments], more_environment or {}
+    more = more_environment or {}
     if launch_file is None:
-        ended, output = ranks.run(num_ranks, "", words, environment() | more, TIMEOUT_S)
+        ended, output = ranks.start(num_ranks, "", arguments, environment() | more).finish(TIMEOUT_S)
     else:
-        process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", *words], more)
+        process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", *map(str, arguments)], more)
         output, ended = finish(process), process.returncode
     assert ended == code, output[-5000:]
     return output
@@ -112,7 +112,7 @@ def rvc_dist(
 
 def torchrun(num_ranks: int, script: str, *arguments: object, more_environment: dict[str, str] | None = None) -> str:
     """Run a script of tests/ on `num_ranks` ranks, with what torchrun tells each of them."""
-    words, more = [str(argument) for argument in arguments], more_environment or {}
-    ended, output = ranks.run(num_ranks, str(ROOT / "tests" / script), words, environment() | more, TIMEOUT_S)
+    job = ranks.start(num_ranks, str(ROOT / "tests" / script), arguments, environment() | (more_environment or {}))
+    ended, output = job.finish(TIMEOUT_S)
     assert ended == 0, output[-5000:]
     return output

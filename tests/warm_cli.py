@@ -21,9 +21,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 CLIENT = """#!{python} -SE
@@ -94,13 +95,8 @@ class Ranks:
             self._servers[key] = str(address)
         return self._servers[key]
 
-    def run(
-        self, num_ranks: int, script: str, words: list[str], environment: dict[str, str], timeout_s: float
-    ) -> tuple[int, str]:
-        """Run rvc_dist, or a `script` of tests/, on `num_ranks` ranks: the exit code, as torchrun has it, and output.
-
-        When one rank fails, the others have as long to end as torchrun gives them, and are killed then.
-        """
+    def start(self, num_ranks: int, script: str, words: Sequence[object], environment: dict[str, str]) -> Job:
+        """Begin rvc_dist, or a `script` of tests/, on `num_ranks` ranks."""
         address, places = self._server(environment), [environment]
         if num_ranks > 1 or script:
             with socket.socket() as free:
@@ -109,36 +105,67 @@ class Ranks:
             job = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
             job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             places = [environment | job | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(num_ranks)]
-        with tempfile.TemporaryFile("w+") as output, contextlib.ExitStack() as stack:
-            ranks = {}
-            for place in places:
-                asked = json.dumps([script, words, str(ROOT), place])
-                server = stack.enter_context(socket.socket(socket.AF_UNIX))
-                server.connect(address)
-                socket.send_fds(server, [len(asked).to_bytes(4, "big")], [output.fileno(), output.fileno()])
-                server.sendall(asked.encode("ascii"))
-                ranks[server] = int(server.recv(8))
-            codes, ends_at = [], time.monotonic() + timeout_s
-            while ranks:
-                done = select.select(list(ranks), [], [], max(0.0, ends_at - time.monotonic()))[0]
-                if not done:
-                    for pid in ranks.values():
-                        os.kill(pid, signal.SIGKILL)
-                    assert any(codes), f"no end after {timeout_s} s:\n{said(output)[-3000:]}"
-                    break
-                for server in done:
-                    codes.append(int(server.recv(8)))
-                    del ranks[server]
-                    if codes[-1]:
-                        ends_at = min(ends_at, time.monotonic() + LINGER_S)
-                        for pid in ranks.values():
-                            os.kill(pid, signal.SIGTERM)
-            return (codes[0] if num_ranks == 1 else int(any(codes))), said(output)
+        started = Job()
+        for place in places:
+            asked = json.dumps([script, [str(word) for word in words], str(ROOT), place])
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(address)
+            fd = started.output.fileno()
+            socket.send_fds(server, [len(asked).to_bytes(4, "big")], [fd, fd])
+            server.sendall(asked.encode("ascii"))
+            started.ranks[server] = int(server.recv(8))
+        return started
 
 
-def said(output: IO[str]) -> str:
-    output.seek(0)
-    return output.read()
+class Job:
+    """What `Ranks` started."""
+
+    def __init__(self) -> None:
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it ends with the job
+        self.ranks: dict[socket.socket, int] = {}
+        """Process ids of those that run."""
+        self.codes: list[int] = []
+
+    def said(self) -> str:
+        return os.pread(self.output.fileno(), 1 << 24, 0).decode("utf-8", "replace")
+
+    def signal(self, number: int) -> None:
+        for pid in self.ranks.values():
+            os.kill(pid, number)
+
+    def kill(self) -> None:
+        """Of each rank all that it began too, but for what has a session of its own."""
+        for pid in self.ranks.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank = psutil.Process(pid)
+                for each in [rank, *rank.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
+        self.wait(5)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all have ended in time, or one has failed and the others were as long about it as torchrun bears."""
+        ends_at = time.monotonic() + seconds
+        while self.ranks:
+            done = select.select(list(self.ranks), [], [], max(0.0, ends_at - time.monotonic()))[0]
+            if not done:
+                return any(self.codes)
+            for server in done:
+                self.codes.append(int(server.recv(8)))
+                del self.ranks[server]
+                server.close()
+                if self.codes[-1]:
+                    ends_at = min(ends_at, time.monotonic() + LINGER_S)
+                    self.signal(signal.SIGTERM)
+        return True
+
+    def finish(self, timeout_s: float) -> tuple[int, str]:
+        """The exit code, torchrun's 1 where one of several ranks failed, and what was printed."""
+        in_time, alone = self.wait(timeout_s), len(self.ranks) + len(self.codes) == 1
+        if self.ranks:
+            self.kill()
+        assert in_time, f"no end after {timeout_s} s:\n{self.said()[-3000:]}"
+        return (self.codes[0] if alone else int(any(self.codes))), self.said()
 
 
 def serve(address: str) -> None:

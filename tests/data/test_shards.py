@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from launching import finish, kill, rvc_dist, start
+from launching import TIMEOUT_S, environment, ranks, rvc_dist
+from warm_cli import Job
 
 import rvc_dist as package
 
@@ -59,14 +58,13 @@ def reference(audio: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return made
 
 
-def start_stage(stage: str, audio: Path, run_dir: Path, *more: str) -> subprocess.Popen[str]:
-    return start([sys.executable, "-m", "rvc_dist", stage, *options(audio, run_dir), *more])
+def start_stage(stage: str, audio: Path, run_dir: Path, *more: str) -> Job:
+    return ranks.start(1, "", [stage, *options(audio, run_dir), *more], environment())
 
 
-def finish_all(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    outputs = [finish(process) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return outputs
+def finish_all(jobs: Sequence[Job]) -> None:
+    ended = [job.finish(TIMEOUT_S) for job in jobs]
+    assert [code for code, _ in ended] == [0] * len(jobs), ended
 
 
 @pytest.mark.slow
@@ -92,14 +90,13 @@ def test_array_tasks_in_any_order_and_jobs_at_once(audio: Path, reference: dict[
 def test_killed_again_and_again(audio: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     """Both parts of a stage are killed at a random moment until one day they are let run to their end."""
     rng = random.Random(2)
-    for stage, kills, longest_s in (("preprocess", 6, 2.5), ("extract", 4, 10.0), ("index", 3, 3.0)):
+    for stage, kills, longest_s in (("preprocess", 6, 1.0), ("extract", 4, 6.0), ("index", 3, 1.5)):
         parts = ([], []) if stage == "index" else (["--shard", "0/2"], ["--shard", "1/2"])
         for _ in range(kills):
-            processes = [start_stage(stage, audio, tmp_path, *part) for part in parts]
-            time.sleep(rng.uniform(0.3, longest_s))
-            for process in processes:
-                kill(process)
-                process.communicate()
+            jobs = [start_stage(stage, audio, tmp_path, *part) for part in parts]
+            time.sleep(rng.uniform(0.0, longest_s))
+            for job in jobs:
+                job.kill()
         finish_all([start_stage(stage, audio, tmp_path, *part) for part in parts])
     for place in PLACES:  # what the killed ones left half-written is removed when it is old
         for path in (tmp_path / place).glob(".*.tmp"):
