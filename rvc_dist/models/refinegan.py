@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from rvc_dist.models.modules import Conv1d, ResBlock
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.models.vocoders import Vocoder, residual_blocks, sine_excitation
+from rvc_dist.models.vocoders import Vocoder, begin_audible, residual_blocks, sine_excitation
 
 SLOPE = 0.2
 FIRST_GAIN = 1e-4
@@ -79,7 +79,9 @@ class _Source(nn.Module):
     def __init__(self, sample_rate: int) -> None:
         super().__init__()
         self.sample_rate = sample_rate
-        self.merge = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh())
+        gain = nn.Linear(1, 1, bias=False)
+        begin_audible(gain)
+        self.merge = nn.Sequential(gain, nn.Tanh())
 
     def forward(self, f0: Tensor, noise: Tensor) -> Tensor:
         with torch.autocast(f0.device.type, enabled=False):

@@ -20,6 +20,12 @@ from rvc_dist.models.shape import GeneratorShape
 
 SINE_AMPLITUDE = 0.1
 NOISE_DEVIATION = 0.003
+FIRST_GAIN = 15.0
+"""Of the sine, in networks that start from random numbers: tanh(1.5 sin) fills the range and has overtones.
+
+From a random gain within 1, Adam comes to 0 in some hundred steps, before the layers that follow can use the sine. From
+there no gradient leads away, and such a voice never follows f0.
+"""
 
 
 @torch.no_grad()
@@ -44,6 +50,14 @@ def sine_excitation(f0: Tensor, noise: Tensor, sample_rate: int, phase: Tensor |
     return (sine * voiced + deviation * noise).flatten(-2)
 
 
+@torch.no_grad()
+def begin_audible(gains: nn.Linear) -> None:
+    """Let the fundamental of a sine source start with FIRST_GAIN."""
+    gains.weight[0, 0] = FIRST_GAIN
+    if gains.bias is not None:
+        gains.bias.zero_()
+
+
 class SineSource(nn.Module):
     """`sine_excitation` at f0 and its harmonics, mixed with learnt gains.
 
@@ -55,6 +69,7 @@ class SineSource(nn.Module):
         super().__init__()
         self.sample_rate = sample_rate
         self.l_linear = nn.Linear(num_harmonics, 1)
+        begin_audible(self.l_linear)
 
     def forward(self, f0: Tensor, noise: Tensor, phase: Tensor | None = None) -> Tensor:
         with torch.autocast(f0.device.type, enabled=False):

@@ -136,6 +136,17 @@ def test_a_vocoder_compiles_as_one_graph(vocoder: str) -> None:
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocoder", ["hifi-gan", *SHAPES])
+@torch.no_grad()
+def test_a_voice_from_random_numbers_hears_its_pitch(vocoder: str) -> None:
+    """Its sine begins so loud that training cannot lose it before it is used: from 0 no gradient leads back."""
+    network, shape = narrow(vocoder)
+    noise = [torch.zeros(1, *size) for size in network.noise_shapes(shape, 20)]
+    sources = [module for name, module in network.named_modules() if name == "m_source"]
+    sine = sources[0](torch.full((1, 20), 200.0), noise[0])
+    assert 0.85 < sine.abs().max() < 1
+
+
 def test_rates_that_a_vocoder_has_no_layers_for_are_refused() -> None:
     recipe = Recipe(data=DataConfig(sample_rate=44100))
     with pytest.raises(ConfigError, match=r"^data\.sample_rate: got 44100 with vocoder refinegan.*expected 24000 or"):
