@@ -200,10 +200,14 @@ STAGES = {
         "Look at recordings before they are cut, and at what the recipe would keep; or at the clips of runs.",
         reads="name run_dir data.audio_dir data.sample_rate preprocess model.version",
         checks=_KERNELS,
-        examples=("audio --config 40k", "runs/alice", "runs/alice runs/bob --json"),
+        examples=("audio --config 40k", "corpus.jsonl --config my.yaml --survey", "runs/alice runs/bob --json"),
+        takes_shard=True,
         folders="DIR ...",
         passes="folders",
-        options=(Option("--json", "Print JSON.", passes="as_json"),),
+        options=(
+            Option("--json", "Print JSON.", passes="as_json"),
+            Option("--survey", "Of a corpus, lengths, rates and speakers alone: for ranks and --shard.", "surveys"),
+        ),
         keeps_log=False,
     ),
     "report": Stage(

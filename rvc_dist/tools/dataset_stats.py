@@ -12,7 +12,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -163,12 +163,22 @@ class Summary:
         }
 
 
-def run(recipe: Recipe, shard: Shard, folders: list[str] | None = None, as_json: bool = False) -> int:
+def run(
+    recipe: Recipe,
+    shard: Shard,
+    folders: list[str] | None = None,
+    as_json: bool = False,
+    surveys: bool = False,
+) -> int:
     """Print the tables of run folders and folders of recordings on the first rank: by default of the recipe's.
 
     Raises:
         StageError: one of them has neither clips nor recordings.
     """
+    if surveys:
+        return run_survey(recipe, shard, folders or [recipe.data.audio_dir], as_json)
+    if shard.array:
+        raise StageError("dataset --shard:", "add --survey: what else it looks at is not split")
     if not shard.is_first:
         return 0
     has_recordings = not is_run(Path(recipe.run_dir)) and is_corpus(Path(recipe.data.audio_dir))
@@ -185,6 +195,21 @@ def run(recipe: Recipe, shard: Shard, folders: list[str] | None = None, as_json:
     else:
         show_all(console(PIPED_WIDTH), summaries, looks)
     return max((look.code for look in looks), key=(0, 3, 1).index, default=0)
+
+
+def run_survey(recipe: Recipe, shard: Shard, folders: list[str], as_json: bool) -> int:
+    """This process's share of the survey of one corpus, and its tables where all of it is known."""
+    if len(folders) > 1 or is_run(Path(folders[0])):
+        raise StageError(f"dataset --survey: got {', '.join(folders)};", "expected one corpus")
+    recipe = replace(recipe, data=replace(recipe.data, audio_dir=folders[0]))
+    found = importlib.import_module("rvc_dist.tools.survey").survey(recipe, shard)
+    if not (shard.is_first or shard.array):
+        return 0
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_plain(), indent=1, allow_nan=False) + "\n")
+    else:
+        found.show(console(PIPED_WIDTH))
+    return 0
 
 
 def is_run(folder: Path) -> bool:

@@ -589,3 +589,22 @@ def test_the_command_looks_at_any_corpus(tmp_path: Path, capsys: pytest.CaptureF
         ("libritts_1034", pytest.approx(1 / 60)),
         ("libritts_19", pytest.approx(2 / 60)),
     ]
+
+
+def test_a_survey_is_shared_and_says_who_speaks_how_long(
+    tmp_path: Path, many: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data.sample_rate", str(RATE), "--run_dir", str(tmp_path / "run"), "--survey"]
+    for part in ("1/2", "0/2"):
+        assert cli.main(["dataset", str(many), *options, "--shard", part]) == 0
+        said = capsys.readouterr().out
+        assert "Folders by speaker: 2 speakers, 0.01 hours" in said
+        assert "Minutes of a speaker: 0.17 the least, 0.17 half of them, 0.18 the most" in said  # of 10 and 11 s
+        assert "Left out: 1, as a/99.wav: not readable as audio" in said
+    assert cli.main(["dataset", str(many), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sample_rates"] == [{"sample_rate": RATE, "minutes": pytest.approx(21 / 60)}]
+    assert [(s["name"], s["recordings"]) for s in found["speakers"]] == [("a", 11), ("b", 10)]
+    assert not list(Path(tmp_path, "run", "clips").glob("0*")), "nothing is cut"
+    assert cli.main(["dataset", str(many), *options[:-1], "--shard", "0/2"]) == 1
+    assert cli.main(["dataset", str(many), str(tmp_path), *options]) == 1
