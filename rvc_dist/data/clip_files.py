@@ -24,6 +24,8 @@ SINCE: dict[str, Any] = {"preprocess.clip_format": "float32"}
 """Settings that came later, and what clips were made with before: it is left out, so that those are not stale."""
 TOLD_FILES = 10
 """Recordings that are named of those whose reasons differ in numbers alone; the report has all."""
+MAX_LISTED = 50_000
+"""Files in a report: the headers of the units have all."""
 TOLD_SLICES = 3
 """Of a recording, what is said of at most so many slices."""
 
@@ -217,8 +219,16 @@ def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
         "speakers": sorted({f["speaker"] for f in used}),
         "files_used": len(used),
         "files_left_out": len(files) - len(used),
-        "files": files,
+        **_listed(files),
     }
+
+
+def _listed(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of more files than a JSON text should hold, those of which there is something to say, and how many lack."""
+    if len(files) <= MAX_LISTED:
+        return {"files": files}
+    shown = [file for file in files if file["reason"]][:MAX_LISTED]
+    return {"files_not_listed": len(files) - len(shown), "files": shown}
 
 
 def sum_lost(files: list[dict[str, Any]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from helpers import changed, tiny_recipe, tone
 from rvc_dist import __main__ as cli
 from rvc_dist import workspace
 from rvc_dist.config import Recipe
-from rvc_dist.data import decode, preprocess, work_list
+from rvc_dist.data import clip_files, decode, preprocess, work_list
 from rvc_dist.data.sources import list_sources, read_corpus
 from rvc_dist.workspace import Shard, SourceFile, StageError, WorkList, Workspace, cut_units, read_header, read_json
 
@@ -608,3 +608,14 @@ def test_a_survey_is_shared_and_says_who_speaks_how_long(
     assert not list(Path(tmp_path, "run", "clips").glob("0*")), "nothing is cut"
     assert cli.main(["dataset", str(many), *options[:-1], "--shard", "0/2"]) == 1
     assert cli.main(["dataset", str(many), str(tmp_path), *options]) == 1
+
+
+def test_a_report_of_many_files_lists_those_with_something_to_say(
+    tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip_files, "MAX_LISTED", 21)
+    recipe = recipe_of(tmp_path, many)
+    preprocess.run(recipe, Shard())
+    report = read_json(Path(recipe.run_dir, "clips", "report.json"))
+    assert (report["files_used"], report["files_left_out"], report["files_not_listed"]) == (21, 1, 21)
+    assert [file["path"] for file in report["files"]] == ["a/99.wav"]
