@@ -143,6 +143,14 @@ Layers = Annotated[
         "a list",
     ),
 ]
+SomeSpeakers = Annotated[
+    int | tuple[str, ...],
+    Rule(
+        "a number of speakers, or a list of names or ids such as [alice, 12]",
+        (int, list, tuple),
+        lambda x: 0 <= x < MAX_SPEAKERS if type(x) is int else all(type(s) in (int, str) for s in x),
+    ),
+]
 Fraction = Annotated[float, within(0.0, 1.0)]
 AboveZero = Annotated[float, above(0.0)]
 FromZero = Annotated[float, at_least(0.0)]
@@ -163,6 +171,9 @@ class DataConfig:
     holdout: Annotated[float, within(0.0, 0.5)] = 0.05
     """Share of each speaker's seconds kept out of training, for validation and the choice of the best checkpoint: at
     least about 10 s of a speaker who has enough, never above 10% unless this says so."""
+    holdout_speakers: SomeSpeakers = 0
+    """Speakers whom training never hears: validation converts their speech into trained voices, and says apart how well
+    pitch, voicing, loudness and content follow. It does not choose the best checkpoint."""
     remote: Annotated[Text, _REMOTE] | None = None
     """Where training reads clips and features from instead of the run folder, and `upload` puts them: s3://bucket/path,
     gs://bucket/path, hf://datasets/owner/name/path, or file:///folder for a slow disk. Needs the extra s3 or gcs."""
@@ -619,6 +630,8 @@ class BenchConfig:
 class PlanConfig:
     """The cluster that `rvc-dist plan` foretells the run on. Bandwidths are in gigabytes (10^9) a second."""
 
+    hours: AboveZero | None = None
+    """Hours of speech of a corpus that is not there yet; null: of the run's clips or recordings."""
     ranks: Positive = 8
     """Ranks that the run is to have; the table shows powers of two beside it."""
     ranks_per_node: Positive | None = None

@@ -108,8 +108,9 @@ STAGES = {
     "train": Stage(
         "rvc_dist.train.trainer",
         "Train the voice; continues from the newest checkpoint.",
-        reads="name run_dir data.sample_rate data.holdout data.remote extract.include_mutes model train",
-        checks="data.audio_dir preprocess extract export.author infer",
+        reads="name run_dir data.sample_rate data.holdout data.holdout_speakers data.remote"
+        " extract.include_mutes model train",
+        checks="data.audio_dir preprocess extract export.author export.weights infer",
         examples=("--config my.yaml", "--config rtx run_dir=runs/alice train.batch_size=8 train.pretrained=rvc"),
     ),
     "export": Stage(
@@ -256,7 +257,7 @@ STAGES = {
     "bench": Stage(
         "rvc_dist.tools.bench",
         "Measure training steps; --parity compares losses with float32 ones.",
-        reads="name run_dir data.sample_rate data.holdout model train bench",
+        reads="name run_dir data.sample_rate data.holdout data.holdout_speakers model train bench",
         checks="data.audio_dir preprocess extract",
         examples=("--config my.yaml", "--config my.yaml --bench.plain true", "--config my.yaml --parity"),
         options=(Option("--parity", key="bench.parity", value="true"),),

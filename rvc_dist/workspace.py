@@ -230,6 +230,10 @@ class Workspace:
         path, state = self._newest_state()
         return path, state.get("data", {})
 
+    def heard_speakers(self) -> list[int]:
+        """Those whom the newest whole checkpoint was trained on."""
+        return list(self._newest_state()[1].get("trained_speakers", []))
+
     def _newest_state(self) -> tuple[Path, dict[str, Any]]:
         whole = [p for p in list_checkpoints(self.checkpoints_dir) if (p / CHECKPOINT_MANIFEST).is_file()]
         with contextlib.suppress(StageError, OSError):  # whoever goes on from it says it

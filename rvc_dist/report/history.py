@@ -59,6 +59,7 @@ KINDS: dict[str, Any] = {
         why=str,
         values_raw=Values,
         values_ema=Values,
+        unseen=Values,
     ),
     "samples": record(folder=str),
     "checkpoint": record(path=str, why=str),
@@ -72,7 +73,7 @@ run: training starts, or goes on, from `step`; total_steps and global_batch (cli
 step: means over the steps since the last such line; `seconds` a step are spent in each part of it.
 validation: `values` over all speakers and those of each by id; `seconds` is what the validation took, `why` it is the
     best or not, in a sentence. With train.ema_decay, `values_raw` are of the weights, `values_ema` of their average,
-    and `values` are the better ones.
+    and `values` are the better ones. `unseen` is of speakers in data.holdout_speakers, converted.
 samples: what was made to listen to is in RUN/`folder`.
 checkpoint, voice: RUN/`path` was written; `why` is due, best, stop or end.
 end: done, overtrained, stopped by SIGTERM, failed: ... A run without one was killed, or still goes on.

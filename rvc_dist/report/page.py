@@ -62,6 +62,10 @@ MEASURES = {
     "voicing_error": Measure("Voicing error", "share", "frames that are voiced in one of both alone"),
     "loudness_db": Measure("Loudness error", "dB", "how far frames are from the recording's loudness", "{:.2f}"),
     "similarity": Measure("Speaker similarity", "1 is the same", "how alike the voices are; the higher the better"),
+    "content_similarity": Measure(
+        "Content similarity", "1 is the same", "how alike the words are; the higher the better"
+    ),
+    "target_similarity": Measure("Similarity to the target", "1 is the same", "how alike result and target sound"),
 }
 CURVES: tuple[tuple[str, str, tuple[str, ...], Scale], ...] = (
     ("Mel loss", "loss", ("loss/g_mel",), "fitted"),
@@ -73,6 +77,10 @@ CURVES: tuple[tuple[str, str, tuple[str, ...], Scale], ...] = (
     ("Throughput", "s of audio a second", ("perf/audio_s_per_s",), "from zero"),
 )
 """(title, unit, values, scale) of the first figures; every other loss has its own."""
+
+
+WEIGHTS = {"values_raw": "raw weights", "values_ema": "their average"}
+UNSEEN = "Of speakers whom training never hears, converted into trained voices, against their own recordings."
 
 
 class Drawing(NamedTuple):
@@ -112,6 +120,8 @@ def write_page(root: Path) -> Path:
         conversion=conversion(facts, advised),
         drawings=drawings(facts, advised),
         validations=validation_table(facts),
+        unseen=validation_table(facts, "unseen"),
+        about_unseen=UNSEEN,
         by_speaker=speaker_table(facts, advised),
         measures=MEASURES,
         most_rows=MAX_ROWS,
@@ -173,12 +183,12 @@ def shown(value: object) -> object:
     )
 
 
-def curve(facts: Facts, name: str, label: str, kind: str = "step", speaker: str = "") -> Curve:
+def curve(facts: Facts, name: str, label: str, kind: str = "step", speaker: str = "", part: str = "values") -> Curve:
     """A value of the history over its steps; what was not finite is left out."""
     found = [
         (line["step"], value)
         for line in facts.lines(kind)
-        for values in [line.get("speakers", {}).get(speaker, {}) if speaker else line.get("values", {})]
+        for values in [line.get("speakers", {}).get(speaker, {}) if speaker else line.get(part, {})]
         if (value := values.get(name)) is not None
     ]
     return Curve(label, [step for step, _ in found], [value for _, value in found])
@@ -196,7 +206,12 @@ def drawings(facts: Facts, advised: Advice) -> list[Drawing]:
             lines += [curve(facts, name, f"speaker {s}", "validation", s) for s in list(judged)[: MAX_CURVES - 1]]
         about = f"On held-out speech: {measure.about}." if measure.about else "On held-out speech."
         about += f" The first speakers of {len(judged)}." if len(judged) >= MAX_CURVES else ""
+        for part, label in WEIGHTS.items():
+            lines += [curve(facts, name, label, "validation", part=part)]
         found.append(drawing(measure.label, about, lines, measure.unit, marks=marks))
+    for name in values_of(facts, "validation", "unseen"):
+        measure, lines = measure_of(name), [curve(facts, name, "mean", "validation", part="unseen")]
+        found.append(drawing(f"Unseen speakers: {measure.label.lower()}", UNSEEN, lines, measure.unit))
     logged = values_of(facts, "step")
     groups = list(CURVES)
     known = {name for group in groups for name in group[2]} | {"train/epoch"}
@@ -228,9 +243,9 @@ def drawing(
     return Drawing(title, about, figures.curves(lines, unit, f"{title} over steps", scale, marks))
 
 
-def values_of(facts: Facts, kind: str) -> list[str]:
+def values_of(facts: Facts, kind: str, part: str = "values") -> list[str]:
     """The names of all values in lines of a kind."""
-    return in_order(name for line in facts.lines(kind) for name in line.get("values", {}))
+    return in_order(name for line in facts.lines(kind) for name in line.get(part, {}))
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -261,12 +276,12 @@ def table(first: str, rows: Sequence[tuple[str, Mapping[str, float | None]]]) ->
     return head, [[label, *(number(values, name) for name in names)] for label, values in rows]
 
 
-def validation_table(facts: Facts) -> Table:
+def validation_table(facts: Facts, part: str = "values") -> Table:
     """All validations, the newest first, or as many as a table bears and the best among them."""
-    lines = [line for line in facts.lines("validation") if "values" in line]
+    lines = [line for line in facts.lines("validation") if part in line]
     best = [line["step"] for line in lines if line.get("is_best")][-1:]
     kept = [line for i, line in enumerate(lines) if i >= len(lines) - MAX_ROWS or line["step"] in best]
-    return table("step", [(f"{s['step']}{' ★' * (s['step'] in best)}", s["values"]) for s in reversed(kept)])
+    return table("step", [(f"{s['step']}{' ★' * (s['step'] in best)}", s[part]) for s in reversed(kept)])
 
 
 def speaker_table(facts: Facts, advised: Advice) -> Table:

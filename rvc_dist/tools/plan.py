@@ -261,6 +261,8 @@ def training_clips(recipe: Recipe) -> tuple[ClipTable, str]:
         StageError: there are none.
     """
     work = Workspace(recipe.run_dir, recipe.name)
+    if recipe.plan.hours is not None:
+        return _clips_of_hours(recipe, recipe.plan.hours), f"{ESTIMATE} of plan.hours {recipe.plan.hours:g}"
     if work.features_report_file.is_file():
         return ClipTable.load(recipe), "the run's clips"
     if work.clips_report_file.is_file():
@@ -283,6 +285,16 @@ def training_clips(recipe: Recipe) -> tuple[ClipTable, str]:
         {"width": CONTENT_WIDTH[recipe.model.version]},
     )
     return table, source
+
+
+def _clips_of_hours(recipe: Recipe, hours: float) -> ClipTable:
+    """Windows as preprocess cuts them of speech that never pauses; whole speakers that are held out take nothing."""
+    cut, spec, rate = recipe.preprocess, recipe.rate_spec, recipe.data.sample_rate
+    count = max(1, round(hours * 3600 / (cut.chunk_len - cut.overlap_len)))
+    clip = ClipRef(0, "00000", 0, "given", round(cut.chunk_len * rate) // spec.hop)
+    held = round(recipe.data.holdout * count)
+    width = CONTENT_WIDTH[recipe.model.version]
+    return ClipTable((clip,) * (count - held), (clip,) * held, width, {"width": width}, PRETRAINED_SPEAKERS)
 
 
 def _cut_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
 from rvc_dist.data.number_formats import FULL_SCALE, clip_bytes_per_s, feature_bytes_per_s
 from rvc_dist.train import memory
-from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by
+from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by, unseen_speakers
 from rvc_dist.workspace import FeaturesHeader, MuteHeader, StageError, Workspace, read_header, unit_files, unit_header
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,8 @@ class ClipTable:
     num_speakers: int
     shares: tuple[SpeakerShare, ...] = ()
     """What of each speaker is held out."""
+    unseen: tuple[ClipRef, ...] = ()
+    """All clips of the speakers in data.holdout_speakers, who are in neither of the others."""
 
     @property
     def trained_speakers(self) -> tuple[int, ...]:
@@ -234,7 +236,14 @@ class ClipTable:
 
         What the run was trained on stays on its side.
         """
-        _, trained_on = Workspace(recipe.run_dir, recipe.name).trained_on()
+        work = Workspace(recipe.run_dir, recipe.name)
+        num_speakers, unseen = max(c.speaker for c in clips) + 1, list[ClipRef]()
+        if recipe.data.holdout_speakers:
+            ids = sorted({c.speaker for c in clips})
+            left_out = unseen_speakers(recipe, ids, work.speakers(), work.heard_speakers())
+            unseen = [c for c in clips if c.speaker in left_out]
+            clips = [c for c in clips if c.speaker not in left_out]
+        _, trained_on = work.trained_on()
         settled = settled_by(trained_on, recipe.data.holdout, recipe.train.seed)
         held, lost, shares = hold_out(clips, recipe.data.holdout, recipe.train.seed, settled)
         speakers = sorted({c.speaker for c in clips})
@@ -244,8 +253,9 @@ class ClipTable:
             holdout=tuple(c for c in clips if c in held),
             content_channels=embedder["width"],
             embedder=embedder,
-            num_speakers=speakers[-1] + 1,
+            num_speakers=num_speakers,
             shares=shares,
+            unseen=tuple(unseen),
         )
 
 

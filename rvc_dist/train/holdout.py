@@ -13,15 +13,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rvc_dist.workspace import StageError
+
 if TYPE_CHECKING:
     from rvc_dist.config import Recipe
     from rvc_dist.train.dataset import ClipRef, ClipTable
-    from rvc_dist.workspace import TrainedOn
+    from rvc_dist.workspace import Speakers, TrainedOn
 
 LEAST_S = 10.0
 """Of a speaker who has enough for it."""
@@ -92,7 +94,7 @@ class _Recording:
     def __init__(self, clips: list[ClipRef], seed: int, settled: Mapping[str, float]) -> None:
         self.clips = sorted(clips, key=lambda c: c.start_s)
         self.seconds, self.count, self.held_s = _seconds(clips), 0, 0.0
-        self.draw = _draw(seed, clips[0].source, *sorted({c.content for c in clips}))
+        self.draw = draw(seed, clips[0].source, *sorted({c.content for c in clips}))
         self._longest_s = max(c.duration_s for c in clips)
         self.is_whole = any(c.guessed for c in clips)
         """All of it is held out, or nothing."""
@@ -213,10 +215,43 @@ def settled_by(trained_on: TrainedOn, share: float, seed: int) -> dict[str, floa
     return {content: starts_s.get(content, math.inf) for content in trained_on.get("recordings", {})}
 
 
-def _draw(*parts: object) -> float:
+def draw(*parts: object) -> float:
     """A number in 0..1 that hangs on `parts` alone."""
     digest = hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def unseen_speakers(recipe: Recipe, speakers: Sequence[int], names: Speakers, heard: Collection[int]) -> frozenset[int]:
+    """Whom of the ids `speakers` data.holdout_speakers keeps out of training: those in its list, or as many as it says.
+
+    Of a count they are drawn by name and seed, among those whom no checkpoint has `heard`.
+
+    Raises:
+        StageError: it names somebody who is not there or was heard, or leaves nobody to train on.
+    """
+    wanted, key = recipe.data.holdout_speakers, "data.holdout_speakers"
+    if isinstance(wanted, int):
+        fresh = sorted((s for s in speakers if s not in heard), key=lambda s: draw(recipe.train.seed, names.label(s)))
+        if wanted > len(fresh) or (wanted and wanted >= len(speakers)):
+            trained = f", of whom checkpoints have heard {len(speakers) - len(fresh)}" if heard else ""
+            raise StageError(
+                f"{key}: got {wanted}, but there are {len(speakers)} speakers{trained};",
+                f"expected less, at most {min(len(fresh), len(speakers) - 1)}",
+            )
+        return frozenset(fresh[:wanted])
+    ids = {str(s): s for s in speakers} | {names.names[s]: s for s in speakers if s in names.names}
+    if unknown := [str(name) for name in wanted if str(name) not in ids]:
+        known = ", ".join(names.label(s) for s in speakers[:LISTED]) + ", ..." * (len(speakers) > LISTED)
+        raise StageError(f"{key}: nobody is called {', '.join(unknown[:LISTED])};", f"expected some of {known}")
+    chosen = frozenset(ids[str(name)] for name in wanted)
+    if known_already := [names.label(s) for s in sorted(chosen & {*heard})]:
+        raise StageError(
+            f"{key}: the newest checkpoint has heard {', '.join(known_already[:LISTED])};",
+            "leave them out of it, or give the run another run_dir",
+        )
+    if chosen >= {*speakers}:
+        raise StageError(f"{key}: nobody is left to train on;", "name fewer")
+    return chosen
 
 
 def _seconds(clips: Iterable[ClipRef]) -> float:
@@ -226,7 +261,7 @@ def _seconds(clips: Iterable[ClipRef]) -> float:
 def evenly(clips: Sequence[ClipRef], count: int, seed: int) -> list[ClipRef]:
     """`count` of `clips`, and at least one of each speaker: in turn over speakers, and over each one's recordings."""
     tree: dict[int, dict[str, list[ClipRef]]] = {}
-    for clip in sorted(clips, key=lambda c: _draw(seed, c.source, c.unit, c.key)):
+    for clip in sorted(clips, key=lambda c: draw(seed, c.source, c.unit, c.key)):
         tree.setdefault(clip.speaker, {}).setdefault(clip.source, []).append(clip)
     queues = [list(_in_turn(recordings.values())) for _, recordings in sorted(tree.items())]
     return list(_in_turn(queues))[: max(count, len(tree))]

@@ -201,9 +201,10 @@ def _mean(values: Tensor) -> float:
 
 def mean_quality(qualities: Sequence[Quality]) -> Quality:
     """Each number's mean over those that have it, the same for any order of computing."""
-    return Quality(*(_defined_mean(column) for column in zip(*qualities, strict=True)))
+    return Quality(*(defined_mean(column) for column in zip(*qualities, strict=True)))
 
 
-def _defined_mean(values: Iterable[float]) -> float:
+def defined_mean(values: Iterable[float]) -> float:
+    """Of those that are numbers."""
     defined = [value for value in values if not math.isnan(value)]
     return math.fsum(defined) / len(defined) if defined else math.nan

@@ -46,6 +46,11 @@ def report_holdout(recipe: Recipe, table: ClipTable) -> None:
     """Log what of each speaker is held out."""
     for level, line in holdout.report(table.shares, recipe.data.holdout):
         logger.log(level, line)
+    if table.unseen:
+        who, seconds = sorted({c.speaker for c in table.unseen}), sum(c.duration_s for c in table.unseen)
+        names = Workspace(recipe.run_dir, recipe.name).speakers()
+        listed = ", ".join(map(names.label, who[: holdout.LISTED])) + ", ..." * (len(who) > holdout.LISTED)
+        logger.info(f"speakers whom training never hears (data.holdout_speakers): {listed}, {seconds:.1f} s")
     if recipe.train.overtrain_detect and not table.holdout:
         logger.warning("train.overtrain_detect does nothing: no clip is held out to see overtraining on")
 

@@ -37,6 +37,13 @@ LAYOUT = {
         "voicing error, share of frames": ["Multiline", ["validation/voicing_error"]],
         "loudness error, dB": ["Multiline", ["validation/loudness_db"]],
         "speaker similarity, 1 is the same": ["Multiline", ["validation/similarity"]],
+        "mel distance of the weights and their average": ["Multiline", ["validation_(raw|ema)/mel_distance"]],
+    },
+    "Validation on unseen speakers": {
+        "pitch error, cents": ["Multiline", ["validation_unseen/f0_cents"]],
+        "voicing error, share of frames": ["Multiline", ["validation_unseen/voicing_error"]],
+        "loudness error, dB": ["Multiline", ["validation_unseen/loudness_db"]],
+        "similarity of content and to the target": ["Multiline", ["validation_unseen/.*_similarity"]],
     },
     "Throughput": {
         "seconds of audio a second": ["Multiline", ["perf/audio_s_per_s"]],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from rvc_dist.train.holdout import LISTED, validated
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import Ear, Heard, Quality, mean_quality
 from rvc_dist.train.trackers import Tracker
+from rvc_dist.train.unseen import UnseenQuality, UnseenSpeech, mean_unseen
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Verdict:
     """It is the best so far, or not."""
     of_weights: dict[str, Quality]
     """Where there is an average of the weights: `mean` of the weights (raw), and of the average (ema)."""
+    unseen: UnseenQuality | None = None
+    """Of the weights that count, on speakers whom training never hears, where there are some."""
 
     def line(self) -> dict[str, Any]:
         """For RUN/metrics.jsonl."""
@@ -60,6 +64,7 @@ class Verdict:
             "seconds": self.seconds,
             "is_best": self.is_best,
             "why": self.why,
+            **({"unseen": self.unseen._asdict()} if self.unseen is not None else {}),
         } | {f"values_{name}": quality._asdict() for name, quality in self.of_weights.items()}
 
 
@@ -73,6 +78,7 @@ class Validation:
         self.accelerator, self.tracker = accelerator, tracker
         self.clips = validated(recipe, table)
         self.ear = Ear(recipe, accelerator.device)
+        self.unseen = UnseenSpeech(recipe, table, dataset, self.ear)
         self._heard: dict[ClipRef, Heard] = {}
         """Of real clips, those that this rank compares."""
         self._first: tuple[Tensor, Tensor] | None = None
@@ -104,8 +110,10 @@ class Validation:
         after, why = progress.judged(mean.mel_distance)
         is_best, after = after is not progress, replace(after, uses_ema=uses_ema)
         why += f", with {'the average of' if uses_ema else 'raw'} weights" if of_weights else ""
+        with ema.applied(bool(uses_ema)) if ema is not None else nullcontext():
+            unseen = self.measure_unseen(generator)
         seconds = time.monotonic() - began_at
-        verdict = Verdict(mean, speakers, len(self.clips), seconds, after, is_best, why, of_weights)
+        verdict = Verdict(mean, speakers, len(self.clips), seconds, after, is_best, why, of_weights, unseen)
         self._report(verdict)
         self._warn_of_time(began_at)
         return verdict
@@ -131,6 +139,17 @@ class Validation:
                 self._heard[clip] = self.ear.hear(real)
             mine.append((i, self.ear.compare(self._heard[clip], fake)))
         return [quality for _, quality in sorted(gather_object(mine))]
+
+    @torch.no_grad()
+    def measure_unseen(self, generator: Generator) -> UnseenQuality | None:
+        """Of conversions of speech of speakers whom training never hears; None without any. Every rank has to ask."""
+        mine, pairs = [], self.unseen.pairs
+        for i in range(self.accelerator.process_index, len(pairs), self.accelerator.num_processes):
+            clip, target = pairs[i]
+            source, made = self.resynthesise(generator, replace(clip, speaker=target.speaker), i)
+            own = self.dataset.read(target).wave_with_reach.to(source.device)
+            mine.append((i, self.unseen.compare(source, own, made)))
+        return mean_unseen([quality for _, quality in sorted(gather_object(mine))]) if pairs else None
 
     @torch.no_grad()
     def resynthesise(self, generator: Generator, clip: ClipRef, number: int = 0) -> tuple[Tensor, Tensor]:
@@ -166,6 +185,9 @@ class Validation:
             logger.info(f"validation at step {step}, {weights} weights: {quality.text()}")
         if (best := verdict.progress.best_metric) is not None:
             curves |= {"best/mel_distance": best, "best/step": verdict.progress.best_step}
+        if verdict.unseen is not None:
+            curves |= {f"validation_unseen/{name}": value for name, value in verdict.unseen._asdict().items()}
+            logger.info(f"unseen speakers at step {step}, into trained voices: {verdict.unseen.text()}")
         self.tracker.scalars({name: value for name, value in curves.items() if not math.isnan(value)}, step)
         logger.info(f"validation at step {step}: {verdict.mean.text()}")
         if several:
