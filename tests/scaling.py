@@ -53,30 +53,36 @@ def make_recordings(folder: Path, count: int) -> None:
         (speaker / f"{i:06d}.wav").write_bytes(start + i.to_bytes(4, "little"))
 
 
-def make_units(recipe: Recipe, count: int) -> None:
-    """Clips and features of `count` recordings of 3 s, with the work list and the reports of both stages."""
+def make_units(recipe: Recipe, count: int, per_speaker: int | None = None) -> None:
+    """Clips and features of `count` recordings of 3 s, with the work list and the reports of both stages.
+
+    All are of one speaker, or `per_speaker` of each.
+    """
     work = workspace_of(recipe)
-    sources = [SourceFile(f"{i:06d}.wav", 0, 1000, 1, 3.0) for i in range(count)]
+    sources = [SourceFile(f"{i:06d}.wav", i // (per_speaker or count), 1000, 1, 3.0) for i in range(count)]
     work_list = WorkList(fingerprint("listing"), clip_files.clip_settings(recipe), cut_units(sources), ())
     settings = feature_files.feature_settings(recipe) | {"embedder": EMBEDDER_USED}
     rng = np.random.default_rng(0)
-    fingerprints = []
+    fingerprints, recordings = [], []
     for unit in work_list.units:
-        waves, features, clips, sized = {}, {}, [], []
+        waves, features, clips, sized, files = {}, {}, [], [], []
         for i, source in enumerate(unit.files):
             waves[f"{i:05d}"] = np.zeros(8, np.float32)
             features[f"{i:05d}.content"] = rng.normal(size=(NUM_CONTENT, WIDTH)).astype(np.float32)
             features[f"{i:05d}.f0"] = np.full(2 * NUM_CONTENT, 150.0, np.float32)
-            clips.append({"speaker": 0, "source": source.path, "start_s": 0.0})
+            clips.append({"speaker": source.speaker, "source": source.path, "start_s": 0.0})
+            made = {"sample_rate": RATE, "effective_rate": RATE, "clips": 1, "seconds_out": 3.0}
+            files.append(clip_files.file_entry(source, 3.0) | made)
             sizes = {"num_samples": NUM_SAMPLES, "num_content": NUM_CONTENT, "num_f0": 2 * NUM_CONTENT}
             sized.append(clips[-1] | sizes)
         fingerprints.append(unit.fingerprint(work_list.settings))
-        header = {"stamp": fingerprints[-1], "sample_rate": RATE, "clips": clips, "files": []}
+        header = {"stamp": fingerprints[-1], "sample_rate": RATE, "clips": clips, "files": files}
+        recordings += files
         save_arrays(work.clips_file(unit.id), waves, header)
         header = {"stamp": fingerprint(settings, fingerprints[-1]), "sample_rate": RATE, "clips": sized}
         save_arrays(work.features_file(unit.id), features, header | {"embedder": EMBEDDER_USED})
     work.work_list_file.write_text(work_list.dumps(), encoding="utf-8")
-    write_json(work.clips_report_file, {})
+    write_json(work.clips_report_file, clip_files.cut_report(recipe, recordings)[0])
     frames = count * NUM_CONTENT
     write_json(
         work.features_report_file, {"settings": settings, "clips": fingerprint(fingerprints), "content_frames": frames}

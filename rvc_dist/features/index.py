@@ -140,7 +140,7 @@ def run(recipe: Recipe, shard: Shard) -> None:
     if recipe.index.has_common:
         report = build(recipe, work, frames)
     if recipe.index.has_each:
-        speakers = ({"speaker": s} | build(recipe, work, frames.of(s), s) for s in frames.speakers)
+        speakers = ({"speaker": s} | build(recipe, work, own, s) for s, own in frames.by_speaker().items())
         report["speakers"] = list(speakers)
     files = {entry["file"] for entry in (report, *report.get("speakers", [])) if "file" in entry}
     for old in work.index_dir.glob("added_*.index"):
@@ -237,15 +237,14 @@ class Frames:
     def __len__(self) -> int:
         return sum(clip.length for _, clips in self.units for clip in clips)
 
-    @property
-    def speakers(self) -> list[int]:
-        """Rising ids of those who have frames."""
-        return sorted({clip.speaker for _, clips in self.units for clip in clips if clip.length})
-
-    def of(self, speaker: int) -> Frames:
-        """Those of a speaker alone."""
-        chosen = ((path, [c for c in clips if c.speaker == speaker]) for path, clips in self.units)
-        return Frames([(path, clips) for path, clips in chosen if clips], self.width)
+    def by_speaker(self) -> dict[int, Frames]:
+        """Those of each speaker who has any, by rising id."""
+        found: dict[int, dict[Path, list[ClipFrames]]] = {}
+        for path, clips in self.units:
+            for clip in clips:
+                found.setdefault(clip.speaker, {}).setdefault(path, []).append(clip)
+        every = {speaker: Frames(list(found[speaker].items()), self.width) for speaker in sorted(found)}
+        return {speaker: own for speaker, own in every.items() if len(own)}
 
     @classmethod
     def find(cls, work: Workspace) -> Frames:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ class UnvoicedCount:
         return cls(len(inside), len(inside) - len(voiced), int(np.count_nonzero(inside == FLOOR_HZ)))
 
     def __add__(self, other: UnvoicedCount) -> UnvoicedCount:
-        return UnvoicedCount(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return UnvoicedCount(self.frames + other.frames, self.zeros + other.zeros, self.floors + other.floors)
 
     @property
     def convention(self) -> str:

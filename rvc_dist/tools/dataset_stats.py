@@ -41,7 +41,7 @@ from rvc_dist.workspace import (
     WorkList,
     Workspace,
     printable,
-    read_header,
+    read_unit_file,
     unit_header,
 )
 
@@ -102,8 +102,12 @@ class Tally:
     """Voiced frames by their pitch in cents above C0."""
 
     def add(self, other: Tally) -> None:
+        self.recordings.update(other.recordings)  # in its place: a sum would be made anew for each of many speakers
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            if name != "recordings":
+                found = getattr(self, name)
+                found += value
+                setattr(self, name, found)
 
 
 class Quantity(NamedTuple):
@@ -241,25 +245,29 @@ def summarise(root: Path) -> Summary:
     if work_list is None:
         raise StageError(f"{work.clips_dir} has no clips:", "run `rvc-dist preprocess` or `import` first")
     by_speaker: dict[int, Tally] = defaultdict(Tally)
-    files: list[dict[str, Any]] = []
-    undone = work_list.undone(work)
+    left_out = [(f.path, f.reason) for f in work_list.excluded]
+    lost: list[dict[str, Any]] = []
+    seconds_in = 0.0
+    undone = {unit.id for unit in work_list.undone(work)}
     rate, bare = 0, 0
     for unit in work_list.units:
-        if unit not in undone:
+        if unit.id not in undone:
             header = unit_header(work.clips_file(unit.id), ClipsHeader, "preprocess")
             rate = header["sample_rate"]
-            files += map(dict, header["files"])
+            for file in header["files"]:
+                if file["clips"]:
+                    by_speaker[file["speaker"]].recordings[file["path"]] += 1
+                    by_speaker[file["speaker"]].seconds_in += file["seconds_in"]
+                if file["reason"]:
+                    left_out.append((file["path"], file["reason"]))
+                seconds_in += file["seconds_in"]
+            lost.append({"lost": sum_lost(list(map(dict, header["files"])))})
             add_waves(by_speaker, work, unit, header)
             bare += not add_pitch(by_speaker, work, unit, header)
     if not by_speaker:
         raise StageError(
             f"{work.clips_dir} has no clips yet:", "run `rvc-dist preprocess` or `import` to its end first"
         )
-    for file in files:
-        if file["clips"]:
-            by_speaker[file["speaker"]].recordings[file["path"]] += 1
-            by_speaker[file["speaker"]].seconds_in += file["seconds_in"]
-    left_out = [(f.path, f.reason) for f in work_list.excluded]
     total = Tally()
     for tally in by_speaker.values():
         total.add(tally)
@@ -275,9 +283,9 @@ def summarise(root: Path) -> Summary:
         total=figures(total, unvoiced),
         unvoiced=unvoiced,
         pitch=bands(total.cents),
-        left_out=left_out + [(f["path"], f["reason"]) for f in files if f["reason"]],
-        seconds_in=sum(f["seconds_in"] for f in files),
-        lost=sum_lost(files),
+        left_out=left_out,
+        seconds_in=seconds_in,
+        lost=sum_lost(lost),
     )
 
 
@@ -321,7 +329,8 @@ def add_pitch(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, clips_h
     """Count the f0 of one unit; False when it has no features of these clips."""
     path = work.features_file(unit.id)
     speakers = [c["speaker"] for c in clips_header["clips"]]
-    header = unit_header(path, FeaturesHeader, "extract") if read_header(path) else None
+    found = read_unit_file(path)
+    header = unit_header(path, FeaturesHeader, "extract", found) if found else None
     if header is None or [c["speaker"] for c in header["clips"]] != speakers:
         return False
     with safe_open(path, framework="numpy") as file:
@@ -329,9 +338,10 @@ def add_pitch(by_speaker: dict[int, Tally], work: Workspace, unit: Unit, clips_h
             tally, f0 = by_speaker[speaker], file.get_tensor(f"{i:05d}.f0")
             voiced = f0[f0 > 0.0].astype(np.float64)
             cents = np.clip(np.round(1200.0 * np.log2(voiced / LOWEST_HZ)), 0, NUM_CENTS - 1).astype(np.int64)
+            counts = np.bincount(cents)  # up to the highest of the clip
             tally.f0_frames += len(f0)
             tally.unvoiced += UnvoicedCount.of(f0)
-            tally.cents += np.bincount(cents, minlength=NUM_CENTS)
+            tally.cents[: len(counts)] += counts
     return True
 
 

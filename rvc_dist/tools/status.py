@@ -37,7 +37,6 @@ from rvc_dist.workspace import (
     Workspace,
     changes,
     fingerprint,
-    is_done,
     list_checkpoints,
     noted,
     printable,
@@ -261,16 +260,16 @@ def _preprocess(work: Workspace, recipe: Recipe) -> StageState:
 
 def _extract(work: Workspace, recipe: Recipe) -> StageState:
     report, work_list = feature_files.read_report(work), WorkList.load(work.work_list_file)
-    made = {} if work_list is None else {u: read_header(work.features_file(u.id)) for u in work_list.units}
-    if work_list is None or not (report or any(made.values())):
+    clips = work_list.fingerprints() if work_list is not None else {}
+    settings, made, done = feature_files.feature_settings(recipe), 0, 0
+    for unit, wanted in clips.items():
+        if header := read_header(work.features_file(unit.id)):
+            embedder = header.get("embedder", {})
+            known = (settings | {"embedder": embedder}, feature_files.imported_feature_settings(recipe, embedder))
+            made, done = made + 1, done + (header.get("stamp") in [fingerprint(s, wanted) for s in known])
+    if work_list is None or not (report or made):
         return StageState(MISSING)
-    settings, clips = feature_files.feature_settings(recipe), work_list.fingerprints()
-    done = 0
-    for unit, header in made.items():
-        embedder = (header or {}).get("embedder", {})
-        known = (settings | {"embedder": embedder}, feature_files.imported_feature_settings(recipe, embedder))
-        done += is_done(work.features_file(unit.id), *(fingerprint(s, clips[unit]) for s in known))
-    count = done, len(made)
+    count = done, len(clips)
     if work_list.undone(work):
         return StageState(STALE, "the clips are not all made", *count)
     if feature_files.complete(recipe):
