@@ -26,7 +26,7 @@ from rvc_dist.data import clip_files
 from rvc_dist.features import index
 from rvc_dist.report.facts import read_facts
 from rvc_dist.tools import dataset_stats, plan, status
-from rvc_dist.tools.doctor import data
+from rvc_dist.tools.doctor import data as doctor_data
 from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.workspace import Speakers, WorkList
 
@@ -66,17 +66,22 @@ def steps(recipe: Recipe) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "dataset", show_dataset
     yield "status", lambda: status.state_of(work.root)
     yield "report: facts", lambda: read_facts(work.root)
-    yield "doctor: data", lambda: list(data.check_data(DoctorContext(recipe)))
+    yield "doctor: data", lambda: list(doctor_data.check_data(DoctorContext(recipe)))
     yield "plan", lambda: plan.make_plan(recipe)
     yield "speakers of a voice", lambda: work.speakers().trained_info
     yield "index of each speaker", lambda: index.run(plain, ALONE) or len(list(work.index_dir.glob("*.index")))
 
 
+def recipe_in(folder: Path) -> Recipe:
+    """Of a run in `folder`."""
+    features = ExtractConfig(f0_method="pyin", embedder_model="mfcc", include_mutes=0)
+    data = DataConfig(audio_dir=str(folder / "audio"), sample_rate=scaling.RATE)
+    return narrow_recipe(folder / "run", data=data, extract=features, plan=PlanConfig(step_s=1.0))
+
+
 def main(folder: Path, count: int, per_speaker: int) -> None:
     logging.disable(logging.INFO)
-    features = ExtractConfig(f0_method="pyin", embedder_model="mfcc", include_mutes=0)
-    given = {"data": DataConfig(audio_dir=str(folder / "audio"), sample_rate=scaling.RATE), "extract": features}
-    recipe = narrow_recipe(folder / "run", **given, plan=PlanConfig(step_s=1.0))
+    recipe = recipe_in(folder)
     if not workspace_of(recipe).root.exists():
         apart(lambda: make_run(recipe, count, per_speaker))
     found = {}
