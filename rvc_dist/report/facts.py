@@ -44,7 +44,15 @@ LOG_BYTES, MAX_LOGS = 1 << 20, 64
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* (WARNING|ERROR|CRITICAL) (.*)")
 
 ClipsReport = record(
-    False, clips=Count, clip_seconds=Seconds, seconds_in=Seconds, lost=dict[str, Seconds], files=list[FileEntry]
+    False,
+    clips=Count,
+    clip_seconds=Seconds,
+    seconds_in=Seconds,
+    lost=dict[str, Seconds],
+    files_used=Count,
+    files_left_out=Count,
+    files_not_listed=Count,
+    files=list[FileEntry],
 )
 Best = record(best_metric=float | None, best_step=Count, best_epoch=Count)
 CheckpointState = record(False, progress=Best)
@@ -219,6 +227,9 @@ def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[s
     files = list(map(dict, report.get("files", [])))
     seconds_in, lost = report.get("seconds_in", 0.0), report.get("lost", {})
     used = [file for file in files if file["clips"]]
+    if not_listed := report.get("files_not_listed", 0):
+        told = "`rvc-dist dataset --survey` shows all, and all speakers"
+        notes.append(f"{work.clips_report_file} does not list {not_listed} recordings with nothing to say of: {told}.")
     rates = [(file["sample_rate"], file["seconds_in"]) for file in used if file.get("sample_rate")]
     by_speaker: dict[int, list[dict[str, Any]]] = {}
     for file in used:
@@ -229,8 +240,8 @@ def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[s
         minutes_in=seconds_in / 60,
         minutes=report.get("clip_seconds", 0.0) / 60,
         clips=report.get("clips", 0),
-        used=len(used),
-        left_out=len(files) - len(used),
+        used=report.get("files_used", len(used)),
+        left_out=report.get("files_left_out", len(files) - len(used)),
         speakers=[_speaker_row(speakers.label(s), by_speaker[s]) for s in sorted(by_speaker)],
         account=f"{account(seconds_in, lost).capitalize()}.",
         lost=[(why, seconds, seconds / max(seconds_in, seconds)) for why, seconds in lost.items() if seconds],
