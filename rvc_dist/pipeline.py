@@ -17,15 +17,19 @@ DATA_STAGES = ("data.preprocess", "features.extract", "features.index")
 def run(recipe: Recipe, shard: Shard, only_look: bool = False) -> None:
     """preprocess, extract, index, train, export; with `only_look` none of them, and training is elsewhere.
 
+    What `data.remote` holds is made already: then it begins with training.
+
     Raises:
         StageError: something that a stage needs is missing, before the first of them; and as the stages do.
         Stopped: as training does.
     """
-    if shard.is_first or os.environ.get("LOCAL_RANK") == "0":  # the others begin: those that wait for it end with it
+    here = recipe.data.remote is None
+    # One of each machine: the others begin, and those that wait for it end with it.
+    if here and (shard.is_first or os.environ.get("LOCAL_RANK") == "0"):
         importlib.import_module("rvc_dist.tools.doctor").look_ahead(recipe, shard.is_first, trains_here=not only_look)
     if only_look:
         return
-    for name in DATA_STAGES:
+    for name in DATA_STAGES if here else ():
         stage = importlib.import_module(f"rvc_dist.{name}")
         stage.run(recipe, shard)
         wait_for(f"the {name} stage of the other ranks", partial(stage.complete, recipe))

@@ -109,7 +109,7 @@ STAGES = {
         "rvc_dist.train.trainer",
         "Train the voice; continues from the newest checkpoint.",
         reads="name run_dir data.sample_rate data.holdout data.holdout_speakers data.remote"
-        " extract.include_mutes model train",
+        " data.cache_dir data.cache_gb extract.include_mutes model train",
         checks="data.audio_dir preprocess extract export.author export.weights infer",
         examples=("--config my.yaml", "--config rtx run_dir=runs/alice train.batch_size=8 train.pretrained=rvc"),
     ),

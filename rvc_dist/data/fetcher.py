@@ -33,6 +33,8 @@ from rvc_dist.workspace import StageError, read_json
 logger = logging.getLogger("rvc_dist.data.fetcher")
 
 SCHEDULE, POSITIONS, ASKED, FAILURE = "schedule.json", "positions", "asked", "failure.json"
+NOW, AHEAD = "now", "ahead"
+"""In the names of files in ASKED, UNIT.KIND.PROCESS: for the step that a rank makes, or for some later one."""
 CACHED = "cached.json"
 """A copy of the manifest that the units in the cache are of."""
 LOCK, GATE, PREPARING = "fetching.lock", "gate.lock", "preparing.lock"
@@ -101,6 +103,7 @@ def prepare(start: Start) -> None:
     """
     folder, storage = Path(start["folder"]), Storage(start["url"])
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / GATE).touch()
     with locked(folder / PREPARING):  # one process after the other: the second finds all there
         new = folder / f".{MANIFEST}.new"
         try:
@@ -124,7 +127,7 @@ def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
     cached = folder / CACHED
     before = Manifest.read(cached, str(cached)).files if cached.is_file() else {}
     kept = {name for name, stored in manifest.files.items() if stored == before.get(name)}
-    kept |= {*manifest.small, LOCK, GATE, PREPARING, MANIFEST, CACHED}
+    kept |= {*manifest.small, POSITIONS, LOCK, GATE, PREPARING, MANIFEST, CACHED}
     for path in [*folder.iterdir(), *folder.glob("*/*")]:
         if path.is_file() and path.relative_to(folder).as_posix() not in kept:
             path.unlink()
@@ -168,11 +171,13 @@ class Cache:
             self._note(*self._ended.get(timeout=POLL_S))
         self._read_schedule()
         windows = [window for window in self.schedule if window.end > (position := self.position)]
-        asked = self._asked()
+        asked, ahead = self._asked()
         turn = {unit: (-1, unit) for unit in asked}
         for number, window in enumerate(windows):
             for place, unit in enumerate(window.units):
                 turn.setdefault(unit, (number, place))
+        for unit in ahead:
+            turn.setdefault(unit, (len(windows), unit))
         now = {*asked, *(unit for window in windows if window.first <= position for unit in window.units)}
         for unit in sorted(turn, key=lambda u: turn[u]):
             if unit in self.here or unit in self.busy:
@@ -225,8 +230,8 @@ class Cache:
                 needed = sum(self.sizes[u] for u in now)
                 raise StageError(
                     f"data.cache_gb {self.allowed_bytes / 1e9:g}: the units that steps read at once take "
-                    f"{needed / 1e9:.3f} GB;",
-                    f"set data.cache_gb to {2.5 * needed / 1e9:.3f} or more, or data.read_order local",
+                    f"{needed / 1e9:.3g} GB;",
+                    f"set data.cache_gb to {2.5 * needed / 1e9:.3g} or more, or data.read_order local",
                 )
             elif self._full is not None and time.monotonic() - self._full[1] > DISK_S:
                 raise StageError(
@@ -240,16 +245,17 @@ class Cache:
 
     def _remove(self, unit: int) -> None:
         with locked(self.folder / GATE):
-            if unit not in self._asked():
+            if unit not in self._asked()[0]:
                 for name in unit_names(unit):
                     (self.folder / name).unlink(missing_ok=True)
                 self.here.discard(unit)
                 os.utime(self.folder / GATE)  # so that readers close it
 
-    def _asked(self) -> list[int]:
-        """Units that processes wait for, or are about to open."""
-        found = {int(name.partition(".")[0]) for name in os.listdir(self.folder / ASKED)}
-        return sorted(found & self.sizes.keys())
+    def _asked(self) -> tuple[set[int], set[int]]:
+        """Units that ranks wait for, or are about to open; and that their loader processes will need some time."""
+        names = [name.split(".") for name in os.listdir(self.folder / ASKED)]
+        asked, ahead = ({int(unit) for unit, kind, _ in names if kind == wanted} for wanted in (NOW, AHEAD))
+        return asked & self.sizes.keys(), ahead & self.sizes.keys()
 
     def _is_here(self, name: str) -> bool:
         path = self.folder / name

@@ -23,10 +23,12 @@ from pathlib import Path
 
 from rvc_dist.config import Recipe
 from rvc_dist.data.fetcher import (
+    AHEAD,
     ASKED,
     FAILURE,
     GATE,
     LOCK,
+    NOW,
     POSITION,
     POSITIONS,
     SCHEDULE,
@@ -43,6 +45,8 @@ from rvc_dist.workspace import FeaturesHeader, StageError, Workspace, fingerprin
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
+ENDED = -1
+"""A position: this rank reads no more."""
 LOOK_S = 1.0
 """Between two looks at whether what fetches is alive."""
 ENDED_S = 20.0
@@ -98,7 +102,7 @@ class RemoteRun(Workspace):
             self.sha256 = look.answer()
         self.manifest = Manifest.read(folder / MANIFEST, f"{url}/{MANIFEST}")
         self._owner, self._asked, self._removed_at = os.getpid(), "", 0
-        self._positions: int | None = None
+        self._positions = os.open(folder / POSITIONS, os.O_RDWR | os.O_CREAT, 0o644)
 
     def clips_file(self, unit: int) -> Path:
         return self._wait_for("clips", unit)
@@ -108,12 +112,16 @@ class RemoteRun(Workspace):
 
     def read_to(self, position: int) -> None:
         """This rank has made so many steps, counted from the first of this job."""
-        if self._positions is None:
-            self._positions = os.open(self.root / POSITIONS, os.O_RDWR | os.O_CREAT, 0o644)
         os.pwrite(self._positions, POSITION.pack(position), POSITION.size * self._local_rank)
 
+    def stop_reading(self) -> None:
+        """Let loader processes of this rank that wait for a unit wait no longer."""
+        self.read_to(ENDED)
+
     def _wait_for(self, kind: str, unit: int) -> Path:
-        """The unit's file, which stays at least until this process asks for another unit's.
+        """The unit's file, which a rank has until it asks for another unit's.
+
+        In a loader process, whose steps may be far ahead, it may be gone again when it is opened.
 
         Raises:
             StageError: it cannot be had; as what fetches has said.
@@ -121,21 +129,29 @@ class RemoteRun(Workspace):
         path = self.unit_file(kind, unit)
         if self._asked and not self._asked.startswith(f"{unit:05d}."):
             self._let_go()
-        if os.getpid() == self._owner or not path.exists():  # a loader process reads what the schedule says
-            self._ask(unit)
+        if os.getpid() == self._owner:
+            self._ask(unit, NOW)
+        elif not path.exists():  # it is in the schedule, or will soon be
+            self._ask(unit, AHEAD)
         looked_at, alone_since = time.monotonic(), time.monotonic()
         while not path.exists():
             time.sleep(POLL_S)
+            if os.getpid() != self._owner and self._position() == ENDED:
+                raise StageError("nobody waits for this unit any more")
             if (now := time.monotonic()) - looked_at > LOOK_S:
                 looked_at = now
                 if self._is_served():
                     alone_since = now
-                elif now - alone_since > ENDED_S or (self.root / FAILURE).exists():
-                    raise self._failure(f"{self.url}: what fetched its units has ended;")
+                elif now - alone_since > ENDED_S or self.failure() is not None:
+                    ended = StageError(f"{self.url}: what fetched its units has ended;", "start the same command again")
+                    raise self.failure() or ended
         return path
 
-    def _ask(self, unit: int) -> None:
-        wanted = f"{unit:05d}.{os.getpid()}"
+    def _position(self) -> int:
+        return int(POSITION.unpack(os.pread(self._positions, POSITION.size, POSITION.size * self._local_rank))[0])
+
+    def _ask(self, unit: int, kind: str) -> None:
+        wanted = f"{unit:05d}.{kind}.{os.getpid()}"
         if self._asked == wanted:
             return
         with locked(self.root / GATE, shared=True):
@@ -157,11 +173,12 @@ class RemoteRun(Workspace):
         with locked(self.root / LOCK, 0, shared=True) as free:
             return not free
 
-    def _failure(self, what: str) -> StageError:
-        if (path := self.root / FAILURE).exists():
-            values = read_json(path)
+    def failure(self) -> StageError | None:
+        """Why what fetches for this job has ended, if it has."""
+        with contextlib.suppress(FileNotFoundError):
+            values = read_json(self.root / FAILURE)
             return StageError(values["what"], values["remedy"])
-        return StageError(what, "the same command goes on from the last checkpoint")
+        return None
 
 
 class Fetcher:

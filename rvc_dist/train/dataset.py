@@ -19,9 +19,10 @@ from torch.utils.data import Dataset, Sampler
 
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
 from rvc_dist.data.number_formats import FULL_SCALE, clip_bytes_per_s, feature_bytes_per_s
+from rvc_dist.data.remote import RemoteRun, data_of, unit_headers
 from rvc_dist.train import memory
 from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by, unseen_speakers
-from rvc_dist.workspace import FeaturesHeader, MuteHeader, StageError, Workspace, read_header, unit_files, unit_header
+from rvc_dist.workspace import MuteHeader, StageError, Workspace, read_header, unit_header
 
 logger = logging.getLogger(__name__)
 
@@ -195,13 +196,12 @@ class ClipTable:
         Raises:
             StageError: the features are missing, or no clip is long enough to train on.
         """
-        work = Workspace(recipe.run_dir, recipe.name)
+        work = data_of(recipe)
         if not work.features_report_file.is_file():
             raise StageError(f"{work.features_dir} has no features:", "run `rvc-dist extract` first")
         spec = recipe.rate_spec
         clips, short, embedder = [], 0, {}
-        for path in unit_files(work.features_dir):
-            header = unit_header(path, FeaturesHeader, "extract")
+        for unit, path, header in unit_headers(work):
             if header["sample_rate"] != recipe.data.sample_rate:
                 raise StageError(
                     f"{path} belongs to clips of {header['sample_rate']} Hz, the recipe says data.sample_rate "
@@ -215,7 +215,7 @@ class ClipTable:
                 if frames < spec.segment // spec.hop + 1:
                     short += 1
                     continue
-                clips.append(ClipRef.of(header, int(path.stem), i, clip["num_samples"], frames))
+                clips.append(ClipRef.of(header, unit, i, clip["num_samples"], frames))
         if short:
             logger.warning("%d clips are shorter than the training segment and are left out", short)
         if not clips:
@@ -428,13 +428,26 @@ class ClipDataset(Dataset[list[Batch]]):
 
     def _tensors(self, clip: ClipRef) -> tuple[Any, Tensor, Tensor, Tensor | None]:
         """The whole wave [S], or what reads a part of it; content [T50, C]; f0 and energy [T100]."""
-        features = _open(self.units.mute_file if clip.unit == MUTE else self.units.features_file(clip.unit))
+        if isinstance(self.units, RemoteRun) and self.units.has_removed():
+            _open.cache_clear()  # a file that is open takes its room
         if clip.unit == MUTE:
-            wave = torch.zeros(clip.num_frames * self.spec.hop, dtype=self.wave_kind)
+            features, wave = (
+                _open(self.units.mute_file),
+                torch.zeros(clip.num_frames * self.spec.hop, dtype=self.wave_kind),
+            )
         else:
-            wave = _open(self.units.clips_file(clip.unit)).get_slice(clip.key)
+            features = self._opened(self.units.features_file, clip.unit)
+            wave = self._opened(self.units.clips_file, clip.unit).get_slice(clip.key)
         energy = features.get_tensor(f"{clip.key}.energy") if self.has_energy else None
         return wave, features.get_tensor(f"{clip.key}.content"), features.get_tensor(f"{clip.key}.f0"), energy
+
+    def _opened(self, file_of: Callable[[int], Path], unit: int) -> Any:
+        while True:
+            try:
+                return _open(file_of(unit))
+            except FileNotFoundError:
+                if not isinstance(self.units, RemoteRun):  # whose cache removed it in between
+                    raise
 
 
 class CachedClips(ClipDataset):

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rvc_dist.config import Recipe
+from rvc_dist.data.remote import data_of
 from rvc_dist.data.sources import hashless, named, other_recordings
 from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
 from rvc_dist.train.holdout import choice, validated
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import BEST_BY
-from rvc_dist.workspace import Workspace, fingerprint, read_json
+from rvc_dist.workspace import fingerprint, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
         ends_s[of] = max(ends_s.get(of, 0.0), clip.start_s + clip.duration_s)
     # What an older version of rvc_dist cut has no hash: then the name and the end of what was cut stand for it.
     recordings = {c.content or f"{c.source} to {ends_s[c.speaker, c.source]:.2f} s": c.source for c in clips}
-    report = Workspace(recipe.run_dir, recipe.name).clips_report_file
+    report = data_of(recipe).clips_report_file
     return {
         "recordings": recordings,
         "train": fingerprint([(c.source, c.unit, c.key, c.num_frames) for c in table.train]),

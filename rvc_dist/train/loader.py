@@ -32,6 +32,7 @@ from rvc_dist.train.dataset import (
     ClipTable,
     make_dataset,
 )
+from rvc_dist.train.feeding import Feed
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import StageError, Stopped
 
@@ -53,7 +54,8 @@ class StepLoader:
         self.recipe, self.num_ranks, self.heartbeat = recipe, int(accelerator.num_processes), heartbeat
         lengths = [c.num_frames for c in table.train]
         self.sampler = BucketBatchSampler.of(config, lengths, self.num_ranks, self.rank)
-        self.dataset = make_dataset(recipe, table, self.device)
+        self.feed = Feed(recipe, table, self.sampler)
+        self.dataset = make_dataset(recipe, table, self.device, self.feed.data)
         settings = loader_settings(config, self.device, isinstance(self.dataset, CachedClips))
         self.settings = fit_shared_memory(recipe, table, settings)
         self.died: list[int] = []
@@ -70,6 +72,7 @@ class StepLoader:
         """`progress` one step later."""
         self.left_in_epoch -= 1
         progress = progress.advanced(self.sampler.global_batch_size, epoch_ends=self.left_in_epoch == 0)
+        self.feed.advance(progress, epoch_ended=self.left_in_epoch == 0)
         self.left_in_epoch = self.left_in_epoch or self.sampler.steps_per_epoch
         return progress
 
@@ -80,12 +83,14 @@ class StepLoader:
     def steps(self, progress: Progress) -> Generator[list[Batch], None, None]:
         """The micro-batches of each step after `progress`; when it is closed, the loader's processes end."""
         self.sampler.start_at(progress.epoch, progress.batches_done)
+        self.feed.begin(progress)
         loaded = iter(make_loader(self.dataset, self.sampler, self.settings))
         try:
             with self.heartbeat.noted():
                 copied = copied_ahead if self.settings["pin_memory"] else copied_in_turn
                 yield from copied(loaded, self.device)
         finally:
+            self.feed.end()
             self.died = end_loader(loaded)
 
     @contextmanager
@@ -100,6 +105,7 @@ class StepLoader:
                 yield steps
             except RuntimeError as error:
                 steps.close()
+                self.feed.check()  # without the stack of the loader process that heard of it
                 if isinstance(error, StageError | Stopped) or not self.died:
                     raise
                 reason = signal.strsignal(-self.died[0]) if self.died[0] < 0 else self.died[0]
@@ -115,7 +121,7 @@ class StepLoader:
         workers = self.settings["num_workers"]
         readers = f"its {workers} loader process(es) read" if workers else "it reads"
         return (
-            f"the clips of step {step + self.settings['pin_memory']}, which {readers} from {self.dataset.work.root}",
+            f"the clips of step {step + self.settings['pin_memory']}, which {readers} from {self.feed.where}",
             "see whether that disk answers; where it is only slow, raise train.num_workers or train.timeout_s",
         )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from rvc_dist.config import Recipe
 from rvc_dist.data import clip_files
+from rvc_dist.data.remote import data_of
 from rvc_dist.features import feature_files
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.launcher import zero_stage
@@ -37,8 +38,9 @@ def load_clips(recipe: Recipe, work: Workspace) -> ClipTable:
     """
     table = ClipTable.load(recipe)
     work.check_name()
-    clip_files.check_made(recipe, work)
-    feature_files.check_made(recipe, work)
+    work.root.mkdir(parents=True, exist_ok=True)  # where data.remote has the units, nothing has made it yet
+    clip_files.check_made(recipe, data_of(recipe))
+    feature_files.check_made(recipe, data_of(recipe))
     return table
 
 
@@ -75,7 +77,8 @@ def find_origin(
         on_first_rank(accelerator, partial(fingerprint.check, path, saved.data, data))
         progress = fingerprint.adjusted(saved.progress, saved.data, data)
         trained += saved.speakers.trained
-    return Origin(shape, modules, identity, data, progress, Speakers.of(work.speakers().info, trained)), saved
+    speakers = Speakers.of(data_of(recipe).speakers().info, trained)
+    return Origin(shape, modules, identity, data, progress, speakers), saved
 
 
 def budget(recipe: Recipe, table: ClipTable, loader: StepLoader, done: Progress) -> int:

@@ -130,7 +130,9 @@ class Trainer:
         on_first_rank(self.accelerator, self._prepare_run_folder)  # not before the checkpoint has accepted the recipe
         compiled = {f"compiled {name}": yes for name, yes in self.compiled.items()}
         encoder = {"speaker encoder": speaker_encoder.PACKAGE if speaker_encoder.weights_file() else "none"}
-        check_same_settings(self.accelerator, compiled | {"ZeRO stage": zero_stage(self.accelerator)} | encoder)
+        data = {"data.remote": self.loader.feed.remote.sha256} if self.loader.feed.remote else {}
+        more = data | encoder | {"ZeRO stage": zero_stage(self.accelerator)}
+        check_same_settings(self.accelerator, compiled | more)
         self.ranks = every_rank(self.accelerator)
         self.tracker = Tracker(recipe, self.progress.step + 1, self.is_main and not self.is_finished)
         self.validation = Validation(recipe, self.table, self.loader.dataset, self.accelerator, self.tracker)
@@ -347,6 +349,7 @@ class Trainer:
         )
 
     def close(self) -> None:
+        self.loader.feed.close()
         self.writer.wait(min(WRITE_S, self.config.timeout_s))
         self.listening.close()
         self.tracker.close()

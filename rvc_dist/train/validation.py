@@ -18,10 +18,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rvc_dist.config import Recipe
+from rvc_dist.data.remote import RemoteRun
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
-from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
+from rvc_dist.train.dataset import ClipData, ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
 from rvc_dist.train.ema import Ema
 from rvc_dist.train.holdout import LISTED, validated
 from rvc_dist.train.progress import Progress
@@ -79,6 +80,7 @@ class Validation:
         self.clips = validated(recipe, table)
         self.ear = Ear(recipe, accelerator.device)
         self.unseen = UnseenSpeech(recipe, table, dataset, self.ear)
+        self._read: dict[ClipRef, ClipData] = {}
         self._heard: dict[ClipRef, Heard] = {}
         """Of real clips, those that this rank compares."""
         self._first: tuple[Tensor, Tensor] | None = None
@@ -158,7 +160,9 @@ class Validation:
         The state of random numbers is as before.
         """
         device, guided = self.accelerator.device, self.recipe.model.pitch_guidance
-        read = self.dataset.read(clip)
+        read = self._read.get(clip) or self.dataset.read(clip)
+        if isinstance(self.dataset.units, RemoteRun):  # else its unit would be fetched each time
+            self._read[clip] = read
         frames = len(read.content)
         micro = MicroBatchSpec(clips=(0,), epoch=0, padded_frames=frames, loss_scale=1.0, mean_frames=frames)
         batch = collate([read], micro, self.recipe.rate_spec, seeds=(0,)).to(device)

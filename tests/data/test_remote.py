@@ -68,7 +68,6 @@ def limited(recipe: Recipe, units: float) -> Recipe:
 
 def cache_of(recipe: Recipe, units: float, num_ranks: int = 1) -> Cache:
     run = opened(recipe)
-    (run.root / fetcher.GATE).touch()
     most = round(units * max(run.manifest.unit_bytes.values()))
     return Cache(Storage(run.url), run.root, run.manifest, most, num_ranks)
 
@@ -157,8 +156,13 @@ def test_what_somebody_waits_for_comes_first_and_the_farthest_gives_way(recipe: 
     cache = cache_of(recipe, 4.5)
     plan(cache, Window([0, 1], 0, 10), Window([2, 3], 10, 20))
     work_until(cache, 0, 1, 2, 3)
-    (cache.folder / fetcher.ASKED / "00005.1").touch()
+    (cache.folder / fetcher.ASKED / "00005.now.1").touch()
     work_until(cache, 0, 1, 2, 5)
+    (cache.folder / fetcher.ASKED / "00004.ahead.1").touch()
+    work_until(cache, 0, 1, 2, 5)  # a loader process is ahead of the plan: it waits until there is room
+    (cache.folder / fetcher.ASKED / "00005.now.1").unlink()
+    at(cache, 20)
+    work_until(cache, 2, 0, 1, 4)
 
 
 def test_a_cache_that_holds_no_window_says_what_it_needs(recipe: Recipe) -> None:
