@@ -2,25 +2,27 @@
 # A fresh cloud instance: driver check, environment, data, and the whole run on all GPUs. The same command goes on after
 # an interruption, on this instance or on another one.
 # Usage: bash launch/cloud.sh RECIPE DATA [--section.key VALUE ...]
-#   DATA   a folder of recordings (a mounted disk, for example), or an rclone path such as bucket:voices/alice
+#   DATA   a folder of recordings (a mounted disk, for example), an rclone path such as bucket:voices/alice, or what
+#          `rvc-dist upload` made (s3://bucket/alice, gs://, hf://): trained from there, nothing is copied first
 #   SAVE   (environment) an rclone path where the run folder is kept: fetched first, sent every SAVE_EVERY_S seconds
 #          (default 300) and at the end. Not needed when run_dir is on a disk that outlives the instance. Nothing is
 #          deleted there: what the run removes or replaces is moved to REPLACED (default: SAVE with .replaced after it),
 #          where of the checkpoints the KEEP_REPLACED (default 3) with the most steps stay.
 #   RANKS  (environment) ranks to start; default: one a GPU. On a machine without GPU it must be given.
 set -euo pipefail
-usage() { sed -n '4,11p' "$0" >&2; exit 2; }
+usage() { sed -n '4,12p' "$0" >&2; exit 2; }
 recipe=${1:-} data=${2:-}
 [[ -n $recipe && -n $data ]] || usage
 shift 2
 [[ -f $recipe ]] || { echo "cloud.sh: $recipe is not a file; expected a recipe such as configs/48k.yaml" >&2; exit 2; }
 recipe=$(realpath "$recipe")
-is_remote() { [[ $1 == *:* && ! -e $1 ]]; }
+is_remote() { [[ $1 == *:* && $1 != *://* && ! -e $1 ]]; }
+is_uploaded() { [[ $1 =~ ^(s3|gs|hf|file):// ]]; }
 if { is_remote "$data" || [[ -n ${SAVE:-} ]]; } && ! command -v rclone > /dev/null; then
   echo "cloud.sh: $data or SAVE needs rclone: https://rclone.org/install, then \`rclone config\`" >&2
   exit 1
 fi
-if ! is_remote "$data"; then
+if ! is_remote "$data" && ! is_uploaded "$data"; then
   [[ -d $data ]] || { echo "cloud.sh: $data is not a folder; is the disk mounted?" >&2; exit 1; }
   data=$(realpath "$data")
 fi
@@ -35,7 +37,9 @@ if [[ -z ${RANKS:-} ]]; then
   nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,noheader
 fi
 
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "${EXTRAS:-$([[ -z ${RANKS:-} ]] && echo gpu || echo cpu),f0,formats}"
+extras=$([[ -z ${RANKS:-} ]] && echo gpu || echo cpu),f0,formats
+case $data in s3://*) extras+=,s3 ;; gs://*) extras+=,gcs ;; esac
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "${EXTRAS:-$extras}"
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if (( gpus == 0 )) && [[ -z ${RANKS:-} ]]; then
   echo "cloud.sh: the driver is there but torch sees no GPU: it is probably too old for this torch; see" \
@@ -54,6 +58,8 @@ if is_remote "$data"; then
   rclone copy "$data" "$run_dir.audio" # a changed recording is fetched again, the others are not
   data=$run_dir.audio
 fi
+from=(--data.audio_dir "$data")
+! is_uploaded "$data" || from=(--data.remote "$data")
 # Half-written files and folders stay here, and so does the lock of this machine's job.
 kept=(--exclude '.*.tmp' --exclude '.*.tmp/**' --exclude '/train.lock*')
 save() {
@@ -116,7 +122,7 @@ fi
 # A group of its own, so that the notice of an interruption (SIGTERM) reaches the launcher and its ranks, which save a
 # checkpoint and end. Bash runs a trap only between commands, hence the wait.
 set -m
-accelerate launch "${launcher[@]}" -m rvc_dist run --config "$recipe" "$@" --data.audio_dir "$data" &
+accelerate launch "${launcher[@]}" -m rvc_dist run --config "$recipe" "$@" "${from[@]}" &
 job=$!
 if [[ -n ${SAVE:-} ]]; then
   (while sleep "${SAVE_EVERY_S:-300}"; do save || echo "cloud.sh: not saved to $SAVE, trying again later" >&2; done) &

@@ -59,6 +59,7 @@ TRAINING = ("train", "run")
 """Stages that hold the run folder's lock."""
 
 _RUN = "name run_dir data preprocess extract index model train export"
+_REMOTE = "data.remote data.cache_dir data.cache_gb"
 _KERNELS = "train.fast_train train.deterministic"
 _CUTS = "preprocess.chunk_len preprocess.overlap_len preprocess.cut_method"
 _FORMATS = "preprocess.clip_format extract.content_format"
@@ -108,8 +109,8 @@ STAGES = {
     "train": Stage(
         "rvc_dist.train.trainer",
         "Train the voice; continues from the newest checkpoint.",
-        reads="name run_dir data.sample_rate data.holdout data.holdout_speakers data.remote"
-        " data.cache_dir data.cache_gb extract.include_mutes model train",
+        reads=f"name run_dir data.sample_rate data.holdout data.holdout_speakers {_REMOTE} extract.include_mutes model"
+        " train",
         checks="data.audio_dir preprocess extract export.author export.weights infer",
         examples=("--config my.yaml", "--config rtx run_dir=runs/alice train.batch_size=8 train.pretrained=rvc"),
     ),

@@ -161,6 +161,16 @@ def trained(machine: dict[str, str], tmp_path: Path, **more: str) -> tuple[int |
     return process.returncode, output
 
 
+def test_what_was_uploaded_is_trained_from_where_it_is(machine: dict[str, str], tmp_path: Path) -> None:
+    accelerate = tmp_path / "venv" / "bin" / "accelerate"
+    accelerate.write_text(f'#!/usr/bin/env bash\necho "$*" > {tmp_path}/told\n')
+    (tmp_path / "venv" / "bin" / "rclone").unlink()  # nothing is copied
+    process = cloud(machine, ROOT / "configs" / "demo_cpu.yaml", "s3://bucket/alice", RANKS="1")
+    output = finish(process, timeout_s=60)
+    assert process.returncode == 0, output
+    assert (tmp_path / "told").read_text().endswith("demo_cpu.yaml --data.remote s3://bucket/alice\n")
+
+
 def write_checkpoint(folder: Path, step: int) -> None:
     states = {name: OptimizerState({}, []) for name in checkpoint.MODELS}
     models: dict[str, dict[str, Tensor]] = {name: {} for name in checkpoint.MODELS}

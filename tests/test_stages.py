@@ -94,12 +94,15 @@ def test_a_stage_reads_what_its_entry_says(found: set[str], tmp_path: Path, monk
     )
     experiment = replace(recipe.export, format="applio", folder="experiment")
     imported = replace(recipe, run_dir="imported", data=replace(recipe.data, audio_dir="experiment"))
+    there = replace(recipe.data, remote=Path("there").absolute().as_uri(), cache_dir="cache")
+    elsewhere = replace(recipe, run_dir="elsewhere", data=there)
     pretrained = replace(recipe, model=ModelConfig(), data=DataConfig(), train=TrainConfig(pretrained="rvc"))
     voices = ["run/voice/tiny_last.pth"] * 2
     runs: list[tuple[str, Recipe, dict[str, Any]]] = [
         *((name, recipe, {}) for name in ("plan", "preprocess", "extract", "index", "train", "export", "infer")),
         ("export", replace(recipe, export=experiment), {}),
-        ("upload", replace(recipe, data=replace(recipe.data, remote=Path("there").absolute().as_uri())), {}),
+        ("upload", replace(recipe, data=there), {}),
+        ("train", elsewhere, {}),
         ("import", imported, {}),
         *((name, recipe, {}) for name in ("doctor", "plan", "bench")),
         ("fetch", pretrained, {}),
