@@ -162,7 +162,7 @@ def test_what_somebody_waits_for_comes_first_and_the_farthest_gives_way(recipe: 
     work_until(cache, 0, 1, 2, 5)  # a loader process is ahead of the plan: it waits until there is room
     (cache.folder / fetcher.ASKED / "00005.now.1").unlink()
     at(cache, 20)
-    work_until(cache, 2, 0, 1, 4)
+    work_until(cache, 1, 2, 4, 5)  # one that nobody needs any more gave way
 
 
 def test_a_cache_that_holds_no_window_says_what_it_needs(recipe: Recipe) -> None:
