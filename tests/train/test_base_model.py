@@ -1,14 +1,49 @@
-"""What the page of base models says of hours."""
+"""A base model of several speakers, exported and fine-tuned on another; and what its page says of hours."""
 
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from rvc_dist.config import recipe_of
+import pytest
+from helpers import changed, make_features, tiny_recipe, train, with_train, workspace_of
+
+from rvc_dist.config import Recipe, recipe_of
+from rvc_dist.report.history import read_history
 from rvc_dist.tools.plan import training_clips
 from rvc_dist.train.dataset import MUTE_SOURCE
+from rvc_dist.voice import export
+from rvc_dist.workspace import Shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "base-models.md"
+
+
+def mel_losses(recipe: Recipe) -> list[float]:
+    lines = read_history(workspace_of(recipe).history_file)
+    return [line["values"]["loss/g_mel"] for line in lines if line["kind"] == "step"]
+
+
+@pytest.mark.slow
+def test_a_base_model_is_a_better_beginning_for_a_new_speaker_than_random_numbers(tmp_path):
+    options = {"adversarial_from_step": 30, "ema_decay": 0.9, "warmup_steps": 5, "learning_rate": 2e-3}
+    base = tiny_recipe(tmp_path / "base", max_steps=40, eval_every_steps=40, save_every_steps=40, **options)
+    base = changed(base, "data", holdout_speakers=1)
+    make_features(base, num_clips=12, speakers=(0, 1, 2, 3))
+    saved = train(base)
+    assert saved.ema
+    export.run(changed(base, "export", format="pretrained"), Shard(0, 1))
+    folder = tmp_path / "base" / "export" / "pretrained"
+    files = {"pretrained_g": str(folder / "f0G24k_tiny.pth"), "pretrained_d": str(folder / "f0D24k_tiny.pth")}
+
+    found = {}
+    for name, given in (("scratch", {}), ("tuned", files), ("fresh", files | {"fresh_speakers": True})):
+        recipe = with_train(tiny_recipe(tmp_path / name, max_steps=6), **given)
+        make_features(recipe, num_clips=9, speakers=(5,), voice="another")
+        tuned = train(recipe)
+        found[name] = statistics.mean(mel_losses(recipe))
+        assert len(tuned.models["generator"]["emb_g.weight"]) == 6, "the base has 4 rows, the new speaker's id is 5"
+    assert found["tuned"] < 0.8 * found["scratch"], found
+    assert found["fresh"] < 0.8 * found["scratch"], found
 
 
 def test_the_page_plans_hours_that_are_not_there():
