@@ -12,7 +12,7 @@ from pathlib import Path
 from rvc_dist import packaged, pipeline
 from rvc_dist.config import Recipe, load_recipe
 from rvc_dist.report.history import read_history
-from rvc_dist.workspace import DEMO_VOICE_DIR, Shard, Workspace
+from rvc_dist.workspace import DEMO_BASE_DIR, DEMO_VOICE_DIR, Shard, Workspace
 
 COMPARED_STEPS = 20
 MEL_LOSS = "loss/g_mel"
@@ -24,8 +24,14 @@ def recipe_file() -> Path:
 
 def demo_options() -> list[tuple[str, str]]:
     """The demo's recipe as options; the user's own come after them."""
-    audio_dir, source = DEMO_VOICE_DIR / "voice", DEMO_VOICE_DIR / "source" / "fr.flac"
-    return [("config", str(recipe_file())), ("data.audio_dir", str(audio_dir)), ("infer.input", str(source))]
+    files = {
+        "config": recipe_file(),
+        "data.audio_dir": DEMO_VOICE_DIR / "voice",
+        "train.pretrained_g": DEMO_BASE_DIR / "f0G24k_demo_base.pth",
+        "train.pretrained_d": DEMO_BASE_DIR / "f0D24k_demo_base.pth",
+        "infer.input": DEMO_VOICE_DIR / "source" / "fr.flac",
+    }
+    return [(key, str(path)) for key, path in files.items()]
 
 
 def run(recipe: Recipe, shard: Shard) -> None:

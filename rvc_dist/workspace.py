@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 3
 """Part of every fingerprint: raise it when a stage's output changes for the same settings."""
 DEMO_VOICE_DIR = Path(__file__).parent / "demo_voice"
+DEMO_BASE_DIR = Path(__file__).parent / "demo_base"
 HEADER_KEY = "rvc_dist"
 """All metadata of a safetensors file is one JSON text: the format keeps several keys in no fixed order."""
 MIN_UNIT_S, MAX_UNIT_S, MAX_UNITS = 20.0, 600.0, 512
