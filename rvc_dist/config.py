@@ -174,6 +174,14 @@ class DataConfig:
     holdout_speakers: SomeSpeakers = 0
     """Speakers whom training never hears: validation converts their speech into trained voices, and says apart how well
     pitch, voicing, loudness and content follow. It does not choose the best checkpoint."""
+    balance: Fraction = 0.0
+    """How equal speakers are in an epoch, whose clips stay as many: 0 gives each clip one turn, 1 all speakers equally
+    many turns, and between them one of n clips has turns in proportion to n ** (1 - balance)."""
+    read_order: Literal["auto", "shuffled", "local"] = "auto"
+    """shuffled: all clips; local: units, and clips within windows of units, for data that exceeds the memory; auto:
+    local where clips and features take more than half of it (of the node that has least; a run keeps the choice)."""
+    window_gb: AboveZero | None = None
+    """Of local: clips and features that are shuffled together; null: a quarter of that memory."""
     remote: Annotated[Text, _REMOTE] | None = None
     """Where training reads clips and features from instead of the run folder, and `upload` puts them: s3://bucket/path,
     gs://bucket/path, hf://datasets/owner/name/path, or file:///folder for a slow disk. Needs the extra s3 or gcs."""

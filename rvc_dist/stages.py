@@ -61,6 +61,7 @@ TRAINING = ("train", "run")
 _RUN = "name run_dir data preprocess extract index model train export"
 _REMOTE = "data.remote data.cache_dir data.cache_gb"
 _KERNELS = "train.fast_train train.deterministic"
+_SAMPLING = "data.holdout data.holdout_speakers data.balance data.read_order data.window_gb"
 _CUTS = "preprocess.chunk_len preprocess.overlap_len preprocess.cut_method"
 _FORMATS = "preprocess.clip_format extract.content_format"
 _TRACKERS = "extract.f0_model extract.f0_penn_model extract.f0_djcm_model extract.f0_crepe_model"
@@ -109,8 +110,7 @@ STAGES = {
     "train": Stage(
         "rvc_dist.train.trainer",
         "Train the voice; continues from the newest checkpoint.",
-        reads=f"name run_dir data.sample_rate data.holdout data.holdout_speakers {_REMOTE} extract.include_mutes model"
-        " train",
+        reads=f"name run_dir data.sample_rate {_SAMPLING} {_REMOTE} extract.include_mutes model train",
         checks="data.audio_dir preprocess extract export.author export.weights infer",
         examples=("--config my.yaml", "--config rtx run_dir=runs/alice train.batch_size=8 train.pretrained=rvc"),
     ),
@@ -258,7 +258,7 @@ STAGES = {
     "bench": Stage(
         "rvc_dist.tools.bench",
         "Measure training steps; --parity compares losses with float32 ones.",
-        reads="name run_dir data.sample_rate data.holdout data.holdout_speakers model train bench",
+        reads=f"name run_dir data.sample_rate {_SAMPLING} model train bench",
         checks="data.audio_dir preprocess extract",
         examples=("--config my.yaml", "--config my.yaml --bench.plain true", "--config my.yaml --parity"),
         options=(Option("--parity", key="bench.parity", value="true"),),

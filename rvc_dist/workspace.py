@@ -317,6 +317,8 @@ class TrainedOn(TypedDict, total=False):
     dataset_length: str
     holdout: list[float]
     held_from_s: dict[str, Seconds]
+    balance: float
+    window_frames: Count
 
 
 SpeakersFile = record(False, speakers=list[Speaker], trained=list[SpeakerId])

@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from rvc_dist.config import TrainConfig
-from rvc_dist.train.dataset import BUCKET_FRAMES, MIN_STEPS_PER_EPOCH, BucketBatchSampler
 from rvc_dist.train.progress import Progress, total_steps
+from rvc_dist.train.sampler import BUCKET_FRAMES, MIN_STEPS_PER_EPOCH, BucketBatchSampler
 
 WORLD_SIZES = tuple(2**i for i in range(11))
 """1 to 1024."""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,13 @@ from rvc_dist.runtime.launcher import asks_for
 from rvc_dist.tools.plain_step import PlainDiscriminator, PlainTrainer
 from rvc_dist.train import bad_steps, memory, setup
 from rvc_dist.train.bad_steps import RecentStep
-from rvc_dist.train.dataset import BUCKET_FRAMES, Batch
+from rvc_dist.train.clips import ClipList
+from rvc_dist.train.dataset import Batch
 from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.losses import wanted
 from rvc_dist.train.metrics import Meter, PhaseTimer
 from rvc_dist.train.progress import kl_warmup
+from rvc_dist.train.sampler import BUCKET_FRAMES
 from rvc_dist.train.step import GanStep, StepResult
 from rvc_dist.train.trainer import take_step
 from rvc_dist.workspace import StageError, Workspace
@@ -145,13 +146,13 @@ class MeasuredRun:
         if self.table.embedder["name"] == MADE_UP:  # a large global batch needs many clips, but no different ones
             clips, whole = self.table.train, self.config.global_batch(self.num_ranks)
             num_batches = max(NUM_GLOBAL_BATCHES, -(-len(clips) // whole))
-            self.table = replace(self.table, train=tuple(islice(cycle(clips), num_batches * whole)))
+            self.table = replace(self.table, train=ClipList.of(clips).take(np.arange(num_batches * whole) % len(clips)))
         if accelerator.is_main_process:
             setup.report_holdout(recipe, self.table)
         origin, _ = setup.find_origin(recipe, accelerator, self.work, self.table)
         self.progress, self.shape = origin.progress, origin.shape
         heartbeat = Heartbeat()
-        self.loader = StepLoader(recipe, self.table, accelerator, heartbeat, self.progress)
+        self.loader = StepLoader(recipe, self.table, accelerator, heartbeat, self.progress, origin.sampling)
         self.total_steps = setup.budget(recipe, self.table, self.loader, self.progress)
         networks, self.compiled, self.reducer = setup.prepare_networks(
             recipe, accelerator, self.work, origin, self.total_steps, self.loader, heartbeat.sent

@@ -42,7 +42,8 @@ from rvc_dist.tools.made_up import CONTENT_WIDTH
 from rvc_dist.tools.measuring import recipe_key
 from rvc_dist.tools.tables import console, print_table, say
 from rvc_dist.tools.tracing import TracedStep, trace
-from rvc_dist.train.dataset import ClipRef, ClipTable, cached_bytes
+from rvc_dist.train.clips import ClipRef
+from rvc_dist.train.dataset import ClipTable, cached_bytes
 from rvc_dist.workspace import ClipsHeader, Shard, StageError, Workspace, read_json, unit_files, unit_header
 
 logger = logging.getLogger(__name__)

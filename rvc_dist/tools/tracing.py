@@ -21,9 +21,10 @@ from rvc_dist.config import Recipe
 from rvc_dist.models import spectral
 from rvc_dist.tools.measuring import flop_counter
 from rvc_dist.train import networks
-from rvc_dist.train.dataset import BUCKET_FRAMES, Batch, ClipTable
+from rvc_dist.train.dataset import Batch, ClipTable
 from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.optimizers import make_optimizer
+from rvc_dist.train.sampler import BUCKET_FRAMES
 from rvc_dist.train.step import GanStep
 
 MOST_MICRO_BATCHES = 2

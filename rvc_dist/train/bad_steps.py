@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rvc_dist.train import checkpoint
-from rvc_dist.train.dataset import Batch, ClipRef
+from rvc_dist.train.clips import ClipRef
+from rvc_dist.train.dataset import Batch
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.step import StepResult
 from rvc_dist.workspace import StageError

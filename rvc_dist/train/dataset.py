@@ -1,4 +1,4 @@
-"""Batches: the dataset over the run's safetensors files, and the one sampler that decides who trains on what.
+"""Batches: the clips that a run has, and the dataset over its safetensors files.
 
 Shapes: B clips, T spectrogram frames, S = T * hop samples, C content channels.
 """
@@ -6,7 +6,7 @@ Shapes: B clips, T spectrogram frames, S = T * hop samples, C content channels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,63 +15,21 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe, TrainConfig
+from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe
 from rvc_dist.data.number_formats import FULL_SCALE, clip_bytes_per_s, feature_bytes_per_s
 from rvc_dist.data.remote import RemoteRun, data_of, unit_headers
 from rvc_dist.train import memory
+from rvc_dist.train.clips import MUTE, MUTE_SOURCE, ClipList, ClipRef
 from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by, unseen_speakers
+from rvc_dist.train.sampler import MicroBatchSpec
 from rvc_dist.workspace import MuteHeader, StageError, Workspace, read_header, unit_header
 
 logger = logging.getLogger(__name__)
 
-BUCKET_FRAMES = 50
-"""Clips are padded to a multiple of this many frames: at most 900 / 50 = 18 shapes."""
-MIN_STEPS_PER_EPOCH = 4
-"""Full steps an epoch below which a run is warned of its global batch, and more ranks are said not to pay."""
-MUTE_SOURCE = ""
-"""The source of the silent clips, which belong to no recording."""
-MUTE = -1
-"""In place of a unit: the silent clip."""
 CACHE_SHARE = 0.5
 """Of the device's free memory, what a cached dataset may take: the rest is for the step."""
-
-Clips = np.ndarray[Any, np.dtype[np.int64]]
-"""Numbers of clips in the training list."""
-BatchesDone = Sequence[tuple[int, int]]
-"""What of an epoch was trained on: (size of the global batch, steps of that size), one entry a change of size."""
-
-
-@dataclass(frozen=True)
-class ClipRef:
-    """Where one training clip lies, what it was cut from, and how long it is."""
-
-    unit: int
-    key: str
-    speaker: int
-    source: str
-    """The recording."""
-    num_frames: int
-    """Once wave, content and f0 are trimmed to the shortest."""
-    start_s: float = 0.0
-    """In its recording."""
-    duration_s: float = 0.0
-    """Of all its samples."""
-    content: str = ""
-    """Hash of the recording, where it is known."""
-    repeat: int = 1
-    """How often it counts in an epoch."""
-    guessed: bool = False
-    """`start_s` is: so of its recording all is held out, or nothing, where that is possible."""
-
-    @classmethod
-    def of(cls, header: Mapping[str, Any], unit: int, index: int, num_samples: int, num_frames: int) -> ClipRef:
-        """Clip `index` of a unit with this `header`."""
-        clip, duration_s = header["clips"][index], num_samples / header["sample_rate"]
-        where = (clip["speaker"], str(clip["source"]), num_frames, clip["start_s"], duration_s)
-        more = clip.get("content", ""), clip.get("repeat", 1), clip.get("guessed", False)
-        return cls(unit, f"{index:05d}", *where, *more)
 
 
 @dataclass(frozen=True)
@@ -129,17 +87,6 @@ class Batch:
                 value.record_stream(stream)
 
 
-@dataclass(frozen=True)
-class MicroBatchSpec:
-    """One micro-batch of one rank, before anything is read."""
-
-    clips: tuple[int, ...]
-    epoch: int
-    padded_frames: int
-    loss_scale: float
-    mean_frames: float
-
-
 class ClipData(NamedTuple):
     """One clip as it is trained on. Wave and content are as they are stored, until they are put into a batch."""
 
@@ -174,8 +121,8 @@ def covered_frames(rate: int, hop: int, num_samples: int, num_content: int, num_
 class ClipTable:
     """All clips of a run, split into training and validation: see `rvc_dist.train.holdout`."""
 
-    train: tuple[ClipRef, ...]
-    holdout: tuple[ClipRef, ...]
+    train: Sequence[ClipRef]
+    holdout: Sequence[ClipRef]
     content_channels: int
     embedder: dict[str, Any]
     num_speakers: int
@@ -187,7 +134,8 @@ class ClipTable:
     @property
     def trained_speakers(self) -> tuple[int, ...]:
         """The speakers that the networks hear, in rising order: silent clips alone teach nobody's voice."""
-        return tuple(sorted({c.speaker for c in self.train if c.source != MUTE_SOURCE}))
+        rows = ClipList.of(self.train).rows
+        return tuple(np.unique(rows["speaker"][rows["unit"] != MUTE]).tolist())
 
     @classmethod
     def load(cls, recipe: Recipe) -> ClipTable:
@@ -200,22 +148,27 @@ class ClipTable:
         if not work.features_report_file.is_file():
             raise StageError(f"{work.features_dir} has no features:", "run `rvc-dist extract` first")
         spec = recipe.rate_spec
-        clips, short, embedder = [], 0, {}
-        for unit, path, header in unit_headers(work):
-            if header["sample_rate"] != recipe.data.sample_rate:
-                raise StageError(
-                    f"{path} belongs to clips of {header['sample_rate']} Hz, the recipe says data.sample_rate "
-                    f"{recipe.data.sample_rate}:",
-                    "run `rvc-dist preprocess` and `extract` again",
-                )
-            embedder = dict(header["embedder"])
-            for i, clip in enumerate(header["clips"]):
-                sizes = clip["num_samples"], clip["num_content"], clip["num_f0"]
-                frames = covered_frames(recipe.data.sample_rate, spec.hop, *sizes)
-                if frames < spec.segment // spec.hop + 1:
-                    short += 1
-                    continue
-                clips.append(ClipRef.of(header, unit, i, clip["num_samples"], frames))
+        short, embedder = 0, {}
+
+        def found() -> Iterator[ClipRef]:
+            nonlocal short, embedder
+            for unit, path, header in unit_headers(work):
+                if header["sample_rate"] != recipe.data.sample_rate:
+                    raise StageError(
+                        f"{path} belongs to clips of {header['sample_rate']} Hz, the recipe says data.sample_rate "
+                        f"{recipe.data.sample_rate}:",
+                        "run `rvc-dist preprocess` and `extract` again",
+                    )
+                embedder = dict(header["embedder"])
+                for i, clip in enumerate(header["clips"]):
+                    sizes = clip["num_samples"], clip["num_content"], clip["num_f0"]
+                    frames = covered_frames(recipe.data.sample_rate, spec.hop, *sizes)
+                    if frames < spec.segment // spec.hop + 1:
+                        short += 1
+                    else:
+                        yield ClipRef.of(header, unit, i, clip["num_samples"], frames)
+
+        clips = ClipList.of(found())
         if short:
             logger.warning("%d clips are shorter than the training segment and are left out", short)
         if not clips:
@@ -237,25 +190,34 @@ class ClipTable:
         What the run was trained on stays on its side.
         """
         work = Workspace(recipe.run_dir, recipe.name)
-        num_speakers, unseen = max(c.speaker for c in clips) + 1, list[ClipRef]()
+        listed, shares = ClipList.of(clips), list[SpeakerShare]()
+        num_speakers, unseen = int(listed.rows["speaker"].max()) + 1, listed[:0]
         if recipe.data.holdout_speakers:
-            ids = sorted({c.speaker for c in clips})
+            ids = np.unique(listed.rows["speaker"]).tolist()
             left_out = unseen_speakers(recipe, ids, work.speakers(), work.heard_speakers())
-            unseen = [c for c in clips if c.speaker in left_out]
-            clips = [c for c in clips if c.speaker not in left_out]
+            is_unseen = np.isin(listed.rows["speaker"], [*left_out])
+            unseen, listed = listed.take(is_unseen), listed.take(~is_unseen)
         _, trained_on = work.trained_on()
         settled = settled_by(trained_on, recipe.data.holdout, recipe.train.seed)
-        held, lost, shares = hold_out(clips, recipe.data.holdout, recipe.train.seed, settled)
-        speakers = sorted({c.speaker for c in clips})
-        train = (c for c in clips if c not in held and c not in lost for _ in range(c.repeat))
+        is_held, is_lost = np.zeros((2, len(listed)), bool)
+        speakers, of_speaker = np.unique(listed.rows["speaker"], return_inverse=True)
+        by_speaker = np.split(np.argsort(of_speaker, kind="stable"), np.cumsum(np.bincount(of_speaker))[:-1])
+        for numbers in by_speaker:  # a speaker's clips alone are objects at any moment
+            its_clips = list(listed.take(numbers))
+            held, lost, its_shares = hold_out(its_clips, recipe.data.holdout, recipe.train.seed, settled)
+            is_held[numbers], is_lost[numbers] = ([c in part for c in its_clips] for part in (held, lost))
+            shares += its_shares
+        trained = np.flatnonzero(~(is_held | is_lost))
+        train = listed.take(np.repeat(trained, listed.rows["repeat"][trained]))
+        silent = [c for s in speakers.tolist() for c in mutes(s)]
         return cls(
-            train=(*train, *(c for s in speakers for c in mutes(s))),
-            holdout=tuple(c for c in clips if c in held),
+            train=train + ClipList.of(silent) if silent else train,
+            holdout=listed.take(is_held),
             content_channels=embedder["width"],
             embedder=embedder,
             num_speakers=num_speakers,
-            shares=shares,
-            unseen=tuple(unseen),
+            shares=tuple(shares),
+            unseen=unseen,
         )
 
 
@@ -266,112 +228,6 @@ def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:
     sizes = header["num_samples"], header["num_content"], header["num_f0"]
     frames = covered_frames(recipe.data.sample_rate, recipe.rate_spec.hop, *sizes)
     return [ClipRef(MUTE, "00000", speaker, MUTE_SOURCE, frames)] * recipe.extract.include_mutes
-
-
-class BucketBatchSampler(Sampler[tuple[MicroBatchSpec, ...]]):
-    """Global batches of clips of like length, and this rank's part of each: a pure function of its arguments.
-
-    Clips are shuffled, put into buckets by padded length, and cut into global batches of batch_size * accum_steps *
-    num_ranks, or of `global_batch_size`, of which some ranks may have more than others; what is left of a bucket moves
-    up into the next one, so only one batch an epoch, the last of the largest bucket, can be short. A short batch is
-    dealt evenly; a rank that gets none computes a padding clip, whose losses are scaled by 0. Thus every clip is seen
-    exactly once an epoch on any number of ranks. One item is one step: its micro-batches.
-    """
-
-    def __init__(
-        self,
-        lengths: list[int],
-        batch_size: int,
-        num_ranks: int,
-        rank: int,
-        seed: int,
-        accum_steps: int = 1,
-        global_batch_size: int | None = None,
-    ) -> None:
-        self.lengths = np.minimum(np.asarray(lengths, dtype=np.int64), MAX_CLIP_FRAMES)
-        self.batch_size, self.num_ranks, self.rank, self.seed = batch_size, num_ranks, rank, seed
-        self.global_batch_size = global_batch_size or batch_size * accum_steps * num_ranks
-        self._start: tuple[int, BatchesDone] = (0, ())
-
-    @classmethod
-    def of(cls, config: TrainConfig, lengths: list[int], num_ranks: int, rank: int) -> BucketBatchSampler:
-        sizes = (config.batch_size, num_ranks, rank, config.seed, config.grad_accum_steps, config.keep_global_batch)
-        return cls(lengths, *sizes)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.lengths) // self.global_batch_size)
-
-    @property
-    def exceeds_dataset(self) -> bool:
-        """Whether the global batch is more than the clips bear: an epoch has fewer than MIN_STEPS_PER_EPOCH of it."""
-        return self.global_batch_size * MIN_STEPS_PER_EPOCH > len(self.lengths)
-
-    @property
-    def num_padding_clips(self) -> int:
-        """Clips an epoch that a rank computes for nothing, because its batch has none for it: mostly the short one."""
-        num_full, short = divmod(len(self.lengths), self.global_batch_size)
-        return num_full * self._num_padding(self.global_batch_size) + self._num_padding(short)
-
-    def _num_padding(self, num_clips: int) -> int:
-        num_micro = -(-num_clips // (self.batch_size * self.num_ranks))
-        return max(0, self.num_ranks * num_micro - num_clips)
-
-    def start_at(self, epoch: int, batches_done: BatchesDone) -> None:
-        """Where the next iteration begins: in `epoch`, after the steps that `batches_done` counts."""
-        self._start = (epoch, batches_done)
-
-    def global_batches(self, epoch: int, batches_done: BatchesDone = ()) -> list[Clips]:
-        """The clip numbers of every global batch of an epoch that is left, in order; the same on all ranks.
-
-        When the size of the global batch changed within the epoch (a run resumed on another number of ranks), the clips
-        that were not yet seen are cut anew, and none is seen twice.
-        """
-        left = self._generator(epoch).permutation(len(self.lengths))
-        for part, (size, num_steps) in enumerate(batches_done):
-            batches = self._cut(left, size, self._generator(epoch, part))
-            if size == self.global_batch_size and part == len(batches_done) - 1:
-                return batches[num_steps:]
-            left = left[~np.isin(left, np.concatenate(batches[:num_steps]))]
-        return self._cut(left, self.global_batch_size, self._generator(epoch, len(batches_done)))
-
-    def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64([self.seed, *key]))
-
-    def _cut(self, order: Clips, size: int, rng: np.random.Generator) -> list[Clips]:
-        buckets = -(-self.lengths[order] // BUCKET_FRAMES)
-        batches, carried = [], order[:0]
-        for bucket in np.unique(buckets):
-            clips = np.concatenate([carried, order[buckets == bucket]])
-            full = len(clips) // size * size
-            batches += list(clips[:full].reshape(-1, size))
-            carried = clips[full:]
-        if len(carried):
-            batches.append(carried)
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-    def rank_batches(self, clips: Clips, epoch: int) -> tuple[MicroBatchSpec, ...]:
-        """This rank's micro-batches of a global batch: as many as are needed, the same number on every rank."""
-        num_micro = -(-len(clips) // (self.batch_size * self.num_ranks))
-        lengths = self.lengths[clips]
-        return tuple(
-            MicroBatchSpec(
-                clips=tuple((mine if len(mine) else clips[:1]).tolist()),
-                epoch=epoch,
-                padded_frames=int(-(-lengths.max() // BUCKET_FRAMES) * BUCKET_FRAMES),
-                loss_scale=len(mine) * self.num_ranks / len(clips),
-                mean_frames=float(lengths.sum()) / self.num_ranks,
-            )
-            for mine in np.array_split(clips, self.num_ranks * num_micro)[self.rank :: self.num_ranks]
-        )
-
-    def __iter__(self) -> Iterator[tuple[MicroBatchSpec, ...]]:
-        """Endless: epoch after epoch, from the start that was set."""
-        epoch, batches_done = self._start
-        while True:
-            for clips in self.global_batches(epoch, batches_done):
-                yield self.rank_batches(clips, epoch)
-            epoch, batches_done = epoch + 1, ()
 
 
 class UnitFiles(Protocol):
@@ -386,7 +242,7 @@ class UnitFiles(Protocol):
 class ClipDataset(Dataset[list[Batch]]):
     """Reads whole steps: one item is the micro-batches of one rank."""
 
-    def __init__(self, recipe: Recipe, clips: tuple[ClipRef, ...], units: UnitFiles | None = None) -> None:
+    def __init__(self, recipe: Recipe, clips: Sequence[ClipRef], units: UnitFiles | None = None) -> None:
         self.work = Workspace(recipe.run_dir, recipe.name)
         self.units: UnitFiles = units or self.work
         self.clips = clips
@@ -398,19 +254,23 @@ class ClipDataset(Dataset[list[Batch]]):
         return [self.read_batch(micro) for micro in micro_batches]
 
     def read_batch(self, micro: MicroBatchSpec) -> Batch:
-        clips = [self.read(self.clips[i], self._first_frame(i, micro.epoch)) for i in micro.clips]
-        return collate(clips, micro, self.spec, tuple(self._noise_seed(i, micro.epoch) for i in micro.clips))
+        clips = [self.read(self._clip(draw), self._first_frame(draw, micro.epoch)) for draw in micro.clips]
+        seeds = tuple(self._noise_seed(draw, micro.epoch) for draw in micro.clips)
+        return collate(clips, replace(micro, clips=tuple(d % len(self.clips) for d in micro.clips)), self.spec, seeds)
 
-    def _first_frame(self, index: int, epoch: int) -> int:
-        """Long clips show another part of at most 900 frames each epoch; the choice needs no state."""
-        spare = self.clips[index].num_frames - MAX_CLIP_FRAMES
+    def _clip(self, draw: int) -> ClipRef:
+        return self.clips[draw % len(self.clips)]
+
+    def _first_frame(self, draw: int, epoch: int) -> int:
+        """Long clips show another part of at most 900 frames each time; the choice needs no state."""
+        spare = self._clip(draw).num_frames - MAX_CLIP_FRAMES
         if spare <= 0:
             return 0
-        return int(np.random.Generator(np.random.PCG64([self.seed, epoch, index])).integers(spare + 1))
+        return int(np.random.Generator(np.random.PCG64([self.seed, epoch, draw])).integers(spare + 1))
 
-    def _noise_seed(self, index: int, epoch: int) -> int:
-        """The noise of a clip in an epoch is the same on any rank of any number: nothing of it needs saving."""
-        return int(np.random.SeedSequence([self.seed, epoch, index, 1]).generate_state(1, np.uint64)[0])
+    def _noise_seed(self, draw: int, epoch: int) -> int:
+        """The noise of a draw is the same on any rank of any number: nothing of it needs saving."""
+        return int(np.random.SeedSequence([self.seed, epoch, draw, 1]).generate_state(1, np.uint64)[0])
 
     def read(self, clip: ClipRef, first: int = 0) -> ClipData:
         """A clip from frame `first` on, at most MAX_CLIP_FRAMES of it: aligned and trimmed."""
@@ -454,7 +314,7 @@ class CachedClips(ClipDataset):
     """A dataset that lies in a device's memory: read once, never copied again."""
 
     def __init__(
-        self, recipe: Recipe, clips: tuple[ClipRef, ...], device: torch.device, units: UnitFiles | None = None
+        self, recipe: Recipe, clips: Sequence[ClipRef], device: torch.device, units: UnitFiles | None = None
     ) -> None:
         super().__init__(recipe, clips, units)
         self._cache = {clip: self._load(clip, device) for clip in dict.fromkeys(clips)}
@@ -468,13 +328,17 @@ class CachedClips(ClipDataset):
         return self._cache[clip] if clip in self._cache else super()._tensors(clip)
 
 
-def cached_bytes(recipe: Recipe, clips: tuple[ClipRef, ...], content_channels: int) -> int:
+def bytes_per_s(recipe: Recipe, content_channels: int) -> float:
+    """Of clips with their features, as they are stored."""
+    return clip_bytes_per_s(recipe) + feature_bytes_per_s(recipe, content_channels)
+
+
+def cached_bytes(recipe: Recipe, clips: Sequence[ClipRef], content_channels: int) -> int:
     """Device memory that `CachedClips` takes: as much as the clips and features on the disk."""
     different = dict.fromkeys(clips)
     seconds = sum(c.num_frames for c in different) * recipe.rate_spec.hop / recipe.data.sample_rate
-    of_wave, of_features = clip_bytes_per_s(recipe), feature_bytes_per_s(recipe, content_channels)
     reach_s = len(different) * recipe.rate_spec.reach / recipe.data.sample_rate
-    return round(seconds * (of_wave + of_features) + reach_s * of_wave)
+    return round(seconds * bytes_per_s(recipe, content_channels) + reach_s * clip_bytes_per_s(recipe))
 
 
 def part_with_reach(wave: Any, first: int, last: int, reach: int) -> Tensor:

@@ -12,8 +12,9 @@ from rvc_dist.config import Recipe
 from rvc_dist.data.fetcher import Window
 from rvc_dist.data.remote import Fetcher, RemoteRun, data_of
 from rvc_dist.runtime.background import Background
-from rvc_dist.train.dataset import MUTE, BatchesDone, BucketBatchSampler, ClipTable
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.progress import Progress
+from rvc_dist.train.sampler import BatchesDone, BucketBatchSampler
 
 
 class Feed:
@@ -25,7 +26,6 @@ class Feed:
         self.where = self.remote.url if self.remote is not None else str(self.data.root)
         self._fetcher = Fetcher(self.remote) if self.remote is not None and self.remote.is_leader else None
         self._planner = Background("the plan of what is fetched") if self._fetcher is not None else None
-        self._units = sorted({clip.unit for clip in table.train} - {MUTE}) if self._fetcher is not None else []
         self._windows: list[Window] = []
         self._position = 0
 
@@ -74,9 +74,6 @@ class Feed:
         assert self._fetcher is not None
         begins = self._windows[-1].end if self._windows else 0
         left = [window for window in self._windows if window.end > self._position]
-        if hasattr(sampler, "windows"):
-            new = [Window([*w.units], w.first, w.end) for w in sampler.windows(epoch, batches_done)]
-        else:  # each step may read any unit
-            new = [Window(self._units, 0, len(sampler.global_batches(epoch, batches_done)))]
-        self._windows = left + [Window(w.units, begins + w.first, begins + w.end) for w in new]
+        new = sampler.windows(epoch, batches_done)
+        self._windows = left + [Window([*w.units], begins + w.first, begins + w.end) for w in new]
         self._fetcher.plan(self._windows)

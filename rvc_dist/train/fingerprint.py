@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rvc_dist.config import Recipe
 from rvc_dist.data.remote import data_of
 from rvc_dist.data.sources import hashless, named, other_recordings
-from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
+from rvc_dist.train import reading
+from rvc_dist.train.clips import MUTE, ClipList
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.holdout import choice, validated
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import BEST_BY
-from rvc_dist.workspace import fingerprint, read_json
+from rvc_dist.workspace import FORMAT_VERSION, fingerprint, read_json
 
 logger = logging.getLogger(__name__)
 
 
 def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
     """Plain data: the recordings by their content, fingerprints of both sides of the split, the dataset's length."""
-    clips = [c for c in (*table.train, *table.holdout) if c.source != MUTE_SOURCE]
-    ends_s: dict[tuple[int, str], float] = {}
-    for clip in clips:
-        of = (clip.speaker, clip.source)
-        ends_s[of] = max(ends_s.get(of, 0.0), clip.start_s + clip.duration_s)
+    train = ClipList.of(table.train)
+    clips = train + ClipList.of(table.holdout)
+    clips = clips.take(clips.rows["unit"] != MUTE)
+    _, of = np.unique(clips.rows[["speaker", "source"]], return_inverse=True)
+    ends_s = np.zeros(len(clips))
+    np.maximum.at(ends_s, of, clips.rows["start_s"] + clips.rows["duration_s"])
+    _, firsts = np.unique(clips.rows[["speaker", "source", "content"]], return_index=True)
+    firsts.sort()
     # What an older version of rvc_dist cut has no hash: then the name and the end of what was cut stand for it.
-    recordings = {c.content or f"{c.source} to {ends_s[c.speaker, c.source]:.2f} s": c.source for c in clips}
+    recordings = {
+        c.content or f"{c.source} to {end_s:.2f} s": c.source
+        for c, end_s in zip(clips.take(firsts), ends_s[of[firsts]].tolist(), strict=True)
+    }
     report = data_of(recipe).clips_report_file
     return {
         "recordings": recordings,
-        "train": fingerprint([(c.source, c.unit, c.key, c.num_frames) for c in table.train]),
+        "train": _fingerprint(train),
         "validation": fingerprint(
             BEST_BY, recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]
         ),
         "dataset_length": read_json(report)["total_dataset_duration"] if report.is_file() else "",
         **choice(recipe.data.holdout, recipe.train.seed, table.holdout),
     }
+
+
+def _fingerprint(clips: ClipList) -> str:
+    """`workspace.fingerprint` of where these lie and how long they are, without all of its text at once."""
+    digest = hashlib.sha256(f"[{FORMAT_VERSION}, [".encode())
+    for first in range(0, len(clips), 4096):
+        part = [(c.source, c.unit, c.key, c.num_frames) for c in clips[first : first + 4096]]
+        digest.update(f"{', ' if first else ''}{json.dumps(part)[1:-1]}".encode())
+    digest.update(b"]]")
+    return digest.hexdigest()[:16]
 
 
 def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -63,6 +85,8 @@ def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         logger.warning(
             "the data changed since %s: %s; the epoch begins anew", path.name, ", ".join(told) or "other clips of it"
         )
+    if changed := reading.told(before, now):
+        logger.warning("since %s: %s; the epoch begins anew", path.name, changed)
     if before["validation"] != now["validation"]:
         logger.warning(
             "validation has other clips, another seed or another measure since %s: the best begins anew", path.name
@@ -73,4 +97,5 @@ def adjusted(progress: Progress, before: dict[str, Any], now: dict[str, Any]) ->
     """Where training goes on with the data of `now`: places in an epoch and metrics mean nothing on other clips."""
     if before.get("validation") != now["validation"]:
         progress = replace(progress, best_metric=None, best_step=0, best_epoch=0)
-    return replace(progress, batches_done=()) if before and before["train"] != now["train"] else progress
+    is_same = before.get("train") == now["train"] and not reading.told(before, now)
+    return progress if is_same or not before else replace(progress, batches_done=())

@@ -22,7 +22,8 @@ from rvc_dist.workspace import StageError
 
 if TYPE_CHECKING:
     from rvc_dist.config import Recipe
-    from rvc_dist.train.dataset import ClipRef, ClipTable
+    from rvc_dist.train.clips import ClipRef
+    from rvc_dist.train.dataset import ClipTable
     from rvc_dist.workspace import Speakers, TrainedOn
 
 LEAST_S = 10.0

@@ -38,6 +38,7 @@ from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.runtime.background import Background
 from rvc_dist.train.checkpoint import discard
+from rvc_dist.train.clips import ClipRef
 from rvc_dist.train.conversion import (
     CONTEXT,
     Fed,
@@ -48,7 +49,7 @@ from rvc_dist.train.conversion import (
     semitones_to,
     with_context,
 )
-from rvc_dist.train.dataset import ClipDataset, ClipRef, ClipTable, place
+from rvc_dist.train.dataset import ClipDataset, ClipTable, place
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
     IndexReport,

@@ -23,17 +23,11 @@ from rvc_dist.runtime.hang_killer import end_with_parent
 from rvc_dist.runtime.heartbeat import Heartbeat
 from rvc_dist.runtime.launcher import cores_of_rank, local_ranks, world_size
 from rvc_dist.runtime.logs import ends_within
-from rvc_dist.train.dataset import (
-    BUCKET_FRAMES,
-    Batch,
-    BucketBatchSampler,
-    CachedClips,
-    ClipDataset,
-    ClipTable,
-    make_dataset,
-)
+from rvc_dist.train.clips import ClipList
+from rvc_dist.train.dataset import Batch, CachedClips, ClipDataset, ClipTable, make_dataset
 from rvc_dist.train.feeding import Feed
 from rvc_dist.train.progress import Progress
+from rvc_dist.train.sampler import BUCKET_FRAMES, BucketBatchSampler, Sampling
 from rvc_dist.workspace import StageError, Stopped
 
 logger = logging.getLogger(__name__)
@@ -48,12 +42,19 @@ class StepLoader:
     """What a rank trains on, step by step: as many micro-batches a step as the recipe says, on the rank's device."""
 
     def __init__(
-        self, recipe: Recipe, table: ClipTable, accelerator: Accelerator, heartbeat: Heartbeat, progress: Progress
+        self,
+        recipe: Recipe,
+        table: ClipTable,
+        accelerator: Accelerator,
+        heartbeat: Heartbeat,
+        progress: Progress,
+        sampling: Sampling,
     ) -> None:
         config, self.device, self.rank = recipe.train, accelerator.device, accelerator.process_index
         self.recipe, self.num_ranks, self.heartbeat = recipe, int(accelerator.num_processes), heartbeat
-        lengths = [c.num_frames for c in table.train]
-        self.sampler = BucketBatchSampler.of(config, lengths, self.num_ranks, self.rank)
+        clips = ClipList.of(table.train)
+        lengths = clips.rows["num_frames"]
+        self.sampler = BucketBatchSampler.of(config, lengths, self.num_ranks, self.rank, sampling, clips)
         self.feed = Feed(recipe, table, self.sampler)
         self.dataset = make_dataset(recipe, table, self.device, self.feed.data)
         settings = loader_settings(config, self.device, isinstance(self.dataset, CachedClips))
@@ -159,7 +160,8 @@ class ReadAhead(NamedTuple):
     @classmethod
     def measure(cls, recipe: Recipe, table: ClipTable, settings: Mapping[str, Any]) -> ReadAhead:
         config, spec, num_ranks = recipe.train, recipe.rate_spec, local_ranks()
-        frames = min(max((c.num_frames for c in table.train), default=MAX_CLIP_FRAMES), MAX_CLIP_FRAMES)
+        frames = int(ClipList.of(table.train).rows["num_frames"].max(initial=0)) or MAX_CLIP_FRAMES
+        frames = min(frames, MAX_CLIP_FRAMES)
         samples = -(-frames // BUCKET_FRAMES) * BUCKET_FRAMES * (spec.hop + table.content_channels + 1) + 2 * spec.reach
         step_bytes = config.batch_size * config.micro_batches(world_size()) * samples * 4
         workers, wanted = settings["num_workers"], settings["prefetch_factor"]

@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -33,6 +34,25 @@ def capacity(device: torch.device) -> int:
         available = min(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), allowed)
         return int(available - RESERVE * allowed)
     return int(psutil.virtual_memory().available)
+
+
+def host_memory() -> int:
+    """Bytes that all processes of this job may have on this host, pages of files included: control groups bound it."""
+    group = Path("/sys/fs/cgroup")
+    own = [line.split(":", 2)[2] for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")]
+    places = [group / path.strip("/") for path in own]
+    places = [place for path in places for place in (path, *path.parents) if place.is_relative_to(group)]
+    files = [*(place / "memory.max" for place in places), group / "memory" / "memory.limit_in_bytes"]  # versions 2, 1
+    bounds = [int(text) for file in files for text in _lines(file) if text.isdecimal()]
+    return min([int(psutil.virtual_memory().total), *bounds])
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file that not every system has."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def _allowed(device: torch.device) -> int:

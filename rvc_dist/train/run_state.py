@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.ema import Ema
 from rvc_dist.train.metrics import Meter
 from rvc_dist.train.progress import Progress
+from rvc_dist.train.sampler import Sampling
 from rvc_dist.workspace import Speakers, StageError, Workspace
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Origin:
     """`fingerprint.of_data`."""
     progress: Progress
     speakers: Speakers
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 def resume(

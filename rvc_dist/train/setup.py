@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from rvc_dist.data.remote import data_of
 from rvc_dist.features import feature_files
 from rvc_dist.runtime.accelerator import on_first_rank
 from rvc_dist.runtime.launcher import zero_stage
-from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, networks, trial
+from rvc_dist.train import checkpoint, compilation, fingerprint, holdout, networks, reading, trial
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.ddp import GradientReducer, TrainedModule
 from rvc_dist.train.deepspeed import ZeroNetwork
@@ -71,6 +72,8 @@ def find_origin(
     path, saved = checkpoint.newest(accelerator, work.checkpoints_dir) or (None, None)
     shape, modules = networks.build(recipe, table, saved.identity if saved else None)
     identity, data = networks.identity(recipe, shape, table), fingerprint.of_data(recipe, table)
+    sampling = reading.choose(recipe, table, accelerator, saved.data if saved else {}, data)
+    data |= {key: value for key, value in asdict(sampling).items() if value}
     progress, trained = Progress(), table.trained_speakers
     if path is not None and saved is not None:
         on_first_rank(accelerator, partial(checkpoint.check_identity, path, saved.identity, identity))
@@ -78,7 +81,7 @@ def find_origin(
         progress = fingerprint.adjusted(saved.progress, saved.data, data)
         trained += saved.speakers.trained
     speakers = Speakers.of(data_of(recipe).speakers().info, trained)
-    return Origin(shape, modules, identity, data, progress, speakers), saved
+    return Origin(shape, modules, identity, data, progress, speakers, sampling), saved
 
 
 def budget(recipe: Recipe, table: ClipTable, loader: StepLoader, done: Progress) -> int:
@@ -91,8 +94,9 @@ def budget(recipe: Recipe, table: ClipTable, loader: StepLoader, done: Progress)
         f"budget: {total} steps, {epochs:.1f} epochs of {per_epoch} steps, {round(epochs * num_clips)} clips seen of "
         f"{num_clips} ({len(table.holdout)} held out); global batch {sampler.global_batch_size}"
     )
+    seen = "every clip is seen once an epoch" if sampler.balance is None else sampler.balance.describe()
     logger.info(
-        f"every clip is seen once an epoch; ranks without one in the last batch of an epoch get {num_padding} padding "
+        f"{seen}; ranks without one in the last batch of an epoch get {num_padding} padding "
         f"clips ({num_padding / num_clips:.1%}), which count for nothing"
     )
     num_ranks, size = sampler.num_ranks, recipe.train.micro_batch(sampler.num_ranks)

@@ -103,7 +103,9 @@ class Trainer:
         self.heartbeat.enter("reading the checkpoint")
         self.origin, saved = setup.find_origin(recipe, self.accelerator, self.work, self.table)
         self.progress = self.origin.progress
-        self.loader = StepLoader(recipe, self.table, self.accelerator, self.heartbeat, self.progress)
+        self.loader = StepLoader(
+            recipe, self.table, self.accelerator, self.heartbeat, self.progress, self.origin.sampling
+        )
         self.total_steps = setup.budget(recipe, self.table, self.loader, self.progress)
 
         self.heartbeat.enter("making the networks")

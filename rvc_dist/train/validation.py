@@ -22,11 +22,13 @@ from rvc_dist.data.remote import RemoteRun
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
-from rvc_dist.train.dataset import ClipData, ClipDataset, ClipRef, ClipTable, MicroBatchSpec, collate
+from rvc_dist.train.clips import ClipRef
+from rvc_dist.train.dataset import ClipData, ClipDataset, ClipTable, collate
 from rvc_dist.train.ema import Ema
 from rvc_dist.train.holdout import LISTED, validated
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import Ear, Heard, Quality, mean_quality
+from rvc_dist.train.sampler import MicroBatchSpec
 from rvc_dist.train.trackers import Tracker
 from rvc_dist.train.unseen import UnseenQuality, UnseenSpeech, mean_unseen
 

@@ -25,7 +25,8 @@ from rvc_dist.data.sources import folder_of, list_sources
 from rvc_dist.features import extract
 from rvc_dist.tools import dataset_stats
 from rvc_dist.train import checkpoint
-from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
+from rvc_dist.train.clips import MUTE_SOURCE
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Shard, Speaker, Speakers, StageError, Workspace
 
 

@@ -48,8 +48,9 @@ from rvc_dist.tools.forecast import (
     speed_limit,
 )
 from rvc_dist.tools.tracing import Allocations, TracedStep, count, tensor_bytes, trace, traced_step
-from rvc_dist.train.dataset import BucketBatchSampler, ClipTable
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.progress import Progress, total_steps
+from rvc_dist.train.sampler import BucketBatchSampler
 from rvc_dist.workspace import Shard, StageError
 
 

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -17,156 +16,18 @@ from rvc_dist.config import RATES, RateSpec
 from rvc_dist.models.spectral import spectrogram_with_reach
 from rvc_dist.train import loader
 from rvc_dist.train.dataset import (
-    BucketBatchSampler,
     CachedClips,
     ClipData,
     ClipDataset,
     ClipTable,
-    MicroBatchSpec,
     cached_bytes,
     collate,
     covered_frames,
     feature_frames,
     make_dataset,
 )
+from rvc_dist.train.sampler import BucketBatchSampler, MicroBatchSpec
 from rvc_dist.workspace import save_arrays
-
-
-def speech_lengths(count: int) -> list[int]:
-    """Frames of clips as preprocessing cuts them: mostly 3 s, the rest anything above half a second."""
-    rng = np.random.default_rng(0)
-    return [298 if rng.random() < 0.6 else int(rng.integers(50, 330)) for _ in range(count)]
-
-
-def parts(lengths: list[int], batch_size: int, num_ranks: int, accum_steps: int = 1, kept: int | None = None) -> list:
-    """plans[step][rank * micro-batch] of one epoch."""
-    samplers = [BucketBatchSampler(lengths, batch_size, num_ranks, r, 7, accum_steps, kept) for r in range(num_ranks)]
-    batches = samplers[0].global_batches(0)
-    return [[plan for s in samplers for plan in s.rank_batches(clips, 0)] for clips in batches]
-
-
-@pytest.mark.parametrize(("num_ranks", "accum_steps"), [(1, 1), (3, 1), (8, 1), (2, 3), (64, 1), (64, 2), (1024, 1)])
-@pytest.mark.parametrize("count", [7, 252, 1000])
-def test_every_clip_is_seen_exactly_once_an_epoch_on_any_number_of_ranks(num_ranks, accum_steps, count):
-    steps = parts(speech_lengths(count), 8, num_ranks, accum_steps)
-    assert sorted(c for step in steps for p in step if p.loss_scale > 0 for c in p.clips) == list(range(count))
-    for step in steps:
-        assert sum(p.loss_scale for p in step) == pytest.approx(num_ranks), (
-            "the mean over ranks is that of the global batch"
-        )
-        assert len(step) % num_ranks == 0, "every rank has as many micro-batches"
-        assert max(len(p.clips) for p in step) <= 8
-    borrowed = sum(p.loss_scale == 0 for step in steps for p in step)
-    assert borrowed == BucketBatchSampler(speech_lengths(count), 8, num_ranks, 0, 7, accum_steps).num_padding_clips
-
-
-def test_a_global_batch_that_is_kept_has_the_same_clips_on_any_number_of_ranks():
-    """Of 8 clips a step: two micro-batches on one rank; 3, 3 and 2 clips on three; on ten, two ranks have none."""
-    lengths = speech_lengths(252)
-    clips = {}
-    for ranks, sizes in {1: (4, 4), 2: (4, 4), 3: (3, 3, 2), 4: (2,) * 4, 10: (1,) * 10}.items():
-        steps = parts(lengths, 4, ranks, kept=8)
-        assert [len(p.clips) for p in steps[0]] == list(sizes)
-        clips[ranks] = [sorted(c for p in step if p.loss_scale > 0 for c in p.clips) for step in steps]
-        assert all(sum(p.loss_scale for p in step) == pytest.approx(ranks) for step in steps)
-        borrowed = sum(p.loss_scale == 0 for step in steps for p in step)
-        sampler = BucketBatchSampler(lengths, 4, ranks, 0, 7, global_batch_size=8)
-        assert sampler.num_padding_clips == borrowed
-        assert sampler.steps_per_epoch == len(steps) == 32
-    assert all(of == clips[1] for of in clips.values())
-
-
-def test_eight_ranks_compute_less_than_a_twentieth_of_a_small_epoch_for_nothing():
-    """252 clips are ten minutes of speech; samplers that fill up by repeating clips repeat half of them and more."""
-    for batch_size in (1, 2, 4, 8):
-        sampler = BucketBatchSampler(speech_lengths(252), batch_size, 8, 0, seed=7)
-        assert sampler.num_padding_clips / 252 < 0.05
-
-
-def test_an_epoch_goes_on_with_the_clips_left_on_another_number_of_ranks():
-    lengths = speech_lengths(252)
-    before, after = (BucketBatchSampler(lengths, 4, ranks, 0, seed=7) for ranks in (2, 3))
-    seen = [c for clips in before.global_batches(5)[:10] for c in clips.tolist()]
-    first = after.global_batches(5, batches_done=[(8, 10)])
-    assert sorted(seen + [c for clips in first for c in clips.tolist()]) == list(range(252))
-    # It stops again after four steps of 12, and goes on as it would have, or on 2 ranks with what is left then.
-    rest = after.global_batches(5, batches_done=[(8, 10), (12, 4)])
-    assert [c.tolist() for c in rest] == [c.tolist() for c in first[4:]]
-    seen += [c for clips in first[:4] for c in clips.tolist()]
-    again = before.global_batches(5, batches_done=[(8, 10), (12, 4)])
-    assert sorted(seen + [c for clips in again for c in clips.tolist()]) == list(range(252))
-    assert sum(len(c) != 8 for c in again) <= 1
-
-
-def test_all_ranks_have_the_same_shape():
-    for step in parts(speech_lengths(252), 8, 8):
-        assert len({p.padded_frames for p in step}) == 1
-        assert len({p.mean_frames for p in step}) == 1
-
-
-def test_a_rank_without_clips_of_its_own_borrows_one_that_counts_for_nothing():
-    (step,) = parts([100, 100, 100], 1, 4)
-    assert [p.loss_scale for p in step] == [pytest.approx(4 / 3)] * 3 + [0.0]
-    assert len(step[3].clips) == 1
-
-
-def test_mean_frames_is_the_global_count_over_the_ranks():
-    (step,) = parts([60, 70, 80, 90], 2, 2)
-    assert [p.mean_frames for p in step] == [150.0, 150.0]
-    assert [p.loss_scale for p in step] == [1.0, 1.0]
-
-
-def test_only_one_batch_an_epoch_is_short_and_shapes_are_bounded():
-    lengths = speech_lengths(1003)
-    sampler = BucketBatchSampler(lengths, 4, 2, 0, seed=1)
-    batches = sampler.global_batches(0)
-    assert len(batches) == sampler.steps_per_epoch == -(-1003 // 8)
-    assert sorted(len(b) for b in batches)[:2] == [1003 % 8, 8]
-    assert {plan.padded_frames for b in batches for plan in sampler.rank_batches(b, 0)} <= {
-        50,
-        100,
-        150,
-        200,
-        250,
-        300,
-        350,
-    }
-
-
-def test_epochs_differ_and_are_reproducible():
-    sampler = BucketBatchSampler(speech_lengths(100), 4, 1, 0, seed=1)
-    again = BucketBatchSampler(speech_lengths(100), 4, 1, 0, seed=1)
-    first, second = ([b.tolist() for b in sampler.global_batches(e)] for e in (0, 1))
-    assert first != second
-    assert first == [b.tolist() for b in again.global_batches(0)]
-    other_seed = BucketBatchSampler(speech_lengths(100), 4, 1, 0, seed=2)
-    assert first != [b.tolist() for b in other_seed.global_batches(0)]
-
-
-def test_iteration_continues_where_it_is_told_to():
-    sampler = BucketBatchSampler(speech_lengths(50), 4, 2, 1, seed=3)
-    stream = iter(sampler)
-    whole = [next(stream) for _ in range(30)]
-    sampler.start_at(1, [(8, 2)])
-    stream = iter(sampler)
-    assert [next(stream) for _ in range(10)] == whole[sampler.steps_per_epoch + 2 :][:10]
-
-
-@pytest.mark.alone
-def test_a_million_clips_on_a_thousand_ranks_are_planned_in_seconds_and_in_the_same_memory():
-    lengths = speech_lengths(1000) * 1000
-    peaks = {}
-    for num_ranks in (1, 1024):
-        began_at = time.monotonic()
-        tracemalloc.start()
-        sampler = BucketBatchSampler(lengths, 4, num_ranks, num_ranks - 1, seed=1)
-        batches = sampler.global_batches(0)
-        sampler.rank_batches(batches[0], 0)
-        peaks[num_ranks] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert time.monotonic() - began_at < 10
-        assert sum(len(b) for b in batches) == 1_000_000
-    assert peaks[1024] <= peaks[1] < 250e6
 
 
 @pytest.mark.parametrize("rate", RATES["v2"])

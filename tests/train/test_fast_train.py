@@ -24,6 +24,7 @@ from rvc_dist.runtime import device as devices
 from rvc_dist.stages import STAGES
 from rvc_dist.train import compilation, dataset
 from rvc_dist.train.loader import loader_settings, make_loader
+from rvc_dist.train.sampler import BucketBatchSampler
 from rvc_dist.voice import infer
 from rvc_dist.workspace import Shard, StageError
 
@@ -191,7 +192,7 @@ def test_row_6_the_loader(monkeypatch, tmp_path):
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     its_dataset = dataset.ClipDataset(recipe, dataset.ClipTable.load(recipe).train)
-    sampler = dataset.BucketBatchSampler([80] * len(its_dataset.clips), 2, 1, 0, seed=1)
+    sampler = BucketBatchSampler([80] * len(its_dataset.clips), 2, 1, 0, seed=1)
     loader = make_loader(its_dataset, sampler, settings)
     assert {name: getattr(loader, name) for name in settings} == settings
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from helpers import tiny_recipe
 
-from rvc_dist.train.dataset import MUTE_SOURCE, ClipRef, ClipTable
+from rvc_dist.train.clips import MUTE_SOURCE, ClipRef
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.holdout import SpeakerShare, choice, evenly, hold_out, report, settled_by
 
 SHARE, SEED = 0.05, 1234

@@ -20,7 +20,8 @@ from rvc_dist.features.extractor import Extractor
 from rvc_dist.report.history import read_history
 from rvc_dist.report.sounds import Sample
 from rvc_dist.train import checkpoint, listening, trainer
-from rvc_dist.train.dataset import ClipDataset, ClipRef
+from rvc_dist.train.clips import ClipRef
+from rvc_dist.train.dataset import ClipDataset
 from rvc_dist.voice import export, infer, windows
 from rvc_dist.workspace import Shard, StageError, read_json, save_arrays
 

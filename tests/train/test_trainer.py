@@ -29,7 +29,8 @@ from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.report.history import read_history
 from rvc_dist.runtime.device import cpu_model
 from rvc_dist.train import checkpoint, fingerprint, losses, memory, out_of_memory, trainer, validation
-from rvc_dist.train.dataset import MUTE_SOURCE, ClipTable
+from rvc_dist.train.clips import MUTE_SOURCE
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import Quality

@@ -10,7 +10,8 @@ import torch
 from helpers import changed, make_features, tiny_recipe
 
 from rvc_dist.train import holdout, trainer, validation
-from rvc_dist.train.dataset import ClipRef, ClipTable
+from rvc_dist.train.clips import ClipRef
+from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import BROKEN, Quality
 

@@ -97,7 +97,7 @@ def measured(context: DoctorContext) -> list[tuple[SourceFile, int, float]]:
 def features_of_clips(context: DoctorContext, table: ClipTable) -> Findings:
     """Clips and features belong together, and every file is there."""
     work = context.work
-    units = sorted({c.unit for c in table.train + table.holdout if c.unit >= 0})
+    units = sorted({c.unit for c in (*table.train, *table.holdout) if c.unit >= 0})
     if missing := [work.clips_file(unit).name for unit in units if read_header(work.clips_file(unit)) is None]:
         yield error(
             f"{work.clips_dir}: {len(missing)} of {len(units)} clips files are missing or damaged "

@@ -18,19 +18,11 @@ from rvc_dist.tools.doctor.findings import Fact, Findings, Problem, Skipped, err
 from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.tools.made_up import made_up_pitch
 from rvc_dist.train import checkpoint, memory, networks, out_of_memory
-from rvc_dist.train.dataset import (
-    BUCKET_FRAMES,
-    Batch,
-    BucketBatchSampler,
-    ClipData,
-    ClipDataset,
-    ClipTable,
-    MicroBatchSpec,
-    collate,
-)
+from rvc_dist.train.dataset import Batch, ClipData, ClipDataset, ClipTable, collate
 from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.loader import SHM, ReadAhead, loader_settings
 from rvc_dist.train.optimizers import make_optimizer
+from rvc_dist.train.sampler import BUCKET_FRAMES, BucketBatchSampler, MicroBatchSpec
 from rvc_dist.train.step import GanStep
 from rvc_dist.workspace import StageError
 

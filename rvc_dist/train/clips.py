@@ -1,0 +1,135 @@
+"""The clips of a run in columns: a million of them take some 60 MB, which loader processes share with their rank."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, overload
+
+import numpy as np
+
+MUTE_SOURCE = ""
+"""The source of the silent clips, which belong to no recording."""
+MUTE = -1
+"""In place of a unit: the silent clip."""
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRef:
+    """Where one training clip lies, what it was cut from, and how long it is."""
+
+    unit: int
+    key: str
+    speaker: int
+    source: str
+    """The recording."""
+    num_frames: int
+    """Once wave, content and f0 are trimmed to the shortest."""
+    start_s: float = 0.0
+    """In its recording."""
+    duration_s: float = 0.0
+    """Of all its samples."""
+    content: str = ""
+    """Hash of the recording, where it is known."""
+    repeat: int = 1
+    """How often it counts in an epoch."""
+    guessed: bool = False
+    """`start_s` is: so of its recording all is held out, or nothing, where that is possible."""
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any], unit: int, index: int, num_samples: int, num_frames: int) -> ClipRef:
+        """Clip `index` of a unit with this `header`."""
+        clip, duration_s = header["clips"][index], num_samples / header["sample_rate"]
+        where = (clip["speaker"], str(clip["source"]), num_frames, clip["start_s"], duration_s)
+        more = clip.get("content", ""), clip.get("repeat", 1), clip.get("guessed", False)
+        return cls(unit, f"{index:05d}", *where, *more)
+
+
+ROW = np.dtype(
+    [
+        ("unit", "i8"),
+        ("key", "i4"),
+        ("speaker", "i4"),
+        ("source", "i4"),
+        ("num_frames", "i8"),
+        ("start_s", "f8"),
+        ("duration_s", "f8"),
+        ("content", "i4"),
+        ("repeat", "i2"),
+        ("guessed", "?"),
+    ]
+)
+"""The fields of ClipRef in their order; of a text, its number among the texts."""
+_values = operator.attrgetter(*ROW.names or ())
+_TEXTS = tuple(i for i, name in enumerate(ROW.names or ()) if name in ("key", "source", "content"))
+
+
+class _Texts:
+    """Texts by number, in one piece of memory: Python's objects would be copied to each process that looks at them."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self._all, self._ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
+
+    def __getitem__(self, number: int) -> str:
+        return self._all[self._ends[number] : self._ends[number + 1]].decode("utf-8", "surrogatepass")
+
+
+class ClipList(Sequence[ClipRef]):
+    """Clips, each made as it is asked for."""
+
+    def __init__(self, rows: np.ndarray[Any, Any], texts: _Texts) -> None:
+        self.rows, self._texts = rows, texts
+
+    @classmethod
+    def of(cls, clips: Iterable[ClipRef]) -> ClipList:
+        """`clips` themselves where they are such a list."""
+        if isinstance(clips, ClipList):
+            return clips
+        numbers: dict[str, int] = {}
+
+        def row(clip: ClipRef) -> tuple[Any, ...]:
+            values = list(_values(clip))
+            for i in _TEXTS:
+                values[i] = numbers.setdefault(values[i], len(numbers))
+            return tuple(values)
+
+        rows = np.fromiter(map(row, clips), ROW)
+        return cls(rows, _Texts(numbers))
+
+    def take(self, numbers: Any) -> ClipList:
+        """Those of these numbers, or where a mask is true."""
+        return ClipList(self.rows[numbers], self._texts)
+
+    def text(self, field: str) -> Iterator[str]:
+        """This field of each."""
+        return map(self._texts.__getitem__, self.rows[field].tolist())
+
+    def __add__(self, other: ClipList) -> ClipList:
+        if other._texts is self._texts:
+            return ClipList(np.concatenate([self.rows, other.rows]), self._texts)
+        return ClipList.of(chain(self, other))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClipList) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @overload
+    def __getitem__(self, number: int) -> ClipRef: ...
+    @overload
+    def __getitem__(self, number: slice) -> ClipList: ...
+    def __getitem__(self, number: int | slice) -> ClipRef | ClipList:
+        if isinstance(number, slice):
+            return self.take(number)
+        values = list(self.rows[number].item())
+        for i in _TEXTS:
+            values[i] = self._texts[values[i]]
+        return ClipRef(*values)
