@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any, overload
 
@@ -64,6 +65,8 @@ ROW = np.dtype(
     ]
 )
 """The fields of ClipRef in their order; of a text, its number among the texts."""
+AT_ONCE = 4096
+"""Clips that a loop over all of them takes from the columns together."""
 _values = operator.attrgetter(*ROW.names or ())
 _TEXTS = tuple(i for i, name in enumerate(ROW.names or ()) if name in ("key", "source", "content"))
 
@@ -105,10 +108,6 @@ class ClipList(Sequence[ClipRef]):
         """Those of these numbers, or where a mask is true."""
         return ClipList(self.rows[numbers], self._texts)
 
-    def text(self, field: str) -> Iterator[str]:
-        """This field of each."""
-        return map(self._texts.__getitem__, self.rows[field].tolist())
-
     def __add__(self, other: ClipList) -> ClipList:
         if other._texts is self._texts:
             return ClipList(np.concatenate([self.rows, other.rows]), self._texts)
@@ -129,7 +128,16 @@ class ClipList(Sequence[ClipRef]):
     def __getitem__(self, number: int | slice) -> ClipRef | ClipList:
         if isinstance(number, slice):
             return self.take(number)
-        values = list(self.rows[number].item())
-        for i in _TEXTS:
-            values[i] = self._texts[values[i]]
-        return ClipRef(*values)
+        return _made(self.rows[number].item(), self._texts.__getitem__)
+
+    def __iter__(self) -> Iterator[ClipRef]:
+        for first in range(0, len(self), AT_ONCE):
+            text = cache(self._texts.__getitem__)
+            for row in self.rows[first : first + AT_ONCE].tolist():
+                yield _made(row, text)
+
+
+def _made(row: tuple[Any, ...], text: Callable[[int], str]) -> ClipRef:
+    unit, key, speaker, source, num_frames, start_s, duration_s, content, repeat, guessed = row
+    lies = unit, text(key), speaker, text(source), num_frames
+    return ClipRef(*lies, start_s, duration_s, text(content), repeat, guessed)

@@ -15,7 +15,7 @@ from rvc_dist.config import Recipe
 from rvc_dist.data.remote import data_of
 from rvc_dist.data.sources import hashless, named, other_recordings
 from rvc_dist.train import reading
-from rvc_dist.train.clips import MUTE, ClipList
+from rvc_dist.train.clips import AT_ONCE, MUTE, ClipList
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.holdout import choice, validated
 from rvc_dist.train.progress import Progress
@@ -55,8 +55,8 @@ def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
 def _fingerprint(clips: ClipList) -> str:
     """`workspace.fingerprint` of where these lie and how long they are, without all of its text at once."""
     digest = hashlib.sha256(f"[{FORMAT_VERSION}, [".encode())
-    for first in range(0, len(clips), 4096):
-        part = [(c.source, c.unit, c.key, c.num_frames) for c in clips[first : first + 4096]]
+    for first in range(0, len(clips), AT_ONCE):
+        part = [(c.source, c.unit, c.key, c.num_frames) for c in clips[first : first + AT_ONCE]]
         digest.update(f"{', ' if first else ''}{json.dumps(part)[1:-1]}".encode())
     digest.update(b"]]")
     return digest.hexdigest()[:16]
@@ -68,6 +68,8 @@ def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         StageError: none of its recordings is left.
     """
+    if changed := reading.told(before, now):
+        logger.warning("since %s: %s; the epoch begins anew", path.name, changed)
     if not before:
         logger.info(
             "%s is from before checkpoints knew their data; it goes on with the present recordings and a new best", path
@@ -85,8 +87,6 @@ def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
         logger.warning(
             "the data changed since %s: %s; the epoch begins anew", path.name, ", ".join(told) or "other clips of it"
         )
-    if changed := reading.told(before, now):
-        logger.warning("since %s: %s; the epoch begins anew", path.name, changed)
     if before["validation"] != now["validation"]:
         logger.warning(
             "validation has other clips, another seed or another measure since %s: the best begins anew", path.name
@@ -97,5 +97,5 @@ def adjusted(progress: Progress, before: dict[str, Any], now: dict[str, Any]) ->
     """Where training goes on with the data of `now`: places in an epoch and metrics mean nothing on other clips."""
     if before.get("validation") != now["validation"]:
         progress = replace(progress, best_metric=None, best_step=0, best_epoch=0)
-    is_same = before.get("train") == now["train"] and not reading.told(before, now)
-    return progress if is_same or not before else replace(progress, batches_done=())
+    is_same = before.get("train", now["train"]) == now["train"] and not reading.told(before, now)
+    return progress if is_same else replace(progress, batches_done=())

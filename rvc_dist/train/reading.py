@@ -42,13 +42,13 @@ def choose(
         before: what the checkpoint says of its data; empty where there is none.
         now: `fingerprint.of_data`.
     """
-    data, window = recipe.data, 0
+    data, window_gb, window = recipe.data, recipe.data.window_gb, 0
     a_frame = bytes_per_s(recipe, table.content_channels) * recipe.rate_spec.hop / data.sample_rate
     known = before.get("window_frames", 0) if before.get("train") == now["train"] else None
     if data.read_order == "local" or (data.read_order == "auto" and known != 0):
         window = known or _window(recipe, table, accelerator, a_frame)
-        if window and data.window_gb is not None:
-            window = max(1, round(data.window_gb * 1e9 / a_frame))
+        if window and window_gb is not None:
+            window = max(1, round(window_gb * 1e9 / a_frame))
     if window:
         size = f"units are shuffled, and clips within about {window * a_frame / 1e9:.3g} GB of them"
         logger.info(f"data.read_order {data.read_order}: {size}")
@@ -70,7 +70,7 @@ def _window(recipe: Recipe, table: ClipTable, accelerator: Accelerator, a_frame:
 
 def told(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What of it differs from a checkpoint's, in words."""
-    (balance, balance_now), (window, window_now) = ((d.get(k, 0) for d in (before, now)) for k in PLACE)
+    (balance, balance_now), (window, window_now) = ([d.get(k, 0) for d in (before, now)] for k in PLACE)
     changed = [f"data.balance {balance:g} -> {balance_now:g}"] * (balance != balance_now)
     changed += [f"read order {_order(window)} -> {_order(window_now)}"] * (window != window_now)
     return ", ".join(changed)

