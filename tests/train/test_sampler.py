@@ -152,7 +152,7 @@ def test_a_million_clips_on_a_thousand_ranks_are_planned_in_seconds_and_in_the_s
 def shares(counts: list[int], balance: float, epochs: int) -> np.ndarray:
     """turns[epoch, clip] of speakers of so many clips."""
     speakers = np.repeat(np.arange(len(counts)), counts)
-    sampler = BucketBatchSampler([100] * len(speakers), 4, 1, 0, 7, 1, Sampling(balance), speakers)
+    sampler = BucketBatchSampler([100] * len(speakers), 4, 1, 0, 7, 1, None, Sampling(balance), speakers)
     every = [np.concatenate(sampler.global_batches(e)) for e in range(epochs)]
     assert all(len(set(draws.tolist())) == len(speakers) for draws in every), "each draw once"
     return np.array([np.bincount(draws % len(speakers), minlength=len(speakers)) for draws in every])
@@ -193,7 +193,7 @@ def test_shares_are_exact_over_epochs_and_no_clip_of_a_speaker_is_two_turns_ahea
 def test_silent_clips_are_heard_once_and_repeated_ones_share_their_speakers_turns():
     """Speaker 0 has clip 0 twice in the list (Name_ID_Repeat) and clip 2; speaker 1 one clip; two are silent."""
     speakers = np.array([0, 0, 0, 1, -1, -1])
-    sampler = BucketBatchSampler([100] * 6, 2, 1, 0, 7, 1, Sampling(1.0), speakers)
+    sampler = BucketBatchSampler([100] * 6, 2, 1, 0, 7, 1, None, Sampling(1.0), speakers)
     turns = sum(np.bincount(np.concatenate(sampler.global_batches(e)) % 6, minlength=6) for e in range(3))
     assert turns.tolist() == [2, 2, 2, 6, 3, 3]
 
@@ -273,7 +273,7 @@ def test_windows_hang_on_no_number_of_ranks():
     units = np.repeat(np.arange(50), 20)
     kept = []
     for ranks in (1, 2, 3, 8, 1024):
-        sampler = BucketBatchSampler([100] * 1000, 1, ranks, 0, 9, 1, Sampling(0.0, 10_000), None, units)
+        sampler = BucketBatchSampler([100] * 1000, 1, ranks, 0, 9, 1, None, Sampling(0.0, 10_000), None, units)
         order, windows = sampler._shuffled(4)
         kept.append((order.tolist(), windows.tolist()))
         assert sorted(np.concatenate(sampler.global_batches(4)).tolist()) == list(range(1000))
@@ -294,7 +294,7 @@ def test_a_hundred_thousand_clips_of_two_thousand_speakers_on_a_thousand_ranks(s
     speakers = np.sort(np.minimum(rng.pareto(1.0, 100_000) * 100, 1999).astype(np.int64))
     lengths, units = speech_lengths(1000) * 100, np.arange(100_000) // 200
     began_s = time.process_time()
-    sampler = BucketBatchSampler(lengths, 4, 1024, 0, 3, 1, sampling, speakers, units)
+    sampler = BucketBatchSampler(lengths, 4, 1024, 0, 3, 1, None, sampling, speakers, units)
     batches = sampler.global_batches(2, [(2000, 7), (500, 9)])
     assert sum(map(len, batches)) == 100_000 - 7 * 2000 - 9 * 500
     assert time.process_time() - began_s < 10
