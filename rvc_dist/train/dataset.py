@@ -217,7 +217,7 @@ class ClipTable:
             embedder=embedder,
             num_speakers=num_speakers,
             shares=tuple(shares),
-            unseen=unseen,
+            unseen=tuple(unseen),
         )
 
 

@@ -22,7 +22,8 @@ from rvc_dist.config import FEATURE_RATE, Recipe
 from rvc_dist.data import audio
 from rvc_dist.features.content import Embedder, load_embedder
 from rvc_dist.features.extractor import told_as_stage_errors
-from rvc_dist.train.dataset import MUTE_SOURCE, ClipDataset, ClipRef, ClipTable
+from rvc_dist.train.clips import MUTE_SOURCE, ClipRef
+from rvc_dist.train.dataset import ClipDataset, ClipTable
 from rvc_dist.train.holdout import draw, evenly
 from rvc_dist.train.quality import Ear, defined_mean, voice_similarity
 from rvc_dist.workspace import StageError

@@ -21,8 +21,9 @@ from rvc_dist.data.number_formats import float_wave, stored_content, stored_wave
 from rvc_dist.features import extract, feature_files, index
 from rvc_dist.report.history import read_history
 from rvc_dist.tools import dataset_stats, import_experiment, plan, status
-from rvc_dist.train.dataset import CachedClips, ClipDataset, ClipTable, MicroBatchSpec, cached_bytes
+from rvc_dist.train.dataset import CachedClips, ClipDataset, ClipTable, cached_bytes
 from rvc_dist.train.listening import joined
+from rvc_dist.train.sampler import MicroBatchSpec
 from rvc_dist.train.setup import load_clips
 from rvc_dist.voice import export
 from rvc_dist.workspace import DEMO_VOICE_DIR, Shard, StageError, read_json, unit_files
