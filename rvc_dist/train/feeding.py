@@ -12,7 +12,6 @@ from rvc_dist.config import Recipe
 from rvc_dist.data.fetcher import Window
 from rvc_dist.data.remote import Fetcher, RemoteRun, data_of
 from rvc_dist.runtime.background import Background
-from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.sampler import BatchesDone, BucketBatchSampler
 
@@ -20,7 +19,7 @@ from rvc_dist.train.sampler import BatchesDone, BucketBatchSampler
 class Feed:
     """Of a rank; the first rank of each machine has the fetcher."""
 
-    def __init__(self, recipe: Recipe, table: ClipTable, sampler: BucketBatchSampler) -> None:
+    def __init__(self, recipe: Recipe, sampler: BucketBatchSampler) -> None:
         self.data, self._sampler = data_of(recipe), sampler
         self.remote = self.data if isinstance(self.data, RemoteRun) else None
         self.where = self.remote.url if self.remote is not None else str(self.data.root)

@@ -55,7 +55,7 @@ class StepLoader:
         clips = ClipList.of(table.train)
         lengths = clips.rows["num_frames"]
         self.sampler = BucketBatchSampler.of(config, lengths, self.num_ranks, self.rank, sampling, clips)
-        self.feed = Feed(recipe, table, self.sampler)
+        self.feed = Feed(recipe, self.sampler)
         self.dataset = make_dataset(recipe, table, self.device, self.feed.data)
         settings = loader_settings(config, self.device, isinstance(self.dataset, CachedClips))
         self.settings = fit_shared_memory(recipe, table, settings)

@@ -11,7 +11,7 @@ from helpers import changed, make_features, tiny_recipe, train, with_train, work
 from rvc_dist.config import Recipe, recipe_of
 from rvc_dist.report.history import read_history
 from rvc_dist.tools.plan import training_clips
-from rvc_dist.train.dataset import MUTE_SOURCE
+from rvc_dist.train.clips import MUTE_SOURCE
 from rvc_dist.voice import export
 from rvc_dist.workspace import Shard
 
