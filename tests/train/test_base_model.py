@@ -36,14 +36,13 @@ def test_a_base_model_is_a_better_beginning_for_a_new_speaker_than_random_number
     files = {"pretrained_g": str(folder / "f0G24k_tiny.pth"), "pretrained_d": str(folder / "f0D24k_tiny.pth")}
 
     found = {}
-    for name, given in (("scratch", {}), ("tuned", files), ("fresh", files | {"fresh_speakers": True})):
+    cases = {"scratch": (5, {}, 6), "a row of the base": (2, files, 4), "a new row": (5, files, 6)}
+    for name, (speaker, given, rows) in cases.items():
         recipe = with_train(tiny_recipe(tmp_path / name, max_steps=6), **given)
-        make_features(recipe, num_clips=9, speakers=(5,), voice="another")
-        tuned = train(recipe)
+        make_features(recipe, num_clips=9, speakers=(speaker,), voice="another")
+        assert len(train(recipe).models["generator"]["emb_g.weight"]) == rows
         found[name] = statistics.mean(mel_losses(recipe))
-        assert len(tuned.models["generator"]["emb_g.weight"]) == 6, "the base has 4 rows, the new speaker's id is 5"
-    assert found["tuned"] < 0.8 * found["scratch"], found
-    assert found["fresh"] < 0.8 * found["scratch"], found
+    assert max(found["a row of the base"], found["a new row"]) < 0.7 * found["scratch"], found
 
 
 def test_the_page_plans_hours_that_are_not_there():

@@ -120,7 +120,7 @@ def test_the_best_begins_anew_when_the_discriminator_joins(whole, monkeypatch):
     monkeypatch.setattr(Validation, "measure", lambda *_: [quality(next(found))])
     run = Validation.__new__(Validation)
     run.recipe, run.clips, run._first, run._ended_at = whole, [SimpleNamespace(speaker=0)], None, None
-    run._has_warned = False
+    run._has_warned, run.measure_unseen = False, lambda _: None
     run.tracker = SimpleNamespace(scalars=lambda *_: None)
     progress = Progress()
     for step, is_best, best_step in ((2, True, 2), (3, False, 2), (4, True, 4), (6, False, 4)):
