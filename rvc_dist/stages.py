@@ -259,7 +259,7 @@ STAGES = {
         "rvc_dist.tools.bench",
         "Measure training steps; --parity compares losses with float32 ones.",
         reads=f"name run_dir data.sample_rate {_SAMPLING} model train bench",
-        checks="data.audio_dir preprocess extract",
+        checks="data.audio_dir data.remote preprocess extract",
         examples=("--config my.yaml", "--config my.yaml --bench.plain true", "--config my.yaml --parity"),
         options=(Option("--parity", key="bench.parity", value="true"),),
     ),

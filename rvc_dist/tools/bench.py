@@ -98,7 +98,8 @@ class Bench:
 
     def recipe(self) -> Recipe:
         """The recipe with the trainer's run folder in RUN/bench, as soon as the first rank has prepared it."""
-        recipe = replace(self._recipe, run_dir=str(self.work.root))
+        here = replace(self._recipe.data, remote=None)  # the clips are in that folder
+        recipe = replace(self._recipe, run_dir=str(self.work.root), data=here)
         if self.data == "run":
             wait_for("the links to the features", lambda: self.work.features_report_file.is_file() or None)
             return recipe
