@@ -221,17 +221,18 @@ class Cache:
             StageError: it is needed now, and all that could give way is needed too.
         """
         while self._used() + self.sizes[unit] > self.most_bytes:
-            later = [u for u in self.here - now if turn.get(u, NEVER)[0] > turn[unit][0]]
+            later = [u for u in self.here if turn.get(u, NEVER)[0] > turn[unit][0]]
             if later:
                 self._remove(max(later, key=lambda u: turn.get(u, NEVER)))
-            elif unit not in now or self.busy:
-                return False
+            elif unit not in now or self.busy or (turn[unit][0] >= 0 and any(place < 0 for place, _ in turn.values())):
+                return False  # it may have room when others are through
             elif self._used() + self.sizes[unit] > self.allowed_bytes:
-                needed = sum(self.sizes[u] for u in now)
+                needed = sum(self.sizes[u] for u in now if turn[u][0] == turn[unit][0])
                 raise StageError(
                     f"data.cache_gb {self.allowed_bytes / 1e9:g}: the units that steps read at once take "
                     f"{needed / 1e9:.3g} GB;",
-                    f"set data.cache_gb to {2.5 * needed / 1e9:.3g} or more, or data.read_order local",
+                    f"set data.cache_gb to {2.5 * needed / 1e9:.3g} or more, or data.read_order local with a smaller "
+                    "data.window_gb",
                 )
             elif self._full is not None and time.monotonic() - self._full[1] > DISK_S:
                 raise StageError(

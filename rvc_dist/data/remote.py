@@ -119,9 +119,7 @@ class RemoteRun(Workspace):
         self.read_to(ENDED)
 
     def _wait_for(self, kind: str, unit: int) -> Path:
-        """The unit's file, which a rank has until it asks for another unit's.
-
-        In a loader process, whose steps may be far ahead, it may be gone again when it is opened.
+        """The unit's file, as soon as it is there; it may be gone again when it is opened: then ask once more.
 
         Raises:
             StageError: it cannot be had; as what fetches has said.
@@ -145,6 +143,8 @@ class RemoteRun(Workspace):
                 elif now - alone_since > ENDED_S or self.failure() is not None:
                     ended = StageError(f"{self.url}: what fetched its units has ended;", "start the same command again")
                     raise self.failure() or ended
+        if kind == "clips":  # asked for last
+            self._let_go()
         return path
 
     def _position(self) -> int:

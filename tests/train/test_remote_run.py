@@ -29,15 +29,17 @@ def written(recipe: Recipe, file: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_train_to_the_bits_of_a_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a storage that fails in every way, killed in between; on a machine that has the recipe alone."""
+    """From a storage that fails in every way, through a cache of half, killed in between, with the recipe alone."""
     local = tiny_recipe(tmp_path / "run", max_steps=STEPS, save_every_steps=4, eval_every_steps=8, num_workers=2)
-    make_features(local, num_clips=24, speakers=(0, 1))
+    make_features(local, num_clips=36, speakers=(0, 1))
+    units = sum(path.stat().st_size for path in (tmp_path / "run").glob("*/0*.safetensors"))
+    local = changed(local, "data", read_order="local", window_gb=units / 8 / 1e9)
     workspace_of(local).clips_report_file.write_text('{"total_dataset_duration": "00:00:30"}')
     rvc_dist(2, "train", "--config", written(local, tmp_path / "local.yaml"))
     with served() as (environment, faults):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        there = changed(local, "data", remote=URL, cache_dir=str(tmp_path / "cache"))
+        there = changed(local, "data", remote=URL, cache_dir=str(tmp_path / "cache"), cache_gb=units / 2 / 1e9)
         upload.run(there, Shard())
         there = replace(there, run_dir=str(tmp_path / "elsewhere"))
         file = written(there, tmp_path / "remote.yaml")
@@ -50,7 +52,10 @@ def test_two_ranks_train_to_the_bits_of_a_local_disk(tmp_path: Path, monkeypatch
         assert kill_at(file, 2, 6)
         output = rvc_dist(2, "train", "--config", file)
         assert "continuing from step 4" in output
-        assert re.search("[1-8] of 8 units are in", output), "what was fetched before is kept"
+        assert re.search("[1-9] of 12 units are in", output), "what was fetched before is kept"
+        cached = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*/0*.safetensors"))
+        assert 0 < cached <= units / 2
+        assert max(faults.asked[f"features/{unit:05d}.safetensors"] for unit in range(12)) > 1, "it holds not all"
         assert not any(faults.next.values()), "all of them happened"
         export.run(there, Shard())
     ends = [list_checkpoints(workspace_of(recipe).checkpoints_dir)[-1] for recipe in (local, there)]
