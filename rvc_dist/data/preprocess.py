@@ -133,7 +133,7 @@ class Preprocess(ClipStage):
             for path in [*unit_files(work.clips_dir), work.clips_report_file, work.work_list_file]:
                 path.unlink(missing_ok=True)
             raise nothing_usable(self.recipe, [(f["path"], f["reason"]) for f in files])
-        write_json(work.clips_report_file, report)
+        write_json(work.clips_report_file, report | self.clipped(headers))
         made = f"{report['clips']} clips, {report['total_dataset_duration']}"
         left_out = report["files_left_out"]
         logger.info("preprocess: %s, of %d files (%d left out); %s", made, len(files), left_out, work.clips_report_file)
