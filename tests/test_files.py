@@ -18,7 +18,7 @@ from rvc_dist.workspace import DEMO_VOICE_DIR
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-LAUNCH = sorted((ROOT / "launch").glob("*.yaml"))
+LAUNCH = sorted(path for path in (ROOT / "launch").glob("*.yaml") if path.stem != "sky")  # which is SkyPilot's
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "slurm").glob("*.sh")])
 
 FAST: dict[str, Any] = {
