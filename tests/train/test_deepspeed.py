@@ -87,7 +87,7 @@ def test_the_steps_on_a_gpu_are_those_of_one_without_deepspeed(tmp_path: Path) -
 def test_a_stopped_run_goes_on_exactly_and_moves_to_and_from_ddp(tmp_path: Path) -> None:
     whole, stopped = (prepared(tmp_path / n, max_steps=6, save_every_steps=3, keep_checkpoints=9) for n in "ab")
     assert "ZeRO stage 2" in rvc_dist(2, "train", "--config", whole, launch_file="zero2.yaml")
-    assert kill_at(stopped, 2, 4, "zero2.yaml")
+    assert kill_at(stopped, 2, 4, as_zero(2))
     assert "continuing from step 3" in rvc_dist(2, "train", "--config", stopped, launch_file="zero2.yaml")
     last = [folder / "run" / "checkpoints" / "step_00000006" for folder in (whole.parent, stopped.parent)]
     assert all((last[0] / file).read_bytes() == (last[1] / file).read_bytes() for file in checkpoint.FILES)

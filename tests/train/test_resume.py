@@ -24,9 +24,9 @@ def prepared(folder: Path, **train: object) -> Path:
     return file
 
 
-def kill_at(recipe: Path, num_ranks: int, step: int) -> bool:
+def kill_at(recipe: Path, num_ranks: int, step: int, more_environment: dict[str, str] | None = None) -> bool:
     """Run until the log shows `step`, then kill every process at once; False when the run ended before."""
-    job = ranks.start(num_ranks, "", ["train", "--config", recipe], environment())
+    job = ranks.start(num_ranks, "", ["train", "--config", recipe], environment() | (more_environment or {}))
     try:
         while not any(int(shown) >= step for shown in re.findall(r"step (\d+)/", job.said())):
             if job.wait(0.02) and not job.ranks:
