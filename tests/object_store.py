@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -137,6 +138,8 @@ def served() -> Iterator[tuple[dict[str, str], Faults]]:
             aws_secret_access_key="test",
             region_name="us-east-1",
         )
+        # What moto holds is its module's: of tests before this in the same process too.
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")).close()
         client.create_bucket(Bucket=BUCKET)
         yield keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}"}, faults
     finally:

@@ -44,7 +44,7 @@ def choose(
     """
     data, window_gb, window = recipe.data, recipe.data.window_gb, 0
     a_frame = bytes_per_s(recipe, table.content_channels) * recipe.rate_spec.hop / data.sample_rate
-    known = before.get("window_frames", 0) if before.get("train") == now["train"] else None
+    known = before.get("window_frames", 0) if before.get("train") == now.get("train") else None
     if data.read_order == "local" or (data.read_order == "auto" and known != 0):
         window = known or _window(recipe, table, accelerator, a_frame)
         if window and window_gb is not None:

@@ -38,6 +38,7 @@ from rvc_dist.train.step import GanStep
 from rvc_dist.voice import export
 from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, Speakers, StageError, Stopped, WorkList, Workspace, read_json
+from rvc_dist.workspace import fingerprint as fingerprint_of
 
 DRAWN_ON = {"extract.unvoiced": "interpolated"}
 
@@ -367,7 +368,7 @@ def test_a_recipe_that_features_were_not_made_with_is_refused_and_not_kept(tmp_p
     recipe = tiny_recipe(tmp_path)
     make_features(recipe)
     work = Workspace(recipe.run_dir, recipe.name)
-    report = {"settings": feature_files.feature_settings(recipe), "clips": "tiny", "content_frames": 0}
+    report = {"settings": feature_files.feature_settings(recipe), "clips": fingerprint_of([]), "content_frames": 0}
     work.features_report_file.write_text(json.dumps(report))
     work.work_list_file.write_text(WorkList("", clip_files.clip_settings(recipe), (), ()).dumps())
     train(recipe)
@@ -594,7 +595,7 @@ def test_no_memory_says_which_batch_would_fit_beside_what_graphs_hold(tmp_path, 
     make_features(recipe)
     sizes = []
 
-    def out_of_memory(self, *_):
+    def out_of_memory(self, *_, **__):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
     def dry_run(self, batch):
