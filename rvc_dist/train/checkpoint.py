@@ -118,12 +118,7 @@ class Checkpoint:
         Raises:
             StageError: there is no average.
         """
-        if weights == "ema" and not self.ema:
-            raise StageError(
-                f"export.weights: the checkpoint of step {self.progress.step} has no average of its weights;",
-                "leave it out, or train with train.ema_decay above 0",
-            )
-        averaged = weights == "ema" or (weights == "chosen" and bool(self.ema) and self.progress.uses_ema is not False)
+        averaged = is_averaged(weights, bool(self.ema), self.progress)
         return (self.ema if averaged else self.models["generator"]), averaged
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -140,6 +135,25 @@ class Checkpoint:
         weights = {**self.models, AVERAGE: self.ema}
         copies = {n: {k: t.detach().to("cpu", copy=True) for k, t in w.items()} for n, w in weights.items()}
         return replace(self, ema=copies.pop(AVERAGE), models=copies)
+
+
+def has_average(path: Path) -> bool:
+    """Whether the checkpoint in `path` has one of G's weights."""
+    return (path / f"{AVERAGE}.safetensors").is_file()
+
+
+def is_averaged(weights: str, is_there: bool, progress: Progress) -> bool:
+    """Whether those that export.weights names are the average, which `is_there` or not.
+
+    Raises:
+        StageError: there is none.
+    """
+    if weights == "ema" and not is_there:
+        raise StageError(
+            f"export.weights: the checkpoint of step {progress.step} has no average of its weights;",
+            "leave it out, or train with train.ema_decay above 0",
+        )
+    return weights == "ema" or (weights == "chosen" and is_there and progress.uses_ema is not False)
 
 
 class AsyncCheckpointWriter:
@@ -498,5 +512,5 @@ def load(path: Path) -> Checkpoint:
         speakers=_speakers(state),
         data=state.get("data", {}),
         loss_scales=state.get("loss_scales", {}),
-        ema=load_file(average) if (average := path / f"{AVERAGE}.safetensors").is_file() else {},
+        ema=load_file(path / f"{AVERAGE}.safetensors") if has_average(path) else {},
     )

@@ -79,14 +79,14 @@ def write_voices(trained: Trained) -> None:
     for path in counted(trained.checkpoints, "export", "checkpoints"):
         progress = checkpoint.progress_of(path)
         file = voice_file_of(work, progress.epoch, progress.step)
-        saved, dataset = trained.load(path)
-        _, averaged = saved.generator(recipe.export.weights)
+        has_both = checkpoint.has_average(path)
+        averaged = checkpoint.is_averaged(recipe.export.weights, has_both, progress)
         if (whole := made_before(file, path, recipe.export.author, averaged)) is not None:
             logger.info("export: %s was written beside the checkpoint", file)
         else:
-            whole = voice_dict(recipe, saved, dataset)
+            whole = voice_dict(recipe, *trained.load(path))
             save_pth(file, whole)
-            logger.info("export: %s%s", file, f" ({WEIGHTS[averaged]})" if saved.ema else "")
+            logger.info("export: %s%s", file, f" ({WEIGHTS[averaged]})" if has_both else "")
         files[progress.step] = [file]
         for speaker in whole["trained_speakers"] if recipe.export.each_speaker else ():
             file = voice_file_of(work, progress.epoch, progress.step, f"_spkid{speaker}")
