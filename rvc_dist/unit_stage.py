@@ -90,12 +90,12 @@ class UnitStage(ABC, Generic[Header]):
 
     def progress(self, units: Sequence[Unit], undone: Sequence[Unit]) -> ProgressBar:
         """Of `units`, whoever makes those that are `undone`: their files tell it."""
-        waiting = {unit: _mtime_ns(self.file(unit)) for unit in undone}
+        waiting = {unit: mtime_ns(self.file(unit)) for unit in undone}
         total_s = sum(unit.duration_s for unit in units)
 
         def look(bar: ProgressBar) -> None:
             for unit, before in [*waiting.items()]:
-                if _mtime_ns(self.file(unit)) != before and (header := read_header(self.file(unit))) is not None:
+                if mtime_ns(self.file(unit)) != before and (header := read_header(self.file(unit))) is not None:
                     del waiting[unit]
                     bar.num_failed += self.num_failed(header)
             bar.done = total_s - sum(unit.duration_s for unit in waiting)
@@ -125,7 +125,7 @@ class UnitStage(ABC, Generic[Header]):
         self.report(headers)
 
 
-def _mtime_ns(path: Path) -> int:
+def mtime_ns(path: Path) -> int:
     """When a file was last written, 0 where there is none."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mtime_ns
@@ -165,8 +165,16 @@ def in_threads(
     failed: Callable[[R], object] = lambda _: False,
 ) -> list[R]:
     """What `function` gives of each of `items`, in `count` threads; a bar says how far `what` is, and what `failed`."""
+    with ProgressBar(what, len(items), unit) as bar:
+        return in_threads_of_bar(count, function, items, bar, failed)
+
+
+def in_threads_of_bar(
+    count: int, function: Callable[[T], R], items: Sequence[T], bar: ProgressBar, failed: Callable[[R], object]
+) -> list[R]:
+    """The same of some of what a bar counts."""
     results = []
-    with ThreadPoolExecutor(count) as pool, ProgressBar(what, len(items), unit) as bar:
+    with ThreadPoolExecutor(count) as pool:
         try:
             for result in pool.map(function, items):
                 results.append(result)

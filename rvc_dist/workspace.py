@@ -231,6 +231,15 @@ class Workspace:
         path, state = self._newest_state()
         return path, state.get("data", {})
 
+    def unit_headers(self) -> Iterator[tuple[int, Path, FeaturesHeader]]:
+        """Of every unit that has features: its number, its file for messages, and what is in it.
+
+        Raises:
+            StageError: one is damaged.
+        """
+        for path in unit_files(self.features_dir):
+            yield int(path.stem), path, unit_header(path, FeaturesHeader, "extract")
+
     def heard_speakers(self) -> list[int]:
         """Those whom the newest whole checkpoint was trained on."""
         return list(self._newest_state()[1].get("trained_speakers", []))
@@ -698,6 +707,16 @@ def fingerprint(*parts: Any) -> str:
     """A short hash of plain data and FORMAT_VERSION; equal data gives the same on every machine."""
     text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint_of_list(parts: Iterable[Sequence[Any]]) -> str:
+    """`fingerprint` of the list that `parts` make one after the other, without all of its text at once."""
+    digest, comma = hashlib.sha256(f"[{FORMAT_VERSION}, [".encode()), ""
+    for part in parts:
+        digest.update(f"{comma}{json.dumps(part, sort_keys=True, ensure_ascii=True)[1:-1]}".encode())
+        comma = ", "
+    digest.update(b"]]")
+    return digest.hexdigest()[:16]
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], shared: bool = False) -> str:

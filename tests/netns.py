@@ -25,12 +25,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 """linux/if_tun.h"""
 MTU = 9000
 DEVICE = "eth0"
 INSIDE = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
 """What turns a namespace into a host: a name, and its /etc/hosts, which no other process sees."""
+
+
+def marks() -> list[pytest.MarkDecorator]:
+    """Of tests on two hosts."""
+    skip = pytest.mark.skipif(bool(missing()), reason=missing() or "never")
+    return [pytest.mark.root, pytest.mark.slow, pytest.mark.distributed, skip]
 
 
 def missing() -> str:

@@ -6,8 +6,8 @@ import logging
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from rvc_dist.config import RATES, Recipe
 from rvc_dist.data import audio
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 HEARD_RATE = 40000
 """Recordings of this rate in Hz and more lack nothing that is heard: 44100 is not below a voice of 48000."""
+T = TypeVar("T")
+
 SINCE: dict[str, Any] = {"preprocess.clip_format": "float32"}
 """Settings that came later, and what clips were made with before: it is left out, so that those are not stale."""
 TOLD_FILES = 10
@@ -79,17 +81,21 @@ class ClipStage(UnitStage[ClipsHeader]):
     def recordings(self, headers: list[ClipsHeader]) -> list[dict[str, Any]]:
         """What became of each recording, given the headers of all units; each reason is logged."""
         files = by_recording([dict(f) for h in headers for f in h["files"]], self.work_list.excluded)
-        by_reason: dict[str, list[dict[str, Any]]] = {}
-        for file in files:
-            if file["reason"]:
-                by_reason.setdefault(re.sub("[0-9]+", "#", file["reason"]), []).append(file)
-        for alike in by_reason.values():
+        for alike in by_reason((file for file in files if file["reason"]), lambda file: str(file["reason"])):
             for file in alike[:TOLD_FILES]:
                 logger.warning("%s: %s: %s", self.name, printable(file["path"]), file["reason"])
             if more := alike[TOLD_FILES:]:
                 told = len(more), self.work.clips_report_file, more[0]["reason"]
                 logger.warning("%s: and %d more (%s): %s", self.name, *told)
         return files
+
+
+def by_reason(files: Iterable[T], reason: Callable[[T], str]) -> list[list[T]]:
+    """`files` in groups; reasons that differ in numbers alone are one."""
+    found: dict[str, list[T]] = {}
+    for file in files:
+        found.setdefault(re.sub("[0-9]+", "#", reason(file)), []).append(file)
+    return list(found.values())
 
 
 def finished(work: Workspace) -> WorkList | None:
@@ -134,8 +140,8 @@ def clip_settings(recipe: Recipe) -> dict[str, Any]:
     return settings | _newer(recipe) | ({"preprocess.loudness": p.loudness} if p.normalization == "lufs" else {})
 
 
-def check_made(recipe: Recipe, work: Workspace) -> None:
-    """Nothing, unless the run's clips were made with other settings than the recipe's.
+def check_made(recipe: Recipe, work: Workspace) -> WorkList | None:
+    """The run's work list, if it has one, unless its clips were made with other settings than the recipe's.
 
     Raises:
         StageError: they were.
@@ -143,6 +149,7 @@ def check_made(recipe: Recipe, work: Workspace) -> None:
     if (work_list := WorkList.load(work.work_list_file)) is not None:
         remedy = "run `rvc-dist preprocess` and `extract` again"
         check_settings(work.clips_dir, SINCE | work_list.settings, SINCE | clip_settings(recipe), remedy)
+    return work_list
 
 
 def pieces(recipe: Recipe, wave: audio.Wave, has_silences: bool = True) -> Iterator[tuple[int, audio.Wave]]:

@@ -40,7 +40,7 @@ from rvc_dist.data.storage import HEADERS, MANIFEST, Manifest, read_headers
 from rvc_dist.files import atomic_write
 from rvc_dist.runtime.launcher import local_ranks
 from rvc_dist.runtime.logs import EXIT_S
-from rvc_dist.workspace import FeaturesHeader, StageError, Workspace, fingerprint, read_json, unit_files, unit_header
+from rvc_dist.workspace import FeaturesHeader, StageError, Workspace, fingerprint, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -72,20 +72,6 @@ def _remote_run(url: str, base: Path, name: str, cache_bytes: int) -> RemoteRun:
     return RemoteRun(url, base, name, cache_bytes)
 
 
-def unit_headers(work: Workspace) -> Iterator[tuple[int, Path, FeaturesHeader]]:
-    """Of every unit that has features: its number, its file for messages, and what is in it.
-
-    Raises:
-        StageError: one is damaged.
-    """
-    if isinstance(work, RemoteRun):
-        for unit, header in read_headers(work.root / HEADERS):
-            yield unit, work.unit_file("features", unit), header
-        return
-    for path in unit_files(work.features_dir):
-        yield int(path.stem), path, unit_header(path, FeaturesHeader, "extract")
-
-
 class RemoteRun(Workspace):
     """The cache's folder as a run folder: units are there once somebody asks for them, all else from the beginning.
 
@@ -103,6 +89,10 @@ class RemoteRun(Workspace):
         self.manifest = Manifest.read(folder / MANIFEST, f"{url}/{MANIFEST}")
         self._owner, self._asked, self._removed_at = os.getpid(), "", 0
         self._positions = os.open(folder / POSITIONS, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def unit_headers(self) -> Iterator[tuple[int, Path, FeaturesHeader]]:
+        for unit, header in read_headers(self.root / HEADERS):
+            yield unit, self.unit_file("features", unit), header
 
     def clips_file(self, unit: int) -> Path:
         return self._wait_for("clips", unit)

@@ -224,13 +224,7 @@ def _speakers_of(
     ids |= {name: next(free) for name in sorted(names - ids.keys())}
     found = {folder: ids[folder.name] if folder.speaker is None else folder.speaker for folder in folders}
     claims = [
-        Claim(
-            i,
-            folder.name or known.names.get(i, str(i)),
-            (printable(folder.top) or "what is in no folder")
-            + (f" ({place})" if (place := places[folder.top]) else ""),
-        )
-        for folder, i in found.items()
+        Claim(i, folder.name or known.names.get(i, str(i)), _place_of(folder, places)) for folder, i in found.items()
     ]
     claims += [Claim(i, known.names[i], "one that was trained") for i in sorted({*known.trained} - {*found.values()})]
     _check_claims(claims)
@@ -239,7 +233,7 @@ def _speakers_of(
 
 
 def _place_of(folder: Folder, places: Mapping[str, str]) -> str:
-    place = places.get(folder.top)
+    place = places[folder.top]
     return (printable(folder.top) or "what is in no folder") + (f" ({place})" if place else "")
 
 

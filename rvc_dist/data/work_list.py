@@ -12,7 +12,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from rvc_dist.data.sources import Corpus, check_recordings, content_by, listing_
 from rvc_dist.files import STALE_TMP_S, atomic_write, write_json
 from rvc_dist.schema import Count, OsName, Seconds
 from rvc_dist.screen import ProgressBar
-from rvc_dist.unit_stage import in_threads
+from rvc_dist.unit_stage import in_threads, in_threads_of_bar, mtime_ns
 from rvc_dist.workspace import (
     Shard,
     SourceFile,
@@ -115,7 +114,7 @@ class SharedPass:
                 if not files[number].is_file():
                     if self._has_ended():
                         return None
-                    results = self._of_part(function, parts[number], bar, failed)
+                    results = in_threads_of_bar(self.num_threads, function, parts[number], bar, failed)
                     with contextlib.suppress(FileNotFoundError):  # the folder was removed meanwhile, as below
                         write_json(files[number], results)
                 else:
@@ -131,20 +130,6 @@ class SharedPass:
         if is_over := self.is_over():
             self.remove()  # what was written since
         return is_over
-
-    def _of_part(
-        self, function: Callable[[T], R], items: Sequence[T], bar: ProgressBar, failed: Callable[[R], object]
-    ) -> list[R]:
-        results = []
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            try:
-                for result in pool.map(function, items):
-                    results.append(result)
-                    bar.advance(num_failed=bool(failed(result)))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return results
 
     def remove(self) -> None:
         """Its files, and those of passes that came to no end and are old."""
@@ -189,10 +174,10 @@ def _made(recipe: Recipe, work: Workspace, corpus: Corpus, shard: Shard) -> Work
     if leads and corpus.about:
         logger.info("data.audio_dir: %s", corpus.about)
     listing, settings = listing_of(corpus.sources), clip_settings(recipe)
-    old, written_ns = WorkList.load(work.work_list_file), _mtime_ns(work.work_list_file)
+    old, written_ns = WorkList.load(work.work_list_file), mtime_ns(work.work_list_file)
 
     def is_over() -> bool:
-        return _mtime_ns(work.work_list_file) != written_ns and _current(recipe, work, corpus) is not None
+        return mtime_ns(work.work_list_file) != written_ns and _current(recipe, work, corpus) is not None
 
     folder = work.root / "survey" / fingerprint(listing, settings)
     spread = SharedPass(folder, shard, recipe.preprocess.num_workers, is_over)
@@ -264,13 +249,6 @@ def _with_facts(file: SourceFile, facts: dict[str, Any]) -> SourceFile:
         return replace(placed(file, facts["duration_s"]), rate=facts["rate"], content=facts["content"])
     except decode.AudioError as error:
         return file.refused(str(error))
-
-
-def _mtime_ns(path: Path) -> int:
-    """When a file was last written, 0 where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_mtime_ns
-    return 0
 
 
 def common_loudness(recipe: Recipe, parts: Sequence[SourceFile], spread: SharedPass) -> float | None:

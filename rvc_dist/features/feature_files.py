@@ -52,17 +52,16 @@ def complete(recipe: Recipe) -> bool | None:
     return (done and mute_done(recipe, work, settings)) or None
 
 
-def check_made(recipe: Recipe, work: Workspace) -> None:
+def check_made(recipe: Recipe, work: Workspace, work_list: WorkList | None) -> None:
     """Nothing, unless the run's features were made with other settings than the recipe's.
 
     Raises:
-        StageError: they were, or of other clips than those that the work list now asks for.
+        StageError: they were, or of other clips than those that the run's `work_list` now asks for.
     """
     if (report := read_report(work)) is not None:
         remedy = "run `rvc-dist extract` again"
         made_with = SINCE | report["settings"]
         check_settings(work.features_dir, made_with, SINCE | feature_settings(recipe), remedy)
-        work_list = WorkList.load(work.work_list_file)
         if work_list is not None and report["clips"] != fingerprint(list(work_list.fingerprints().values())):
             raise StageError(
                 f"{work.features_dir} holds features of other clips than those of {work.clips_dir}:",

@@ -6,9 +6,8 @@ finds is kept in the run folder, where preprocess takes it from.
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from rvc_dist.config import Recipe
+from rvc_dist.data.clip_files import by_reason
 from rvc_dist.data.work_list import make_work_list
 from rvc_dist.tools.tables import print_table, say
 from rvc_dist.workspace import Shard, SourceFile, WorkList, Workspace, printable
@@ -73,10 +73,9 @@ class Survey:
             rows.insert(half, [f"{len(by_minutes) - len(shown)} more, which --json has", *[""] * 5])
         rows.append(_row("all", every))
         print_table(out, ["speaker", "recordings", "min", "shortest s", "median s", "longest s"], rows, "By minutes")
-        kinds = Counter(re.sub("[0-9]+", "#", file.reason) for file in self.left_out)
-        for reason, count in kinds.most_common(MAX_REASONS_SHOWN):
-            first = next(f for f in self.left_out if re.sub("[0-9]+", "#", f.reason) == reason)
-            say(out, f"Left out: {count}, as {printable(first.path)}: {first.reason}")
+        alike = sorted(by_reason(self.left_out, lambda file: file.reason), key=len, reverse=True)
+        for first, *others in alike[:MAX_REASONS_SHOWN]:
+            say(out, f"Left out: {1 + len(others)}, as {printable(first.path)}: {first.reason}")
 
 
 def survey(recipe: Recipe, shard: Shard) -> Survey:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypedDict
 
 from rvc_dist.config import Recipe
-from rvc_dist.data.remote import unit_headers
 from rvc_dist.data.storage import HEADERS, MANIFEST, Storage, Stored, unit_names
 from rvc_dist.features.feature_files import clip_fingerprints
 from rvc_dist.files import beside, sha256_of, write_json
@@ -80,7 +79,7 @@ class Upload:
         if (record := self.record(unit)) is not None and self._is_there(record["files"]):
             return 0
         before, last = self._local(unit), self._last(unit)
-        files = {name: self._stored(name) for name in unit_names(unit)}
+        files = {name: _stored(self.work.root / name) for name in unit_names(unit)}
         known = last["files"] if last is not None else {}
         sent = [name for name in files if files[name] != known.get(name) or not self._is_there({name: files[name]})]
         for name in sent:
@@ -97,7 +96,7 @@ class Upload:
         headers = self.folder / HEADERS
         with beside(headers) as half:
             with half.open("xb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as lines:
-                for unit, _, header in unit_headers(self.work):
+                for unit, _, header in self.work.unit_headers():
                     lines.write(json.dumps({"unit": unit, "header": header}).encode() + b"\n")
             half.replace(headers)
         files: dict[str, Stored] = {}
@@ -108,7 +107,7 @@ class Upload:
         small = [self.work.root / name for name in SMALL if (self.work.root / name).is_file()] + [headers]
         for path in small:
             name = HEADERS if path is headers else path.relative_to(self.work.root).as_posix()
-            files[name] = Stored(size=path.stat().st_size, sha256=sha256_of(path))
+            files[name] = _stored(path)
             self.storage.put(path, name)
         medians = {"" if speaker is None else str(speaker): hz for speaker, hz in f0_medians(self.work).items()}
         manifest = self.folder / MANIFEST
@@ -132,9 +131,9 @@ class Upload:
         found = [(self.work.root / name).stat() for name in unit_names(unit)]
         return [[status.st_size, status.st_mtime_ns // 1000] for status in found]
 
-    def _stored(self, name: str) -> Stored:
-        path = self.work.root / name
-        return Stored(size=path.stat().st_size, sha256=sha256_of(path))
-
     def _is_there(self, files: Mapping[str, Stored]) -> bool:
         return all(self.there.get(name) == stored["size"] for name, stored in files.items())
+
+
+def _stored(path: Path) -> Stored:
+    return Stored(size=path.stat().st_size, sha256=sha256_of(path))

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from rvc_dist.config import F0_PER_S, MAX_CLIP_FRAMES, RateSpec, Recipe
 from rvc_dist.data.number_formats import FULL_SCALE, clip_bytes_per_s, feature_bytes_per_s
-from rvc_dist.data.remote import RemoteRun, data_of, unit_headers
+from rvc_dist.data.remote import RemoteRun, data_of
 from rvc_dist.train import memory
 from rvc_dist.train.clips import MUTE, MUTE_SOURCE, ClipList, ClipRef
 from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by, unseen_speakers
@@ -152,7 +152,7 @@ class ClipTable:
 
         def found() -> Iterator[ClipRef]:
             nonlocal short, embedder
-            for unit, path, header in unit_headers(work):
+            for unit, path, header in work.unit_headers():
                 if header["sample_rate"] != recipe.data.sample_rate:
                     raise StageError(
                         f"{path} belongs to clips of {header['sample_rate']} Hz, the recipe says data.sample_rate "
@@ -243,8 +243,7 @@ class ClipDataset(Dataset[list[Batch]]):
     """Reads whole steps: one item is the micro-batches of one rank."""
 
     def __init__(self, recipe: Recipe, clips: Sequence[ClipRef], units: UnitFiles | None = None) -> None:
-        self.work = Workspace(recipe.run_dir, recipe.name)
-        self.units: UnitFiles = units or self.work
+        self.units: UnitFiles = units or Workspace(recipe.run_dir, recipe.name)
         self.clips = clips
         self.rate, self.spec, self.seed = recipe.data.sample_rate, recipe.rate_spec, recipe.train.seed
         self.has_energy = recipe.model.energy

@@ -7,7 +7,7 @@ memory, so that compiled networks and CUDA graphs are none the wiser.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,8 @@ class Ema:
         torch._foreach_copy_(self.weights, [state[name].to(self.weights[0].device) for name in names])
 
     @contextmanager
-    def applied(self, on: bool = True) -> Iterator[None]:
-        """Inside, if `on`, the module has the averages; afterwards it has its own weights again, to the bit."""
-        if not on:
-            yield
-            return
+    def applied(self) -> Iterator[None]:
+        """Inside, the module has the averages; afterwards it has its own weights again, to the bit."""
         own = self._parameters()
         kept = [weight.clone() for weight in own]
         torch._foreach_copy_(own, self.weights)
@@ -62,3 +59,8 @@ class Ema:
             yield
         finally:
             torch._foreach_copy_(own, kept)
+
+
+def weights_of(ema: Ema | None, uses_ema: bool | None) -> AbstractContextManager[None]:
+    """Inside, the module has the weights that validation found better (`Progress.uses_ema`)."""
+    return ema.applied() if ema is not None and uses_ema else nullcontext()

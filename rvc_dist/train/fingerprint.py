@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.holdout import choice, validated
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import BEST_BY
-from rvc_dist.workspace import FORMAT_VERSION, fingerprint, read_json
+from rvc_dist.workspace import fingerprint, fingerprint_of_list, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
     report = data_of(recipe).clips_report_file
     return {
         "recordings": recordings,
-        "train": _fingerprint(train),
+        "train": of_clips(train),
         "validation": fingerprint(
             BEST_BY, recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]
         ),
@@ -52,14 +50,10 @@ def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
     }
 
 
-def _fingerprint(clips: ClipList) -> str:
-    """`workspace.fingerprint` of where these lie and how long they are, without all of its text at once."""
-    digest = hashlib.sha256(f"[{FORMAT_VERSION}, [".encode())
-    for first in range(0, len(clips), AT_ONCE):
-        part = [(c.source, c.unit, c.key, c.num_frames) for c in clips[first : first + AT_ONCE]]
-        digest.update(f"{', ' if first else ''}{json.dumps(part)[1:-1]}".encode())
-    digest.update(b"]]")
-    return digest.hexdigest()[:16]
+def of_clips(clips: ClipList) -> str:
+    """Of where they lie and how long they are."""
+    parts = (clips[first : first + AT_ONCE] for first in range(0, len(clips), AT_ONCE))
+    return fingerprint_of_list([(c.source, c.unit, c.key, c.num_frames) for c in part] for part in parts)
 
 
 def check(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ S samples, F bins, M mel bands, T frames of the spectrogram, T100 frames of 10 m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -67,7 +67,7 @@ class Quality(NamedTuple):
             f"loudness {self.loudness_db:.1f} dB": self.loudness_db,
             f"similarity {self.similarity:.3f}": self.similarity,
         }
-        return ", ".join(text for text, value in shown.items() if not math.isnan(value))
+        return defined_text(shown)
 
 
 BROKEN = Quality(math.inf, math.inf, math.inf, math.inf, math.inf, -math.inf)
@@ -208,3 +208,8 @@ def defined_mean(values: Iterable[float]) -> float:
     """Of those that are numbers."""
     defined = [value for value in values if not math.isnan(value)]
     return math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def defined_text(shown: Mapping[str, float]) -> str:
+    """The texts of those that are numbers, in a line."""
+    return ", ".join(text for text, value in shown.items() if not math.isnan(value))

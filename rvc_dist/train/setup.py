@@ -40,8 +40,8 @@ def load_clips(recipe: Recipe, work: Workspace) -> ClipTable:
     table = ClipTable.load(recipe)
     work.check_name()
     work.root.mkdir(parents=True, exist_ok=True)  # where data.remote has the units, nothing has made it yet
-    clip_files.check_made(recipe, data_of(recipe))
-    feature_files.check_made(recipe, data_of(recipe))
+    data = data_of(recipe)
+    feature_files.check_made(recipe, data, clip_files.check_made(recipe, data))
     return table
 
 

@@ -63,10 +63,7 @@ class GanStep:
         for network in self.networks.values():
             network.optimizer.zero_grad(set_to_none=True)
         compilation.begin_step()
-        updates, made = [], None
-        if adversarial:
-            of_d, made = self.update_discriminator(batches, values, finite)
-            updates.append(of_d)
+        of_d, made = self.update_discriminator(batches, values, finite) if adversarial else (None, None)
 
         # D outside DDP and frozen: its gradients would be computed, averaged over ranks, and thrown away.
         with self.d.frozen(self.dtype) if adversarial else nullcontext():
@@ -82,10 +79,9 @@ class GanStep:
         with self.timer.phase("g_step"):
             of_g = self.g.update(self.config.max_grad_norm)
             add_to(values, {"grad/norm_g": of_g.norm})
-        good, bad = of_g.good, of_g.bad
-        for update in updates:
-            good, bad = update.good & good, update.bad | bad
-        return StepResult(values, good, bad, finite)
+        if of_d is None:
+            return StepResult(values, of_g.good, of_g.bad, finite)
+        return StepResult(values, of_d.good & of_g.good, of_d.bad | of_g.bad, finite)
 
     def update_discriminator(
         self, batches: Sequence[Batch], values: dict[str, Tensor], finite: Tensor

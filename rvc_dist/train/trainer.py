@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from rvc_dist.screen import ProgressBar
 from rvc_dist.train import bad_steps, checkpoint, compilation, out_of_memory, run_state, setup, speaker_encoder
 from rvc_dist.train.bad_steps import RecentStep
 from rvc_dist.train.dataset import Batch
-from rvc_dist.train.ema import Ema
+from rvc_dist.train.ema import Ema, weights_of
 from rvc_dist.train.listening import Listening
 from rvc_dist.train.loader import StepLoader
 from rvc_dist.train.metrics import Meter, PhaseTimer, report_steps
@@ -284,8 +284,7 @@ class Trainer:
                 "validation", step, epoch=self.progress.epochs_done(len(self.table.train)), **verdict.line()
             )
         if self.is_main:
-            averaged = self.ema.applied(bool(self.progress.uses_ema)) if self.ema is not None else nullcontext()
-            with self.heartbeat.within("samples"), averaged:
+            with self.heartbeat.within("samples"), weights_of(self.ema, self.progress.uses_ema):
                 self.listening.play(generator, step, partial(self._heard, step))
             self.pages.begin()
         return verdict is not None and verdict.is_best

@@ -25,7 +25,7 @@ from rvc_dist.features.extractor import told_as_stage_errors
 from rvc_dist.train.clips import MUTE_SOURCE, ClipRef
 from rvc_dist.train.dataset import ClipDataset, ClipTable
 from rvc_dist.train.holdout import draw, evenly
-from rvc_dist.train.quality import Ear, defined_mean, voice_similarity
+from rvc_dist.train.quality import Ear, defined_mean, defined_text, voice_similarity
 from rvc_dist.workspace import StageError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class UnseenQuality(NamedTuple):
             f"content {self.content_similarity:.3f}": self.content_similarity,
             f"target's voice {self.target_similarity:.3f}": self.target_similarity,
         }
-        return ", ".join(text for text, value in shown.items() if not math.isnan(value))
+        return defined_text(shown)
 
 
 class UnseenSpeech:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from rvc_dist.models.modules import kernel_search
 from rvc_dist.models.pitch import coarse_pitch
 from rvc_dist.train.clips import ClipRef
 from rvc_dist.train.dataset import ClipData, ClipDataset, ClipTable, collate
-from rvc_dist.train.ema import Ema
+from rvc_dist.train.ema import Ema, weights_of
 from rvc_dist.train.holdout import LISTED, validated
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import Ear, Heard, Quality, mean_quality
@@ -114,7 +113,7 @@ class Validation:
         after, why = progress.judged(mean.mel_distance)
         is_best, after = after is not progress, replace(after, uses_ema=uses_ema)
         why += f", with {'the average of' if uses_ema else 'raw'} weights" if of_weights else ""
-        with ema.applied(bool(uses_ema)) if ema is not None else nullcontext():
+        with weights_of(ema, uses_ema):
             unseen = self.measure_unseen(generator)
         seconds = time.monotonic() - began_at
         verdict = Verdict(mean, speakers, len(self.clips), seconds, after, is_best, why, of_weights, unseen)

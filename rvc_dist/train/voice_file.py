@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rvc_dist.choices import VOCODERS
 from rvc_dist.config import Recipe
-from rvc_dist.data.remote import RemoteRun, data_of, unit_headers
+from rvc_dist.data.remote import RemoteRun, data_of
 from rvc_dist.features.content import published
 from rvc_dist.features.feature_files import SINCE
 from rvc_dist.features.identity import EmbedderId
@@ -122,7 +122,7 @@ def f0_medians(work: Workspace) -> dict[int | None, float]:
     if isinstance(work, RemoteRun):  # whose manifest has them: every unit would have to be fetched
         return dict(work.manifest.f0_medians)
     voiced: dict[int | None, list[Any]] = defaultdict(list)
-    for _, path, header in unit_headers(work):
+    for _, path, header in work.unit_headers():
         with safe_open(path, framework="numpy") as arrays:
             for i, clip in enumerate(header["clips"]):
                 f0 = arrays.get_tensor(f"{i:05d}.f0")

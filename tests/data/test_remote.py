@@ -20,7 +20,7 @@ from helpers import changed, make_features, tiny_recipe, workspace_of
 from rvc_dist.config import Recipe
 from rvc_dist.data import fetcher, remote, storage
 from rvc_dist.data.fetcher import POSITION, POSITIONS, SCHEDULE, Cache, Window
-from rvc_dist.data.remote import Fetcher, RemoteRun, data_of, unit_headers
+from rvc_dist.data.remote import Fetcher, RemoteRun, data_of
 from rvc_dist.data.storage import Manifest, Storage, unit_names
 from rvc_dist.files import write_json
 from rvc_dist.tools import upload
@@ -94,8 +94,8 @@ def at(cache: Cache, *positions: int) -> None:
 
 def test_a_table_of_clips_is_the_same_and_needs_no_unit(recipe: Recipe) -> None:
     there = elsewhere(recipe)
-    local = list(unit_headers(workspace_of(recipe)))
-    assert [(u, p.name, h) for u, p, h in unit_headers(opened(there))] == [(u, p.name, h) for u, p, h in local]
+    local = list(workspace_of(recipe).unit_headers())
+    assert [(u, p.name, h) for u, p, h in opened(there).unit_headers()] == [(u, p.name, h) for u, p, h in local]
     assert not list(opened(there).root.glob("features/0*.safetensors"))
     assert f0_medians(opened(there)) == f0_medians(workspace_of(recipe))
     assert opened(there).clips_report_file.read_bytes() == workspace_of(recipe).clips_report_file.read_bytes()

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from rvc_dist.data import preprocess
 from rvc_dist.features import extract, feature_files
 from rvc_dist.features.energy import frame_energy
-from rvc_dist.workspace import Shard, StageError, Workspace
+from rvc_dist.workspace import Shard, StageError, WorkList, Workspace
 
 
 @pytest.mark.parametrize("size", [16000, 8001, 1500])
@@ -35,9 +35,9 @@ def test_features_hold_it_where_the_model_follows_it_and_are_the_same_besides(tm
         found[name] = {p.name: p.read_bytes() for p in work.features_dir.iterdir()}
         if name == "on":
             clip, mute = load_file(work.features_file(0)), load_file(work.mute_file)
-            feature_files.check_made(following, work)
+            feature_files.check_made(following, work, WorkList.load(work.work_list_file))
             with pytest.raises(StageError, match=r"model\.energy: True -> False"):
-                feature_files.check_made(recipe, work)
+                feature_files.check_made(recipe, work, WorkList.load(work.work_list_file))
     assert found["off"] == found["off again"]
     assert b"energy" not in b"".join(found["off"].values())
     assert clip["00000.energy"].shape == clip["00000.f0"].shape

@@ -35,7 +35,7 @@ from rvc_dist.data import preprocess
 from rvc_dist.features import djcm, extract, feature_files, index
 from rvc_dist.features.content import Embedder, Mfcc
 from rvc_dist.features.extractor import Extractor
-from rvc_dist.workspace import Shard, StageError, read_header, read_json, unit_files
+from rvc_dist.workspace import Shard, StageError, WorkList, read_header, read_json, unit_files
 
 ALONE = Shard(0, 1)
 
@@ -282,9 +282,10 @@ def test_features_of_before_there_was_a_setting_are_good(key: str, default: str,
     assert f"extract.{key}" not in report["settings"]
     other = changed(recipe, "extract", **{key: value})
     extract.run(other, ALONE)
-    feature_files.check_made(other, workspace_of(recipe))
+    work_list = WorkList.load(workspace_of(recipe).work_list_file)
+    feature_files.check_made(other, workspace_of(recipe), work_list)
     with pytest.raises(StageError, match=rf"set back what differs \(extract\.{key}: {value} -> {default}\)"):
-        feature_files.check_made(recipe, workspace_of(recipe))
+        feature_files.check_made(recipe, workspace_of(recipe), work_list)
 
 
 def test_the_pitch_of_unvoiced_frames(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

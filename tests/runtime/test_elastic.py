@@ -25,12 +25,7 @@ from rvc_dist.report.history import read_history
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Workspace
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.slow,
-    pytest.mark.distributed,
-    pytest.mark.skipif(bool(netns.missing()), reason=netns.missing() or "never"),
-]
+pytestmark = netns.marks()
 
 NUM_STEPS = 40
 START_S = 200

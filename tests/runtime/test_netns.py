@@ -19,12 +19,7 @@ from launching import ROOT, environment, rvc_dist
 
 from rvc_dist.train import checkpoint
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.slow,
-    pytest.mark.distributed,
-    pytest.mark.skipif(bool(netns.missing()), reason=netns.missing() or "never"),
-]
+pytestmark = netns.marks()
 
 NUM_STEPS = 24
 TIMEOUT_S = 8

@@ -91,7 +91,7 @@ def reasons(recipe: Recipe) -> dict[str, str]:
 def test_energy_is_measured_where_the_recipe_asks_for_it(applio: Path, tmp_path: Path) -> None:
     recipe = imported(changed(recipe_for(applio, tmp_path / "run"), "model", energy=True))
     work = workspace_of(recipe)
-    feature_files.check_made(recipe, work)
+    feature_files.check_made(recipe, work, WorkList.load(work.work_list_file))
     found = {k: v for path in unit_files(work.features_dir) for k, v in load_file(path).items()}
     energies = {k: v for k, v in found.items() if k.endswith(".energy")}
     assert len(energies) == len(found) / 3 > 0

@@ -49,8 +49,8 @@ def test_a_run_is_known_by_the_same_fingerprint_as_ever(tmp_path):
     """Places in epochs of runs that older versions began count on it."""
     clips = ClipList.of([*CLIPS, *many(9000)])
     plain = fingerprint_of([(c.source, c.unit, c.key, c.num_frames) for c in (*CLIPS, *many(9000))])
-    assert fingerprint._fingerprint(clips) == plain
-    assert fingerprint._fingerprint(clips[:0]) == fingerprint_of([])
+    assert fingerprint.of_clips(clips) == plain
+    assert fingerprint.of_clips(clips[:0]) == fingerprint_of([])
     recipe = tiny_recipe(tmp_path)
     make_features(recipe, num_clips=12, speakers=(0, 1))
     table = ClipTable.load(recipe)

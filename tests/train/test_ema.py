@@ -107,7 +107,7 @@ def test_until_it_joins_the_discriminator_rests_and_no_loss_asks_it(whole):
 @pytest.mark.slow
 def test_the_mean_of_a_log_line_has_one_kind_of_step(tmp_path, whole):
     """Of the steps 1 to 6 those after the discriminator joined."""
-    coarse = replace(with_train(whole, log_every_steps=6, num_workers=0), run_dir=str(tmp_path))
+    coarse = replace(with_train(whole, log_every_steps=6), run_dir=str(tmp_path))
     make_features(coarse, num_clips=12, speakers=(0, 1))
     train(coarse)
     (line,), fine = lines_of(coarse, "step").values(), lines_of(whole, "step")
