@@ -131,7 +131,8 @@ class Job:
 
     def signal(self, number: int) -> None:
         for pid in self.ranks.values():
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its code was not read yet
+                os.kill(pid, number)
 
     def kill(self) -> None:
         """Of each rank all that it began too, but for what has a session of its own."""

@@ -32,7 +32,6 @@ def remote(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(storage.random, "uniform", lambda *_: 0.001)
-    monkeypatch.setattr(storage, "STALL_S", 1.0)
     faults.next.clear()
     faults.asked.clear()
     (tmp_path / "data").write_bytes(DATA)
@@ -43,8 +42,12 @@ def remote(
 
 
 @pytest.mark.parametrize("fault", ["reset", "503", "truncated", "cut", "flipped", "stall"])
-def test_a_fault_of_the_network_is_tried_again(remote, fault: str, tmp_path: Path) -> None:
+def test_a_fault_of_the_network_is_tried_again(
+    remote, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, faults, stored = remote
+    if fault == "stall":  # elsewhere a busy machine is no fault
+        monkeypatch.setattr(storage, "STALL_S", 1.0)
     faults.next[NAME] = [fault]
     found.fetch(NAME, tmp_path / "clips" / "x", stored)
     assert (tmp_path / "clips" / "x").read_bytes() == DATA
