@@ -32,6 +32,8 @@ ELASTIC = [
 ]
 ELASTIC += ["--max_restarts", "100"]
 """Between machines that come and go: docs/distribution.md has the reasons."""
+LOST_AFTER_S = "15"
+"""After how many seconds without an answer ranks that come and go take a machine for lost."""
 SAVE_S = 90
 """How long a launcher that is to end its ranks waits for their checkpoint."""
 
@@ -163,7 +165,8 @@ def num_ranks(gpus: int | None) -> int:
 def elastic_options(machines: Machines, ranks: int, name: str) -> tuple[dict[str, str], list[str]]:
     """Environment variables and options of torchrun for so many ranks on each machine, for a run of this name."""
     variables = threads(machines, ranks) | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_S)
+    wanted = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_S), "RVC_DIST_LOST_AFTER_S": LOST_AFTER_S}
+    variables |= {name: os.environ.get(name, value) for name, value in wanted.items()}
     if machines.cpu is not None:
         variables["ACCELERATE_USE_CPU"] = "true"
     options = ["--nnodes", str(machines.nodes), "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]

@@ -96,6 +96,7 @@ def test_machines_that_come_and_go_are_torchruns(monkeypatch: pytest.MonkeyPatch
     assert added == {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90",
+        "RVC_DIST_LOST_AFTER_S": "15",
         "ACCELERATE_USE_CPU": "true",
     }
     page = (LAUNCH.parent / "docs" / "distribution.md").read_text()

@@ -7,9 +7,10 @@ import math
 import os
 import signal
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -33,7 +34,7 @@ from rvc_dist.runtime.device import (
     set_allocator,
     settings_text,
 )
-from rvc_dist.runtime.launcher import asks_for, check_deepspeed, fill_deepspeed_settings, world_size
+from rvc_dist.runtime.launcher import asks_for, check_deepspeed, fill_deepspeed_settings, lost_after_s, world_size
 from rvc_dist.runtime.logs import tell_launcher
 from rvc_dist.screen import say_at_once
 from rvc_dist.workspace import OtherRankError, StageError
@@ -98,6 +99,7 @@ def make_accelerator(config: TrainConfig, timeout_s: float | None = None) -> Acc
         logger.warning("%s %s", *advice)
     if asks_for("DEEPSPEED"):
         fill_deepspeed_settings(accelerator, config)
+    notice_lost_machines()
     return accelerator
 
 
@@ -167,6 +169,32 @@ def outlast(accelerator: Accelerator, timeout_s: float) -> None:
     if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
         set_timeout(timedelta(seconds=device_timeout_s(timeout_s)))
+
+
+def notice_lost_machines() -> None:
+    """Let the kernel break this process's connections to machines that answer nothing for `lost_after_s`.
+
+    Else a machine that vanishes without closing them is noticed after train.timeout_s. The other machine's kernel
+    answers for a rank that computes, loads, saves or is stopped; of what was sent TCP makes another try at the latest
+    after half of that time (RFC 6298), so that a shorter gap of the network costs nothing. The libraries that made the
+    connections know no such setting. To be called when connections were made. Linux alone.
+    """
+    after_s = lost_after_s()
+    if not after_s or not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    tcp = {"KEEPIDLE": max(1, int(after_s / 3)), "KEEPINTVL": 1, "USER_TIMEOUT": int(1000 * after_s)}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # it has just been closed, or leads nowhere
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
+                if connection.getpeername()[0] == connection.getsockname()[0]:
+                    continue
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in tcp.items():
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{option}"), value)
 
 
 def on_first_rank(accelerator: Accelerator, function: Callable[[], object]) -> bool:
@@ -240,6 +268,7 @@ class StopSignal:
         self._group: Any = None
         if accelerator.num_processes > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            notice_lost_machines()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:

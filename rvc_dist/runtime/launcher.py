@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from rvc_dist.config import TrainConfig
 from rvc_dist.workspace import StageError
 
 ZERO_STAGES = (1, 2)
+LOST_AFTER, LEAST_LOST_S = "RVC_DIST_LOST_AFTER_S", 3.0
+"""The variable by which a launcher says it: `rvc-dist launch --nodes FEWEST:MOST` does."""
 BUCKET_ELEMENTS = 1 << 23
 """Gradients sent at a time (32 MiB); DeepSpeed's own default would reserve two gigabytes a network."""
 
@@ -35,6 +38,19 @@ def world_size() -> int:
 def is_among_nodes() -> bool:
     """Whether this rank's launcher is one of several, on as many nodes, that meet again when ranks of one end."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+
+
+def lost_after_s() -> float:
+    """After how many seconds without an answer a machine is taken for lost; 0 where only train.timeout_s says so.
+
+    Raises:
+        StageError: the variable is no number of seconds.
+    """
+    text = os.environ.get(LOST_AFTER, "0")
+    seconds = float(text) if re.fullmatch(r"\d{1,5}(\.\d{1,3})?", text) else -1.0
+    if seconds != 0 and seconds < LEAST_LOST_S:
+        raise StageError(f"{LOST_AFTER}: got {text!r}, expected seconds of at least {LEAST_LOST_S:g}, or 0 for none")
+    return seconds
 
 
 def usable_cores(pid: int = 0) -> frozenset[int]:

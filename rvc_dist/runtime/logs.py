@@ -286,3 +286,9 @@ def is_collective_error(error: BaseException) -> bool:
 def is_timeout(error: BaseException) -> bool:
     """Whether a collective waited for as long as it may."""
     return is_collective_error(error) and re.search(r"timed? ?out", str(error), re.IGNORECASE) is not None
+
+
+def lost_address(error: BaseException) -> str | None:
+    """Of the machine to which the kernel broke a connection, since it no longer answers; None for other errors."""
+    found = re.search(r"\[([^\]]+)\]:\d+: (?:Connection timed out|No route to host)", str(error))
+    return found[1] if found and is_collective_error(error) else None

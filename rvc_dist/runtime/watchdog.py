@@ -36,6 +36,7 @@ from rvc_dist.runtime.logs import (
     failed_first,
     is_collective_error,
     is_timeout,
+    lost_address,
     rank_logs,
     write_stacks,
 )
@@ -178,8 +179,9 @@ class Watch:
                 first, wait_s = self._beats({}), min(1.5 * self._interval_s, 5.0)
                 time.sleep(wait_s)
                 beats = self._beats(first)
-                late = self._late(first, beats, wait_s)
-                self._reason = self._failure_of_another(beats) or self._in_vain(beats, late)
+                late, address = self._late(first, beats, wait_s), lost_address(error)
+                lost = address and self._lost(address, [beat for beat in late if beat is first.get(beat.data["rank"])])
+                self._reason = lost or self._failure_of_another(beats) or self._in_vain(beats, late)
             raise self._reason from error
         finally:
             self._timeout_s = math.inf
@@ -196,6 +198,15 @@ class Watch:
             f"{self.heartbeat.step}, for {names or 'the others, all of which did the same'}. Where each rank was "
             f"is in {self.work.logs_dir};",
             "the same command continues from the last checkpoint",
+        )
+
+    def _lost(self, address: str, silent: list[HeartbeatRecord]) -> StageError:
+        """That the machine at `address` vanished, with those ranks that give no sign of life, or the way to it."""
+        names = f", and nothing is heard of {listed([beat.name for beat in silent])}" if silent else ""
+        return StageError(
+            f"rank {self._rank} on {self._me['host']}: the machine at {address} does not answer, in "
+            f"{self.heartbeat.phase} of step {self.heartbeat.step}{names};",
+            "launchers that are left go on from the last checkpoint, and so does the same command",
         )
 
     def _failure_of_another(self, beats: dict[int, HeartbeatRecord]) -> StageError | None:

@@ -4,11 +4,12 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,29 @@ def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
     with pytest.raises(StageError) as caught:
         accelerator.check_same_settings(Accelerator(cpu=True), {})
     assert str({0: torch.__version__, 1: "1.0"}) in str(caught.value)
+
+
+def test_only_connections_to_other_machines_break_when_nothing_answers(monkeypatch):
+    """127.0.0.2 is another address than 127.0.0.1, as another machine's is."""
+    kernel = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT
+    with ExitStack() as stack:
+        ends = []
+        for address in ("127.0.0.1", "127.0.0.2"):
+            server = stack.enter_context(socket.create_server((address, 0)))
+            ends.append(stack.enter_context(socket.create_connection(server.getsockname(), 5, ("127.0.0.1", 0))))
+        stack.enter_context(socket.socketpair()[0])
+        accelerator.notice_lost_machines()
+        assert [end.getsockopt(*kernel) for end in ends] == [0, 0], "nobody asked for it"
+        monkeypatch.setenv("RVC_DIST_LOST_AFTER_S", "15")
+        num_open = len(os.listdir("/proc/self/fd"))
+        accelerator.notice_lost_machines()
+        assert len(os.listdir("/proc/self/fd")) == num_open
+        assert [end.getsockopt(*kernel) for end in ends] == [0, 15000]
+        assert [end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for end in ends] == [0, 1]
+    for wrong in ("soon", "1", "-5", "1e9"):
+        monkeypatch.setenv("RVC_DIST_LOST_AFTER_S", wrong)
+        with pytest.raises(StageError, match=f"RVC_DIST_LOST_AFTER_S: got '{wrong}', expected seconds of at least 3"):
+            accelerator.notice_lost_machines()
 
 
 GTX_1080, TITAN_V, T4, A100, H100 = (6, 1), (7, 0), (7, 5), (8, 0), (9, 0)

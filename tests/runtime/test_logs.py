@@ -235,6 +235,19 @@ def test_which_errors_come_from_other_ranks():
         assert not logs.is_timeout(error)
 
 
+def test_a_machine_that_does_not_answer_is_told_from_a_rank_that_waited_too_long():
+    """The first two are gloo's words for errors of the kernel, the others those of its own limit and of an end."""
+    where = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] "
+    errors = {
+        f"{where}Read error [10.213.7.2]:42704: Connection timed out. This is typically caused by": "10.213.7.2",
+        f"{where}writev [fd00::2]:42704: No route to host": "fd00::2",
+        f"{where}Timed out waiting 20000ms for recv operation to complete": None,
+        f"{where}Connection closed by peer [10.213.7.2]:42704": None,
+    }
+    assert {text: logs.lost_address(RuntimeError(text)) for text in errors} == errors
+    assert logs.lost_address(OSError("[10.213.7.2]:42704: Connection timed out")) is None, "another's connection"
+
+
 def test_a_full_disk_of_curves_is_told_once_and_the_threads_traceback_is_in_the_log(tmp_path, monkeypatch, caplog):
     """TensorBoard's thread writes them, and gives its error to who writes next."""
     work, shown = Workspace(tmp_path, "x"), []
