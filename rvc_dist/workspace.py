@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, overload
+from typing import Any, BinaryIO, TypedDict, TypeVar, cast, overload
 
 from rvc_dist.config import ConfigError, Recipe, load_recipe
 from rvc_dist.files import ForeignFileError, atomic_write, read_bounded, regular_size, remove_half_written, to_json
@@ -60,8 +61,9 @@ PART_SLACK_S = 0.2
 MAX_SLICE_S = 300.0
 """Longer recordings are cut into slices before anything is read of them: no process ever holds a whole one."""
 
-CHECKPOINT_MANIFEST, CHECKPOINT_STATE = "manifest.json", "state.json"
-"""In a checkpoint's folder; the manifest is written last."""
+CHECKPOINT_MANIFEST, CHECKPOINT_STATE, CHECKPOINT_RECORDINGS = "manifest.json", "state.json", "recordings.jsonl"
+"""In a checkpoint's folder; the manifest is written last, and the last is there of more than MAX_PLAIN_RECORDINGS."""
+RECORDINGS_A_LINE = 10_000
 
 T = TypeVar("T")
 
@@ -229,7 +231,9 @@ class Workspace:
     def trained_on(self) -> tuple[Path, TrainedOn]:
         """The newest whole checkpoint and the data that it knows; nothing where there is none that says it."""
         path, state = self._newest_state()
-        return path, state.get("data", {})
+        with contextlib.suppress(StageError, OSError):  # whoever goes on from it says it
+            return path, whole_data(path, state.get("data", {}))
+        return path, {}
 
     def unit_headers(self) -> Iterator[tuple[int, Path, FeaturesHeader]]:
         """Of every unit that has features: its number, its file for messages, and what is in it.
@@ -317,17 +321,62 @@ class Workspace:
         return next((path for path in paths if path.is_file()), None)
 
 
-class TrainedOn(TypedDict, total=False):
-    """`fingerprint.of_data`; empty where an older version wrote it."""
+class ByRecording(TypedDict, total=False):
+    """What grows with the recordings; a line of CHECKPOINT_RECORDINGS."""
 
     recordings: dict[str, OsName]
+    held_from_s: dict[str, Seconds]
+
+
+class TrainedOn(ByRecording, total=False):
+    """`fingerprint.of_data`; empty where an older version wrote it."""
+
     train: str
     validation: str
     dataset_length: str
     holdout: list[float]
-    held_from_s: dict[str, Seconds]
     balance: float
     window_frames: Count
+    in_file: dict[str, Count]
+    """How many entries of ByRecording are in CHECKPOINT_RECORDINGS, where they are."""
+
+
+def split_data(data: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
+    """What a checkpoint's STATE keeps of `data`, and the lines of CHECKPOINT_RECORDINGS, where it has to be there."""
+    keys = [key for key in ByRecording.__annotations__ if key in data]
+    if len(data.get("recordings", ())) <= MAX_PLAIN_RECORDINGS:
+        return dict(data), iter(())
+    kept = {key: value for key, value in data.items() if key not in keys}
+    parts = ((key, part) for key in keys for part in in_parts(list(data[key].items()), RECORDINGS_A_LINE))
+    lines = (json.dumps({key: dict(part)}) + "\n" for key, part in parts)
+    return kept | {"in_file": {key: len(data[key]) for key in keys}}, lines
+
+
+def in_parts(values: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    """`values` in order, at most so many at once."""
+    return (values[first : first + most] for first in range(0, len(values), most))
+
+
+def whole_data(path: Path, data: TrainedOn) -> TrainedOn:
+    """`data` of the state of the checkpoint in `path`, with what it keeps in a file of its own.
+
+    Raises:
+        StageError: that is missing or damaged.
+    """
+    if "in_file" not in data:
+        return data
+    file, found = path / CHECKPOINT_RECORDINGS, {key: dict[str, Any]() for key in data["in_file"]}
+    try:
+        if regular_size(file) > MAX_WORK_LIST_BYTES:
+            raise ForeignFileError(f"more than {MAX_WORK_LIST_BYTES} bytes")
+        with file.open("rb") as stream:
+            for key, values in (item for part in json_lines(stream, ByRecording) for item in part.items()):
+                found[key].update(cast(Any, values))
+        if {key: len(values) for key, values in found.items()} != data["in_file"]:
+            raise ForeignFileError("other recordings than its checkpoint says")
+    except (ForeignFileError, FileNotFoundError, KeyError) as error:
+        raise StageError(f"{file}: {error};", f"remove {path.name} to go on from the one before") from error
+    return cast(TrainedOn, {**{k: v for k, v in data.items() if k != "in_file"}, **found})
 
 
 SpeakersFile = record(False, speakers=list[Speaker], trained=list[SpeakerId])
@@ -544,6 +593,8 @@ class WorkListFile(OldWorkListFile, total=False):
 
     lufs: float
     corpus: str
+    excluded_lines: Positive
+    """The last so many lines, of a file of several: none holds more than a text may."""
 
 
 @dataclass(frozen=True)
@@ -588,7 +639,12 @@ class WorkList:
         more = {key: value for key, value in more.items() if value is not None}
         if sum(map(len, groups)) <= MAX_PLAIN_RECORDINGS:
             return to_json(data | {"units": groups[:-1], "excluded": groups[-1]} | more)
-        return "".join(json.dumps(line) + "\n" for line in (data | {"units": [], "excluded": []} | more, *groups))
+        *groups, excluded = groups
+        last = list(in_parts(excluded, RECORDINGS_A_LINE)) or [[]]
+        more |= {"excluded_lines": len(last)} if len(last) > 1 else {}
+        return "".join(
+            json.dumps(line) + "\n" for line in (data | {"units": [], "excluded": []} | more, *groups, *last)
+        )
 
     @classmethod
     def load(cls, path: Path) -> WorkList | None:
@@ -622,9 +678,19 @@ def _work_list_text(path: Path) -> dict[str, Any]:
         if regular_size(path) > MAX_WORK_LIST_BYTES:
             raise ForeignFileError(f"more than {MAX_WORK_LIST_BYTES} bytes")
         data: dict[str, Any] = parse_json(head, dict)
-        lines = iter(lambda: file.readline(MAX_JSON_BYTES), b"")
-        *data["units"], data["excluded"] = [parse_json(line, list[Any]) for line in lines]
+        lines = list(json_lines(file, list[Any]))
+        num_units = len(lines) - check(data.get("excluded_lines", 1), Positive)
+        data["units"], data["excluded"] = lines[:num_units], list(chain.from_iterable(lines[num_units:]))
         return {"version": None} | data
+
+
+def json_lines(stream: BinaryIO, kind: type[T]) -> Iterator[T]:
+    """What each line of a file holds.
+
+    Raises:
+        ForeignFileError: one is something else.
+    """
+    return (parse_json(line, kind) for line in iter(lambda: stream.readline(MAX_JSON_BYTES), b""))
 
 
 def cut_units(files: Sequence[SourceFile]) -> tuple[Unit, ...]:

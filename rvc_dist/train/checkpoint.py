@@ -1,7 +1,8 @@
 """Checkpoints: saved whole or not at all, verified before they are used.
 
 A checkpoint is a directory of safetensors and JSON files, written beside its final name and renamed. `manifest.json`,
-written last, lists every file's size and SHA-256. Nothing is pickled.
+written last, lists every file's size and SHA-256. Nothing is pickled. None shares a file with another, so that what
+damages one leaves the others whole.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -35,13 +36,23 @@ from rvc_dist.train.loss_scale import LossScaleState
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.workspace import CHECKPOINT_MANIFEST as MANIFEST
+from rvc_dist.workspace import CHECKPOINT_RECORDINGS as RECORDINGS
 from rvc_dist.workspace import CHECKPOINT_STATE as STATE
-from rvc_dist.workspace import Speaker, Speakers, StageError, TrainedOn, list_checkpoints, read_json
+from rvc_dist.workspace import (
+    Speaker,
+    Speakers,
+    StageError,
+    TrainedOn,
+    list_checkpoints,
+    read_json,
+    split_data,
+    whole_data,
+)
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Raised when a checkpoint of before can no longer be continued."""
+FORMAT, FORMAT_OF_MANY = 2, 3
+"""Raised when a checkpoint of before can no longer be continued; and of one with RECORDINGS, which came later."""
 MODELS = ("generator", "discriminator")
 FILES = (*(f"{name}.safetensors" for n in MODELS for name in (n, f"optimizer_{n}")), STATE)
 IDENTITY = record(False, **{"embedder": record(name=Word), "discriminator.version": Word})
@@ -271,8 +282,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         _check_space(folder, checkpoint.num_bytes)
         for name, tensors in checkpoint.tensors().items():
             _save_tensors(beside / f"{name}.safetensors", tensors)
+        data, lines = split_data(checkpoint.data)
+        if is_of_many := "in_file" in data:
+            with (beside / RECORDINGS).open("x", encoding="ascii") as stream:
+                stream.writelines(lines)
+                stream.flush()
+                os.fsync(stream.fileno())
         state = {
-            "format": FORMAT,
+            "format": FORMAT_OF_MANY if is_of_many else FORMAT,
             "progress": checkpoint.progress.to_file(),
             "identity": checkpoint.identity,
             "optimizer_groups": {name: s.groups for name, s in checkpoint.optimizers.items()},
@@ -280,7 +297,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             "num_ranks": checkpoint.num_ranks,
             "why": checkpoint.why,
             "trained_speakers": checkpoint.speakers.trained,
-            "data": checkpoint.data,
+            "data": data,
             **({"loss_scales": checkpoint.loss_scales} if checkpoint.loss_scales else {}),
             **({"speaker_info": checkpoint.speakers.info} if checkpoint.speakers.has_names else {}),
         }
@@ -408,7 +425,7 @@ def find_corruption(path: Path) -> list[str]:
     except ForeignFileError as error:
         return [f"{MANIFEST} is not what was written ({error})"]
     problems = [f"{name} is not in {MANIFEST}" for name in FILES if name not in wanted_files]
-    for name in {*FILES, f"{AVERAGE}.safetensors"} & wanted_files.keys():
+    for name in {*FILES, f"{AVERAGE}.safetensors", RECORDINGS} & wanted_files.keys():
         file, size, digest = path / name, wanted_files[name]["bytes"], wanted_files[name]["sha256"]
         if not file.is_file():
             problems.append(f"{name} is missing")
@@ -468,9 +485,9 @@ def state_of(path: Path) -> Any:
         StageError: it is of another format.
     """
     state = read_json(path / STATE)
-    if state.get("format") != FORMAT:
+    if (found := state.get("format", 1)) not in (FORMAT, FORMAT_OF_MANY):
         raise StageError(
-            f"{path} has format {state.get('format', 1)}, this version of rvc_dist reads {FORMAT}:",
+            f"{path} has format {found}, this version of rvc_dist reads {FORMAT} and {FORMAT_OF_MANY}:",
             "continue it with the version that made it, or give the run another run_dir",
         )
     try:
@@ -510,7 +527,7 @@ def load(path: Path) -> Checkpoint:
         num_ranks=state["num_ranks"],
         why=state.get("why", "due"),
         speakers=_speakers(state),
-        data=state.get("data", {}),
+        data=cast(dict[str, Any], whole_data(path, state.get("data", {}))),
         loss_scales=state.get("loss_scales", {}),
         ema=load_file(path / f"{AVERAGE}.safetensors") if has_average(path) else {},
     )

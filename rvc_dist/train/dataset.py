@@ -22,7 +22,7 @@ from rvc_dist.data.number_formats import FULL_SCALE, clip_bytes_per_s, feature_b
 from rvc_dist.data.remote import RemoteRun, data_of
 from rvc_dist.train import memory
 from rvc_dist.train.clips import MUTE, MUTE_SOURCE, ClipList, ClipRef
-from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by, unseen_speakers
+from rvc_dist.train.holdout import SpeakerShare, hold_out, settled_by, unseen_speakers, validated_all
 from rvc_dist.train.sampler import MicroBatchSpec
 from rvc_dist.workspace import MuteHeader, StageError, Workspace, read_header, unit_header
 
@@ -130,6 +130,8 @@ class ClipTable:
     """What of each speaker is held out."""
     unseen: tuple[ClipRef, ...] = ()
     """All clips of the speakers in data.holdout_speakers, who are in neither of the others."""
+    validates_all: bool = False
+    """Validation hears every speaker, however many: the run was begun by a version that had no bound."""
 
     @property
     def trained_speakers(self) -> tuple[int, ...]:
@@ -210,7 +212,7 @@ class ClipTable:
         trained = np.flatnonzero(~(is_held | is_lost))
         train = listed.take(np.repeat(trained, listed.rows["repeat"][trained]))
         silent = [c for s in speakers.tolist() for c in mutes(s)]
-        return cls(
+        table = cls(
             train=train + ClipList.of(silent) if silent else train,
             holdout=listed.take(is_held),
             content_channels=embedder["width"],
@@ -219,6 +221,7 @@ class ClipTable:
             shares=tuple(shares),
             unseen=tuple(unseen),
         )
+        return replace(table, validates_all=validated_all(recipe, table, trained_on))
 
 
 def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:

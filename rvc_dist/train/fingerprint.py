@@ -15,10 +15,9 @@ from rvc_dist.data.sources import hashless, named, other_recordings
 from rvc_dist.train import reading
 from rvc_dist.train.clips import AT_ONCE, MUTE, ClipList
 from rvc_dist.train.dataset import ClipTable
-from rvc_dist.train.holdout import choice, validated
+from rvc_dist.train.holdout import choice, validation_stamp
 from rvc_dist.train.progress import Progress
-from rvc_dist.train.quality import BEST_BY
-from rvc_dist.workspace import fingerprint, fingerprint_of_list, read_json
+from rvc_dist.workspace import fingerprint_of_list, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +41,7 @@ def of_data(recipe: Recipe, table: ClipTable) -> dict[str, Any]:
     return {
         "recordings": recordings,
         "train": of_clips(train),
-        "validation": fingerprint(
-            BEST_BY, recipe.train.seed, [(c.source, c.start_s, c.content) for c in validated(recipe, table)]
-        ),
+        "validation": validation_stamp(recipe, table),
         "dataset_length": read_json(report)["total_dataset_duration"] if report.is_file() else "",
         **choice(recipe.data.holdout, recipe.train.seed, table.holdout),
     }

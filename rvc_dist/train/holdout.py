@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rvc_dist.workspace import StageError
+from rvc_dist.workspace import StageError, fingerprint
 
 if TYPE_CHECKING:
     from rvc_dist.config import Recipe
@@ -40,6 +40,11 @@ MAX_VALIDATED = 32
 """Clips of one validation, or as many as there are speakers."""
 VALIDATED_S, LEAST_VALIDATED_S = 100.0, 1.0
 """Of all these clips together; so each is cut to its share of that, but never to less than a second."""
+MAX_SPEAKERS_VALIDATED = round(VALIDATED_S / LEAST_VALIDATED_S)
+"""Of more speakers, so many are drawn."""
+BEST_BY = "mel distance of eight resolutions"
+"""What the best checkpoint is chosen by: every clip has it, it hears spectrum, pitch and loudness alike, and it needs
+no weights against other distances. A checkpoint keeps this name: what was best by another measure begins anew."""
 LISTED = 6
 """Most speakers whose shares are shown one by one."""
 
@@ -269,11 +274,30 @@ def evenly(clips: Sequence[ClipRef], count: int, seed: int) -> list[ClipRef]:
 
 
 def validated(recipe: Recipe, table: ClipTable) -> list[ClipRef]:
-    """The clips that every validation of a run converts, or their beginnings where that would take long."""
-    clips = evenly(table.holdout, MAX_VALIDATED, recipe.train.seed)
+    """The clips that every validation of a run converts, or their beginnings where that would take long.
+
+    Of whom they are hangs on the seed and on each speaker's own id, so that most stay when others come or go.
+    """
+    seed = recipe.train.seed
+    drawn = sorted({c.speaker for c in table.holdout}, key=lambda speaker: draw(seed, "validated", speaker))
+    heard = {*(drawn if table.validates_all else drawn[:MAX_SPEAKERS_VALIDATED])}
+    clips = evenly([c for c in table.holdout if c.speaker in heard], MAX_VALIDATED, seed)
     longest_s = max(LEAST_VALIDATED_S, VALIDATED_S / max(1, len(clips)))
     most_frames = round(longest_s * recipe.data.sample_rate / recipe.rate_spec.hop)
     return [replace(clip, num_frames=min(clip.num_frames, most_frames)) for clip in clips]
+
+
+def validation_stamp(recipe: Recipe, table: ClipTable) -> str:
+    """Of what a validation measures, and on which clips."""
+    clips = [(c.source, c.start_s, c.content) for c in validated(recipe, table)]
+    return fingerprint(BEST_BY, recipe.train.seed, clips)
+
+
+def validated_all(recipe: Recipe, table: ClipTable, trained_on: TrainedOn) -> bool:
+    """Whether the run's validations were on clips of every speaker: a version without a bound began it, on these."""
+    if len({c.speaker for c in table.holdout}) <= MAX_SPEAKERS_VALIDATED or "validation" not in trained_on:
+        return False
+    return validation_stamp(recipe, replace(table, validates_all=True)) == trained_on["validation"]
 
 
 def _in_turn(queues: Iterable[Sequence[ClipRef]]) -> Iterator[ClipRef]:

@@ -21,7 +21,7 @@ class Progress:
     batches_done: tuple[tuple[int, int], ...] = field(default=(), metadata={"key": "seen"})
     """Of the current epoch: (clips of a global batch, steps of that size), one entry a change of size."""
     best_metric: float | None = None
-    """The least `BEST_BY` of `rvc_dist.train.quality` so far."""
+    """The least `BEST_BY` of `rvc_dist.train.holdout` so far."""
     best_step: int = 0
     best_epoch: int = 0
     bad_streak: int = 0

@@ -25,9 +25,6 @@ from rvc_dist.models.spectral import mel_from_spectrogram, spectrogram, without_
 from rvc_dist.train.losses import multiscale_mel_loss
 from rvc_dist.train.speaker_encoder import SpeakerEncoder, speaker_encoder
 
-BEST_BY = "mel distance of eight resolutions"
-"""What the best checkpoint is chosen by: every clip has it, it hears spectrum, pitch and loudness alike, and it needs
-no weights against other distances. A checkpoint keeps this name: what was best by another measure begins anew."""
 NUM_CEPSTRA = 13
 """Without the first, which is the loudness."""
 RANGE_DB = 50.0

@@ -36,7 +36,7 @@ class Origin:
     identity: dict[str, Any]
     """What its checkpoints must agree on."""
     data: dict[str, Any]
-    """`fingerprint.of_data`."""
+    """`fingerprint.of_data`; but on the main rank, without what grows with the recordings."""
     progress: Progress
     speakers: Speakers
     sampling: Sampling = field(default_factory=Sampling)

@@ -26,7 +26,7 @@ from rvc_dist.train.optimizers import make_optimizer
 from rvc_dist.train.progress import Progress, total_steps
 from rvc_dist.train.run_state import Origin
 from rvc_dist.train.step import autocast
-from rvc_dist.workspace import Speakers, Workspace
+from rvc_dist.workspace import ByRecording, Speakers, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ def find_origin(
         on_first_rank(accelerator, partial(fingerprint.check, path, saved.data, data))
         progress = fingerprint.adjusted(saved.progress, saved.data, data)
         trained += saved.speakers.trained
+    if not accelerator.is_main_process:  # which alone writes checkpoints: of a million recordings these take 300 MB
+        data = {key: value for key, value in data.items() if key not in ByRecording.__annotations__}
     speakers = Speakers.of(data_of(recipe).speakers().info, trained)
     return Origin(shape, modules, identity, data, progress, speakers, sampling), saved
 

@@ -79,6 +79,9 @@ class Validation:
         self.recipe, self.table, self.dataset = recipe, table, dataset
         self.accelerator, self.tracker = accelerator, tracker
         self.clips = validated(recipe, table)
+        heard, held = (len({c.speaker for c in clips}) for clips in (self.clips, table.holdout))
+        if heard < held:
+            logger.info(f"validation hears {heard} of the {held} speakers with held-out clips, drawn by train.seed")
         self.ear = Ear(recipe, accelerator.device)
         self.unseen = UnseenSpeech(recipe, table, dataset, self.ear)
         self._read: dict[ClipRef, ClipData] = {}

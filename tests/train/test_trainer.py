@@ -28,7 +28,7 @@ from rvc_dist.models.generator import Generator
 from rvc_dist.models.state_dict import to_upstream
 from rvc_dist.report.history import read_history
 from rvc_dist.runtime.device import cpu_model
-from rvc_dist.train import checkpoint, fingerprint, losses, memory, out_of_memory, trainer, validation
+from rvc_dist.train import checkpoint, fingerprint, holdout, losses, memory, out_of_memory, trainer, validation
 from rvc_dist.train.clips import MUTE_SOURCE
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.ddp import TrainedModule
@@ -342,7 +342,7 @@ def test_changed_recordings_are_told_and_the_best_begins_anew_with_other_validat
         assert "validation has other clips, another seed or another measure" in caplog.text
         assert (after.best_step, after.step) == (5 + number, 5 + number), "what was best on other clips does not count"
         caplog.clear()
-    monkeypatch.setattr(fingerprint, "BEST_BY", "another measure, as that of older versions")
+    monkeypatch.setattr(holdout, "BEST_BY", "another measure, as that of older versions")
     monkeypatch.setattr(validation.Validation, "measure", lambda self, _: [quality_of(99.0)] * len(self.clips))
     measured_anew = train(with_train(other, max_steps=7)).progress
     assert (measured_anew.best_metric, measured_anew.best_step) == (99.0, 7)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import changed, make_features, tiny_recipe
+from helpers import changed, make_features, tiny_recipe, with_train
 
 from rvc_dist.train import holdout, trainer, validation
 from rvc_dist.train.clips import ClipRef
@@ -123,7 +123,7 @@ def test_a_validation_that_takes_more_than_its_share_of_the_time_says_so_once(tm
 
 @pytest.mark.parametrize(
     ("speakers", "seconds", "clips", "longest_s"),
-    [(1, 9.0, 32, 100 / 32), (1, 3.0, 32, 3.0), (2, 9.0, 32, 100 / 32), (80, 9.0, 80, 1.25), (400, 3.0, 400, 1.0)],
+    [(1, 9.0, 32, 100 / 32), (1, 3.0, 32, 3.0), (2, 9.0, 32, 100 / 32), (80, 9.0, 80, 1.25), (400, 3.0, 100, 1.0)],
 )
 def test_a_validation_has_32_clips_or_one_a_speaker_and_a_bounded_length(tmp_path, speakers, seconds, clips, longest_s):
     recipe = tiny_recipe(tmp_path)
@@ -133,5 +133,26 @@ def test_a_validation_has_32_clips_or_one_a_speaker_and_a_bounded_length(tmp_pat
     )
     chosen = holdout.validated(recipe, ClipTable((), held, 16, {}, speakers))
     assert len(chosen) == clips
-    assert {c.speaker for c in chosen} == set(range(speakers))
+    assert len({c.speaker for c in chosen}) == min(speakers, 100)
     assert max(c.num_frames for c in chosen) == pytest.approx(100 * longest_s, abs=0.5)
+
+
+def test_of_many_speakers_validation_draws_a_hundred_by_the_seed_alone(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    held = [ClipRef(s, f"{i}", s, f"{s} {i}", 300, 0.0, 3.0) for s in range(150) for i in range(3)]
+    table = ClipTable((), held, 16, {}, 150)
+    chosen = holdout.validated(recipe, table)
+    drawn = sorted(range(150), key=lambda s: holdout.draw(recipe.train.seed, "validated", s))[:100]
+    assert [c.speaker for c in chosen] == sorted(drawn), "a clip of each"
+    shuffled = replace(table, holdout=held[::-1])
+    assert holdout.validated(recipe, shuffled) == chosen
+    assert {c.speaker for c in holdout.validated(with_train(recipe, seed=7), table)} != {*drawn}
+    fewer = replace(table, holdout=[c for c in held if c.speaker not in drawn[:2]])
+    assert {*drawn[2:]} < {c.speaker for c in holdout.validated(recipe, fewer)}, "others come in their place alone"
+
+    everybody = replace(table, validates_all=True)
+    assert {c.speaker for c in holdout.validated(recipe, everybody)} == {*range(150)}
+    for kept, is_all in (everybody, True), (table, False), (replace(everybody, holdout=held[3:]), False):
+        stamp = {"validation": holdout.validation_stamp(recipe, kept)}
+        assert holdout.validated_all(recipe, table, stamp) is is_all, "as the run began"
+    assert not holdout.validated_all(recipe, table, {})
