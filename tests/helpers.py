@@ -138,7 +138,7 @@ def write_features(
             )
         width = contents[0].shape[1] if contents else EMBEDDER["width"]
         header = {
-            "stamp": fingerprint(number),
+            "stamp": fingerprint(number, [float(content.sum()) for content in contents]),
             "sample_rate": recipe.data.sample_rate,
             "embedder": EMBEDDER | {"width": width},
             "clips": clips,

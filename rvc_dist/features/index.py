@@ -6,13 +6,15 @@ place of each (some 20 bytes a frame). Shapes: N vectors, Q queries, K neighbour
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 import subprocess
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -32,13 +34,15 @@ from rvc_dist.features.index_file import (
     load_faiss,
     wanted_fingerprint,
 )
-from rvc_dist.files import beside, remove_half_written, write_json
+from rvc_dist.files import ForeignFileError, atomic_write, beside, disk_errors, remove_half_written, write_json
+from rvc_dist.schema import Count, FileName, parse_json, record
 from rvc_dist.screen import ProgressBar
 from rvc_dist.workspace import (
     FeaturesHeader,
     Shard,
     StageError,
     Workspace,
+    fingerprint,
     unit_files,
     unit_header,
 )
@@ -136,19 +140,71 @@ def run(recipe: Recipe, shard: Shard) -> None:
         return
     load_faiss()  # before all frames are read, not after
     remove_half_written(work.index_dir)
-    frames, report = Frames.find(work), dict[str, Any]()
-    if recipe.index.has_common:
-        report = build(recipe, work, frames)
-    if recipe.index.has_each:
-        speakers = ({"speaker": s} | build(recipe, work, own, s) for s, own in frames.by_speaker().items())
-        report["speakers"] = list(speakers)
+    frames, has_each = Frames.find(work), recipe.index.has_each
+    wanted_of: dict[int | None, Frames] = {None: frames} if recipe.index.has_common else {}
+    wanted_of |= frames.by_speaker() if has_each else {}
+    made = Made(recipe, work, wanted_of) if has_each else None
+    entries = {s: made.entry(s, own) if made else build(recipe, work, own, s) for s, own in wanted_of.items()}
+    report = entries.pop(None, {}) | (
+        {"speakers": [{"speaker": s, **e} for s, e in entries.items()]} if has_each else {}
+    )
     files = {entry["file"] for entry in (report, *report.get("speakers", [])) if "file" in entry}
     for old in work.index_dir.glob("added_*.index"):
         if old.name not in files:
             old.unlink(missing_ok=True)  # by another job too
+    if made is None:
+        (work.index_dir / MADE).unlink(missing_ok=True)
     if not recipe.index.has_common:
         work.vectors_file.unlink(missing_ok=True)
     write_json(work.index_report_file, {"stamp": wanted, **report})
+
+
+MADE = "made.jsonl"
+MadeLine = record(inputs=str, bytes=list[Count], entry=record(file=FileName))
+
+
+class Made:
+    """Which indexes are there, by a fingerprint of what each was made of: who is killed goes on behind the last.
+
+    A line of RUN/index/made.jsonl is written when its index is whole. Those of other inputs go before any index is
+    made, so that none speaks of a file that was replaced.
+    """
+
+    def __init__(self, recipe: Recipe, work: Workspace, wanted: Mapping[int | None, Frames]) -> None:
+        self.recipe, self.work, self.path = recipe, work, work.index_dir / MADE
+        settings = {key: value for key, value in asdict(recipe.index).items() if key != "speakers"}
+        settings |= {"name": recipe.name, "version": recipe.model.version}
+        self._inputs = {speaker: fingerprint(speaker, settings, own.inputs) for speaker, own in wanted.items()}
+        self._lines: dict[str, dict[str, Any]] = {}
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
+            with contextlib.suppress(ForeignFileError):  # half a line, of one that was killed
+                found = parse_json(line, MadeLine)
+                self._lines[found["inputs"]] = found
+        kept = [self._lines[i] for s, i in self._inputs.items() if i in self._lines and self._is_there(s)]
+        self._lines = {line["inputs"]: line for line in kept}
+        atomic_write(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        if kept:
+            logger.info("index: %d of %d indexes are there, of the same frames and settings", len(kept), len(wanted))
+
+    def _is_there(self, speaker: int | None) -> bool:
+        line = self._lines[self._inputs[speaker]]
+        return bool(self._sizes(speaker, line["entry"]["file"]) == line["bytes"])
+
+    def _sizes(self, speaker: int | None, name: str) -> list[int]:
+        files = [self.work.index_dir / name] + [self.work.vectors_file] * (speaker is None)
+        return [file.stat().st_size for file in files if file.is_file()]
+
+    def entry(self, speaker: int | None, frames: Frames) -> dict[str, Any]:
+        """That of `build` in the report, which is made where it is not there yet."""
+        inputs = self._inputs[speaker]
+        if inputs in self._lines:
+            entry: dict[str, Any] = self._lines[inputs]["entry"]
+            return entry
+        entry = build(self.recipe, self.work, frames, speaker)
+        line = {"inputs": inputs, "bytes": self._sizes(speaker, entry["file"]), "entry": entry}
+        with disk_errors(self.path), self.path.open("ab") as stream:
+            stream.write(f"{json.dumps(line)}\n".encode())
+        return entry
 
 
 def build(recipe: Recipe, work: Workspace, frames: Frames, speaker: int | None = None) -> dict[str, Any]:
@@ -233,18 +289,25 @@ class Frames:
 
     units: list[tuple[Path, list[ClipFrames]]]
     width: int
+    stamps: Mapping[Path, str]
+    """Of the files of all units."""
+
+    @property
+    def inputs(self) -> list[Any]:
+        """What the frames are of, as plain data."""
+        return [self.width, [(path.name, self.stamps[path], clips) for path, clips in self.units]]
 
     def __len__(self) -> int:
         return sum(clip.length for _, clips in self.units for clip in clips)
 
-    def by_speaker(self) -> dict[int, Frames]:
+    def by_speaker(self) -> dict[int | None, Frames]:
         """Those of each speaker who has any, by rising id."""
         found: dict[int, dict[Path, list[ClipFrames]]] = {}
         for path, clips in self.units:
             for clip in clips:
                 found.setdefault(clip.speaker, {}).setdefault(path, []).append(clip)
-        every = {speaker: Frames(list(found[speaker].items()), self.width) for speaker in sorted(found)}
-        return {speaker: own for speaker, own in every.items() if len(own)}
+        every = {speaker: replace(self, units=list(found[speaker].items())) for speaker in sorted(found)}
+        return dict((speaker, own) for speaker, own in every.items() if len(own))
 
     @classmethod
     def find(cls, work: Workspace) -> Frames:
@@ -253,15 +316,16 @@ class Frames:
         Raises:
             StageError: there is none, or a file is damaged.
         """
-        units, width = [], 0
+        units, width, stamps = [], 0, {}
         for path in unit_files(work.features_dir):
             header = unit_header(path, FeaturesHeader, "extract")
             clips = [ClipFrames(i, c["speaker"], c["num_content"]) for i, c in enumerate(header["clips"])]
             width = header["embedder"]["width"] if any(clip.length for clip in clips) else width
             units.append((path, clips))
+            stamps[path] = header["stamp"]
         if not width:
             raise StageError(f"{work.features_dir} holds no frame:", "run `rvc-dist extract` first")
-        return cls(units, width)
+        return cls(units, width, stamps)
 
     def clips(self) -> Iterator[Vectors]:
         """The content of each clip, [T50, C].

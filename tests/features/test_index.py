@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from rvc_dist.config import IndexConfig, Recipe
 from rvc_dist.features import index
 from rvc_dist.features.index import Queries, Recall, VectorFile, num_cells
 from rvc_dist.features.index_file import Retriever, complete, index_in, wanted_fingerprint
-from rvc_dist.workspace import Shard, StageError, fingerprint, read_json
+from rvc_dist.workspace import Shard, StageError, Workspace, fingerprint, read_json
 
 ALONE = Shard(0, 1)
 WIDTH = 24
@@ -139,7 +140,7 @@ def test_each_speaker_has_an_index_of_their_own_frames(speakers: str, recipe: Re
     expected = {3: (2, anns), 5: (1, bobs)}
     common = {"added_IVF3_Flat_nprobe_9_tiny_v2.index", "total_fea.npy"} if speakers == "both" else set()
     names = {i: f"added_IVF{cells}_Flat_nprobe_9_tiny_v2_spkid{i}.index" for i, (cells, _) in expected.items()}
-    assert {p.name for p in folder(recipe).iterdir()} == {*names.values(), *common, "report.json"}
+    assert {p.name for p in folder(recipe).iterdir()} == {*names.values(), *common, "report.json", "made.jsonl"}
     for i, (_, vectors) in expected.items():
         file = work.index_file(i)
         assert file == folder(recipe) / names[i]
@@ -163,6 +164,54 @@ def test_each_speaker_has_an_index_of_their_own_frames(speakers: str, recipe: Re
     index.run(again, ALONE)
     assert {p.name for p in folder(recipe).iterdir()} == {index_file(recipe).name, "total_fea.npy", "report.json"}
     assert work.index_file(5) == index_file(recipe)
+
+
+def contents(recipe: Recipe) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder(recipe).iterdir()}
+
+
+@pytest.mark.parametrize("speakers", ["each", "both"])
+def test_who_was_killed_goes_on_after_the_last_index_and_makes_the_same_bytes(
+    speakers: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(recipe, "index", speakers=speakers)
+    units = [[frames(40, seed=i) for i in range(4)], [frames(60, seed=i) for i in range(4, 8)]]
+    write_features(recipe, units, speakers=(0, 1, 2, 3))
+    index.run(recipe, ALONE)
+    expected, whole = contents(recipe), 4 + (speakers == "both")
+    shutil.rmtree(folder(recipe))
+
+    made, is_killed = list[int | None](), list[bool]()
+    build = index.build
+
+    def killed_at_the_third(recipe: Recipe, work: Workspace, own: index.Frames, s: int | None = None) -> dict[str, Any]:
+        made.append(s)
+        if len(made) == 3 and not is_killed:
+            is_killed.append(True)
+            raise KeyboardInterrupt
+        return build(recipe, work, own, s)
+
+    monkeypatch.setattr(index, "build", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        index.run(recipe, ALONE)
+    with (folder(recipe) / "made.jsonl").open("ab") as stream:
+        stream.write(b'{"inputs": "ab')  # half a line
+    assert complete(recipe) is None
+    first = made[:2]
+    index.run(recipe, ALONE)
+    assert len(made) - 1 == whole == len(first) + len({*made} - {*first}), "none was made twice"
+    assert contents(recipe) == expected
+
+    made.clear()
+    write_features(recipe, [units[0], [*units[1][:3], frames(60, seed=99)]], speakers=(0, 1, 2, 3))
+    index.run(recipe, ALONE)
+    assert len(made) == whole, "all have frames in the unit that is another"
+    made.clear()
+    for file in folder(recipe).glob("*_spkid2.index"):
+        file.write_bytes(file.read_bytes()[:-1])
+    (folder(recipe) / "report.json").unlink()
+    index.run(recipe, ALONE)
+    assert made == [2], "whose file is not as it was written"
 
 
 @pytest.mark.parametrize(
