@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rvc_dist.config import RATES, Recipe
@@ -76,7 +77,7 @@ class ClipStage(UnitStage[ClipsHeader]):
                 "recordings: preprocess.clip_format float32 keeps them"
                 + listed(((path, f"{count} samples") for path, count in samples.items()), TOLD_FILES)
             )
-        return {"clipped_samples": samples} if samples else {}
+        return {"clipped_samples": dict(itertools.islice(samples.items(), MAX_LISTED))} if samples else {}
 
     def recordings(self, headers: list[ClipsHeader]) -> list[dict[str, Any]]:
         """What became of each recording, given the headers of all units; each reason is logged."""
@@ -231,11 +232,25 @@ def clips_report(files: list[dict[str, Any]], total_s: float) -> dict[str, Any]:
 
 
 def _listed(files: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of more files than a JSON text should hold, those of which there is something to say, and how many lack."""
+    """Of more files than a JSON text should hold, those of which there is something to say, how many lack, and sums."""
     if len(files) <= MAX_LISTED:
         return {"files": files}
     shown = [file for file in files if file["reason"]][:MAX_LISTED]
-    return {"files_not_listed": len(files) - len(shown), "files": shown}
+    return {"files_not_listed": len(files) - len(shown), "files": shown, "of_speakers": of_speakers(files)}
+
+
+def of_speakers(files: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each speaker with clips how many recordings have some, seconds in and out, and seconds in by rate in Hz."""
+    found: dict[int, dict[str, Any]] = {}
+    for file in (file for file in files if file["clips"]):
+        speaker, rate = file["speaker"], str(file.get("sample_rate", 0))
+        nothing = {"speaker": speaker, "recordings": 0, "seconds_in": 0.0, "seconds_out": 0.0, "rates": Counter()}
+        sums = found.setdefault(speaker, nothing)
+        sums["recordings"] += 1
+        sums["seconds_in"] += file["seconds_in"]
+        sums["seconds_out"] += file["seconds_out"]
+        sums["rates"][rate] += file["seconds_in"]
+    return [found[speaker] for speaker in sorted(found)]
 
 
 def sum_lost(files: list[dict[str, Any]]) -> dict[str, float]:

@@ -9,16 +9,17 @@ import json
 import re
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from rvc_dist.config import Recipe
-from rvc_dist.data.clip_files import account, low_rates, upsampled_recordings
+from rvc_dist.data.clip_files import account, low_rates, of_speakers, upsampled_recordings
 from rvc_dist.report import PAGE
 from rvc_dist.report.history import read_history
-from rvc_dist.schema import Count, Seconds, record
+from rvc_dist.schema import Count, Seconds, SpeakerId, record
 from rvc_dist.workspace import (
     CHECKPOINT_MANIFEST,
     CHECKPOINT_STATE,
@@ -43,6 +44,17 @@ MAX_NAMES, MAX_WARNINGS = 3, 40
 LOG_BYTES, MAX_LOGS = 1 << 20, 64
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S* (WARNING|ERROR|CRITICAL) (.*)")
 
+
+class OfSpeaker(TypedDict):
+    """As `clip_files.of_speakers` has it."""
+
+    speaker: SpeakerId
+    recordings: Count
+    seconds_in: Seconds
+    seconds_out: Seconds
+    rates: dict[str, Seconds]
+
+
 ClipsReport = record(
     False,
     clips=Count,
@@ -52,6 +64,9 @@ ClipsReport = record(
     files_used=Count,
     files_left_out=Count,
     files_not_listed=Count,
+    of_speakers=list[OfSpeaker],
+    low_rates=str,
+    upsampled=str,
     files=list[FileEntry],
 )
 Best = record(best_metric=float | None, best_step=Count, best_epoch=Count)
@@ -227,37 +242,33 @@ def read_data(work: Workspace, recipe: Recipe, speakers: Speakers, notes: list[s
     files = list(map(dict, report.get("files", [])))
     seconds_in, lost = report.get("seconds_in", 0.0), report.get("lost", {})
     used = [file for file in files if file["clips"]]
-    if not_listed := report.get("files_not_listed", 0):
-        told = "`rvc-dist dataset --survey` shows all, and all speakers"
-        notes.append(f"{work.clips_report_file} does not list {not_listed} recordings with nothing to say of: {told}.")
     rates = [(file["sample_rate"], file["seconds_in"]) for file in used if file.get("sample_rate")]
-    by_speaker: dict[int, list[dict[str, Any]]] = {}
-    for file in used:
-        by_speaker.setdefault(file["speaker"], []).append(file)
-    remarks = [f"{text}; {remedy}." for text, remedy in [low_rates(recipe, rates)] if text]
-    remarks += [f"{text}." for text in [upsampled_recordings(recipe, used)] if text]
+    low, remedy = low_rates(recipe, rates)
+    remarks = [f"{low}; {remedy}"] * bool(low) + [upsampled_recordings(recipe, used)]
+    if not_listed := report.get("files_not_listed", 0):
+        told = "`rvc-dist dataset --survey` shows all"
+        notes.append(f"{work.clips_report_file} does not list {not_listed} recordings with nothing to say of: {told}.")
+        remarks = [report.get("low_rates", ""), report.get("upsampled", "")]
     return Data(
         minutes_in=seconds_in / 60,
         minutes=report.get("clip_seconds", 0.0) / 60,
         clips=report.get("clips", 0),
         used=report.get("files_used", len(used)),
         left_out=report.get("files_left_out", len(files) - len(used)),
-        speakers=[_speaker_row(speakers.label(s), by_speaker[s]) for s in sorted(by_speaker)],
+        speakers=[_speaker_row(speakers, found) for found in report.get("of_speakers") or of_speakers(used)],
         account=f"{account(seconds_in, lost).capitalize()}.",
         lost=[(why, seconds, seconds / max(seconds_in, seconds)) for why, seconds in lost.items() if seconds],
         reasons=_reasons(files),
-        remarks=remarks,
+        remarks=[f"{text}." for text in remarks if text],
     )
 
 
-def _speaker_row(label: str, own: list[dict[str, Any]]) -> list[str]:
-    minutes: Counter[int] = Counter()
-    for file in own:
-        minutes[file.get("sample_rate", 0)] += file["seconds_in"] / 60
-    rates = [f"{rate} Hz: {part:.1f} min" for rate, part in minutes.most_common(MAX_NAMES) if rate]
-    told = ", ".join(rates) if len(minutes) > 1 else "".join(rates).partition(":")[0]
-    sums = (f"{sum(file[key] for file in own) / 60:.1f}" for key in ("seconds_in", "seconds_out"))
-    return [label, str(len(own)), *sums, told or "not known"]
+def _speaker_row(speakers: Speakers, found: Mapping[str, Any]) -> list[str]:
+    seconds = Counter(found["rates"])
+    rates = [f"{rate} Hz: {part / 60:.1f} min" for rate, part in seconds.most_common(MAX_NAMES) if rate != "0"]
+    told = ", ".join(rates) if len(seconds) > 1 else "".join(rates).partition(":")[0]
+    sums = (f"{found[key] / 60:.1f}" for key in ("seconds_in", "seconds_out"))
+    return [speakers.label(found["speaker"]), str(found["recordings"]), *sums, told or "not known"]
 
 
 def _reasons(files: list[dict[str, Any]]) -> list[tuple[str, int, str]]:

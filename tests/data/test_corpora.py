@@ -21,7 +21,19 @@ from rvc_dist import workspace
 from rvc_dist.config import Recipe
 from rvc_dist.data import clip_files, decode, preprocess, work_list
 from rvc_dist.data.sources import list_sources, read_corpus
-from rvc_dist.workspace import Shard, SourceFile, StageError, WorkList, Workspace, cut_units, read_header, read_json
+from rvc_dist.files import write_json
+from rvc_dist.report.facts import read_facts
+from rvc_dist.workspace import (
+    Shard,
+    SourceFile,
+    StageError,
+    WorkList,
+    Workspace,
+    cut_units,
+    read_header,
+    read_json,
+    unit_files,
+)
 
 RATE = 24000
 
@@ -619,3 +631,16 @@ def test_a_report_of_many_files_lists_those_with_something_to_say(
     report = read_json(Path(recipe.run_dir, "clips", "report.json"))
     assert (report["files_used"], report["files_left_out"], report["files_not_listed"]) == (21, 1, 21)
     assert [file["path"] for file in report["files"]] == ["a/99.wav"]
+    facts = read_facts(Path(recipe.run_dir))
+    assert facts.data is not None
+    assert [(row[0], row[1], row[4]) for row in facts.data.speakers] == [
+        ("0 (a)", "11", f"{RATE} Hz"),
+        ("1 (b)", "10", f"{RATE} Hz"),
+    ]
+    rows, whole = facts.data.speakers, clip_files.clips_report
+    monkeypatch.undo()
+    every = [dict(f) for p in unit_files(Path(recipe.run_dir, "clips")) for f in (read_header(p) or {})["files"]]
+    write_json(Path(recipe.run_dir, "clips", "report.json"), whole(every, 21.0))
+    again = read_facts(Path(recipe.run_dir)).data
+    assert again is not None
+    assert again.speakers == rows, "the same as of all files"

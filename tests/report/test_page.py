@@ -42,6 +42,16 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return page.write_page(root)
 
 
+def test_the_table_of_thousands_of_speakers_is_whole_and_of_bounded_size(tmp_path: Path) -> None:
+    work = Workspace(tmp_path, "many")
+    made_run.data(work, [f"speaker {i:04d}" for i in range(2000)])
+    path = page.write_page(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert all(f"{i} (speaker {i:04d})" in text for i in range(2000))
+    assert "And 1960 more" in text_of(path)
+    assert path.stat().st_size < 700_000
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (PHONE, False)])
 def test_chromium_shows_the_page(whole_run: Path, browser: Browser, width: int, dark: bool) -> None:
     browser.open(whole_run, width=width, dark=dark)
