@@ -4,9 +4,10 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
-from warm_cli import ROOT, Ranks
+from warm_cli import LAUNCHER, ROOT, Job, Ranks
 
 from rvc_dist.choices import (
     DATASETS,
@@ -89,6 +90,22 @@ def kill(process: subprocess.Popen[str]) -> None:
                 each.kill()
 
 
+def launch(num_ranks: int, *words: object, launch_file: str | None = None, **more_environment: str) -> Job:
+    """Begin what follows the command of `launcher`, in a process whose imports are done; its ranks are forks of it."""
+    _, _, module, *options = launcher(num_ranks, launch_file)
+    command = [num_ranks, module, *options, *words]
+    return ranks.start(1, LAUNCHER, command, environment() | more_environment)
+
+
+def forking_python(folder: Path) -> Path:
+    """A `python` in `folder` for scripts of launch/: its torchrun forks the one rank of its node, else it is ours."""
+    path = folder / "python"
+    launch = f'exec {sys.executable} {LAUNCHER} 1 "${{@:2}}"'
+    path.write_text(f'#!/usr/bin/env bash\n[[ $2 != torch.distributed.run ]] || {launch}\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
 def rvc_dist(
     num_ranks: int,
     *arguments: object,
@@ -98,14 +115,14 @@ def rvc_dist(
 ) -> str:
     """Run `rvc-dist ARGUMENTS` on `num_ranks` ranks, expect its exit code, return what it printed.
 
-    By accelerate with a file of launch/, else by `ranks`, which spares the imports.
+    By accelerate with a file of launch/, else each by itself.
     """
     more = more_environment or {}
     if launch_file is None:
-        ended, output = ranks.start(num_ranks, "", arguments, environment() | more).finish(TIMEOUT_S)
+        job = ranks.start(num_ranks, "", arguments, environment() | more)
     else:
-        process = start([*launcher(num_ranks, launch_file), "-m", "rvc_dist", *map(str, arguments)], more)
-        output, ended = finish(process), process.returncode
+        job = launch(num_ranks, "-m", "rvc_dist", *arguments, launch_file=launch_file, **more)
+    ended, output = job.finish(TIMEOUT_S)
     assert ended == code, output[-5000:]
     return output
 

@@ -2,7 +2,7 @@
 
 Tests of many commands would wait mostly for imports. `warm_cli(folder)` puts an `rvc-dist` into `folder` that hands its
 arguments, folder, environment and output to that process, and ends with the exit code of the command. `Ranks` starts
-the ranks of a job so, as a launcher does that gives each its place by environment variables.
+the ranks of a job so, as a launcher does that gives each its place by environment variables, or torchrun itself.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
 ROOT = Path(__file__).parents[1]
+LAUNCHER = str(ROOT / "tests" / "forked_launcher.py")
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 asked = json.dumps(["", sys.argv[1:], os.getcwd(), dict(os.environ)])
@@ -37,7 +39,7 @@ with socket.socket(socket.AF_UNIX) as server:
     server.recv(8)
     sys.exit(int(server.recv(8)))
 """
-START_S = 120
+START_S = 400
 NOTHING: Mapping[str, str] = {}
 READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "TORCH", "OMP_")
 """How variables begin that count only in a process that starts with them."""
@@ -96,9 +98,9 @@ class Ranks:
         return self._servers[key]
 
     def start(self, num_ranks: int, script: str, words: Sequence[object], environment: dict[str, str]) -> Job:
-        """Begin rvc_dist, or a `script` of tests/, on `num_ranks` ranks."""
+        """Begin rvc_dist, or a `script` of tests/, on `num_ranks` ranks; or LAUNCHER alone, which starts them."""
         address, places = self._server(environment), [environment]
-        if num_ranks > 1 or script:
+        if num_ranks > 1 or script not in ("", LAUNCHER):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
@@ -126,8 +128,26 @@ class Job:
         """Process ids of those that run."""
         self.codes: list[int] = []
 
+    @property
+    def pid(self) -> int:
+        """Of the one process that was started: a launcher, or a rank alone."""
+        (pid,) = self.ranks.values()
+        return pid
+
     def said(self) -> str:
         return os.pread(self.output.fileno(), 1 << 24, 0).decode("utf-8", "replace")
+
+    def lines(self) -> Iterator[str]:
+        """What is printed, until all have ended."""
+        given = 0
+        while True:
+            ended = self.wait(0.05) and not self.ranks
+            text = self.said()
+            whole = len(text) if ended else text.rfind("\n") + 1
+            yield from text[given:whole].splitlines(keepends=True)
+            given = whole
+            if ended:
+                return
 
     def signal(self, number: int) -> None:
         for pid in self.ranks.values():
@@ -183,6 +203,7 @@ def serve(address: str) -> None:
         "faiss",
         "librosa",
         "torch._dynamo",
+        "torch.distributed.run",
         "torch.utils.tensorboard",
         "rvc_dist.features.content",
     ):
@@ -203,6 +224,22 @@ def serve(address: str) -> None:
                     answer(client)
 
 
+def end_as_python(work: Callable[[], object]) -> NoReturn:
+    """Do what this process is for, and end with the code that Python would give it."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a test may read along
+    code = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except Exception:  # noqa: BLE001 - as Python ends a process
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # taking the libraries down takes longer than many a command
+
+
 def answer(client: socket.socket) -> None:
     """Run one command in a process of its own, and tell its exit code."""
     size, fds, _, _ = socket.recv_fds(client, 4, 2)
@@ -219,22 +256,15 @@ def answer(client: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = [script or "rvc-dist", *words]
-        code = 1
-        try:
-            if script:
-                runpy.run_path(script, run_name="__main__")
-                code = 0
-            else:
-                from rvc_dist.__main__ import main
 
-                code = main(words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except Exception:  # noqa: BLE001 - as Python ends a process
-            traceback.print_exc()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(code)  # taking the libraries down takes longer than many a command
+        def run() -> object:
+            if script:
+                return runpy.run_path(script, run_name="__main__")
+            from rvc_dist.__main__ import main
+
+            sys.exit(main(words))
+
+        end_as_python(run)
     client.sendall(b"%8d" % child)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     client.sendall(b"%8d" % code)

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers import make_features, tiny_recipe
-from launching import ROOT, finish, kill, launcher, rvc_dist, start
+from launching import ROOT, finish, kill, launch, launcher, rvc_dist, start
 
 from rvc_dist.train import checkpoint
 
@@ -34,18 +35,15 @@ def prepared(folder: Path, **train: object) -> Path:
 def test_a_rank_that_fails_ends_all_within_seconds_and_the_checkpoint_stays(tmp_path, monkeypatch, kind):
     file = prepared(tmp_path, save_every_steps=2)
     monkeypatch.setenv("FAULT", f"1:8:{kind}")
-    process = start([*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)])
-    assert process.stdout is not None
-    output, failed_at = [], None
-    for line in process.stdout:
-        output.append(line)
+    job = launch(2, ROOT / "tests" / "faulty.py", "train", "--config", file)
+    failed_at = None
+    for line in job.lines():
         if "step 7/" in line:
             failed_at = time.monotonic()
-    finish(process, 60)
+    code, text = job.finish(60)
     assert failed_at is not None
     assert time.monotonic() - failed_at < 30
-    assert process.returncode == 1
-    text = "".join(output)
+    assert code == 1
     cause = "RuntimeError: this rank was made to fail" if kind == "raise" else "Signal 9 (SIGKILL)"
     assert cause in text.partition("Root Cause (first observed failure)")[2], "the launcher's last lines"
     if kind == "raise":
@@ -57,9 +55,9 @@ def test_a_rank_that_fails_ends_all_within_seconds_and_the_checkpoint_stays(tmp_
     checkpoint.verify(newest)  # that such a run goes on: test_resume.py
 
 
-def all_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def all_of(launcher: int) -> list[psutil.Process]:
     """A launcher and all that it started: ranks, loader processes, guards."""
-    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]
 
 
 def alive_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -71,22 +69,21 @@ def alive_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.
 def with_fault(monkeypatch, file: Path, fault: str) -> tuple[str, float]:
     """What two ranks print of which one has a fault, and the seconds from its last step's line to the end of all."""
     monkeypatch.setenv("FAULT", fault)
-    process = start([*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)])
-    processes, output, last_at = [], [], float("nan")
+    job = launch(2, ROOT / "tests" / "faulty.py", "train", "--config", file)
+    processes, last_at = [], float("nan")
     try:
-        for line in process.stdout:
-            output.append(line)
+        for line in job.lines():
             if "step 2/" in line:
-                processes = all_of(process)
+                processes = all_of(job.pid)
             if re.search(r"step \d+/", line):
                 last_at = time.monotonic()
-        output.append(finish(process, 30))
+        code, text = job.finish(30)
     finally:
-        kill(process)
+        job.kill()
     assert len(processes) == 7, "a launcher, and of each rank itself, a loader process and a guard"
     assert not alive_after(1.0, processes), "a process outlived the launcher"
-    assert process.returncode == 1
-    return "".join(output), time.monotonic() - last_at
+    assert code == 1
+    return text, time.monotonic() - last_at
 
 
 @pytest.mark.slow
@@ -138,19 +135,23 @@ def test_a_disk_that_hangs_ends_all_with_its_reason(tmp_path, monkeypatch):
 @pytest.mark.distributed
 @pytest.mark.parametrize("until", ["imports", "set-up"])
 def test_a_launcher_that_is_killed_before_the_first_step_takes_its_ranks_along(tmp_path, until):
-    process = start([*launcher(2), "-m", "rvc_dist", "train", "--config", str(prepared(tmp_path))])
+    file = prepared(tmp_path)
+    if until == "imports":  # real ones
+        process = start([*launcher(2), "-m", "rvc_dist", "train", "--config", str(file)])
+        pid, end = process.pid, partial(kill, process)
+        while len(all_of(pid)) < 3:
+            time.sleep(0.01)
+    else:
+        job = launch(2, "-m", "rvc_dist", "train", "--config", file)
+        pid, end = job.pid, job.kill
+        next(line for line in job.lines() if "budget:" in line)
     try:
-        if until == "imports":
-            while len(all_of(process)) < 3:
-                time.sleep(0.01)
-        else:
-            next(line for line in process.stdout if "budget:" in line)
-        processes = all_of(process)
-        process.send_signal(signal.SIGKILL)
+        processes = all_of(pid)
+        assert len(processes) >= 3
+        os.kill(pid, signal.SIGKILL)
         assert not alive_after(10.0, processes)
     finally:
-        kill(process)
-        process.communicate()
+        end()
 
 
 @needs_root
