@@ -21,6 +21,12 @@ torch.set_num_threads(1)  # the networks are so small that waiting for a second 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
 
 WATCHES = {"test_doctor", "test_faults", "test_netns", "test_run_lock", "test_slurm", "test_watchdog"}
+LONG = (
+    "compilation hostile shards exactness resume trainer f0 pipeline deepspeed plan elastic scale layouts networks"
+    " trackers frozen bench docs notebook options account gpu_check cloud clusters base_model remote_run vocoders"
+    " preprocess demo accelerator loss_scale ema speakers stages import_experiment number_formats extract"
+)
+"""Files (`test_...`) that take a worker more than 20 s, the longest first, as they were last measured."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -39,10 +45,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On several cores the files with the most slow tests come first, so that no worker is left with one at the end."""
+    """On several cores the longest files come first, so that no worker is left with one at the end."""
     if hasattr(config, "workerinput"):
+        rank = {f"test_{name}": place for place, name in enumerate(LONG.split())}
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        items.sort(key=lambda item: (item.path.stem not in WATCHES, -slow[item.path]))
+        items.sort(key=lambda i: (i.path.stem not in WATCHES, rank.get(i.path.stem, len(rank)), -slow[i.path]))
 
 
 @pytest.hookimpl(wrapper=True)

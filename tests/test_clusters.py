@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 import yaml
 from helpers import make_features, tiny_recipe, workspace_of
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSetSpec
-from launching import ROOT, environment, finish, kill, start
+from launching import ROOT, environment, finish, forking_python, kill, start
 from torch.distributed.run import config_from_args, parse_args
 
 from rvc_dist.arguments import parse
@@ -38,8 +39,9 @@ FOLDER = ROOT / "launch" / "kubernetes"
 IN_IMAGE = "/opt/rvc_dist"
 CORE = "1.33"
 """The oldest Kubernetes that is looked at: since then `backoffLimitPerIndex` is stable."""
-SKYPILOT = os.environ.get("SKYPILOT_PYTHON", "")
-"""A python that has SkyPilot. It is a program of its own: click that it wants is too old for packages of this one."""
+SKYPILOT = Path(os.environ.get("SKYPILOT", ""))
+"""An environment that has SkyPilot, a program of its own: click that it wants is too old for packages of this one.
+Who still installs it holds `lock` in it."""
 
 
 def documents() -> dict[str, Document]:
@@ -137,9 +139,14 @@ def test_pods_may_be_ended_and_started_again(name: str) -> None:
     assert pod(job)["terminationGracePeriodSeconds"] > int(patience_s[1]) + 10
 
 
-@pytest.mark.skipif(not SKYPILOT, reason="SKYPILOT_PYTHON does not name a python that has SkyPilot")
+@pytest.mark.skipif("SKYPILOT" not in os.environ, reason="SKYPILOT names no environment that has it")
 def test_skypilot_parses_its_task(tmp_path: Path) -> None:
     """With a HOME of its own, where it keeps a state."""
+    if (SKYPILOT / "lock").exists():
+        with (SKYPILOT / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+    if not (SKYPILOT / "bin" / "sky").exists():
+        pytest.skip(f"SkyPilot could not be installed in {SKYPILOT}")
     script = (
         "import sky, sys\n"
         "task = sky.Task.from_yaml(sys.argv[1])\n"
@@ -153,7 +160,7 @@ def test_skypilot_parses_its_task(tmp_path: Path) -> None:
     }
 
     def parsed(path: Path) -> subprocess.CompletedProcess[str]:
-        command = [SKYPILOT, "-c", script, str(path)]
+        command = [str(SKYPILOT / "bin" / "python"), "-c", script, str(path)]
         return subprocess.run(command, env=silent, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
 
     done = parsed(ROOT / "launch" / "sky.yaml")
@@ -369,6 +376,7 @@ def two_pods(tmp_path: Path) -> Iterator[Callable[[], list[subprocess.Popen[str]
     recipe = tiny_recipe(tmp_path / "run", max_steps=30)
     make_features(recipe)
     (tmp_path / "my.yaml").write_text(recipe.to_yaml())
+    forking_python(tmp_path)
     pods: list[subprocess.Popen[str]] = []
     port = 20000 + os.getpid() % 10000
 
@@ -376,7 +384,8 @@ def two_pods(tmp_path: Path) -> Iterator[Callable[[], list[subprocess.Popen[str]
         for i in range(2):
             shared = {"NODES": "2", "HEAD_ADDR": "127.0.0.1", "HEAD_PORT": str(port), "RANKS": "1", "MAX_RESTARTS": "1"}
             command = ["bash", str(ROOT / "launch" / "node.sh"), "--", "train", "--config", str(tmp_path / "my.yaml")]
-            pods.append(start(command, shared | {"JOB_COMPLETION_INDEX": str(i)}))
+            mine = {"JOB_COMPLETION_INDEX": str(i), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+            pods.append(start(command, shared | mine))
         return pods[-2:]
 
     yield begin
