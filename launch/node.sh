@@ -7,12 +7,17 @@
 #   MAX_RESTARTS  how often the launcher starts its ranks again after a failure (default 3)
 #   CPUS          processors of the node for this job, where neither SLURM nor the system says (a share of a Kubernetes node)
 #   PATIENCE_S    seconds that ranks have to save a checkpoint and end, once they are asked to (default 90)
-# Exit code 75, outside SLURM, whose batch script decides: the run was asked to stop and has saved; start it again.
+# NODES may be FEWEST:MOST: nodes that come and go (docs/distribution.md). HEAD_ADDR is then where
+# `rvc-dist launch --meeting_point` runs, TERM ends this node alone, and MAX_RESTARTS is not read.
+# Exit code 75, outside SLURM, whose batch script decides: the run, or this node of those that come and go, was asked to
+# stop and has saved; start it again.
 # With cgroups, as on most clusters, SLURM's signals (all but KILL) reach this process alone and nothing that it starts,
 # and of a container those of Kubernetes reach process 1 alone.
 set -euo pipefail
 asked_at=
-trap 'asked_at=${asked_at:-$SECONDS}' USR1 TERM
+asked_by=
+trap 'asked_at=${asked_at:-$SECONDS} asked_by=${asked_by:-USR1}' USR1
+trap 'asked_at=${asked_at:-$SECONDS} asked_by=${asked_by:-TERM}' TERM
 
 inside=()
 while [[ $1 != -- ]]; do
@@ -26,11 +31,13 @@ is_training=
 
 nodes=${SLURM_JOB_NUM_NODES:-${SKYPILOT_NUM_NODES:-${NODES:-1}}}
 node_rank=${SLURM_NODEID:-${SKYPILOT_NODE_RANK:-${JOB_COMPLETION_INDEX:-0}}}
+is_elastic=
+[[ $nodes != *:* ]] || is_elastic=yes
 [[ $nodes != 1 ]] || node_rank=0 # the index of a data stage's Job is its shard
 head_addr=${HEAD_ADDR:-${SKYPILOT_NODE_IPS:-}}
 head_addr=${head_addr%%[[:space:]]*} # of the addresses of all nodes the first
 if [[ $nodes != 1 && -z $head_addr ]]; then
-  echo "node.sh: $nodes nodes, but HEAD_ADDR is not set: the address of the first one" >&2
+  echo "node.sh: $nodes nodes, but HEAD_ADDR is not set: the address of the first one, or of the meeting point" >&2
   exit 2
 fi
 
@@ -46,15 +53,20 @@ if [[ -n $is_training && -z ${SLURM_JOB_ID:-} ]]; then
   (( node_rank > 0 )) || rm -f "$marker"
 fi
 
-if [[ -z ${RANKS:-} ]]; then
+if [[ -z ${RANKS:-} || -n $is_elastic ]]; then
   gpus=$("${inside[@]}" python -c 'import torch; print(torch.cuda.device_count())')
-  RANKS=$((gpus > 0 ? gpus : 1))
+  RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}
 fi
 # A rank's part of the processors, unless the user says otherwise; Accelerate would count those of the whole machine.
 threads=$((${SLURM_CPUS_ON_NODE:-${CPUS:-$(nproc)}} / RANKS))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 command=(python -m rvc_dist "$@")
-if (( RANKS > 1 )) || [[ $nodes != 1 ]]; then
+if [[ -n $is_elastic ]]; then
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${PATIENCE_S:-90}
+  (( gpus > 0 )) && device=--gpus || device=--cpu
+  command=(python -m rvc_dist launch --nodes "$nodes" "$device" "$RANKS"
+    --main_ip "$head_addr" --main_port "${HEAD_PORT:-29500}" -- "$@")
+elif (( RANKS > 1 )) || [[ $nodes != 1 ]]; then
   # Only a c10d rendezvous recovers after a restart. Its host is said: torch would guess it from names. The nodes wait
   # for each other as launch/two_nodes.yaml says: one may still be loading its image.
   (( node_rank == 0 )) && is_host=true || is_host=false
@@ -105,6 +117,9 @@ while kill -0 "$launcher" 2>/dev/null; do
     continue
   fi
   mapfile -t others < <(descendants "$launcher")
+  if [[ -n $is_elastic && $asked_by == TERM ]]; then # its launcher asks the ranks, and waits as long for them
+    ask_with=TERM patience_s=$((${PATIENCE_S:-90} + 10))
+  fi
   if (( SECONDS - asked_at > patience_s )); then
     kill -KILL "$launcher" "${others[@]}" 2>/dev/null || true
   elif [[ $ask_with == USR1 ]]; then
@@ -119,6 +134,9 @@ code=0
 wait "$launcher" || code=$?
 if (( code == 0 )) && [[ -n $marker && -f $marker ]]; then
   echo "node.sh: stopped: $(tr -d '\n' <"$marker"); the same command continues" >&2
+  code=75
+elif (( code != 0 )) && [[ -n $is_elastic && $asked_by == TERM ]]; then
+  echo "node.sh: this node has ended as it was asked to; the others go on" >&2
   code=75
 fi
 exit "$code"

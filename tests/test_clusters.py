@@ -116,12 +116,23 @@ def test_pods_may_be_ended_and_started_again(name: str) -> None:
     assert pod(job)["restartPolicy"] == "Never", "podFailurePolicy is allowed with this one alone"
     assert pod(job)["securityContext"]["runAsNonRoot"]
     rules = job["spec"]["podFailurePolicy"]["rules"]
-    assert [rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule] == [main["name"]]
     disrupted = next(rule["action"] for rule in rules if "onPodConditions" in rule)
+    if name == "meeting":
+        assert (disrupted, job["spec"]["backoffLimit"]) == ("FailJob", 0), "without it nobody meets: all begin again"
+        return
+    assert [rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule] == [main["name"]]
     mounts = {each["mountPath"]: each["name"] for each in main["volumeMounts"]}
     volumes = {each["name"]: each for each in pod(job)["volumes"]}
     assert set(mounts.values()) == set(volumes)
     assert volumes[mounts["/data"]]["persistentVolumeClaim"]["claimName"] in DOCUMENTS
+    patience_s = re.search(r"PATIENCE_S:-(\d+)", (ROOT / "launch" / "node.sh").read_text(encoding="utf-8"))
+    assert patience_s is not None
+    if name in ("node", "worker"):
+        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+        assert pod(job)["terminationGracePeriodSeconds"] > int(patience_s[1]) + 10
+        assert rules[0]["onExitCodes"]["values"] == [75] == SKY["resources"]["job_recovery"]["recover_on_exit_codes"]
+    if name == "worker":
+        assert rules[0]["action"] == "Ignore", "a pod that saved and left is replaced"
     if name != "node":
         assert disrupted == "Ignore"
         return
@@ -131,12 +142,7 @@ def test_pods_may_be_ended_and_started_again(name: str) -> None:
     assert (rule["action"], rule["onJobFailureReasons"]) == ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
     assert job_set["failurePolicy"]["restartStrategy"] == "BlockingRecreate"
     assert [rule["action"] for rule in rules] == ["FailJob", "FailJob"]
-    assert rules[0]["onExitCodes"]["values"] == [75] == SKY["resources"]["job_recovery"]["recover_on_exit_codes"]
     assert job["spec"]["backoffLimit"] == 0
-    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
-    patience_s = re.search(r"PATIENCE_S:-(\d+)", (ROOT / "launch" / "node.sh").read_text(encoding="utf-8"))
-    assert patience_s is not None
-    assert pod(job)["terminationGracePeriodSeconds"] > int(patience_s[1]) + 10
 
 
 @pytest.mark.skipif("SKYPILOT" not in os.environ, reason="SKYPILOT names no environment that has it")
@@ -211,6 +217,9 @@ def test_jobs_give_commands_that_rvc_dist_understands(tmp_path: Path, monkeypatc
     stages = {}
     for name, job in JOBS.items():
         main = container(job)
+        if name == "meeting":
+            assert parse(main["args"][0], main["args"][1:])[2]["meeting_point"]
+            continue
         shell, script, dashes, stage, *words = [*main["command"], *main["args"]]
         assert (shell, dashes) == ("bash", "--")
         assert (ROOT / Path(script).relative_to(IN_IMAGE)).is_file()
@@ -224,7 +233,8 @@ def test_jobs_give_commands_that_rvc_dist_understands(tmp_path: Path, monkeypatc
             parse(stage, [word.replace("$(JOB_COMPLETION_INDEX)", str(i)) for word in words])[1] for i in range(count)
         ]
         assert parts == [Shard(i, count, array=True) for i in range(count)], "each shard once"
-    assert stages == {"rvc-preprocess": "preprocess", "rvc-extract": "extract", "rvc-index": "index", "node": "run"}
+    data = {"rvc-preprocess": "preprocess", "rvc-extract": "extract", "rvc-index": "index"}
+    assert stages == data | {"node": "run", "worker": "run"}
     assert all(STAGES[stage].reads for stage in stages.values())
 
 
@@ -313,10 +323,21 @@ def test_ranks_are_started_alike_everywhere(
 
 
 def test_a_jobset_says_how_many_pods_it_has() -> None:
-    spec = JOBS["node"]["spec"]
-    assert values(JOBS["node"])["NODES"] == str(spec["parallelism"]) == str(spec["completions"])
-    coordinator = DOCUMENTS["rvc-train"]["spec"]["coordinator"]
-    assert coordinator["replicatedJob"] in [each["name"] for each in DOCUMENTS["rvc-train"]["spec"]["replicatedJobs"]]
+    for name, nodes in (("node", "{}"), ("worker", "1:{}")):
+        spec = JOBS[name]["spec"]
+        assert values(JOBS[name])["NODES"] == nodes.format(spec["parallelism"]) == nodes.format(spec["completions"])
+    for name, first in (("rvc-train", "node"), ("rvc-train-elastic", "meeting")):
+        spec = DOCUMENTS[name]["spec"]
+        assert spec["coordinator"]["replicatedJob"] == first
+        assert first in [each["name"] for each in spec["replicatedJobs"]]
+
+
+def test_nodes_that_come_and_go_are_launched_as_by_hand(path: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("name: my_voice\n")
+    elastic = KUBERNETES | values(JOBS["worker"]) | {"HEAD_ADDR": "meeting"}
+    threads, *words = shown(NODE_SH, tmp_path, PATH=path, **elastic)
+    launch = "-m rvc_dist launch --nodes 1:4 --cpu 8 --main_ip meeting --main_port 29500 -- run --config my.yaml"
+    assert (threads, words) == ("4", shlex.split(launch))
 
 
 def test_one_node_needs_no_address(path: str, tmp_path: Path) -> None:
@@ -368,6 +389,44 @@ def test_an_exit_code_says_whether_the_run_is_to_go_on(before: str, during: str,
     variables = clean(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", RANKS=1)
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == code, done.stderr
+
+
+LAUNCHER = """
+import os, signal, sys, time
+def asked(number, _):
+    print(signal.Signals(number).name, flush=True)
+    sys.exit(0 if number == signal.SIGUSR1 else 1)
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, asked)
+open("began", "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sent", "heard", "code"),
+    [("1:4", "TERM", "TERM", 75), ("1:4", "USR1", "USR1", 0), ("2", "TERM", "USR1", 0)],
+)
+def test_term_is_for_one_of_the_nodes_that_come_and_go_and_else_for_the_run(
+    nodes: str, sent: str, heard: str, code: int, tmp_path: Path
+) -> None:
+    """Launchers end with 0 when their run stops, and with 1 when they are ended; here no rank leaves a note."""
+    (tmp_path / "python").write_text(
+        "#!/usr/bin/env bash\n"
+        "[[ $1 != -c ]] || { [[ $2 == *device_count* ]] && echo 0 || echo run; exit; }\n"
+        f"exec {sys.executable} -c '{LAUNCHER}'\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", str(ROOT / "launch" / "node.sh"), "--", "train", "--config", "my.yaml"]
+    variables = clean(PATH=f"{tmp_path}:{os.environ['PATH']}", NODES=nodes, HEAD_ADDR="h", RANKS=1)
+    with (tmp_path / "heard").open("w") as heard_file:
+        node = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=heard_file)
+    while not (tmp_path / "began").exists():
+        assert node.poll() is None
+        time.sleep(0.05)
+    node.send_signal(getattr(signal, f"SIG{sent}"))
+    assert node.wait(60) == code
+    assert (tmp_path / "heard").read_text() == f"SIG{heard}\n"
 
 
 @pytest.fixture
