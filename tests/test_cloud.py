@@ -238,6 +238,7 @@ def test_what_is_kept_is_fetched_when_whole_and_never_deleted(machine: dict[str,
 def test_an_interrupted_instance_is_continued_on_a_fresh_one(machine: dict[str, str], tmp_path: Path) -> None:
     run_dir, saved = tmp_path / "run", tmp_path / "remote" / "kept"
     options = ["--run_dir", run_dir, "--extract.f0_method", "fcpe"]
+    options += ["--train.report", "false", "--train.samples", "false"]
     options += ["--train.save_every_steps", "5", "--train.eval_every_steps", "1000"]
     command = [ROOT / "configs" / "demo_cpu.yaml", "remote:voices", *options, "--train.max_steps"]
     more = {"SAVE": "remote:kept", "SAVE_EVERY_S": "3", "RANKS": "1"}

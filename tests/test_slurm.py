@@ -370,7 +370,7 @@ class Cluster:
             if time.monotonic() > began_at + seconds:
                 logs = "\n".join(f"{p}:\n{p.read_text()[-3000:]}" for p in self.folder.glob("*.out"))
                 raise AssertionError(f"{what}: not after {seconds} s\n{self('scontrol show job')}\n{logs}")
-            time.sleep(0.1)
+            time.sleep(0.3)  # scontrol takes time of the cores, too
         return time.monotonic() - began_at
 
     def wait_for_state(self, job: str, state: str) -> float:

@@ -12,13 +12,14 @@ import time
 from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers import make_features, tiny_recipe
-from launching import finish, kill, launcher, rvc_dist, start
+from launching import TIMEOUT_S, launch, rvc_dist
 from torch import nn
 
 from rvc_dist.config import TrainConfig
@@ -386,23 +387,20 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(tmp_path
     make_features(recipe)
     config = tmp_path / "recipe.yaml"
     config.write_text(recipe.to_yaml())
-    process = start([*launcher(2, "cpu.yaml"), "-m", "rvc_dist", "train", "--config", str(config)])
+    job = launch(2, "-m", "rvc_dist", "train", "--config", config, launch_file="cpu.yaml")
     try:
         written = tmp_path / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (written.is_file() and written.stat().st_size > 20_000):
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (written.is_file() and written.read_text().count("loss/g_mel") > 2):
             assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.2)
-        workers = [int(p) for p in os.popen(f"pgrep -P {process.pid}").read().split()]
+            assert not job.wait(0.2), job.said()
+        workers = psutil.Process(job.pid).children()
         assert len(workers) == 2
-        os.kill(workers[1], signal.SIGUSR1)
-        output = finish(process, 60)
+        workers[1].send_signal(signal.SIGUSR1)
+        code, output = job.finish(60)
     finally:
-        if process.poll() is None:
-            kill(process)
-            process.communicate()
-    assert process.returncode != 0
+        job.kill()
+    assert code != 0
     assert "stopped by SIGUSR1 at step" in output
     path = checkpoint.latest(tmp_path / "checkpoints")
     assert path is not None

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from helpers import make_features, tiny_recipe
-from launching import ROOT, finish, kill, launcher, start
+from launching import ROOT, launch
 
 from rvc_dist.config import ConfigError, TrainConfig
 from rvc_dist.files import write_json
@@ -453,29 +453,26 @@ def test_ranks_that_no_signal_and_no_collective_reaches_are_named_and_end_within
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     monkeypatch.setenv("FAULT", f"1:4:{kind}")
-    command = [*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)]
-    process = start(command, {"ACCELERATE_USE_CPU": on_cpu})
-    output, ranks = [], {}
+    job = launch(2, ROOT / "tests" / "faulty.py", "train", "--config", file, ACCELERATE_USE_CPU=on_cpu)
+    ranks = []
     try:
-        for line in process.stdout:
-            output.append(line)
+        for line in job.lines():
             if "step 3/" in line:
-                ranks = {c.environ().get("RANK"): c for c in psutil.Process(process.pid).children()}
+                ranks = psutil.Process(job.pid).children()
                 hangs_since = time.monotonic()
-        finish(process)
+        code, text = job.finish(60)
     finally:
-        kill(process)
-    text = "".join(output)
-    assert ranks, text[-5000:]
+        job.kill()
+    assert len(ranks) == 2, text[-5000:]
     assert time.monotonic() - hangs_since < timeout_s + 12
-    assert process.returncode == 1
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
+    assert code == 1
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
     reason = (
         rf"rank 0 waited for train.timeout_s = {timeout_s:g} s, in {waits_in} of step \d+, for rank 1 on .* "
-        rf"\(pid {ranks['1'].pid}\), last in after data of step 4\. Where each rank was is in {tmp_path / 'logs'}"
+        rf"\(pid {ranks[1].pid}\), last in after data of step 4\. Where each rank was is in {tmp_path / 'logs'}"
     )
     assert re.search(reason, text)
-    assert f"process {ranks['1'].pid} hangs, the other ranks waited in vain: ending it" in text
+    assert f"process {ranks[1].pid} hangs, the other ranks waited in vain: ending it" in text
     log = (tmp_path / "logs" / "rank_00000.log").read_text()
     assert "Thread 0x" in log.partition("most recent call first")[0], "where it waited"
     assert re.search(reason, (tmp_path / "logs" / "failed_rank_00000.json").read_text())
@@ -492,24 +489,22 @@ def test_a_sleeping_rank_is_named_and_a_stopped_one_ends_all_within_the_timeout(
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     monkeypatch.setenv("FAULT", "1:14:sleep")
-    process = start([*launcher(2), str(ROOT / "tests" / "faulty.py"), "train", "--config", str(file)])
-    output, stopped_at = [], None
+    job = launch(2, ROOT / "tests" / "faulty.py", "train", "--config", file)
+    stopped_at = None
     try:
-        for line in process.stdout:
-            output.append(line)
+        for line in job.lines():
             if stopped_at is None and "step 14 went on after" in line:
-                ranks = {c.environ().get("RANK"): c for c in psutil.Process(process.pid).children()}
-                ranks["1"].suspend()
+                ranks = psutil.Process(job.pid).children()
+                ranks[1].suspend()
                 stopped_at = time.monotonic()
-        finish(process)
+        code, text = job.finish(60)
     finally:
-        kill(process)
-    text = "".join(output)
+        job.kill()
     assert stopped_at is not None, text[-5000:]
     assert time.monotonic() - stopped_at < timeout_s + 10
-    assert process.returncode == 1
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks.values())
-    slow = next(line for line in output if "step 14 takes" in line)
+    assert code == 1
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
+    slow = next(line for line in text.splitlines() if "step 14 takes" in line)
     assert "times the median" in slow
     assert "(pid" in slow.partition(": rank 1 on ")[2]
     assert "is in after data of step 14 since" in slow
@@ -517,4 +512,4 @@ def test_a_sleeping_rank_is_named_and_a_stopped_one_ends_all_within_the_timeout(
     log = (tmp_path / "logs" / "rank_00001.log").read_text()
     assert 'faulty.py", line' in log.partition("most recent call first")[2], "where it slept"
     assert f"rank 0 waited for train.timeout_s = {timeout_s:g} s" in text
-    assert f"for rank 1 on {os.uname().nodename} (pid {ranks['1'].pid}), last in" in text
+    assert f"for rank 1 on {os.uname().nodename} (pid {ranks[1].pid}), last in" in text
