@@ -6,41 +6,17 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, get_type_hints
 
 from rvc_dist.choices import vocoder_of_voice
 from rvc_dist.config import RATES, Fraction, Recipe
-from rvc_dist.schema import Rule, check, multiple_of, within
+from rvc_dist.schema import Rule, check, multiple_of, record, within
 
 _Width = Annotated[int, within(1, 1 << 17)]
 _Kernel = Annotated[int, within(1, 31)]
 _UpTo64 = Annotated[int, within(1, 64)]
 
 
-class VoiceConfig(TypedDict):
-    """The entries of a voice file's `config` in their order: it is a list that other tools read by position."""
-
-    spec_channels: _Width
-    segment: Any
-    inter_channels: Annotated[int, multiple_of(2), within(1, 1 << 17)]
-    hidden_channels: _Width
-    filter_channels: _Width
-    num_heads: _Width
-    num_layers: _UpTo64
-    kernel_size: _Kernel
-    dropout: Fraction
-    resblock: Annotated[str, Rule('"1"', (int, str), lambda value: str(value) == "1")]
-    resblock_kernels: list[_Kernel]
-    resblock_dilations: list[list[_UpTo64]]
-    upsample_rates: list[_UpTo64]
-    upsample_initial_channel: _Width
-    upsample_kernels: list[Annotated[int, within(1, 128)]]
-    num_speakers: _Width
-    gin_channels: _Width
-    sample_rate: _Width
-
-
-_POSITIONS = tuple(VoiceConfig.__annotations__)
 _UPSTREAM = {
     "segment": "segment_size",
     "num_heads": "n_heads",
@@ -63,25 +39,25 @@ class GeneratorShape:
 
     content_channels: int
     """Width of the content features: 256 for v1; for v2 that of the encoder, mostly 768."""
-    spec_channels: int
+    spec_channels: _Width
     """Bins of the linear spectrogram, n_fft / 2 + 1."""
     segment_frames: int
     """Frames of a clip that are decoded in training."""
-    upsample_rates: tuple[int, ...]
-    upsample_kernels: tuple[int, ...]
-    num_speakers: int
-    sample_rate: int
-    inter_channels: int = 192
-    hidden_channels: int = 192
-    filter_channels: int = 768
-    num_heads: int = 2
-    num_layers: int = 6
-    kernel_size: int = 3
-    dropout: float = 0.0
-    resblock_kernels: tuple[int, ...] = (3, 7, 11)
-    resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5),) * 3
-    upsample_initial_channel: int = 512
-    gin_channels: int = 256
+    upsample_rates: tuple[_UpTo64, ...]
+    upsample_kernels: tuple[Annotated[int, within(1, 128)], ...]
+    num_speakers: _Width
+    sample_rate: _Width
+    inter_channels: Annotated[int, multiple_of(2), within(1, 1 << 17)] = 192
+    hidden_channels: _Width = 192
+    filter_channels: _Width = 768
+    num_heads: _Width = 2
+    num_layers: _UpTo64 = 6
+    kernel_size: _Kernel = 3
+    dropout: Fraction = 0.0
+    resblock_kernels: tuple[_Kernel, ...] = (3, 7, 11)
+    resblock_dilations: tuple[tuple[_UpTo64, ...], ...] = ((1, 3, 5),) * 3
+    upsample_initial_channel: _Width = 512
+    gin_channels: _Width = 256
     """Width of the speaker embedding."""
     pitch_guidance: bool = True
     energy: bool = False
@@ -160,9 +136,9 @@ class GeneratorShape:
         """
         if len(config) != len(_POSITIONS):
             raise ValueError(f"config: got {len(config)} entries, expected {len(_POSITIONS)}")
-        entries = check(dict(zip(_POSITIONS, config, strict=True)), VoiceConfig, "config")
+        entries: dict[str, Any] = check(dict(zip(_POSITIONS, config, strict=True)), VoiceConfig, "config")
         if misfit := _misfit(entries):
-            got = reprlib.repr(dict(entries)[misfit])
+            got = reprlib.repr(entries[misfit])
             raise ValueError(f"config.{misfit}: got {got}, which no network of RVC has beside the other entries")
         rate, rates = entries["sample_rate"], entries["upsample_rates"]
         if rate not in RATES.get(version, {}):
@@ -188,12 +164,24 @@ class GeneratorShape:
         )
 
 
+_NAMES = (
+    "spec_channels segment inter_channels hidden_channels filter_channels num_heads num_layers kernel_size dropout "
+    "resblock resblock_kernels resblock_dilations upsample_rates upsample_initial_channel upsample_kernels "
+    "num_speakers gin_channels sample_rate"
+)
+_POSITIONS = tuple(_NAMES.split())
+"""The entries of a voice file's `config` in their order: it is a list that other tools read by position."""
+_RESBLOCK = Annotated[str, Rule('"1"', (int, str), lambda value: str(value) == "1")]
+_TYPES = {"segment": Any, "resblock": _RESBLOCK} | get_type_hints(GeneratorShape, include_extras=True)
+VoiceConfig = record(**{name: _TYPES[name] for name in _POSITIONS})
+
+
 def _nested(kind: type[list[Any]] | type[tuple[Any, ...]], value: Any) -> Any:
     """`value`, with lists and tuples in it turned into `kind`."""
     return kind(_nested(kind, item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _misfit(entries: VoiceConfig) -> str | None:
+def _misfit(entries: Mapping[str, Any]) -> str | None:
     """The first entry that does not go with the others."""
     kernels, dilations = entries["resblock_kernels"], entries["resblock_dilations"]
     rates, ups = entries["upsample_rates"], entries["upsample_kernels"]
