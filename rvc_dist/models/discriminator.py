@@ -19,7 +19,6 @@ from rvc_dist.choices import DiscriminatorSpec
 from rvc_dist.models.modules import LEAKY_SLOPE, Conv1d, channels_last, reflected
 from rvc_dist.models.spectral import rectangular_spectrogram
 
-PERIODS = {"v1": (2, 3, 5, 7, 11, 17), "v2": (2, 3, 5, 7, 11, 17, 23, 37)}
 FULL_CHANNELS = 1024
 
 

@@ -129,6 +129,10 @@ class LossInputs(NamedTuple):
     fake_scores: Sequence[Tensor]
     """What D makes of both; its weights get no gradients. Empty before D joins, for those that are not ADVERSARIAL."""
 
+    @property
+    def score_weights(self) -> Sequence[float]:
+        return self.recipe.model.discriminator_spec.score_weights
+
 
 def recipe_mel_loss(recipe: Recipe, real: Tensor, fake: Tensor) -> Tensor:
     """The mel loss that the recipe chooses, of waves [B, 1, S]."""
@@ -136,28 +140,6 @@ def recipe_mel_loss(recipe: Recipe, real: Tensor, fake: Tensor) -> Tensor:
     if recipe.multiscale_mel_loss:
         return multiscale_mel_loss(real, fake, rate, recipe.train.mel_frames == "edge")
     return mel_loss(real, fake, rate=rate, n_fft=spec.n_fft, hop=spec.hop, num_mels=spec.num_mels)
-
-
-def _mel(x: LossInputs) -> Tensor:
-    return recipe_mel_loss(x.recipe, x.real, x.out.wave) * x.batch.loss_scale
-
-
-def _stft(x: LossInputs) -> Tensor:
-    return stft_loss(x.real, x.out.wave) * x.batch.loss_scale
-
-
-def _energy(x: LossInputs) -> Tensor:
-    return energy_loss(x.real, x.out.wave, x.recipe.data.sample_rate) * x.batch.loss_scale
-
-
-def _feature_matching(x: LossInputs) -> Tensor:
-    return feature_matching_loss(x.real_features, x.fake_features) * x.batch.loss_scale
-
-
-def _adversarial(x: LossInputs) -> Tensor:
-    return (
-        generator_adversarial_loss(x.fake_scores, x.recipe.model.discriminator_spec.score_weights) * x.batch.loss_scale
-    )
 
 
 def _kl(x: LossInputs) -> Tensor:
@@ -168,12 +150,12 @@ def _kl(x: LossInputs) -> Tensor:
 
 
 GENERATOR_LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
-    "mel": _mel,
-    "fm": _feature_matching,
-    "adv": _adversarial,
+    "mel": lambda x: recipe_mel_loss(x.recipe, x.real, x.out.wave) * x.batch.loss_scale,
+    "fm": lambda x: feature_matching_loss(x.real_features, x.fake_features) * x.batch.loss_scale,
+    "adv": lambda x: generator_adversarial_loss(x.fake_scores, x.score_weights) * x.batch.loss_scale,
     "kl": _kl,
-    "stft": _stft,
-    "energy": _energy,
+    "stft": lambda x: stft_loss(x.real, x.out.wave) * x.batch.loss_scale,
+    "energy": lambda x: energy_loss(x.real, x.out.wave, x.recipe.data.sample_rate) * x.batch.loss_scale,
 }
 """By field of LossConfig. Each gives [] this micro-batch's part of the global batch's loss: a mean over clips is
 multiplied by `batch.loss_scale`, which is 0 where a rank has no clip of its own."""
