@@ -56,17 +56,20 @@ class Quality(NamedTuple):
 
     def text(self) -> str:
         """Those that there are, in a line."""
-        shown = {
-            f"mel {self.mel_distance:.4f}": self.mel_distance,
-            f"cepstra {self.mcd_db:.2f} dB": self.mcd_db,
-            f"f0 {self.f0_cents:.0f} cents": self.f0_cents,
-            f"voicing {self.voicing_error:.1%}": self.voicing_error,
-            f"loudness {self.loudness_db:.1f} dB": self.loudness_db,
-            f"similarity {self.similarity:.3f}": self.similarity,
-        }
-        return defined_text(shown)
+        return defined_text(self._asdict())
 
 
+TEXTS = {
+    "mel_distance": "mel {:.4f}",
+    "mcd_db": "cepstra {:.2f} dB",
+    "f0_cents": "f0 {:.0f} cents",
+    "voicing_error": "voicing {:.1%}",
+    "loudness_db": "loudness {:.1f} dB",
+    "similarity": "similarity {:.3f}",
+    "content_similarity": "content {:.3f}",
+    "target_similarity": "target's voice {:.3f}",
+}
+"""How a line shows the numbers of a Quality, and of an `unseen.UnseenQuality`."""
 BROKEN = Quality(math.inf, math.inf, math.inf, math.inf, math.inf, -math.inf)
 """Of a wave that holds anything but finite numbers."""
 
@@ -207,6 +210,6 @@ def defined_mean(values: Iterable[float]) -> float:
     return math.fsum(defined) / len(defined) if defined else math.nan
 
 
-def defined_text(shown: Mapping[str, float]) -> str:
-    """The texts of those that are numbers, in a line."""
-    return ", ".join(text for text, value in shown.items() if not math.isnan(value))
+def defined_text(values: Mapping[str, float]) -> str:
+    """The TEXTS of those that are numbers, in a line."""
+    return ", ".join(TEXTS[name].format(value) for name, value in values.items() if not math.isnan(value))

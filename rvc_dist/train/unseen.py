@@ -49,14 +49,7 @@ class UnseenQuality(NamedTuple):
 
     def text(self) -> str:
         """Those that there are, in a line."""
-        shown = {
-            f"f0 {self.f0_cents:.0f} cents": self.f0_cents,
-            f"voicing {self.voicing_error:.1%}": self.voicing_error,
-            f"loudness {self.loudness_db:.1f} dB": self.loudness_db,
-            f"content {self.content_similarity:.3f}": self.content_similarity,
-            f"target's voice {self.target_similarity:.3f}": self.target_similarity,
-        }
-        return defined_text(shown)
+        return defined_text(self._asdict())
 
 
 class UnseenSpeech:
