@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import chain
 from typing import Any, overload
@@ -50,20 +50,8 @@ class ClipRef:
         return cls(unit, f"{index:05d}", *where, *more)
 
 
-ROW = np.dtype(
-    [
-        ("unit", "i8"),
-        ("key", "i4"),
-        ("speaker", "i4"),
-        ("source", "i4"),
-        ("num_frames", "i8"),
-        ("start_s", "f8"),
-        ("duration_s", "f8"),
-        ("content", "i4"),
-        ("repeat", "i2"),
-        ("guessed", "?"),
-    ]
-)
+_TYPES = ("i8", "i4", "i4", "i4", "i8", "f8", "f8", "i4", "i2", "?")
+ROW = np.dtype(list(zip((field.name for field in fields(ClipRef)), _TYPES, strict=True)))
 """The fields of ClipRef in their order; of a text, its number among the texts."""
 AT_ONCE = 4096
 """Clips that a loop over all of them takes from the columns together."""

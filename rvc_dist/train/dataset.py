@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -233,20 +233,11 @@ def _mutes(work: Workspace, recipe: Recipe, speaker: int) -> list[ClipRef]:
     return [ClipRef(MUTE, "00000", speaker, MUTE_SOURCE, frames)] * recipe.extract.include_mutes
 
 
-class UnitFiles(Protocol):
-    """Where the files of units are: a run folder, or what fetches them when they are asked for."""
-
-    @property
-    def mute_file(self) -> Path: ...
-    def clips_file(self, unit: int) -> Path: ...
-    def features_file(self, unit: int) -> Path: ...
-
-
 class ClipDataset(Dataset[list[Batch]]):
     """Reads whole steps: one item is the micro-batches of one rank."""
 
-    def __init__(self, recipe: Recipe, clips: Sequence[ClipRef], units: UnitFiles | None = None) -> None:
-        self.units: UnitFiles = units or Workspace(recipe.run_dir, recipe.name)
+    def __init__(self, recipe: Recipe, clips: Sequence[ClipRef], units: Workspace | None = None) -> None:
+        self.units = units or Workspace(recipe.run_dir, recipe.name)
         self.clips = clips
         self.rate, self.spec, self.seed = recipe.data.sample_rate, recipe.rate_spec, recipe.train.seed
         self.has_energy = recipe.model.energy
@@ -293,10 +284,8 @@ class ClipDataset(Dataset[list[Batch]]):
         if isinstance(self.units, RemoteRun) and self.units.has_removed():
             _open.cache_clear()  # a file that is open takes its room
         if clip.unit == MUTE:
-            features, wave = (
-                _open(self.units.mute_file),
-                torch.zeros(clip.num_frames * self.spec.hop, dtype=self.wave_kind),
-            )
+            features = _open(self.units.mute_file)
+            wave: Any = torch.zeros(clip.num_frames * self.spec.hop, dtype=self.wave_kind)
         else:
             features = self._opened(self.units.features_file, clip.unit)
             wave = self._opened(self.units.clips_file, clip.unit).get_slice(clip.key)
@@ -316,7 +305,7 @@ class CachedClips(ClipDataset):
     """A dataset that lies in a device's memory: read once, never copied again."""
 
     def __init__(
-        self, recipe: Recipe, clips: Sequence[ClipRef], device: torch.device, units: UnitFiles | None = None
+        self, recipe: Recipe, clips: Sequence[ClipRef], device: torch.device, units: Workspace | None = None
     ) -> None:
         super().__init__(recipe, clips, units)
         self._cache = {clip: self._load(clip, device) for clip in dict.fromkeys(clips)}
@@ -377,7 +366,7 @@ def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
-def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device, units: UnitFiles | None = None) -> ClipDataset:
+def make_dataset(recipe: Recipe, table: ClipTable, device: torch.device, units: Workspace | None = None) -> ClipDataset:
     """The training clips, in the device's memory if the recipe asks for that and they fit."""
     if not recipe.train.cache_on_device:
         return ClipDataset(recipe, table.train, units)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product, zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rvc_dist.workspace import StageError, fingerprint
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rvc_dist.train.clips import ClipRef
     from rvc_dist.train.dataset import ClipTable
     from rvc_dist.workspace import Speakers, TrainedOn
+
+T = TypeVar("T")
 
 LEAST_S = 10.0
 """Of a speaker who has enough for it."""
@@ -269,8 +271,8 @@ def evenly(clips: Sequence[ClipRef], count: int, seed: int) -> list[ClipRef]:
     tree: dict[int, dict[str, list[ClipRef]]] = {}
     for clip in sorted(clips, key=lambda c: draw(seed, c.source, c.unit, c.key)):
         tree.setdefault(clip.speaker, {}).setdefault(clip.source, []).append(clip)
-    queues = [list(_in_turn(recordings.values())) for _, recordings in sorted(tree.items())]
-    return list(_in_turn(queues))[: max(count, len(tree))]
+    queues = [list(in_turn(recordings.values())) for _, recordings in sorted(tree.items())]
+    return list(in_turn(queues))[: max(count, len(tree))]
 
 
 def validated(recipe: Recipe, table: ClipTable) -> list[ClipRef]:
@@ -300,9 +302,9 @@ def validated_all(recipe: Recipe, table: ClipTable, trained_on: TrainedOn) -> bo
     return validation_stamp(recipe, replace(table, validates_all=True)) == trained_on["validation"]
 
 
-def _in_turn(queues: Iterable[Sequence[ClipRef]]) -> Iterator[ClipRef]:
+def in_turn(queues: Iterable[Sequence[T]]) -> Iterator[T]:
     """The first of each, then the second of each, and so on."""
-    return (clip for row in zip_longest(*queues) for clip in row if clip is not None)
+    return (item for row in zip_longest(*queues) for item in row if item is not None)
 
 
 def report(shares: Sequence[SpeakerShare], asked: float) -> Iterator[tuple[int, str]]:

@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +49,7 @@ from rvc_dist.train.conversion import (
     with_context,
 )
 from rvc_dist.train.dataset import ClipDataset, ClipTable, place
+from rvc_dist.train.holdout import in_turn
 from rvc_dist.workspace import (
     DEMO_VOICE_DIR,
     IndexReport,
@@ -357,8 +357,7 @@ def own_phrases(clips: Iterable[ClipRef]) -> list[list[ClipRef]]:
         by_speaker[speaker].append(max(_stretches(its_clips), key=_seconds))
     for stretches in by_speaker.values():
         stretches.sort(key=_seconds, reverse=True)
-    in_turn = chain.from_iterable(zip_longest(*by_speaker.values()))
-    return [stretch for stretch in in_turn if stretch is not None][:NUM_OWN]
+    return list(in_turn(by_speaker.values()))[:NUM_OWN]
 
 
 def _stretches(clips: list[ClipRef]) -> list[list[ClipRef]]:
