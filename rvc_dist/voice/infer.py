@@ -11,11 +11,11 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -249,7 +249,7 @@ def run(recipe: Recipe, shard: Shard) -> None:
         check_output(next(iter(lengths)).target)
     if lengths or (waits and (mine or shard.is_first)):
         converter = Converter.load(recipe)
-        stamps = Stamps(converter.settings())
+        stamps = stamps_of(converter.settings())
         others = [job for job in jobs if job not in lengths] if waits and shard.is_first else []
         with _progress(lengths, others, stamps) as bar:
             _convert_all(converter, lengths, stamps, failed, bar)
@@ -263,16 +263,12 @@ def run(recipe: Recipe, shard: Shard) -> None:
         raise StageError(f"infer.input: {len(failed)} of {len(jobs)} recordings were not converted:", listed=reasons)
 
 
-class Stamps(dict[Job, str]):
-    """What the results of jobs are known by: the settings and the recording's bytes, read when they are asked for."""
+Stamps: TypeAlias = Callable[[Job], str]
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        self.settings = settings
 
-    def __missing__(self, job: Job) -> str:
-        self[job] = fingerprint(self.settings, content_of(job.source))
-        return self[job]
+def stamps_of(settings: dict[str, Any]) -> Stamps:
+    """What the results of jobs are known by: the settings and the recording's bytes, read once they are asked for."""
+    return cache(lambda job: fingerprint(settings, content_of(job.source)))
 
 
 def _seconds(job: Job, failed: dict[Path, str]) -> float | None:
@@ -303,11 +299,11 @@ def _failures_of_all(
     """
     for job in mine:
         if job.source in failed:
-            atomic_write(job.failure_file, f"{stamps[job]}\n{failed[job.source]}")
+            atomic_write(job.failure_file, f"{stamps(job)}\n{failed[job.source]}")
     if not shard.is_first:
         return {}
     outcomes = {
-        job.source: wait_for(f"{job.target} of another rank", partial(_outcome, job, stamps[job])) for job in jobs
+        job.source: wait_for(f"{job.target} of another rank", partial(_outcome, job, stamps(job))) for job in jobs
     }
     for job in jobs:
         job.failure_file.unlink(missing_ok=True)
@@ -321,7 +317,7 @@ def _progress(mine: dict[Job, float], others: list[Job], stamps: Stamps) -> Prog
     def look(bar: ProgressBar) -> None:
         for job, seconds in [*waiting.items()]:
             is_there = job.target.exists() or job.failure_file.exists()
-            if is_there and (outcome := _outcome(job, stamps[job])) is not None:
+            if is_there and (outcome := _outcome(job, stamps(job))) is not None:
                 del waiting[job]
                 bar.advance(seconds, num_failed=int(outcome != ""))
 
@@ -332,7 +328,7 @@ def _convert_all(
     converter: Converter, lengths: dict[Job, float], stamps: Stamps, failed: dict[Path, str], bar: ProgressBar
 ) -> None:
     """Convert recordings of so many seconds that were not converted before; `failed` gets why one could not be."""
-    todo = {job: seconds for job, seconds in lengths.items() if stamp_of(job.target) != stamps[job]}
+    todo = {job: seconds for job, seconds in lengths.items() if stamp_of(job.target) != stamps(job)}
     if done := len(lengths) - len(todo):
         told = next(iter(lengths)).target if len(lengths) == 1 else f"{done} of {len(lengths)} results"
         logger.info("infer: %s: made before of the same with the same settings", told)
@@ -341,7 +337,7 @@ def _convert_all(
         logger.debug("infer: %s, %.1f s (%d of %d)", job.source, seconds, number, len(todo))
         bar.text = job.source.name
         try:
-            convert_recording(converter, job, stamps[job], bar)
+            convert_recording(converter, job, stamps(job), bar)
         except decode.AudioError as error:
             logger.warning("infer: %s: %s", job.source, error)
             failed[job.source] = str(error)

@@ -187,13 +187,13 @@ def test_the_first_rank_counts_what_others_converted(tmp_path: Path) -> None:
     write_recordings(tmp_path, "a.wav", "b.wav", "c.wav")  # of 0.2, 0.25 and 0.3 s
     jobs = [infer.Job(tmp_path / f"{name}.wav", tmp_path / f"{name}_made.wav") for name in "abc"]
     done, failed, _ = jobs
-    stamps = infer.Stamps({})
+    stamps = infer.stamps_of({})
     bar = infer._progress({}, jobs, stamps)
     bar.tick()
     assert bar.total == pytest.approx(0.75)
     assert (bar.done, bar.num_failed) == (0.0, 0)
-    sound_file.write(done.target, iter([np.zeros(RATE, np.float32)]), RATE, RATE, 1, stamps[done])
-    failed.failure_file.write_text(f"{stamps[failed]}\nwhy")
+    sound_file.write(done.target, iter([np.zeros(RATE, np.float32)]), RATE, RATE, 1, stamps(done))
+    failed.failure_file.write_text(f"{stamps(failed)}\nwhy")
     bar.tick()
     assert (bar.done, bar.num_failed) == (pytest.approx(0.45), 1)
 
