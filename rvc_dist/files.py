@@ -79,11 +79,16 @@ def read_bounded(path: Path, most: int) -> bytes:
 
 def sha256_of(path: Path) -> str:
     """Of a file's bytes, in hex digits."""
-    digest = hashlib.sha256()
+    return hash_of(path, hashlib.sha256())
+
+
+def hash_of(path: Path, digest: Any) -> str:
+    """In hex digits, what an object of hashlib makes of a file's bytes, after what it was given before."""
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
-    return digest.hexdigest()
+    found: str = digest.hexdigest()
+    return found
 
 
 def not_regular(mode: int) -> str:

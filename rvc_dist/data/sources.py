@@ -18,7 +18,7 @@ from rvc_dist.config import MAX_SPEAKERS
 from rvc_dist.data import corpora
 from rvc_dist.data.corpora import Found, Listing
 from rvc_dist.data.decode import AUDIO_SUFFIXES
-from rvc_dist.files import ForeignFileError, not_regular
+from rvc_dist.files import ForeignFileError, hash_of, not_regular
 from rvc_dist.schema import Repeat, SpeakerName, check
 from rvc_dist.workspace import SourceFile, Speakers, StageError, WorkList, Workspace, fingerprint, listed, printable
 
@@ -303,8 +303,7 @@ def content_of(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]  # BLAKE2 is fast on processors of every kind
+    return hash_of(path, hashlib.blake2b())[:16]  # BLAKE2 is fast on processors of every kind
 
 
 def content_by(work_list: WorkList | None, audio_dir: Path) -> Callable[[SourceFile], str]:

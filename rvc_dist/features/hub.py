@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rvc_dist.files import NO_SPACE, space
+from rvc_dist.files import NO_SPACE, hash_of, space
 from rvc_dist.screen import ProgressBar
 from rvc_dist.workspace import StageError
 
@@ -128,15 +128,10 @@ def _damage(path: Path, sha256: str) -> str:
     """
     file = path.resolve()
     size, wanted = file.stat().st_size, sha256 or file.name
-    digest = hashlib.sha256()
-    if len(wanted) == 40:
-        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-    elif len(wanted) != 64:  # a cache without links, as on some disks
+    if len(wanted) not in (40, 64):  # a cache without links, as on some disks
         return ""
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    found = digest.hexdigest()
+    git_hash = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    found = hash_of(file, git_hash if len(wanted) == 40 else hashlib.sha256())
     return "" if found == wanted else f"it has {size} bytes and the hash {found[:16]}..., expected {wanted[:16]}..."
 
 
