@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -729,13 +730,8 @@ def _unknown_trackers(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, sentence) of every value that does not go with another."""
-    cut, pitch, model, plan, wrong = (
-        recipe.preprocess,
-        recipe.extract,
-        recipe.model,
-        recipe.plan,
-        partial(_wrong, recipe),
-    )
+    cut, pitch, model, plan = recipe.preprocess, recipe.extract, recipe.model, recipe.plan
+    wrong = partial(_wrong, recipe)
     if cut.overlap_len > cut.chunk_len / 2:
         yield wrong("preprocess.overlap_len", f", expected at most half of preprocess.chunk_len ({cut.chunk_len})")
     yield from _unknown_trackers(recipe)
@@ -759,7 +755,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if plan.step_s is not None and plan.device_tflop_s is not None:
         yield wrong("plan.device_tflop_s", f" with plan.step_s {plan.step_s}; set only one")
     if model.architecture == "svc":
-        yield from (wrong(key, SVC_LACKS_IT) for key, value in SVC_LACKS.items() if _value(recipe, key) == value)
+        yield from (wrong(key, SVC_LACKS_IT) for key, value in SVC_LACKS.items() if attrgetter(key)(recipe) == value)
     yield from _train_contradictions(recipe.train, wrong)
     yield from _contradictions_of_base_model(recipe)
 
@@ -769,13 +765,8 @@ SVC_LACKS = {"model.pitch_guidance": False, "model.energy": True, "data.sample_r
 SVC_LACKS_IT = " with model.architecture svc, which is not made so; set back one of them"
 
 
-def _value(recipe: Recipe, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(recipe, section), name)
-
-
 def _wrong(recipe: Recipe, key: str, why: str) -> tuple[str, str]:
-    return key, f"{key}: got {_value(recipe, key)}{why}"
+    return key, f"{key}: got {attrgetter(key)(recipe)}{why}"
 
 
 def _train_contradictions(

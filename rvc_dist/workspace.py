@@ -390,15 +390,8 @@ class IndexOfSpeaker(TypedDict):
     file: FileName
 
 
-class IndexReport(TypedDict, total=False):
-    """RUN/index/report.json, as far as it is read."""
-
-    stamp: str
-    file: FileName
-    """Of all speakers."""
-    speakers: list[IndexOfSpeaker]
-
-
+IndexReport = record(False, stamp=str, file=FileName, speakers=list[IndexOfSpeaker])
+"""RUN/index/report.json, as far as it is read; `file` is of all speakers."""
 ClipsReport = record(total_dataset_duration=str)
 """RUN/clips/report.json, as far as it is read."""
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -207,7 +208,7 @@ def _made(recipe: Recipe, work: Workspace, corpus: Corpus, shard: Shard) -> Work
 
 
 def _tell_names(speakers: Speakers) -> None:
-    if any(name != str(i) for i, name in speakers.names.items()):
+    if speakers.has_names:
         labels = [speakers.label(i) for i in speakers.names]
         more = f" and {len(labels) - MAX_NAMES} more" if len(labels) > MAX_NAMES else ""
         logger.info("preprocess: speakers %s%s", ", ".join(labels[:MAX_NAMES]), more)
@@ -219,15 +220,12 @@ def _measured(
     """`sources` with length, rate and content, or why they have none; each file is looked at once."""
     files = {f.file: f for f in sources if not f.reason}
     items = [files[key] for key in sorted(files)]
-    facts = spread.map("content", items, partial(_facts, Path(recipe.data.audio_dir), content), Facts, _reason)
+    look = partial(_facts, Path(recipe.data.audio_dir), content)
+    facts = spread.map("content", items, look, Facts, itemgetter("reason"))
     if facts is None:
         return None
     found = dict(zip(sorted(files), facts, strict=True))
     return [f if f.reason else _with_facts(f, found[f.file]) for f in sources]
-
-
-def _reason(facts: dict[str, Any]) -> str:
-    return str(facts["reason"])
 
 
 def _facts(audio_dir: Path, content: Callable[[SourceFile], str], file: SourceFile) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 from rvc_dist.choices import EMBEDDERS, embedder_called
 from rvc_dist.config import EmbedderMix, Fraction, Layers
@@ -13,6 +13,7 @@ from rvc_dist.schema import check, record
 IN_VOICES = {"name": "embedder_model", "hash": "embedder_hash", "mix": "embedder_mix"}
 """Keys of the features' headers -> those of voice files."""
 _VOICE = record(False, embedder_model=str | None, embedder_hash=str | None)
+_MIX = record(layers=Layers, ratio=Fraction)
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,6 @@ class EmbedderId:
         return f"{self.name} ({', '.join(details)})" if details else self.name
 
 
-class _Mix(TypedDict):
-    """An EmbedderMix in a file."""
-
-    layers: Layers
-    ratio: Fraction
-
-
 def _read_mix(data: Any) -> EmbedderMix:
     """The mix in a file.
 
@@ -90,5 +84,5 @@ def _read_mix(data: Any) -> EmbedderMix:
     """
     if data is None:
         return EmbedderMix()
-    mix = check(data, _Mix, "embedder_mix")
+    mix: dict[str, Any] = check(data, _MIX, "embedder_mix")
     return EmbedderMix(tuple(mix["layers"]), float(mix["ratio"]))

@@ -6,6 +6,7 @@ What a network is, is read off the names and shapes of its tensors: files of tra
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ _VOCODERS = (
 )
 _STATES = ("model", "weight", "state_dict")
 """Where files keep their weights; those of encoders are the file itself."""
+_FIRST_LAYER = re.compile(r"[^.]*\.[^.]*\.convs\.0\.(.*\.)?(weight|original1)")
+"""Of each part of a discriminator."""
 V1_WIDTH = 256
 """Of the content features of v1."""
 NAME_LETTERS = 80
@@ -190,7 +193,7 @@ def _kernels(shapes: Shapes, *layers: str) -> list[int]:
 
 
 def _discriminator_facts(shapes: Shapes) -> Iterator[tuple[str, str]]:
-    firsts = [shape for key, shape in shapes.items() if _is_first_layer(key)]
+    firsts = [shape for key, shape in shapes.items() if _FIRST_LAYER.fullmatch(key)]
     kinds = Counter("scales" if len(s) == 3 else "periods" if s[-1] == 1 else "resolutions" for s in firsts if s)
     parts = (kinds["scales"], kinds["periods"], kinds["resolutions"])
     text = f"{parts[0]} over scales, {parts[1]} over periods, {parts[2]} over resolutions"
@@ -198,11 +201,6 @@ def _discriminator_facts(shapes: Shapes) -> Iterator[tuple[str, str]]:
     yield "model.discriminator", f"{known[parts]} ({text})" if parts in known else text
     last = shapes.get("discriminators.0.conv_post.parametrizations.weight.original1", ())[1:2]
     yield from (("model.discriminator_channels", str(width)) for width in last)
-
-
-def _is_first_layer(key: str) -> bool:
-    parts = key.split(".")
-    return parts[2:4] == ["convs", "0"] and parts[-1] in ("weight", "original1")
 
 
 def _keys(data: Mapping[Any, Any]) -> str:
