@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,14 @@ class Downmix:
         """The loudest channel when those heard so far cancel each other in their mean, as in reversed polarity."""
         independent = self._energies.sum() / len(self._energies) ** 2
         return int(np.argmax(self._energies)) if self._mean_energy < CANCELLING * independent else None
+
+
+def resampled(blocks: Iterable[Samples], rate: int, new_rate: int, channels: int | None = None) -> Iterator[Samples]:
+    """Blocks [S], or [S, channels], at `new_rate`, by a `Resampler`."""
+    resampler = Resampler(rate, new_rate, channels or 1)
+    for block in blocks:
+        yield resampler(block)
+    yield resampler(np.zeros((0, channels) if channels else 0, np.float32), last=True)
 
 
 def resample(wave: Wave, rate: int, new_rate: int) -> Wave:
@@ -254,10 +262,8 @@ def stream(recording: Recording, rate: int, keep_channels: bool = False) -> Iter
         note = f"{CANCELS} where they are mixed" if keep_channels else cancelling_note(channel)
         recording.notes = (*recording.notes, note)
     downmix, keeps = Downmix(channel), keep_channels and channels > 1
-    resampler = Resampler(recording.rate, rate, channels if keeps else 1)
-    for block in recording.blocks():
-        yield resampler(block if keeps else downmix(block))
-    yield resampler(np.zeros((0, channels) if keeps else 0, np.float32), last=True)
+    blocks = recording.blocks() if keeps else map(downmix, recording.blocks())
+    yield from resampled(blocks, recording.rate, rate, channels if keeps else None)
 
 
 def cancelling_note(channel: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rvc_dist.choices import SOUNDS
-from rvc_dist.data.audio import Resampler
+from rvc_dist.data.audio import resampled
 from rvc_dist.data.decode import Samples
 from rvc_dist.files import BESIDE_GLOB, beside, remove_half_written, space
 from rvc_dist.workspace import StageError
@@ -80,7 +80,8 @@ def write(
     import soundfile
 
     spec = SOUNDS[path.suffix[1:].lower()]
-    blocks, rate = resampled(blocks, rate, spec.rate(rate), channels), spec.rate(rate)
+    if rate != (fitting := spec.rate(rate)):
+        blocks, rate = resampled(blocks, rate, fitting, channels if channels > 1 else None), fitting
     peak = 0.0
     num_bytes = num_samples and 6 * num_samples * channels  # as float32, then in 16 bits
     with beside(path, num_bytes) as half, tempfile.TemporaryFile(dir=path.parent) as raw:
@@ -106,14 +107,3 @@ def write(
                 stream.flush()
                 raise StageError(f"infer.output: {path} cannot be written ({error}); {space(path)}") from error
         half.replace(path)
-
-
-def resampled(blocks: Iterator[Samples], rate: int, new_rate: int, channels: int) -> Iterator[Samples]:
-    """Blocks [S] or [S, C] at `new_rate`."""
-    if rate == new_rate:
-        yield from blocks
-        return
-    resampler = Resampler(rate, new_rate, channels)
-    for block in blocks:
-        yield resampler(block.reshape(-1, channels))
-    yield resampler(np.zeros((0, channels), np.float32), last=True)
