@@ -324,9 +324,8 @@ class BaseModelSpec(NamedTuple):
         pattern, fields = self.paths.get(version, ""), {"f0": "f0" if pitch_guidance else "", "k": rate // 1000}
         networks = {"generator": "G", "discriminator": "D"}
         paths = {name: pattern.format(network=letter, **fields) for name, letter in networks.items()}
-        if self.only and not (pitch_guidance and rate in self.only):
-            return {}
-        if not all(path in self.hashes for path in paths.values()):
+        is_there = all(path in self.hashes for path in paths.values())
+        if not is_there or (self.only and not (pitch_guidance and rate in self.only)):
             return {}
         return {n: HubFile(self.repository, p, self.revision, self.hashes[p]) for n, p in paths.items()}
 

@@ -704,11 +704,8 @@ class Recipe:
     def files_of_base_model(self, name: str) -> dict[str, HubFile]:
         """Those of a model in BASE_MODELS that this recipe's networks could begin with."""
         kind = self.model.version, self.data.sample_rate, self.model.pitch_guidance
-        return (
-            BASE_MODELS[name].files(*kind)
-            if (self.model.vocoder, self.model.architecture) == ("hifi-gan", "rvc")
-            else {}
-        )
+        is_plain = (self.model.vocoder, self.model.architecture) == ("hifi-gan", "rvc")
+        return BASE_MODELS[name].files(*kind) if is_plain else {}
 
     def to_dict(self) -> dict[str, Any]:
         """The whole tree as plain data, for YAML and JSON."""

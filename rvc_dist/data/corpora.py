@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 from urllib.parse import parse_qsl
 
 from rvc_dist.choices import DATASETS, LHOTSE, Package
@@ -180,6 +180,10 @@ class Line:
     end_s: Seconds | None = None
     """None: to the end of the recording."""
 
+    def __post_init__(self) -> None:
+        if self.end_s is not None and self.end_s <= self.start_s:
+            raise ForeignFileError(f"end_s: got {self.end_s}, expected more than start_s")
+
 
 def read_list(path: Path) -> Listing:
     """Of a manifest of ours, or of Lhotse's.
@@ -213,12 +217,12 @@ def read_manifest(path: Path) -> Listing:
     found: list[Found] = []
     faults: list[tuple[str, str]] = []
     first: dict[tuple[str, float, float | None], tuple[int, str | int | None]] = {}
-    judged = cache(lambda audio: judge(path.parent, audio))
+    judged, of_line = cache(lambda audio: judge(path.parent, audio)), cast(Any, Line)
     with _lines(path) as lines:
         for number, text in lines:
             where = f"line {number}"
             try:
-                line = Line(**_checked(text))
+                line = Line(**check(parse_json(text, dict), of_line))
             except ForeignFileError as error:
                 faults.append((where, str(error)))
                 continue
@@ -238,14 +242,6 @@ def read_manifest(path: Path) -> Listing:
             listed(faults),
         )
     return Listing("manifest", found)
-
-
-def _checked(text: bytes) -> dict[str, Any]:
-    kind: Any = Line
-    values: dict[str, Any] = check(parse_json(text, dict), kind)
-    if (end_s := values.get("end_s")) is not None and end_s <= values.get("start_s", 0.0):
-        raise ForeignFileError(f"end_s: got {end_s}, expected more than start_s")
-    return values
 
 
 def judge(base: Path, path: str) -> SourceFile:

@@ -103,11 +103,8 @@ class TensorBoard:
         self._background.close()
 
     def _call(self, function: Callable[[], object]) -> None:
-        self._background.call(partial(self._within_disk_errors, function))
-
-    def _within_disk_errors(self, function: Callable[[], object]) -> None:
-        with disk_errors(self.folder):  # of the writer's thread, which do not say of which file
-            function()
+        # Errors of the writer's thread do not say of which file they are.
+        self._background.call(disk_errors(self.folder)(function))
 
     def _open(self, first_step: int) -> None:
         from torch.utils.tensorboard.summary import hparams

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -103,11 +104,8 @@ def options_of(name: str, start: Start, ids: Ids) -> dict[str, Any]:
 
 def id_of(name: str, tracker: Any) -> str | None:
     """What a tracker itself has called the run that it started."""
-    if name == "mlflow":
-        return str(tracker.tracker.info.run_id)
-    return {"aim": lambda: str(tracker.tracker.hash), "clearml": lambda: str(tracker.tracker.id)}.get(
-        name, lambda: None
-    )()
+    place = {"mlflow": "info.run_id", "aim": "hash", "clearml": "id"}.get(name)
+    return str(attrgetter(place)(tracker.tracker)) if place else None
 
 
 class Hosted:

@@ -84,9 +84,6 @@ class UnseenSpeech:
                 logger.warning("validation does not measure the content of conversions: %s", error)
         return self._embedder
 
-    def _at_16k(self, wave: Tensor) -> audio.Wave:
-        return audio.resample(wave.cpu().numpy(), self.ear.rate, FEATURE_RATE)
-
     @torch.no_grad()
     def compare(self, source: Tensor, target: Tensor, made: Tensor) -> UnseenQuality:
         """What was `made` [S] of a `source` [S], in the voice that says `target` [S]."""
@@ -94,7 +91,8 @@ class UnseenSpeech:
             return UnseenQuality(math.inf, math.inf, math.inf, -math.inf, -math.inf)
         against, content = self.ear.compare(self.ear.hear(source), made), math.nan
         if (embedder := self.embedder()) is not None:
-            of_source, of_made = (embedder(torch.from_numpy(self._at_16k(wave))[None])[0] for wave in (source, made))
+            waves = (audio.resample(wave.cpu().numpy(), self.ear.rate, FEATURE_RATE) for wave in (source, made))
+            of_source, of_made = (embedder(torch.from_numpy(wave)[None])[0] for wave in waves)
             content = float(F.cosine_similarity(of_source, of_made, dim=-1).cpu().double().mean())
         return UnseenQuality(
             against.f0_cents,

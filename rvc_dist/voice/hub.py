@@ -124,7 +124,7 @@ def run(recipe: Recipe, shard: Shard, repository: str) -> None:
                 )
             before = api.repo_info(repository).sha
             operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
-            message = f"{recipe.name} after step {_step(trained)}"
+            message = f"{recipe.name} after step {int(trained.checkpoints[-1].name.rpartition('_')[2])}"
             commit = api.create_commit(repository, operations, commit_message=message)
         except HFValidationError as error:
             raise StageError(f"push: {repository!a} is no name of a repository;", "expected OWNER/NAME") from error
@@ -138,10 +138,6 @@ def run(recipe: Recipe, shard: Shard, repository: str) -> None:
             raise StageError(f"push: {constants.ENDPOINT} does not answer as the hub does ({_line(error)})") from error
     what = "has it already, nothing is uploaded" if commit.oid == before else f"{len(files)} files"
     logger.info("push: %s/%s: %s", constants.ENDPOINT, repository, what)
-
-
-def _step(trained: Trained) -> int:
-    return int(trained.checkpoints[-1].name.rpartition("_")[2])
 
 
 def _line(error: object) -> str:
