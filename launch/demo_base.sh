@@ -56,5 +56,7 @@ for package in sorted(path for path in debian.iterdir() if path.is_dir()):
         write(target / package.name, number, waves)
 PYTHON
 
-rvc-dist run --config demo_base "$@"
-rvc-dist export --config demo_base --as pretrained "$@"
+for stage in preprocess extract train "export --as pretrained"; do # no index: a base model converts for nobody
+  # shellcheck disable=SC2086 # some have options
+  rvc-dist $stage --config demo_base "$@"
+done
