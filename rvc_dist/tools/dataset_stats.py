@@ -6,16 +6,12 @@ scale: 20 log10 of the root mean square, or of the peak. Folders of recordings a
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +26,8 @@ from rvc_dist.data.number_formats import float_wave
 from rvc_dist.data.sources import is_corpus
 from rvc_dist.features.feature_files import read_report
 from rvc_dist.features.unvoiced import UnvoicedCount
-from rvc_dist.tools.tables import console, print_table
+from rvc_dist.tools.survey import survey
+from rvc_dist.tools.tables import Columns, Figures, cells, console, plain_speakers, print_json, print_table, some
 from rvc_dist.workspace import (
     ClipsHeader,
     FeaturesHeader,
@@ -44,9 +41,6 @@ from rvc_dist.workspace import (
     read_unit_file,
     unit_header,
 )
-
-if TYPE_CHECKING:
-    from rvc_dist.tools import raw_dataset
 
 FRAME_S = 0.02
 """Silence is counted in frames of this length: those below the level at which recordings are cut."""
@@ -72,13 +66,10 @@ ENOUGH_FRAMES = 1000
 """Of pitch, to tell from it alone what unvoiced frames have: whoever sings for 10 s may voice them all."""
 MAX_LINES = 50
 """Lines of what was left out."""
-MAX_NAMES = 3
 BAR = 24
 PIPED_WIDTH = 160
 
 Counts = npt.NDArray[np.int64]
-Figures = dict[str, float | None]
-"""The numbers of one speaker, or of all, by QUANTITIES' keys; None where there is nothing to measure."""
 
 
 @dataclass
@@ -108,20 +99,6 @@ class Tally:
                 found = getattr(self, name)
                 found += value
                 setattr(self, name, found)
-
-
-class Quantity(NamedTuple):
-    """What is said of one speaker, or of all."""
-
-    column: str
-    text: Callable[..., str]
-    """Of its numbers, for a cell."""
-    numbers: dict[str, Callable[[Tally], float | None]]
-    """One or two, by their keys in the JSON."""
-
-    def cell(self, figures: Figures) -> str:
-        numbers = [figures[key] for key in self.numbers]
-        return "-" if None in numbers else self.text(*numbers)
 
 
 @dataclass(frozen=True)
@@ -158,10 +135,7 @@ class Summary:
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self) | {
-            "speakers": [
-                {"speaker": speaker, "name": self.known.names.get(speaker), **figures}
-                for speaker, figures in self.speakers.items()
-            ],
+            "speakers": plain_speakers(self.speakers, self.known.names),
             "total": {"speaker": None, **self.total},
             "left_out": [{"path": printable(path), "reason": reason} for path, reason in self.left_out],
         }
@@ -187,17 +161,22 @@ def run(
         return 0
     has_recordings = not is_run(Path(recipe.run_dir)) and is_corpus(Path(recipe.data.audio_dir))
     default = recipe.data.audio_dir if has_recordings else recipe.run_dir
-    summaries, looks = list[Summary](), list["raw_dataset.Look"]()
+    out, summaries, looks = console(PIPED_WIDTH), list[Summary](), list[Any]()
     for folder in map(Path, folders or [default]):
         if is_run(folder) or not is_corpus(folder):
             summaries.append(summarise(folder))
         else:
-            looks.append(importlib.import_module("rvc_dist.tools.raw_dataset").look(recipe, folder))
+            from rvc_dist.tools import raw_dataset  # late: it decodes
+
+            looks.append(raw_dataset.look(recipe, folder))
     if as_json:
-        plain = [*(summary.to_plain() for summary in summaries), *(look.to_plain() for look in looks)]
-        sys.stdout.write(json.dumps(plain, indent=1, allow_nan=False) + "\n")
+        print_json([found.to_plain() for found in (*summaries, *looks)])
     else:
-        show_all(console(PIPED_WIDTH), summaries, looks)
+        show_comparison(out, summaries)
+        for summary in summaries:
+            show(out, summary, with_pitch=len(summaries) == 1)
+        for look in looks:
+            look.show(out)
     return max((look.code for look in looks), key=(0, 3, 1).index, default=0)
 
 
@@ -205,14 +184,9 @@ def run_survey(recipe: Recipe, shard: Shard, folders: list[str], as_json: bool) 
     """This process's share of the survey of one corpus, and its tables where all of it is known."""
     if len(folders) > 1 or is_run(Path(folders[0])):
         raise StageError(f"dataset --survey: got {', '.join(folders)};", "expected one corpus")
-    recipe = replace(recipe, data=replace(recipe.data, audio_dir=folders[0]))
-    found = importlib.import_module("rvc_dist.tools.survey").survey(recipe, shard)
-    if not (shard.is_first or shard.array):
-        return 0
-    if as_json:
-        sys.stdout.write(json.dumps(found.to_plain(), indent=1, allow_nan=False) + "\n")
-    else:
-        found.show(console(PIPED_WIDTH))
+    found = survey(replace(recipe, data=replace(recipe.data, audio_dir=folders[0])), shard)
+    if shard.is_first or shard.array:
+        print_json(found.to_plain()) if as_json else found.show(console(PIPED_WIDTH))
     return 0
 
 
@@ -220,15 +194,6 @@ def is_run(folder: Path) -> bool:
     """Whether it is a run's, and not one of recordings."""
     work = Workspace(folder, "")
     return work.work_list_file.exists() or work.config_file.exists()
-
-
-def show_all(out: Console, summaries: list[Summary], looks: list[raw_dataset.Look]) -> None:
-    if len(summaries) > 1:
-        show_comparison(out, summaries)
-    for summary in summaries:
-        show(out, summary, with_pitch=len(summaries) == 1)
-    for look in looks:
-        look.show(out)
 
 
 def summarise(root: Path) -> Summary:
@@ -355,8 +320,22 @@ def unvoiced_in(work: Workspace, counted: UnvoicedCount) -> str:
 
 
 def figures(tally: Tally, unvoiced: str) -> Figures:
-    found = {key: number(tally) for quantity in QUANTITIES for key, number in quantity.numbers.items()}
-    return found if unvoiced == "zero" else found | {"voiced_share": None}
+    """Of one speaker, or of all."""
+    return {
+        "files": len(tally.recordings),
+        "minutes_in": tally.seconds_in / 60,
+        "clips": len(tally.levels_db),
+        "minutes": tally.seconds / 60,
+        "rms_db": decibels(tally.energy / tally.seconds) if tally.seconds else None,
+        "clip_rms_db_p5": float(np.percentile(tally.levels_db, 5)),
+        "clip_rms_db_p95": float(np.percentile(tally.levels_db, 95)),
+        "peak_db": decibels(max(tally.peaks) ** 2),
+        "silence_share": ratio(tally.silent_frames, tally.frames),
+        "voiced_share": ratio(int(tally.cents.sum()), tally.f0_frames) if unvoiced == "zero" else None,
+        "f0_hz_median": percentile(tally.cents, 0.5),
+        "f0_hz_p5": percentile(tally.cents, 0.05),
+        "f0_hz_p95": percentile(tally.cents, 0.95),
+    }
 
 
 def ratio(part: int, whole: int) -> float | None:
@@ -394,30 +373,22 @@ def pitch_text(hz: float) -> str:
 
 # Tables
 
-SOUND = (
-    Quantity("files", str, {"files": lambda t: len(t.recordings)}),
-    Quantity("min in", "{:.2f}".format, {"minutes_in": lambda t: t.seconds_in / 60}),
-    Quantity("clips", str, {"clips": lambda t: len(t.levels_db)}),
-    Quantity("min", "{:.2f}".format, {"minutes": lambda t: t.seconds / 60}),
-    Quantity("RMS dB", "{:.1f}".format, {"rms_db": lambda t: decibels(t.energy / t.seconds) if t.seconds else None}),
-    Quantity(
-        "clips p5..p95",
-        "{:.1f} .. {:.1f}".format,
-        {
-            "clip_rms_db_p5": lambda t: float(np.percentile(t.levels_db, 5)),
-            "clip_rms_db_p95": lambda t: float(np.percentile(t.levels_db, 95)),
-        },
-    ),
-    Quantity("peak dB", "{:.1f}".format, {"peak_db": lambda t: decibels(max(t.peaks) ** 2)}),
-    Quantity("silence", "{:.1%}".format, {"silence_share": lambda t: ratio(t.silent_frames, t.frames)}),
-)
-PITCH = (
-    Quantity("voiced", "{:.1%}".format, {"voiced_share": lambda t: ratio(int(t.cents.sum()), t.f0_frames)}),
-    Quantity("f0 median", pitch_text, {"f0_hz_median": lambda t: percentile(t.cents, 0.5)}),
-    Quantity("f0 p5", pitch_text, {"f0_hz_p5": lambda t: percentile(t.cents, 0.05)}),
-    Quantity("f0 p95", pitch_text, {"f0_hz_p95": lambda t: percentile(t.cents, 0.95)}),
-)
-QUANTITIES = (*SOUND, *PITCH)
+SOUND: Columns = {
+    "files": (str, "files"),
+    "min in": ("{:.2f}".format, "minutes_in"),
+    "clips": (str, "clips"),
+    "min": ("{:.2f}".format, "minutes"),
+    "RMS dB": ("{:.1f}".format, "rms_db"),
+    "clips p5..p95": ("{:.1f} .. {:.1f}".format, "clip_rms_db_p5 clip_rms_db_p95"),
+    "peak dB": ("{:.1f}".format, "peak_db"),
+    "silence": ("{:.1%}".format, "silence_share"),
+}
+PITCH: Columns = {
+    "voiced": ("{:.1%}".format, "voiced_share"),
+    "f0 median": (pitch_text, "f0_hz_median"),
+    "f0 p5": (pitch_text, "f0_hz_p5"),
+    "f0 p95": (pitch_text, "f0_hz_p95"),
+}
 
 
 def show(out: Console, summary: Summary, with_pitch: bool) -> None:
@@ -425,10 +396,9 @@ def show(out: Console, summary: Summary, with_pitch: bool) -> None:
     rows = {summary.known.label(speaker): figures for speaker, figures in summary.speakers.items()}
     if len(rows) > 1:
         rows["all"] = summary.total
-    for title, quantities in (f"{printable(summary.run)}: {summary.sample_rate} Hz", SOUND), ("Pitch", PITCH):
-        if quantities is SOUND or any(summary.total[key] is not None for q in quantities for key in q.numbers):
-            columns = ["speaker", *(q.column for q in quantities)]
-            print_table(out, columns, ([s, *(q.cell(f) for q in quantities)] for s, f in rows.items()), title)
+    for title, columns in (f"{printable(summary.run)}: {summary.sample_rate} Hz", SOUND), ("Pitch", PITCH):
+        if {*cells(summary.total, columns)} != {"-"}:
+            print_table(out, ["speaker", *columns], ([s, *cells(f, columns)] for s, f in rows.items()), title)
     if told := UNVOICED[summary.unvoiced]:
         out.print(told)
     if summary.missing_units:
@@ -448,16 +418,22 @@ def show(out: Console, summary: Summary, with_pitch: bool) -> None:
 
 def show_comparison(out: Console, summaries: list[Summary]) -> None:
     """Totals of several runs side by side: a row a quantity, a column a run."""
-    rows: dict[str, Callable[[Summary], str]] = {
-        "sample rate": lambda s: f"{s.sample_rate} Hz",
-        "speakers": lambda s: str(len(s.speakers)),
-        **{q.column: partial(lambda quantity, s: quantity.cell(s.total), q) for q in QUANTITIES},
-        "unvoiced frames": lambda s: s.unvoiced,
-        "left out, incomplete": lambda s: str(len(s.left_out)),
-        "min in no clip": lambda s: f"{sum(s.lost.values()) / 60:.2f}",
-    }
-    cells = ([name, *map(cell, summaries)] for name, cell in rows.items())
-    print_table(out, ["", *(printable(s.run) for s in summaries)], cells, "Compared, all speakers")
+    if len(summaries) < 2:
+        return
+    columns = [
+        [
+            f"{s.sample_rate} Hz",
+            str(len(s.speakers)),
+            *cells(s.total, SOUND | PITCH),
+            s.unvoiced,
+            str(len(s.left_out)),
+            f"{sum(s.lost.values()) / 60:.2f}",
+        ]
+        for s in summaries
+    ]
+    names = ["sample rate", "speakers", *SOUND, *PITCH, "unvoiced frames", "left out, incomplete", "min in no clip"]
+    rows = zip(names, *columns, strict=True)
+    print_table(out, ["", *(printable(s.run) for s in summaries)], rows, "Compared, all speakers")
     show_pitch(out, summaries)
 
 
@@ -479,17 +455,16 @@ def show_pitch(out: Console, summaries: list[Summary]) -> None:
 
 def show_left_out(out: Console, summary: Summary) -> None:
     """What was left out, grouped by its reason, the most frequent first."""
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = defaultdict(list)
     for path, reason in summary.left_out:
-        by_reason.setdefault(reason, []).append(printable(path))
+        by_reason[reason].append(path)
     if not by_reason:
         out.print("No recording was left out.")
         return
     out.print(f"Left out, or incomplete: {len(summary.left_out)}")
     ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
     for reason, paths in ordered[:MAX_LINES]:
-        more = ", ..." if len(paths) > MAX_NAMES else ""
-        out.print(f"  {len(paths):4d}  {reason}: {', '.join(paths[:MAX_NAMES])}{more}", soft_wrap=True)
+        out.print(f"  {len(paths):4d}  {reason}: {some(paths)}", soft_wrap=True)
     if len(ordered) > MAX_LINES:
         num_more = sum(len(paths) for _, paths in ordered[MAX_LINES:])
         out.print(f"  and {num_more} more, for {len(ordered) - MAX_LINES} other reasons")

@@ -38,7 +38,7 @@ from rvc_dist.data.cutting import (
 from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import read_corpus
 from rvc_dist.screen import AUDIO, ProgressBar
-from rvc_dist.tools.tables import print_table, say
+from rvc_dist.tools.tables import Columns, Figures, cells, plain_speakers, print_table, say, some
 from rvc_dist.unit_stage import in_threads
 from rvc_dist.workspace import SourceFile, Speakers, Workspace, printable
 
@@ -47,7 +47,7 @@ LOWEST_DB, STEPS_A_DB, NUM_LEVELS = -120, 2, 280
 """Frames are counted by their level in steps of half a dB, from the lowest on."""
 UNEVEN_DB = 10.0
 """A recording whose speech is so far from its speaker's usual level is named."""
-MAX_NAMES, MAX_LINES = 3, 30
+MAX_LINES = 30
 EXIT_FAILED, EXIT_WARNED = 1, 3
 
 
@@ -104,6 +104,10 @@ class Recording:
     clipped_share: float = 0.0
     offset: float = 0.0
     has_long_clips: bool = False
+
+    @property
+    def path(self) -> str:
+        return printable(self.file["path"])
 
     @property
     def kept_s(self) -> float:
@@ -199,13 +203,16 @@ class Look:
         if len(groups) > 1:
             groups["all"] = every
         if groups:
-            rows = ([name, *cells(figures(group))] for name, group in groups.items())
+            rows = ([name, *cells(figures(group), COLUMNS)] for name, group in groups.items())
             print_table(out, ["speaker", *COLUMNS], rows, f"{printable(self.folder)}: recordings, not cut yet")
         say(out, f"Sample rates: {rates_of(self.recordings)}; the voice's is {self.settings['data.sample_rate']} Hz")
         if self.problems:
-            rows = ([name, *told_of(those), PROBLEMS[name], some(those)] for name, those in self.problems.items())
+            rows = (
+                [name, str(len(those)), f"{minutes_of(those):.2f}", PROBLEMS[name], some([r.path for r in those])]
+                for name, those in self.problems.items()
+            )
             print_table(out, ["problem", "files", "min", Column("what it is"), Column("which")], rows, "Problems")
-        reasons = [f"  {path_of(r)}: {r.file['reason']}" for r in self.recordings if r.file["reason"]]
+        reasons = [f"  {r.path}: {r.file['reason']}" for r in self.recordings if r.file["reason"]]
         more = [f"  and {len(reasons) - MAX_LINES} more, which --json has"] if len(reasons) > MAX_LINES else []
         warnings = [f"{warning[0].upper()}{warning[1:]}" for warning in self.warnings]
         report = self.report
@@ -219,19 +226,15 @@ class Look:
             "folder": self.folder,
             "corpus": self.about,
             "settings": self.settings,
-            "speakers": [
-                {"speaker": speaker, "name": self.known.names.get(speaker), **figures(group)}
-                for speaker, group in groups.items()
-            ],
+            "speakers": plain_speakers({i: figures(group) for i, group in groups.items()}, self.known.names),
             "total": {"speaker": None, **figures([r for group in groups.values() for r in group])},
             "problems": [
-                {"name": name, "about": PROBLEMS[name], "recordings": [path_of(r) for r in those]}
+                {"name": name, "about": PROBLEMS[name], "recordings": [r.path for r in those]}
                 for name, those in self.problems.items()
             ],
             **{key: value for key, value in self.report.items() if key not in ("files", "speakers")},
             "recordings": [
-                {**r.file, "path": path_of(r), **{k: v for k, v in vars(r).items() if k != "file"}}
-                for r in self.recordings
+                {**r.file, "path": r.path, **{k: v for k, v in vars(r).items() if k != "file"}} for r in self.recordings
             ],
         }
 
@@ -301,14 +304,14 @@ def is_foreign(path: Path) -> bool:
     return path.name.startswith(".") or (path.suffix != "" and path.suffix.lower() not in decode.AUDIO_SUFFIXES)
 
 
-def figures(group: Sequence[Recording]) -> dict[str, float | None]:
+def figures(group: Sequence[Recording]) -> Figures:
     """The numbers of a speaker, or of all."""
     used = [r for r in group if r.file["clips"]]
     speech, noise = ([db for r in used if (db := getattr(r, name)) is not None] for name in ("speech_db", "noise_db"))
     seconds = [r.file["seconds_in"] for r in group]
     return {
         "recordings": len(group),
-        "minutes": sum(seconds) / 60,
+        "minutes": minutes_of(group),
         "shortest_s": min(seconds, default=None),
         "longest_s": max(seconds, default=None),
         "kept_minutes": sum(r.kept_s for r in group) / 60,
@@ -319,21 +322,15 @@ def figures(group: Sequence[Recording]) -> dict[str, float | None]:
     }
 
 
-COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "files": ("{}", ("recordings",)),
-    "min": ("{:.2f}", ("minutes",)),
-    "shortest..longest s": ("{:.1f} .. {:.1f}", ("shortest_s", "longest_s")),
-    "kept min": ("{:.2f}", ("kept_minutes",)),
-    "clips": ("{}", ("clips",)),
-    "speech dB p5..p95": ("{:.1f} .. {:.1f}", ("speech_db_p5", "speech_db_p95")),
-    "noise dB": ("{:.1f}", ("noise_db",)),
+COLUMNS: Columns = {
+    "files": (str, "recordings"),
+    "min": ("{:.2f}".format, "minutes"),
+    "shortest..longest s": ("{:.1f} .. {:.1f}".format, "shortest_s longest_s"),
+    "kept min": ("{:.2f}".format, "kept_minutes"),
+    "clips": (str, "clips"),
+    "speech dB p5..p95": ("{:.1f} .. {:.1f}".format, "speech_db_p5 speech_db_p95"),
+    "noise dB": ("{:.1f}".format, "noise_db"),
 }
-
-
-def cells(numbers: dict[str, float | None]) -> list[str]:
-    """Of the table's row."""
-    shown = ((text, [numbers[key] for key in keys]) for text, keys in COLUMNS.values())
-    return ["-" if None in values else text.format(*values) for text, values in shown]
 
 
 def speakers_of(recordings: Sequence[Recording]) -> dict[int, list[Recording]]:
@@ -345,22 +342,13 @@ def speakers_of(recordings: Sequence[Recording]) -> dict[int, list[Recording]]:
     return dict(sorted(found.items()))
 
 
+def minutes_of(recordings: Sequence[Recording]) -> float:
+    return float(sum(r.file["seconds_in"] for r in recordings)) / 60
+
+
 def rates_of(recordings: Sequence[Recording]) -> str:
     seconds: dict[int, list[float]] = defaultdict(list)
     for recording in recordings:
         if recording.file["seconds_in"]:
             seconds[recording.file["sample_rate"]].append(recording.file["seconds_in"])
     return ", ".join(f"{rate} Hz {len(s)} ({sum(s) / 60:.1f} min)" for rate, s in sorted(seconds.items())) or "none"
-
-
-def told_of(recordings: Sequence[Recording]) -> tuple[str, str]:
-    """How many, and their minutes."""
-    return str(len(recordings)), f"{sum(r.file['seconds_in'] for r in recordings) / 60:.2f}"
-
-
-def path_of(recording: Recording) -> str:
-    return printable(recording.file["path"])
-
-
-def some(recordings: Sequence[Recording]) -> str:
-    return ", ".join(map(path_of, recordings[:MAX_NAMES])) + (", ..." if len(recordings) > MAX_NAMES else "")

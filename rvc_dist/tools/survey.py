@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from rvc_dist.config import Recipe
 from rvc_dist.data.clip_files import by_reason
 from rvc_dist.data.work_list import make_work_list
-from rvc_dist.tools.tables import print_table, say
+from rvc_dist.tools.tables import Columns, Figures, cells, plain_speakers, print_table, say
 from rvc_dist.workspace import Shard, SourceFile, WorkList, Workspace, printable
 
 MAX_SPEAKERS_SHOWN, MAX_REASONS_SHOWN = 20, 20
+COLUMNS: Columns = {
+    "recordings": (str, "recordings"),
+    "min": ("{:.2f}".format, "minutes"),
+    "shortest s": ("{:.2f}".format, "shortest_s"),
+    "median s": ("{:.2f}".format, "median_s"),
+    "longest s": ("{:.2f}".format, "longest_s"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Survey:
 
     def to_plain(self) -> dict[str, Any]:
         every = [s for its in self.seconds.values() for s in its]
-        speakers = [{"speaker": i, "name": self.names.get(i), **_figures(its)} for i, its in self.seconds.items()]
+        speakers = plain_speakers({i: _figures(its) for i, its in self.seconds.items()}, self.names)
         reasons = [{"path": printable(f.path), "reason": f.reason} for f in self.left_out]
         rates = [{"sample_rate": rate, "minutes": seconds / 60} for rate, seconds in self.rate_s.items()]
         total = {"speakers": len(speakers), **_figures(every)}
@@ -68,11 +73,11 @@ class Survey:
         say(out, f"Sample rates: {rates}")
         half = MAX_SPEAKERS_SHOWN // 2
         shown = by_minutes if len(by_minutes) <= MAX_SPEAKERS_SHOWN else [*by_minutes[:half], *by_minutes[-half:]]
-        rows = [_row(f"{i} ({self.names.get(i, i)})", its) for i, its in shown]
+        named = [*((f"{i} ({self.names.get(i, i)})", its) for i, its in shown), ("all", every)]
+        rows = [[name, *cells(_figures(its), COLUMNS)] for name, its in named]
         if len(shown) < len(by_minutes):
-            rows.insert(half, [f"{len(by_minutes) - len(shown)} more, which --json has", *[""] * 5])
-        rows.append(_row("all", every))
-        print_table(out, ["speaker", "recordings", "min", "shortest s", "median s", "longest s"], rows, "By minutes")
+            rows.insert(half, [f"{len(by_minutes) - len(shown)} more, which --json has", *[""] * len(COLUMNS)])
+        print_table(out, ["speaker", *COLUMNS], rows, "By minutes")
         alike = sorted(by_reason(self.left_out, lambda file: file.reason), key=len, reverse=True)
         for first, *others in alike[:MAX_REASONS_SHOWN]:
             say(out, f"Left out: {1 + len(others)}, as {printable(first.path)}: {first.reason}")
@@ -88,14 +93,11 @@ def survey(recipe: Recipe, shard: Shard) -> Survey:
     return Survey.of(make_work_list(recipe, work, shard), work.speakers().names)
 
 
-def _figures(seconds: Iterable[float]) -> dict[str, float]:
-    lengths = np.array([*seconds])
-    low, middle, high = np.percentile(lengths, [0, 50, 100])
-    minutes = float(lengths.sum()) / 60
-    figures = {"recordings": len(lengths), "minutes": minutes}
-    return figures | {"shortest_s": float(low), "median_s": float(middle), "longest_s": float(high)}
-
-
-def _row(name: str, seconds: list[float]) -> list[str]:
-    count, *others = _figures(seconds).values()
-    return [name, str(count), *(f"{value:.2f}" for value in others)]
+def _figures(seconds: list[float]) -> Figures:
+    return {
+        "recordings": len(seconds),
+        "minutes": sum(seconds) / 60,
+        "shortest_s": min(seconds),
+        "median_s": statistics.median(seconds),
+        "longest_s": max(seconds),
+    }

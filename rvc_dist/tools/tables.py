@@ -1,15 +1,43 @@
-"""What the tools print: tables on a terminal, aligned plain text elsewhere."""
+"""What the tools print: tables on a terminal, aligned plain text elsewhere; and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from rvc_dist.workspace import printable
+
 PLAIN_COLUMNS = 140
 """Width where there is no terminal: enough for every table but those that compare datasets."""
+Figures = dict[str, float | None]
+"""The numbers of a group, such as a speaker, by their keys in JSON; None where there is nothing to measure."""
+Columns = dict[str, tuple[Callable[..., str], str]]
+"""By heading the text of a cell, and the keys of the figures that are in it."""
+
+
+def cells(figures: Figures, columns: Columns) -> list[str]:
+    found = ((text, [figures[key] for key in keys.split()]) for text, keys in columns.values())
+    return ["-" if None in numbers else text(*numbers) for text, numbers in found]
+
+
+def plain_speakers(figures: Mapping[int, Figures], names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Of each speaker, for JSON."""
+    return [{"speaker": speaker, "name": names.get(speaker), **found} for speaker, found in figures.items()]
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of them, and whether there are more."""
+    return ", ".join(map(printable, names[:most])) + ", ..." * (len(names) > most)
+
+
+def print_json(plain: Any) -> None:
+    sys.stdout.write(json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
 def console(plain_columns: int = PLAIN_COLUMNS) -> Console:
