@@ -146,18 +146,18 @@ def curves(
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
-        axes.yaxis.set_label_coords(*LABEL_AT)
         axes.margins(x=0.02)
-        if len(found) > 1:
-            above_axes(drawn)
-        return svg(drawn, what)
+        return svg_over_steps(drawn, axes, unit, what, has_legend=len(found) > 1)
 
 
-def above_axes(drawn: Figure) -> None:
-    """Put the legend there, where it hides nothing."""
-    drawn.legend(loc="upper left", bbox_to_anchor=(0.125, 1.0), ncols=4)
+def svg_over_steps(drawn: Figure, axes: Axes, unit: str, what: str, has_legend: bool = True) -> Markup:
+    """With its labels, and the legend above the axes, where it hides nothing."""
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.yaxis.set_label_coords(*LABEL_AT)
+    if has_legend:
+        drawn.legend(loc="upper left", bbox_to_anchor=(0.125, 1.0), ncols=4)
+    return svg(drawn, what)
 
 
 def shares(steps: Sequence[float], parts: Mapping[str, Sequence[float]], what: str) -> Markup:
@@ -168,13 +168,9 @@ def shares(steps: Sequence[float], parts: Mapping[str, Sequence[float]], what: s
         first = next(iter(lines.values()))
         colours = [SERIES[i % len(SERIES)] for i in range(len(lines))]
         axes.stackplot(first.steps, *(line.means for line in lines.values()), labels=list(lines), colors=colours)
-        axes.set_xlabel("step")
-        axes.set_ylabel("s a step")
-        axes.yaxis.set_label_coords(*LABEL_AT)
         axes.margins(x=0)
         axes.set_ylim(0, 1.1 * float(np.quantile(np.sum([line.means for line in lines.values()], axis=0), 0.98)))
-        above_axes(drawn)
-        return svg(drawn, what)
+        return svg_over_steps(drawn, axes, "s a step", what)
 
 
 def spectrogram(wave: Wave, rate: int) -> Numbers:

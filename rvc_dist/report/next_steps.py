@@ -42,10 +42,6 @@ def next_steps(stage: str, recipe: Recipe) -> Iterator[str]:
         if command.export:
             yield f"export     {command.export}"
         yield f"convert    {command.infer}"
-        yield f"page       {_page(work)}"
+        page = work.root / PAGE
+        yield f"page       {page if page.is_file() else f'rvc-dist report {shlex.quote(str(work.root))}'}"
         yield f"curves     tensorboard --logdir {shlex.quote(str(work.tensorboard_dir))}"
-
-
-def _page(work: Workspace) -> str:
-    page = work.root / PAGE
-    return str(page) if page.is_file() else f"rvc-dist report {shlex.quote(str(work.root))}"

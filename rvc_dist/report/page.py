@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,12 +113,13 @@ def write_page(root: Path) -> Path:
     facts = read_facts(root)
     advised = advice(facts)
     samples = embed(read_samples(root / "samples", facts.notes), advised.step, facts.notes)
-    html = render(
+    return write(
+        root / PAGE,
         "page.html.j2",
         facts=facts,
         advised=advised,
         conversion=conversion(facts, advised),
-        drawings=drawings(facts, advised),
+        drawings=list(drawings(facts, advised)),
         validations=validation_table(facts),
         unseen=validation_table(facts, "unseen"),
         about_unseen=UNSEEN,
@@ -131,7 +132,6 @@ def write_page(root: Path) -> Path:
         changes=recipe_changes(facts.recipe) if facts.recipe else [],
         seconds=lambda: time.monotonic() - began_at,
     )
-    return write(root / PAGE, html)
 
 
 def write_comparison(roots: Sequence[Path]) -> Path:
@@ -143,24 +143,20 @@ def write_comparison(roots: Sequence[Path]) -> Path:
     every = [read_facts(root) for root in roots]
     advised = [advice(facts) for facts in every]
     labels = run_labels(every)
-    html = render(
+    return write(
+        roots[0] / COMPARISON,
         "comparison.html.j2",
         labels=labels,
         rows=comparison_rows(every, advised),
         recipes=differing_keys(every),
-        drawings=comparison_drawings(every, labels),
+        drawings=list(comparison_drawings(every)),
         phrases_of=compared_phrases(every, advised, labels),
         notes=[f"{label}: {note}" for label, facts in zip(labels, every, strict=True) for note in facts.notes],
     )
-    return write(roots[0] / COMPARISON, html)
 
 
-def write(path: Path, html: str) -> Path:
-    atomic_write(path, html.encode("utf-8", "backslashreplace"))
-    return path
-
-
-def render(template: str, **values: Any) -> str:
+def write(path: Path, template: str, **values: Any) -> Path:
+    """The page that `template` makes of the `values`."""
     environment = Environment(
         loader=PackageLoader("rvc_dist.report", "."),
         autoescape=True,
@@ -171,7 +167,9 @@ def render(template: str, **values: Any) -> str:
     )
     made_at = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     nonce = secrets.token_urlsafe(12)  # of the only script that may run
-    return environment.get_template(template).render(values, version=__version__, made_at=made_at, nonce=nonce)
+    html = environment.get_template(template).render(values, version=__version__, made_at=made_at, nonce=nonce)
+    atomic_write(path, html.encode("utf-8", "backslashreplace"))
+    return path
 
 
 def shown(value: object) -> object:
@@ -194,10 +192,9 @@ def curve(facts: Facts, name: str, label: str, kind: str = "step", speaker: str 
     return Curve(label, [step for step, _ in found], [value for _, value in found])
 
 
-def drawings(facts: Facts, advised: Advice) -> list[Drawing]:
+def drawings(facts: Facts, advised: Advice) -> Iterator[Drawing]:
     """All curves of a run."""
     marks = {} if advised.step is None else {"best": float(advised.step)}
-    found = []
     for name in values_of(facts, "validation"):
         measure = measure_of(name)
         lines = [curve(facts, name, "mean", "validation")]
@@ -208,24 +205,23 @@ def drawings(facts: Facts, advised: Advice) -> list[Drawing]:
         about += f" The first speakers of {len(judged)}." if len(judged) >= MAX_CURVES else ""
         for part, label in WEIGHTS.items():
             lines += [curve(facts, name, label, "validation", part=part)]
-        found.append(drawing(measure.label, about, lines, measure.unit, marks=marks))
+        yield from drawing(measure.label, about, lines, measure.unit, marks=marks)
     for name in values_of(facts, "validation", "unseen"):
         measure, lines = measure_of(name), [curve(facts, name, "mean", "validation", part="unseen")]
-        found.append(drawing(f"Unseen speakers: {measure.label.lower()}", UNSEEN, lines, measure.unit))
+        yield from drawing(f"Unseen speakers: {measure.label.lower()}", UNSEEN, lines, measure.unit)
     logged = values_of(facts, "step")
     groups = list(CURVES)
     known = {name for group in groups for name in group[2]} | {"train/epoch"}
     groups += [(name, "loss", (name,), "fitted") for name in logged if name not in known and name.startswith("loss/")]
     for title, unit, names, scale in groups:
         lines = [curve(facts, name, name.partition("/")[2]) for name in names if name in logged]
-        found.append(drawing(title, "", lines, unit, scale))
+        yield from drawing(title, "", lines, unit, scale)
     steps = [line for line in facts.lines("step") if line.get("seconds")]
     if steps:
         parts = list(dict.fromkeys(name for line in steps for name in line["seconds"]))
         values = {name: [line["seconds"].get(name) or 0.0 for line in steps] for name in parts}
         svg = figures.shares([line["step"] for line in steps], values, "What a step's seconds are spent on")
-        found.append(Drawing("Seconds a step", "Where its time goes; data is the wait for clips.", svg))
-    return [one for one in found if one is not None]
+        yield Drawing("Seconds a step", "Where its time goes; data is the wait for clips.", svg)
 
 
 def drawing(
@@ -235,12 +231,10 @@ def drawing(
     unit: str,
     scale: Scale = "fitted",
     marks: dict[str, float] | None = None,
-) -> Drawing | None:
-    """None where there is nothing to draw."""
-    lines = [line for line in lines if line.steps]
-    if not lines:
-        return None
-    return Drawing(title, about, figures.curves(lines, unit, f"{title} over steps", scale, marks))
+) -> Iterator[Drawing]:
+    """Nothing where there is nothing to draw."""
+    if lines := [line for line in lines if line.steps]:
+        yield Drawing(title, about, figures.curves(lines, unit, f"{title} over steps", scale, marks))
 
 
 def values_of(facts: Facts, kind: str, part: str = "values") -> list[str]:
@@ -311,35 +305,29 @@ def run_labels(every: Sequence[Facts]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
-def comparison_rows(every: Sequence[Facts], advised: Sequence[Advice]) -> list[list[str]]:
+def comparison_rows(every: Sequence[Facts], advice_of: Sequence[Advice]) -> list[list[str]]:
     """A row a quantity, a cell a run."""
     judged = in_order(name for facts in every for name in values_of(facts, "validation"))
-
-    def best(name: str, facts: Facts, step: int | None) -> str:
-        at = [line for line in facts.lines("validation") if line["step"] == step and "values" in line]
-        return number(at[-1]["values"], name) if at else ""
-
-    rows: dict[str, Callable[[Facts, Advice], str]] = {
-        "state": lambda f, _: f.state,
-        "minutes in clips": lambda f, _: f"{f.data.minutes:.1f}" if f.data else "",
-        "speakers": lambda f, _: str(len(f.data.speakers)) if f.data else "",
-        "steps": lambda f, _: str(f.step),
-        "minutes of training": lambda f, _: f"{f.minutes:.1f}",
-        "ranks": lambda f, _: str(len(f.hardware.get("ranks", []))),
-        "device": lambda f, _: ", ".join(dict.fromkeys(r["name"] for r in f.hardware.get("ranks", []))),
-        "clips a step": lambda f, _: str(f.hardware.get("global_batch", "")),
-        "seconds of audio a second": lambda f, _: "" if f.speed is None else f"{f.speed:.1f}",
-        "best step": lambda _, a: "" if a.step is None else str(a.step),
-    }
-    found = [[name, *(cell(f, a) for f, a in zip(every, advised, strict=True))] for name, cell in rows.items()]
-    for name in judged:
-        found.append(
-            [
-                f"{measure_of(name).label} (best step)",
-                *(best(name, f, a.step) for f, a in zip(every, advised, strict=True)),
-            ]
-        )
-    return [row for row in found if any(row[1:])]
+    columns = []
+    for facts, advised in zip(every, advice_of, strict=True):
+        at = [line for line in facts.lines("validation") if line["step"] == advised.step and "values" in line]
+        ranks = facts.hardware.get("ranks", [])
+        column = {
+            "state": facts.state,
+            "minutes in clips": f"{facts.data.minutes:.1f}" if facts.data else "",
+            "speakers": str(len(facts.data.speakers)) if facts.data else "",
+            "steps": str(facts.step),
+            "minutes of training": f"{facts.minutes:.1f}",
+            "ranks": str(len(ranks)),
+            "device": ", ".join(dict.fromkeys(rank["name"] for rank in ranks)),
+            "clips a step": str(facts.hardware.get("global_batch", "")),
+            "seconds of audio a second": "" if facts.speed is None else f"{facts.speed:.1f}",
+            "best step": "" if advised.step is None else str(advised.step),
+        }
+        values = at[-1]["values"] if at else {}
+        columns.append(column | {f"{measure_of(name).label} (best step)": number(values, name) for name in judged})
+    rows = ([name, *(column[name] for column in columns)] for name in columns[0])
+    return [row for row in rows if any(row[1:])]
 
 
 def differing_keys(every: Sequence[Facts]) -> list[list[str]]:
@@ -350,16 +338,13 @@ def differing_keys(every: Sequence[Facts]) -> list[list[str]]:
     return [row for row in cells if len(set(row[1:])) > 1 and row[0] not in ("name", "run_dir")]
 
 
-def comparison_drawings(every: Sequence[Facts], labels: Sequence[str]) -> list[Drawing]:
-    found = []
-    short = [f"{i + 1}" for i in range(len(labels))]
+def comparison_drawings(every: Sequence[Facts]) -> Iterator[Drawing]:
     names = in_order(name for facts in every for name in values_of(facts, "validation"))
     wanted = [(name, "validation", measure_of(name)) for name in names]
     wanted += [(name, "step", Measure(name, unit, "")) for _, unit, names, _ in CURVES for name in names]
     for name, kind, measure in wanted:
-        lines = [curve(facts, name, label, kind) for facts, label in zip(every, short, strict=True)]
-        found.append(drawing(measure.label, measure.about, lines[:MAX_CURVES], measure.unit))
-    return [one for one in found if one is not None]
+        lines = [curve(facts, name, f"{i}", kind) for i, facts in enumerate(every[:MAX_CURVES], 1)]
+        yield from drawing(measure.label, measure.about, lines, measure.unit)
 
 
 def compared_phrases(every: Sequence[Facts], advised: Sequence[Advice], labels: Sequence[str]) -> list[Phrase]:

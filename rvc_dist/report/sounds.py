@@ -9,9 +9,11 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -201,9 +203,6 @@ def embed(phrases: list[Phrase], advised: int | None, notes: list[str], max_byte
 
 def _some_of_each_kind(phrases: list[Phrase], most: int) -> list[Phrase]:
     """At most `most`, in turn of each kind, in their order."""
-    turns: list[tuple[int, int]] = []
-    seen: dict[str, int] = {}
-    for i, phrase in enumerate(phrases):
-        turns.append((seen.setdefault(phrase.kind, 0), i))
-        seen[phrase.kind] += 1
-    return [phrases[i] for i in sorted(i for _, i in sorted(turns)[:most])]
+    turns = defaultdict[str, Iterator[int]](count)
+    numbered = sorted((next(turns[phrase.kind]), i) for i, phrase in enumerate(phrases))
+    return [phrases[i] for i in sorted(i for _, i in numbered[:most])]

@@ -27,6 +27,7 @@ from rvc_dist.data.sources import content_of
 from rvc_dist.features.unvoiced import FLOOR_HZ, UnvoicedCount
 from rvc_dist.files import ForeignFileError, not_regular, read_bounded, read_npy
 from rvc_dist.schema import Count, Positive, check, parse_json, record
+from rvc_dist.tools.tables import some
 from rvc_dist.unit_stage import in_threads
 from rvc_dist.workspace import SourceFile, StageError, listed, printable
 
@@ -171,10 +172,6 @@ class Experiment:
         return float(value) if isinstance(value, (int, float)) and 0.0 < value < float("inf") else 0.0
 
 
-def some(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
-
-
 def read_experiment(folder: Path, num_threads: int = 1) -> Experiment:
     """What is in an experiment's folder.
 
@@ -216,7 +213,7 @@ def find_layout(folder: Path) -> Layout:
         raise StageError(f"{folder} has waves in {both}:", "move one of them away, or name an experiment of one tool")
     inside = sorted(p.name for p in folder.iterdir() if any((p / layout.waves).is_dir() for layout in LAYOUTS))
     if inside := [name for name in inside if not name.startswith("mute")]:  # the tools' silent clips
-        raise StageError(f"{folder} is no experiment but holds some:", f"name one of them ({some(inside)})")
+        raise StageError(f"{folder} is no experiment but holds some:", f"name one of them ({some(inside, SHOWN)})")
     here = [p.name + "/" * p.is_dir() for p in sorted(folder.iterdir())]
     more = f" and {len(here) - 10} more" if len(here) > 10 else ""
     raise StageError(
@@ -304,7 +301,7 @@ def read_filelist(path: Path) -> FileList:
         "%s: listed for several speakers, the first counts": sorted(several),
         "speaker %s has several names, the first counts": sorted(renamed, key=int),
     }
-    if found := [text % some(which) for text, which in told.items() if which]:
+    if found := [text % some(which, SHOWN) for text, which in told.items() if which]:
         logger.warning("import: %s: %s", path, "; ".join(found))
     return FileList(speakers, repeats, names, tuple(mutes))
 
@@ -347,7 +344,7 @@ def list_waves(experiment: Experiment, num_threads: int, content: Callable[[Sour
         raise nothing(experiment, [(f.path, f.reason) for f in files])
     unlisted = sorted(found.keys() - experiment.filelist.speakers.keys())
     if unlisted and experiment.filelist.speakers:
-        which = f"{len(unlisted)} clips are not in filelist.txt and are imported all the same ({some(unlisted)})"
+        which = f"{len(unlisted)} clips are not in filelist.txt and are imported all the same ({some(unlisted, SHOWN)})"
         logger.warning("import: %s", which)
     return in_their_recordings(files)
 
@@ -413,7 +410,7 @@ def common_rate(experiment: Experiment, files: list[SourceFile]) -> int:
         if not file.reason:
             by_rate.setdefault(file.rate, []).append(file.path)
     if len(by_rate) > 1:
-        rates = "; ".join(f"{rate} Hz: {len(n)} clips ({some(n)})" for rate, n in sorted(by_rate.items()))
+        rates = "; ".join(f"{rate} Hz: {len(n)} clips ({some(n, SHOWN)})" for rate, n in sorted(by_rate.items()))
         raise StageError(f"{experiment.waves_dir} has waves of several sample rates, expected one ({rates})")
     (rate,) = by_rate
     data = experiment.config.get("data")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count
@@ -28,10 +28,12 @@ from rvc_dist.features.energy import energy_arrays
 from rvc_dist.features.feature_files import imported_feature_settings, pack_unit, write_mute, write_report
 from rvc_dist.features.index_file import KMEANS_ABOVE, KMEANS_CENTRES, check_index, index_name, wanted_fingerprint
 from rvc_dist.files import ForeignFileError, atomic_write, write_json
+from rvc_dist.report.facts import flat
 from rvc_dist.schema import SpeakerName, faults
 from rvc_dist.tools.experiment import (
     CONTENT_PER_S,
     MAX_MUTES,
+    SHOWN,
     Array,
     Experiment,
     common_rate,
@@ -42,9 +44,10 @@ from rvc_dist.tools.experiment import (
     read_features,
     read_mute,
     recording_of,
-    some,
     weight_pairs,
 )
+from rvc_dist.tools.made_up import CONTENT_WIDTH
+from rvc_dist.tools.tables import some
 from rvc_dist.unit_stage import read_headers
 from rvc_dist.workspace import (
     ClipsHeader,
@@ -69,7 +72,6 @@ from rvc_dist.workspace import (
 
 logger = logging.getLogger(__name__)
 
-V1_WIDTH = 256
 WIDTHS = {
     "inter_channels": "inter_channels",
     "hidden_channels": "hidden_channels",
@@ -138,18 +140,10 @@ def run(recipe: Recipe, shard: Shard, given: Sequence[tuple[str, str]] = ()) -> 
 
 def report_overruled(asked: Recipe, keys: Collection[str], recipe: Recipe) -> None:
     """Say what of the recipe that the user asked for is otherwise in the run's: `keys`, and what is no default."""
-    before, default, after = (dict(_flat(r.to_dict())) for r in (asked, Recipe(), recipe))
+    before, default, after = (flat(r.to_dict()) for r in (asked, Recipe(), recipe))
     meant = {key: value for key, value in before.items() if key in keys or value != default[key]}
     if overruled := changes(meant, {key: after[key] for key in meant}):
         logger.warning("import: the experiment decides otherwise than the recipe: %s", overruled)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def complete(recipe: Recipe) -> bool | None:
@@ -252,7 +246,7 @@ class Import(ClipStage):
             taken.add(name.casefold())
         renamed = [f"{i} ({printable(known[i][:80])})" for i in names if known.get(i, names[i]) != names[i]]
         if renamed:
-            logger.warning("import: not the name of one speaker alone, and called by the id: %s", some(renamed))
+            logger.warning("import: not the name of one speaker alone, and called by the id: %s", some(renamed, SHOWN))
         speakers = Speakers.of([Speaker(id=i, name=name) for i, name in names.items()], self.work.speakers().trained)
         self.work.save_speakers(speakers)
         if known:
@@ -329,7 +323,7 @@ class Import(ClipStage):
         from rvc_dist.train.dataset import ClipTable
 
         recipe = self.recipe
-        width = self.experiment.width or (V1_WIDTH if recipe.model.version == "v1" else 768)
+        width = self.experiment.width or CONTENT_WIDTH[recipe.model.version]
         table = ClipTable((), (), width, self.embedder, num_speakers)
         weights = replace(recipe.train, pretrained_g=str(generator), pretrained_d=str(discriminator))
         train = replace(weights, activation_checkpointing=False)
@@ -378,7 +372,7 @@ def adapt(recipe: Recipe, experiment: Experiment, rate: int, names_encoder: bool
         model |= {ours: widths[theirs] for theirs, ours in WIDTHS.items() if theirs in widths}
     unvoiced = recipe.extract.unvoiced
     if experiment.content_dir:
-        model["version"] = "v1" if experiment.width == V1_WIDTH else "v2"
+        model["version"] = "v1" if experiment.width == CONTENT_WIDTH["v1"] else "v2"
         model["pitch_guidance"] = experiment.f0_dir is not None
         unvoiced = "interpolated" if experiment.unvoiced == "interpolated" else "zero"
     encoder, named = recipe.extract.embedder_model, experiment.encoder

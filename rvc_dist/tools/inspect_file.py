@@ -6,7 +6,7 @@ Everything is read as the stages read it, by the same gates, and nothing in it i
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from rvc_dist.workspace import (
     CHECKPOINT_MANIFEST,
     FeaturesReport,
     Shard,
+    Speakers,
     StageError,
     Workspace,
     changes,
@@ -331,13 +332,13 @@ def _model_folder(path: Path, recipe: Recipe) -> Found:
 
 def _experiment(path: Path, recipe: Recipe) -> Found:
     experiment = read_experiment(path)
-    weights = [step for step, _, _ in weight_pairs(path)]
+    weights, known = [step for step, _, _ in weight_pairs(path)], Speakers(dict(experiment.names))
     waves = [wave.name for wave in experiment.waves_dir.glob("*.wav")]
     facts = {
         "features": f"{experiment.width} wide" if experiment.width else "none",
         "pitch": "yes" if experiment.f0_dir else "no",
         "unvoiced frames": experiment.unvoiced,
-        "speakers": ", ".join(_speaker(i, experiment.names) for i in sorted({*map(experiment.speaker_of, waves)})),
+        "speakers": ", ".join(known.label(i) for i in sorted({*map(experiment.speaker_of, waves)})),
         "encoder": experiment.encoder or "not named",
         "weights of G and D": _some(weights) or "none",
     }
@@ -349,10 +350,6 @@ def _experiment(path: Path, recipe: Recipe) -> Found:
         misfit.append("model.pitch_guidance: it has no pitch")
     what = f"an experiment of {experiment.layout.tools} with {len(waves)} clips, for `rvc-dist import`"
     return Found(what, facts, misfit)
-
-
-def _speaker(speaker: int, names: Mapping[int, str]) -> str:
-    return f"{speaker} ({names[speaker]})" if speaker in names else str(speaker)
 
 
 def _some(numbers: Iterable[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -18,6 +18,7 @@ from torch import nn
 from rvc_dist.config import Recipe
 from rvc_dist.data.sources import is_corpus, list_sources
 from rvc_dist.models.shape import GeneratorShape
+from rvc_dist.report.facts import flat
 from rvc_dist.runtime.accelerator import make_accelerator
 from rvc_dist.runtime.device import local_device
 from rvc_dist.runtime.launcher import zero_stage
@@ -145,27 +146,17 @@ def check_ranks(context: DoctorContext) -> Findings:
     if context.not_joined is not None:
         yield context.not_joined
     group.gather(None)  # so that all read their clocks at one moment
-    ranks = group.gather((socket.gethostname(), dict(_settings(context.recipe)), time.time()))
+    settings = {key: str(value) for key, value in flat(context.recipe.to_dict()).items()}
+    ranks = group.gather((socket.gethostname(), settings, time.time()))
     hosts, recipes, clocks = zip(*ranks, strict=True)
     yield from same({"ranks": str(group.count), "hosts": str(len(set(hosts)))})
     if group.count > 1:
         yield from same({"backend": dist.get_backend()})
     if group.accelerator is not None and (stage := zero_stage(group.accelerator)):
         yield from same({"ZeRO stage": str(stage)})
-    for key, value in _settings(context.recipe):
-        if any(settings[key] != recipes[0][key] for settings in recipes):
-            yield from same({key: value})
+    yield from same({key: settings[key] for key in settings if any(r.get(key) != settings[key] for r in recipes)})
     if group.is_first:
         yield from skewed_clocks(clocks)
-
-
-def _settings(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """`section.key` and its value."""
-    for section, values in recipe.to_dict().items():
-        if isinstance(values, dict):
-            yield from ((f"{section}.{key}", str(value)) for key, value in values.items())
-        else:
-            yield section, str(values)
 
 
 def skewed_clocks(clocks: Sequence[float]) -> Findings:
