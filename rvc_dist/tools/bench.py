@@ -28,7 +28,7 @@ from rvc_dist.runtime.device import PRECISIONS
 from rvc_dist.schema import Count, Positive, Seconds, Word, above, check, record
 from rvc_dist.tools import bench_report, parity
 from rvc_dist.tools.made_up import CONTENT_WIDTH, made_up_pitch
-from rvc_dist.tools.measuring import MADE_UP, PARTS, MeasuredRun, Span, gradient_bytes
+from rvc_dist.tools.measuring import MADE_UP, PARTS, MeasuredRun, gradient_bytes
 from rvc_dist.tools.peak import measured_peak
 from rvc_dist.tools.tables import console, say
 from rvc_dist.workspace import (
@@ -95,6 +95,7 @@ class Bench:
         self.data = "run" if self.run.features_report_file.is_file() else "demo"
         """Whose clips are trained on."""
         self.work = Workspace(self.folder / self.data, recipe.name)
+        self._formats = recipe.preprocess.clip_format, recipe.extract.content_format
 
     def recipe(self) -> Recipe:
         """The recipe with the trainer's run folder in RUN/bench, as soon as the first rank has prepared it."""
@@ -140,10 +141,6 @@ class Bench:
         files = self.work.features_report_file, self.work.features_file(0), self.work.clips_file(0)
         return (all(f.is_file() for f in files) and read_json(files[0]) == self._report()) or None
 
-    @property
-    def _formats(self) -> tuple[str, str]:
-        return self._recipe.preprocess.clip_format, self._recipe.extract.content_format
-
     def _report(self) -> dict[str, Any]:
         """As extract's; the clips of the demo voice depend on the rate and the width of the content."""
         rate, width = self._recipe.data.sample_rate, CONTENT_WIDTH[self._recipe.model.version]
@@ -154,22 +151,17 @@ class Bench:
         """Write what preprocess and extract would: a unit of clips of 3 s, with made-up content and pitch."""
         rate, width = self._recipe.data.sample_rate, CONTENT_WIDTH[self._recipe.model.version]
         report, rng = self._report(), np.random.default_rng(0)
-        num_f0 = round(CLIP_S * F0_PER_S)
-        waves: list[audio.Wave] = []
-        clips: list[dict[str, Any]] = []
-        features = []
-        for number, (source, start_s, wave) in enumerate(demo_clips(rate)):
-            waves.append(wave)
-            clips.append({"speaker": 0, "source": source, "start_s": start_s})
-            content = rng.standard_normal((num_f0 // 2, width), dtype=np.float32)
-            features.append((number, content, made_up_pitch(num_f0)))
+        num_f0, demo = round(CLIP_S * F0_PER_S), list(demo_clips(rate))
+        clips = [{"speaker": 0, "source": source, "start_s": start_s} for source, start_s, _ in demo]
+        contents = (rng.standard_normal((num_f0 // 2, width), dtype=np.float32) for _ in demo)
+        features = [(number, content, made_up_pitch(num_f0)) for number, content in enumerate(contents)]
         header = {"stamp": report["stamp"], "sample_rate": rate, "clips": clips}
         embedder = {"name": MADE_UP, "width": width, "hash": report["stamp"]}
         clip_format, content_format = self._formats
-        lengths = [len(wave) for wave in waves]
+        lengths = [len(wave) for *_, wave in demo]
         packed = pack_unit(header, lengths, features, embedder, report["stamp"], content_format)
         self.work.features_report_file.unlink(missing_ok=True)
-        stored = {f"{i:05d}": stored_wave(wave, clip_format)[0] for i, wave in enumerate(waves)}
+        stored = {f"{i:05d}": stored_wave(wave, clip_format)[0] for i, (*_, wave) in enumerate(demo)}
         save_arrays(self.work.clips_file(0), stored, header)
         save_arrays(self.work.features_file(0), *packed)
         for folder in (self.work.clips_dir, self.work.features_dir):
@@ -242,18 +234,15 @@ def _measure(run: MeasuredRun, config: BenchConfig) -> dict[str, Any]:
         plain = run.plain(config.plain_precision)
         losses = run.compare_losses(plain, longest)  # the first steps of the warm-up
         pairs = run.in_turn(warmup - 1 + count, lambda: run.train_step(longest), lambda: run.plain_step(plain, longest))
-        mine["plain"] = {"pairs": _plain(pairs[warmup - 1 :]), "losses": losses, "precision": config.plain_precision}
+        mine["plain"] = {"pairs": pairs[warmup - 1 :], "losses": losses, "precision": config.plain_precision}
     if run.num_ranks > 1:
         logger.info("bench: %d steps with and without communication", count)
         pairs = run.in_turn(1 + count, lambda: run.train_step(longest), lambda: run.step_alone(longest))
-        mine["with_and_without_wire"] = _plain(pairs[1:])
+        mine["with_and_without_wire"] = pairs[1:]
     mine["flops"] = run.count_flops(longest)
-    rounded: dict[str, Any] = json.loads(json.dumps(mine), parse_float=lambda text: float(f"{float(text):.9g}"))
+    plain = json.dumps(mine, default=asdict)
+    rounded: dict[str, Any] = json.loads(plain, parse_float=lambda text: float(f"{float(text):.9g}"))
     return rounded
-
-
-def _plain(rounds: Sequence[Sequence[Span]]) -> list[list[dict[str, float]]]:
-    return [[asdict(span) for span in spans] for spans in rounds]
 
 
 def summarise(ranks: Sequence[dict[str, Any]], on_cuda: bool, precision: str) -> dict[str, Any]:

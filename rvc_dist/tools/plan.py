@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from rvc_dist.config import MAX_CLIP_FRAMES, PRETRAINED_SPEAKERS, Recipe, TrainConfig
 from rvc_dist.data import clip_files, decode
@@ -188,31 +189,24 @@ def _gb(num_bytes: int | None) -> str:
     return f"{(num_bytes or 0) / 1e9:.3f} GB"
 
 
-def find_stored(recipe: Recipe, width: int) -> tuple[Stored, ...]:
+def find_stored(recipe: Recipe, width: int) -> Iterator[Stored]:
     """Of clips, and of features with a content `width` wide."""
     work = Workspace(recipe.run_dir, recipe.name)
     report = read_json(work.clips_report_file) if work.clips_report_file.is_file() else {}
     hours = float(report.get("clip_seconds", 0.0)) / 3600
     clip, content = recipe.preprocess.clip_format, recipe.extract.content_format
-    found = (
-        (Stored("clips", clip, 3600 * clip_bytes_per_s(recipe)), work.clips_report_file, ""),
-        (Stored("features", content, 3600 * feature_bytes_per_s(recipe, width)), work.features_report_file, ".content"),
-    )
-    made = []
-    for stored, report_file, part in found:
+    for what, form, bytes_per_s, report_file, key in (
+        ("clips", clip, clip_bytes_per_s(recipe), work.clips_report_file, "00000"),
+        ("features", content, feature_bytes_per_s(recipe, width), work.features_report_file, "00000.content"),
+    ):
         files = list(unit_files(report_file.parent)) if hours and report_file.is_file() else []
-        kind = next(filter(None, (_format_of(path, f"00000{part}") for path in files)), None)
-        if kind is not None:
-            per_hour = round(sum(path.stat().st_size for path in files) / hours)
-            stored = replace(stored, made_format=kind, made_bytes_per_hour=per_hour)
-        made.append(stored)
-    return tuple(made)
+        made_format = next(filter(None, (_format_of(path, key) for path in files)), None)
+        per_hour = round(sum(path.stat().st_size for path in files) / hours) if made_format else None
+        yield Stored(what, form, 3600 * bytes_per_s, made_format, per_hour)
 
 
 def _format_of(path: Path, key: str) -> str | None:
     """Of an array in a unit's file; None where no recording of the unit gave a clip."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as file:
         return FORMATS[file.get_slice(key).get_dtype()] if key in file.keys() else None  # noqa: SIM118
 
@@ -248,7 +242,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
         f"{WORKSPACE_SHARE:.0%} of the traced memory for workspaces, {RUNTIME_BYTES / 1e9:g} GB for libraries",
     ]
     memory = machine.get("memory", {})
-    disk = find_stored(recipe, table.content_channels)
+    disk = tuple(find_stored(recipe, table.content_channels))
     return RunPlan(recipe, table, clips_from, traced, pace, pace_from, cluster, tuple(assumed), rows, memory, disk)
 
 
@@ -299,8 +293,6 @@ def _clips_of_hours(recipe: Recipe, hours: float) -> ClipTable:
 
 
 def _cut_clips(recipe: Recipe, work: Workspace) -> Iterator[ClipRef]:
-    from safetensors import safe_open
-
     for path in unit_files(work.clips_dir):
         header = unit_header(path, ClipsHeader, "preprocess")
         if header["sample_rate"] != recipe.data.sample_rate:
@@ -474,7 +466,7 @@ def show(plan: RunPlan) -> None:
         "MB sent/step": lambda f: f"{f.sent_bytes / 1e6:.1f}",
         "GB/rank": lambda f: f"{sum(plan.memory_bytes(f.ranks).values()) / 1e9:.2f}",
     }
-    print_table(out, [*columns], ([cell(forecast) for cell in columns.values()] for forecast in plan.sensible))
+    print_table(out, [*columns], ([cell(row) for cell in columns.values()] for row in plan.sensible))
     for line in sentences(plan):
         say(out, line)
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from rvc_dist.config import Recipe
 from rvc_dist.models import spectral
-from rvc_dist.tools.measuring import flop_counter
+from rvc_dist.tools.measuring import flop_counter, gradient_bytes
 from rvc_dist.train import networks
 from rvc_dist.train.dataset import Batch, ClipTable
 from rvc_dist.train.ddp import TrainedModule
@@ -75,10 +75,7 @@ def trace(recipe: Recipe, content_channels: int, num_speakers: int, frames: int)
             allocated.peak_bytes = allocated.num_bytes
             flops = count(step, frames)
             peak = allocated.peak_bytes
-            gradients = {
-                name: sum(p.nbytes for p in n.module.parameters() if p.requires_grad)
-                for name, n in step.networks.items()
-            }
+            gradients = {name: gradient_bytes(n.module) for name, n in step.networks.items()}
             shorter = -(-frames // 2 // BUCKET_FRAMES) * BUCKET_FRAMES
             slope = (flops - count(step, shorter)) / (frames - shorter) if shorter < frames else 0.0
     finally:
