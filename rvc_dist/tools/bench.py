@@ -240,8 +240,8 @@ def _measure(run: MeasuredRun, config: BenchConfig) -> dict[str, Any]:
         pairs = run.in_turn(1 + count, lambda: run.train_step(longest), lambda: run.step_alone(longest))
         mine["with_and_without_wire"] = pairs[1:]
     mine["flops"] = run.count_flops(longest)
-    plain = json.dumps(mine, default=asdict)
-    rounded: dict[str, Any] = json.loads(plain, parse_float=lambda text: float(f"{float(text):.9g}"))
+    text = json.dumps(mine, default=asdict)
+    rounded: dict[str, Any] = json.loads(text, parse_float=lambda number: float(f"{float(number):.9g}"))
     return rounded
 
 

@@ -38,15 +38,7 @@ from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.files import write_json
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
-from rvc_dist.runtime.device import (
-    PRECISIONS,
-    apply_kernel_settings,
-    check_precision,
-    has_tf32,
-    local_device,
-    set_allocator,
-    synchronize,
-)
+from rvc_dist.runtime import device as devices
 from rvc_dist.tools import bench, bench_report
 from rvc_dist.tools.measuring import MeasuredRun, Span, flop_counter, stopwatch
 from rvc_dist.tools.peak import measured_peak
@@ -131,7 +123,7 @@ class Check:
 
     @cached_property
     def device(self) -> torch.device:
-        return local_device()
+        return devices.local_device()
 
     @property
     def recipe(self) -> Recipe:
@@ -141,7 +133,7 @@ class Check:
     def with_train(self, **train: Any) -> Recipe:
         recipe = replace(self.recipe, train=TrainConfig(**train))
         try:
-            advice = check_precision(recipe.train.autocast_precision, self.device)
+            advice = devices.check_precision(recipe.train.autocast_precision, self.device)
         except StageError as error:
             raise LeftOutError(error) from error
         if recipe.train.compile == "graphs" and self.device.type != "cuda":
@@ -191,11 +183,11 @@ def describe(check: Check) -> Row:
 
 
 def peak_row(check: Check, name: str, tf32: bool) -> Row:
-    if name == "TF32" and not has_tf32(check.device):
+    if name == "TF32" and not devices.has_tf32(check.device):
         raise LeftOutError("not in this hardware")
-    apply_kernel_settings(check.with_train(fast_train=tf32, precision="fp32" if name == "TF32" else name).train)
+    devices.apply_kernel_settings(check.with_train(fast_train=tf32, precision="fp32" if name == "TF32" else name).train)
     began_at = time.perf_counter()
-    dtype = PRECISIONS.get(name, torch.float32)
+    dtype = devices.PRECISIONS.get(name, torch.float32)
     return {"TFLOP/s": measured_peak(check.device, dtype) / 1e12, "measured in s": time.perf_counter() - began_at}
 
 
@@ -245,7 +237,7 @@ def measured_step(check: Check, name: str, size: int) -> Row:
     run.forget_peak_memory()
     span = check.timed(work)
     seconds, spent = span.wall_s, span.wall_s if device.type == "cuda" else span.cpu_s
-    peak = peak_of(device, PRECISIONS[recipe.train.autocast_precision], recipe.train.fast_train)
+    peak = peak_of(device, devices.PRECISIONS[recipe.train.autocast_precision], recipe.train.fast_train)
     share = num_operations / spent / peak
     row = {
         "ranks": run.num_ranks,
@@ -266,7 +258,7 @@ def launches(work: Callable[[], object], device: torch.device) -> Row:
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
         work()
-        synchronize(device)
+        devices.synchronize(device)
     events = profile.key_averages()
     names = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")
     in_kernels = sum(e.self_device_time_total for e in events if e.device_type.name == "CUDA")
@@ -297,8 +289,7 @@ def optimizer_row(check: Check, name: str) -> Row:
 
 @cache
 def both_networks(check: Check) -> list[nn.Module]:
-    table = ClipTable((), (), 768, {}, 1)
-    _, modules = networks.build(check.recipe, table)
+    _, modules = networks.build(check.recipe, ClipTable((), (), 768, {}, 1))
     for module in modules.values():
         for parameter in module.to(check.device).parameters():
             parameter.grad = 1e-3 * torch.randn_like(parameter)
@@ -452,7 +443,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    set_allocator(TrainConfig(fast_train=True))
+    devices.set_allocator(TrainConfig(fast_train=True))
     options.folder.mkdir(parents=True, exist_ok=True)
     check = Check(options.folder, options.tiny)
     if options.part == "table":

@@ -212,7 +212,11 @@ def _in_words(shapes: Shapes) -> str:
 
 
 def _index(path: Path, recipe: Recipe) -> Found:
-    (width,) = struct.unpack("<i", _head(path, 8)[4:])
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    if len(head) < 8:
+        raise ForeignFileError("it is cut short")
+    (width,) = struct.unpack("<4xi", head)
     size = check_index(path, width)
     cells = f"{size.num_cells} cells" if size.num_cells else "no cells"
     wanted = _content_width(recipe)
@@ -220,19 +224,6 @@ def _index(path: Path, recipe: Recipe) -> Found:
     return Found(
         f"a retrieval index of {size.num_vectors} features {width} wide, {cells}", {}, wrong if wanted else None
     )
-
-
-def _head(path: Path, count: int) -> bytes:
-    """The first bytes of a file.
-
-    Raises:
-        ForeignFileError: it has fewer.
-    """
-    with path.open("rb") as stream:
-        head = stream.read(count)
-    if len(head) < count:
-        raise ForeignFileError("it is cut short")
-    return head
 
 
 def _safetensors(path: Path, recipe: Recipe) -> Found:

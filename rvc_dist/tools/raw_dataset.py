@@ -20,21 +20,8 @@ from rich.console import Console
 from rich.table import Column
 
 from rvc_dist.config import MAX_CLIP_FRAMES, Recipe
-from rvc_dist.data import audio, decode
+from rvc_dist.data import audio, cutting, decode
 from rvc_dist.data.clip_files import account, by_recording, clip_settings, cut_report, heard_rate
-from rvc_dist.data.cutting import (
-    CLIPPED_SHARE,
-    LOUD,
-    OFFSET,
-    SHORT,
-    SILENCE,
-    Levels,
-    cut_file,
-    entry_of,
-    make_gate,
-    measure,
-    unreadable,
-)
 from rvc_dist.data.parts import CUT
 from rvc_dist.data.sources import read_corpus
 from rvc_dist.screen import AUDIO, ProgressBar
@@ -51,7 +38,7 @@ MAX_LINES = 30
 EXIT_FAILED, EXIT_WARNED = 1, 3
 
 
-class Loudness(Levels):
+class Loudness(cutting.Levels):
     """The levels of a recording of `rate`, and how many frames of 20 ms have which, all channels taken together."""
 
     def __init__(self, rate: int) -> None:
@@ -132,17 +119,17 @@ class Recording:
             "unreadable": self.is_audio and main == decode.UNREADABLE,
             "damaged": not main and not lost.keys().isdisjoint((decode.UNREADABLE, decode.GAP)),
             "cut short": CUT in lost,
-            "silent": main == SILENCE,
-            "too short": main == SHORT,
+            "silent": main == cutting.SILENCE,
+            "too short": main == cutting.SHORT,
             "too long": self.has_long_clips,
             "low rate": 0 < rate < low,
             "upsampled": 0 < holds < min(rate, low),
-            "clipped": self.clipped_share > CLIPPED_SHARE,
-            "beyond full scale": LOUD in lost,
+            "clipped": self.clipped_share > cutting.CLIPPED_SHARE,
+            "beyond full scale": cutting.LOUD in lost,
             "channels cancel": audio.CANCELS in file["reason"],
             "noisy": not main and self.noise_db is not None and self.noise_db > audio.SLICE_THRESHOLD_DB,
             "uneven": self.off_db is not None and abs(self.off_db) >= UNEVEN_DB,
-            "offset": abs(self.offset) > OFFSET,
+            "offset": abs(self.offset) > cutting.OFFSET,
         }
         return [name for name, is_there in found.items() if is_there]
 
@@ -152,12 +139,12 @@ PROBLEMS = {
     "damaged": "parts of it cannot be read",
     "cut short": "it ends before its header says",
     "silent": "nothing in it is loud enough",
-    "too short": f"all of it is {SHORT}",
+    "too short": f"all of it is {cutting.SHORT}",
     "too long": "training uses a part of its clips alone",
     "low rate": "of a lower sample rate than the voice",
     "upsampled": "it holds no more than a lower rate does",
-    "clipped": f"over {CLIPPED_SHARE:.1%} of its samples are at full scale",
-    "beyond full scale": f"parts have a {LOUD} and are dropped",
+    "clipped": f"over {cutting.CLIPPED_SHARE:.1%} of its samples are at full scale",
+    "beyond full scale": f"parts have a {cutting.LOUD} and are dropped",
     "channels cancel": "one channel alone is taken",
     "noisy": f"hardly ever below {audio.SLICE_THRESHOLD_DB:.0f} dB: noise, or no pauses",
     "uneven": f"speech over {UNEVEN_DB:.0f} dB off the speaker's usual level",
@@ -271,23 +258,23 @@ def heard(recipe: Recipe, sources: list[SourceFile]) -> tuple[list[dict[str, Any
     """The entry of each recording, as in the report of preprocess; and the levels of those that can be read, by path
     and speaker.
     """
-    folder, workers, gate = Path(recipe.data.audio_dir), recipe.preprocess.num_workers, make_gate(recipe)
+    folder, workers, gate = Path(recipe.data.audio_dir), recipe.preprocess.num_workers, cutting.make_gate(recipe)
 
     def measured(file: SourceFile) -> SourceFile:
         try:
-            return file if file.reason else measure(folder, file)
+            return file if file.reason else cutting.measure(folder, file)
         except (decode.AudioError, OSError) as error:
             return file.refused(str(error))
 
     def cut(file: SourceFile) -> tuple[dict[str, Any], Loudness]:
         levels = Loudness(file.rate)
         try:
-            outcome = cut_file(recipe, file, gate, levels)
+            outcome = cutting.cut_file(recipe, file, gate, levels)
         except decode.AudioError as error:
-            outcome = unreadable(file, error)
+            outcome = cutting.unreadable(file, error)
         levels.longest_clip = max((len(clip.wave) for clip in outcome.clips), default=0)
         bar.advance(file.duration_s, not outcome.clips)
-        return entry_of(recipe, file, outcome), levels
+        return cutting.entry_of(recipe, file, outcome), levels
 
     files = in_threads(workers, measured, sources, "dataset: lengths", "recordings")
     parts = [part for file in files if not file.reason for part in file.slices()]
