@@ -52,12 +52,13 @@ def stage_parser(name: str, shows: Callable[[str], bool] = lambda key: True) -> 
     words = ["[--config FILE] [--section.key VALUE ...]"] if stage.reads else []
     own = [f"[{f'{option.name} {option.metavar}'.strip()}]" for option in stage.options if option.about]
     words += own if len(own) < 3 else ["[OPTIONS]"]
+    columns = shutil.get_terminal_size((100, 24)).columns
     parser = argparse.ArgumentParser(
         prog=f"rvc-dist {name}",
         usage=" ".join(["%(prog)s", *words, stage.folders]).strip(),
         description=stage.about,
         epilog=epilog(name),
-        formatter_class=partial(WholeNames, max_help_position=36, width=help_width()),
+        formatter_class=partial(WholeNames, max_help_position=36, width=max(80, min(120, columns))),
         allow_abbrev=False,
         add_help=False,
         exit_on_error=False,
@@ -75,10 +76,6 @@ def stage_parser(name: str, shows: Callable[[str], bool] = lambda key: True) -> 
         for key in config.OLD_KEYS:
             parser.add_argument(f"--{key}", action=Given, help=argparse.SUPPRESS)
     return parser
-
-
-def help_width() -> int:
-    return max(80, min(120, shutil.get_terminal_size((100, 24)).columns))
 
 
 def epilog(name: str) -> str:
