@@ -1,41 +1,37 @@
-"""rvc_dist that notes what each step trains on: SEEN/PORT_RANK.jsonl, whose port is that of one meeting of the ranks.
+"""Imported by ranks: they note what each step trains on, in SEEN/PORT_RANK.jsonl; the port is that of one meeting.
 
-Its first line is written when the process starts, then one follows a step. SEEN/pace holds the seconds that a step is
-to take longer than it does.
-
-Usage: like `python -m rvc_dist`.
+The first line is written when the rank begins, then one precedes each step, since a rank may die when others have made
+use of its clips, and one follows it. SEEN/pace holds the seconds that a step is to
+take longer than it does.
 """
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
-import psutil
-
-from rvc_dist.__main__ import main
 from rvc_dist.train import trainer
 
-folder = Path(os.environ["SEEN"])
-rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-healthy = trainer.Trainer.train_step
+healthy_step, healthy_run = trainer.Trainer.train_step, trainer.run
 
 
 def note(**values):
-    with (folder / f"{os.environ['MASTER_PORT']}_{rank}.jsonl").open("a") as stream:
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with (Path(os.environ["SEEN"]) / f"{os.environ['MASTER_PORT']}_{rank}.jsonl").open("a") as stream:
         stream.write(json.dumps({"at": time.time(), "rank": rank, "ranks": num_ranks} | values) + "\n")
 
 
-def noted(self, batches):
-    time.sleep(float((folder / "pace").read_text()))
-    healthy(self, batches)
-    clips = [clip for batch in batches if batch.loss_scale > 0 for clip in batch.clips]
-    note(step=self.progress.step + 1, epoch=self.progress.epoch, clips=clips)
+def run(*words):
+    note(began_at=time.time())
+    healthy_run(*words)
 
 
-trainer.Trainer.train_step = noted
+def train_step(self, batches):
+    time.sleep(float((Path(os.environ["SEEN"]) / "pace").read_text()))
+    step, clips = self.progress.step + 1, [clip for batch in batches if batch.loss_scale > 0 for clip in batch.clips]
+    note(begun=step, epoch=self.progress.epoch, clips=clips)
+    healthy_step(self, batches)
+    note(step=step)
 
-if __name__ == "__main__":
-    note(began_at=psutil.Process().create_time())
-    sys.exit(main())
+
+trainer.Trainer.train_step, trainer.run = train_step, run

@@ -85,7 +85,7 @@ class Ranks:
         self._stack.close()
         self._servers.clear()
 
-    def _server(self, environment: Mapping[str, str]) -> str:
+    def server(self, environment: Mapping[str, str]) -> str:
         """The address of one whose imports had what they read of `environment`."""
         read = {name: value for name, value in environment.items() if name.startswith(READ_BY_IMPORTS)}
         key = frozenset(read.items())
@@ -99,7 +99,7 @@ class Ranks:
 
     def start(self, num_ranks: int, script: str, words: Sequence[object], environment: dict[str, str]) -> Job:
         """Begin rvc_dist, or a `script` of tests/, on `num_ranks` ranks; or LAUNCHER alone, which starts them."""
-        address, places = self._server(environment), [environment]
+        address, places = self.server(environment), [environment]
         if num_ranks > 1 or script not in ("", LAUNCHER):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
