@@ -20,6 +20,7 @@ LOSSY_S = {".ogg": 0.05, ".mp3": 0.15, ".m4a": 0.15, ".aac": 0.15, ".ac3": 0.15,
 
 
 def recipe_of(folder: Path, seed: int) -> Recipe:
+    """Sixty seeds give every one there is."""
     cut = ("automatic", "simple", "skip")[seed % 3]
     chunk, overlap = ((3.0, 0.3), (1.0, 0.0), (2.0, 0.5), (1.5, 0.75))[seed // 3 % 4]
     normalization = ("post", "pre", "none")[seed // 2 % 3]
@@ -85,7 +86,7 @@ def worst_deviation(folder: Path, seed: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("seed", [*range(20), pytest.param(range(20, 220), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [*range(20), pytest.param(range(20, 80), marks=pytest.mark.slow)])
 def test_seconds_in_are_seconds_in_clips_and_seconds_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | range
 ) -> None:

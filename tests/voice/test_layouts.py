@@ -31,7 +31,8 @@ SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_shapes.j
 
 def imported(folder: Path, run_dir: Path, **sections: Any) -> Recipe:
     recipe = changed(narrow_recipe(run_dir.parent, **sections), "data", audio_dir=str(folder))
-    recipe = changed(replace(recipe, run_dir=str(run_dir)), "train", max_steps=2, batch_size=2, num_workers=1)
+    quick = {"max_steps": 2, "batch_size": 2, "num_workers": 1, "samples": False, "report": False}
+    recipe = changed(replace(recipe, run_dir=str(run_dir)), "train", **quick)
     import_experiment.run(recipe, ALONE)
     return load_recipe(workspace_of(recipe).config_file)
 
