@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from rvc_dist.config import Recipe
 from rvc_dist.data.fetcher import (
@@ -36,7 +37,7 @@ from rvc_dist.data.fetcher import (
     Window,
     locked,
 )
-from rvc_dist.data.storage import HEADERS, MANIFEST, Manifest, read_headers
+from rvc_dist.data.storage import HEADERS, MANIFEST, Manifest, read_headers, unit_names
 from rvc_dist.files import atomic_write
 from rvc_dist.runtime.launcher import local_ranks
 from rvc_dist.runtime.logs import EXIT_S
@@ -63,13 +64,41 @@ def data_of(recipe: Recipe) -> Workspace:
     """
     if recipe.data.remote is None:
         return Workspace(recipe.run_dir, recipe.name)
+    return _remote_run(recipe.data.remote, cache_folder(recipe), recipe.name, round(recipe.data.cache_gb * 1e9))
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where this machine keeps what `data.remote` holds."""
     base = Path(recipe.data.cache_dir or Path(tempfile.gettempdir()) / f"rvc_dist-{os.getuid()}")
-    return _remote_run(recipe.data.remote, base.absolute(), recipe.name, round(recipe.data.cache_gb * 1e9))
+    return base.absolute() / f"{recipe.name}-{fingerprint(recipe.data.remote, socket.gethostname())}"
+
+
+class Cached(NamedTuple):
+    """How much of `data.remote` a machine has at hand."""
+
+    units: int
+    bytes: int
+    all_units: int
+    all_bytes: int
+
+
+def cached(recipe: Recipe) -> Cached | None:
+    """What is in this machine's cache, without asking the storage; None where nothing was fetched yet.
+
+    Raises:
+        StageError: the manifest in it is damaged.
+    """
+    folder = cache_folder(recipe)
+    if not (folder / MANIFEST).is_file():
+        return None
+    sizes = Manifest.read(folder / MANIFEST, str(folder / MANIFEST)).unit_bytes
+    here = [size for unit, size in sizes.items() if all((folder / name).is_file() for name in unit_names(unit))]
+    return Cached(len(here), sum(here), len(sizes), sum(sizes.values()))
 
 
 @lru_cache(maxsize=8)
-def _remote_run(url: str, base: Path, name: str, cache_bytes: int) -> RemoteRun:
-    return RemoteRun(url, base, name, cache_bytes)
+def _remote_run(url: str, folder: Path, name: str, cache_bytes: int) -> RemoteRun:
+    return RemoteRun(url, folder, name, cache_bytes)
 
 
 class RemoteRun(Workspace):
@@ -78,8 +107,7 @@ class RemoteRun(Workspace):
     Every rank of a machine has one, and they agree on the folder. Loader processes have it from their rank.
     """
 
-    def __init__(self, url: str, base: Path, name: str, cache_bytes: int) -> None:
-        folder = base / f"{name}-{fingerprint(url, socket.gethostname())}"
+    def __init__(self, url: str, folder: Path, name: str, cache_bytes: int) -> None:
         super().__init__(folder, name)
         self.url, self.cache_bytes, self._local_rank = url, cache_bytes, int(os.environ.get("LOCAL_RANK", "0"))
         self.is_leader = self._local_rank == 0

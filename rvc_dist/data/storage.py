@@ -144,8 +144,8 @@ class Storage:
         StageError: the package for it is missing.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, attempts: int = ATTEMPTS) -> None:
+        self.url, self.attempts = url.rstrip("/"), attempts
         scheme = self.url.partition("://")[0]
         try:
             import fsspec
@@ -214,7 +214,7 @@ class Storage:
             try:
                 return attempt()
             except TransferError as error:
-                if number >= error.attempts:
+                if number >= min(error.attempts, self.attempts):
                     times = f" {number} times" if number > 1 else ""
                     raise StageError(f"{what}{times} ({error}):", remedy) from error
                 delay_s = 2 ** (number - 1) * random.uniform(0.5, 1.0)

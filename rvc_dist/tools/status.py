@@ -17,6 +17,7 @@ from typing import Any
 
 from rvc_dist.config import ConfigError, Recipe, recipe_of
 from rvc_dist.data import clip_files
+from rvc_dist.data.remote import cache_folder, cached
 from rvc_dist.data.sources import list_sources, listing_of
 from rvc_dist.features import feature_files, index_file
 from rvc_dist.files import ForeignFileError
@@ -107,6 +108,7 @@ def state_of(root: Path, given: list[tuple[str, str]] | None = None) -> dict[str
     state["running"] = [j for j in jobs if j["alive"] is not False and (j["rank"] == 0 or j["array"])]
     state["last"] = last_of(jobs, state["running"])
     path, progress, damaged = newest_checkpoint(work)
+    state["data"] = remote_data(recipe, notes) if recipe and recipe.data.remote else None
     state["checkpoint"] = progress and {"path": str(path), "step": progress.step, "epoch": progress.epoch}
     state["damaged_checkpoints"] = damaged
     state["voices"] = sorted(p.name for p in work.voice_dir.glob("*.pth"))
@@ -225,15 +227,25 @@ def training(
 def stages(
     work: Workspace, recipe: Recipe | None, path: Path | None, progress: Progress | None, notes: list[str]
 ) -> Iterator[tuple[str, StageState]]:
-    """Each stage of `run` and how it stands."""
+    """Each stage of `run` and how it stands; what `data.remote` holds was made elsewhere, and needs no index."""
+    is_remote = recipe is not None and recipe.data.remote is not None
     for name, ask in (("preprocess", _preprocess), ("extract", _extract), ("index", _index)):
-        found = StageState(UNKNOWN)
-        if recipe is not None:
+        found = StageState(DONE, "elsewhere: data.remote") if is_remote else StageState(UNKNOWN)
+        if recipe is not None and (not is_remote or (name == "index" and work.index_report_file.is_file())):
             with noted(notes):
                 found = ask(work, recipe)
         yield name, found
     yield "train", _train(recipe, progress)
     yield "export", _export(work, path, progress)
+
+
+def remote_data(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
+    """Where the clips come from, and how much of them this machine's cache has."""
+    found = None
+    with noted(notes):
+        found = cached(recipe)
+    state = {"remote": recipe.data.remote, "cache": str(cache_folder(recipe)), "cache_gb": recipe.data.cache_gb}
+    return state | (found._asdict() if found else {"units": None})
 
 
 def _preprocess(work: Workspace, recipe: Recipe) -> StageState:
@@ -340,6 +352,7 @@ def lines(state: dict[str, Any]) -> Iterator[str]:
         return
     yield f"{printable(state['run'])}: {state['name']}, {state['state']}"
     rows = [("running", _running(found)) for found in state["running"]]
+    rows += [("data", _data(state["data"]))] if state["data"] else []
     rows += [(name, _stage(name, stage, state["training"])) for name, stage in state["stages"].items()]
     rows += _trained(state["training"]) if state["training"] else []
     rows += _ends(state)
@@ -351,6 +364,16 @@ def lines(state: dict[str, Any]) -> Iterator[str]:
     rows += [("note", note) for note in state["notes"]]
     for label, text in rows:
         yield f"  {label:<11}{text}".rstrip()
+
+
+def _data(data: dict[str, Any]) -> str:
+    here = "nothing was fetched to this machine yet"
+    if data["units"] is not None:
+        here = (
+            f"{data['units']} of {data['all_units']} units, {data['bytes'] / 1e9:.3g} of {data['all_bytes'] / 1e9:.3g}"
+        )
+        here += f" GB, of at most {data['cache_gb']:g}"
+    return f"{data['remote']}; in {data['cache']}: {here}"
 
 
 def _ends(state: dict[str, Any]) -> Iterator[tuple[str, str]]:

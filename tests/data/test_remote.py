@@ -6,12 +6,14 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +25,10 @@ from rvc_dist.data.fetcher import POSITION, POSITIONS, SCHEDULE, Cache, Window
 from rvc_dist.data.remote import Fetcher, RemoteRun, data_of
 from rvc_dist.data.storage import Manifest, Storage, unit_names
 from rvc_dist.files import write_json
-from rvc_dist.tools import upload
+from rvc_dist.tools import doctor, status, upload
+from rvc_dist.tools.doctor import data
+from rvc_dist.tools.doctor.findings import Problem, Severity
+from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.train.voice_file import f0_medians
 from rvc_dist.workspace import Shard, StageError, Workspace
 
@@ -305,3 +310,63 @@ def test_manifests_know_units_by_both_files(recipe: Recipe) -> None:
     assert manifest.unit_bytes[2] == sum((work.root / name).stat().st_size for name in unit_names(2))
     assert isinstance(manifest, Manifest)
     assert {"features/report.json", "clips/report.json", "headers.jsonl.gz"} <= set(manifest.small)
+
+
+def test_status_tells_how_much_is_cached_and_doctor_whether_it_will_do(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = elsewhere(recipe)
+    workspace_of(away).save_recipe(away)
+    url, folder = away.data.remote, remote.cache_folder(away)
+
+    def look() -> tuple[dict[str, Any], str]:
+        state = status.state_of(Path(away.run_dir))
+        return state, next(line for line in status.lines(state) if line.startswith("  data "))
+
+    state, line = look()
+    assert line == f"  data       {url}; in {folder}: nothing was fetched to this machine yet"
+    assert {name: stage["state"] for name, stage in state["stages"].items() if name[0] in "pei"} == {
+        **dict.fromkeys(("preprocess", "extract", "index"), "done"),
+        "export": "missing",
+    }
+    context = DoctorContext(away)
+    assert not problems(context), "it answers, and there is room"
+    assert context.table is not None
+    assert len(context.table.train) + len(context.table.holdout) > 0
+
+    run = opened(away)
+    with served(run):
+        run.clips_file(2)
+    state, line = look()
+    sizes = run.manifest.unit_bytes
+    assert (state["data"]["units"], state["data"]["all_units"]) == (1, UNITS)
+    assert state["data"]["bytes"] == sizes[2]
+    assert state["data"]["all_bytes"] == sum(sizes.values())
+    assert f"1 of {UNITS} units, " in line
+
+    largest, total = max(sizes.values()), sum(sizes.values())
+    (small,) = problems(DoctorContext(limited(away, 0.5)))
+    assert (small.severity, "the largest unit takes" in small.what) == (Severity.ERROR, True)
+    usage = type(shutil.disk_usage("/"))
+    for free, severity in (total - largest, Severity.WARNING), (0, Severity.ERROR):
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda _, free=free: usage(total, total, free))
+        cached = sizes[2] if free else 0
+        monkeypatch.setattr(data, "cached", lambda _, size=cached: remote.Cached(1, size, UNITS, total))
+        (full,) = problems(DoctorContext(away))
+        assert full.severity == severity
+        assert f"the cache in {folder} may take" in full.what
+        assert "data.cache_dir" in full.remedy
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    (gone,) = problems(DoctorContext(changed(away, "data", remote=f"{url}_of_nobody")))
+    assert f"{url}_of_nobody/manifest.json was not fetched" in gone.what
+
+
+def problems(context: DoctorContext) -> list[Problem]:
+    """What doctor's checks of data on object storage find."""
+    checks = [check for check in doctor.CHECKS if check.name in ("object storage", "data")]
+    return [
+        f
+        for found in doctor.examine(context, checks)
+        for f in found
+        if isinstance(f, Problem) and "batch" not in f.what
+    ]

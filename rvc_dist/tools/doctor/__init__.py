@@ -44,6 +44,7 @@ CHECKS = (
     Check("versions", machine.check_versions, SAME_ENVIRONMENT),
     Check("devices", machine.check_devices, ONE_DEVICE),
     Check("precision", machine.check_precision, ONE_DEVICE),
+    Check("object storage", data.check_remote, SAME_COMMAND),
     Check("data", data.check_data, SAME_FOLDER),
     Check("recordings", data.check_recordings, ahead="run"),
     Check("packages", machine.check_packages, SAME_FOLDER, ahead="host"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,27 +14,63 @@ from rvc_dist.choices import F0_METHODS
 from rvc_dist.config import DataConfig, f0_method_names
 from rvc_dist.data import clip_files, decode, sources
 from rvc_dist.data.cutting import measure
+from rvc_dist.data.remote import cache_folder, cached, data_of
+from rvc_dist.data.storage import MANIFEST, Manifest, Storage
 from rvc_dist.features import feature_files
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.precision import check_device
 from rvc_dist.runtime.accelerator import check_launcher
 from rvc_dist.runtime.device import check_precision
-from rvc_dist.tools.doctor.findings import Finding, Findings, Problem, Severity, Skipped, error, same, warning
+from rvc_dist.tools.doctor.findings import Fact, Finding, Findings, Problem, Severity, Skipped, error, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext
 from rvc_dist.tools.made_up import CONTENT_WIDTH
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import SourceFile, StageError, read_header
 
 CPU = torch.device("cpu")
+ATTEMPTS = 3
+"""How often `data.remote` is asked: a few seconds, not the minute that training waits."""
 MAX_MEASURED = 200
 """Recordings whose headers are read where no work list tells of them."""
 OR_CHOOSE = "mend what it names, or choose another"
 
 
+def check_remote(context: DoctorContext) -> Findings:
+    """What `data.remote` holds can be had with the credentials of this machine, whose disk has room for the cache."""
+    recipe, url = context.recipe, context.recipe.data.remote
+    if url is None:
+        yield Skipped("clips and features are read from the run folder")
+        return
+    folder = cache_folder(recipe)
+    disk = next(p for p in folder.parents if p.is_dir())
+    with tempfile.TemporaryDirectory(dir=disk, prefix=".doctor_") as trial:  # so that the cache can be written, too
+        path = Path(trial, MANIFEST)
+        Storage(url, ATTEMPTS).fetch(MANIFEST, path)
+        sizes = Manifest.read(path, f"{url}/{MANIFEST}").unit_bytes
+    context.remote_answers = True
+    most, total, largest = round(recipe.data.cache_gb * 1e9), sum(sizes.values()), max(sizes.values(), default=0)
+    there, needed = cached(recipe), min(most, total)
+    room = shutil.disk_usage(disk).free + (there.bytes if there else 0)
+    yield from same({"units": str(len(sizes)), "on storage": f"{total / 1e9:.3g} GB"})
+    yield from (Fact("for the cache", needed / 1e9, "GB"), Fact("free", room / 1e9, "GB"))
+    if most < largest:
+        least = f"set data.cache_gb to {2.5 * largest / 1e9:.3g} or more"
+        yield error(f"data.cache_gb: got {most / 1e9:g}, the largest unit takes {largest / 1e9:.3g} GB", least)
+    elif room < needed:
+        told = f"the cache in {folder} may take {needed / 1e9:.3g} GB, its disk has {room / 1e9:.3g} GB for it"
+        remedy = "free some, set data.cache_dir to a folder of another disk, or lower data.cache_gb"
+        yield error(told, remedy) if room < largest else warning(told, remedy)
+
+
 def check_data(context: DoctorContext) -> Findings:
     """The run's features fit the recipe, or what is there for the data stages to begin with."""
     recipe, work, work_list = context.recipe, context.work, context.work_list
+    if recipe.data.remote is not None:
+        if not context.remote_answers:
+            yield Skipped("data.remote does not answer")
+            return
+        work, context.data_stages_done = data_of(recipe), True
     with contextlib.suppress(StageError):  # of a dataset that is missing; it is reported below
         low, remedy = clip_files.low_rates(recipe, recording_rates(context))
         if low:
@@ -49,7 +87,10 @@ def check_data(context: DoctorContext) -> Findings:
             yield from same({"recordings": str(len(context.sources) - left_out), "left out": str(left_out)})
         return
     context.table = table = ClipTable.load(recipe)
-    yield from features_of_clips(context, table)
+    if recipe.data.remote is not None:
+        feature_files.check_made(recipe, work, clip_files.check_made(recipe, work))
+    else:
+        yield from features_of_clips(context, table)
     config, num_clips = recipe.train, len(table.train)
     global_batch = config.global_batch(context.group.count)
     hours = sum(c.num_frames for c in table.train) * recipe.rate_spec.hop / recipe.data.sample_rate / 3600
@@ -147,7 +188,9 @@ def check_start(context: DoctorContext) -> Findings:
 def check_recordings(context: DoctorContext) -> Findings:
     """A run that was trained goes on with one at least of the recordings that it knows."""
     audio_dir = Path(context.recipe.data.audio_dir)
-    if context.is_imported or not sources.is_corpus(audio_dir):
+    if context.recipe.data.remote is not None:
+        yield Skipped("data.remote holds clips")
+    elif context.is_imported or not sources.is_corpus(audio_dir):
         yield Skipped("imported clips" if context.is_imported else f"{audio_dir} does not exist")
     elif context.group.is_first:
         content = sources.content_by(context.work_list, audio_dir)

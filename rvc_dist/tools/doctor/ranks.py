@@ -87,6 +87,7 @@ class DoctorContext:
     """Why this rank did not find the others."""
     table: ClipTable | None = None
     """None when there are no features that fit the recipe."""
+    remote_answers: bool = False
     data_stages_done: bool = False
     embedder: dict[str, Any] | None = None
     """Of features that are still to be made: what `ClipTable.embedder` will be."""

@@ -85,6 +85,8 @@ def check_shared_memory(context: DoctorContext) -> Findings:
 def check_dry_step(context: DoctorContext) -> Findings:
     """One step of the recipe's networks computes finite numbers."""
     device, config, table = context.group.device, context.recipe.train, context.table
+    if context.recipe.data.remote is not None:
+        table = None  # training alone has what fetches units
     if context.not_joined is not None or context.shape is None:
         yield Skipped("the ranks did not find each other" if context.not_joined else "the networks could not be built")
         return
