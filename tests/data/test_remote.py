@@ -336,7 +336,7 @@ def test_status_tells_how_much_is_cached_and_doctor_whether_it_will_do(
 
     run = opened(away)
     with served(run):
-        run.clips_file(2)
+        run.features_file(2), run.clips_file(2)
     state, line = look()
     sizes = run.manifest.unit_bytes
     assert (state["data"]["units"], state["data"]["all_units"]) == (1, UNITS)
@@ -348,7 +348,7 @@ def test_status_tells_how_much_is_cached_and_doctor_whether_it_will_do(
     (small,) = problems(DoctorContext(limited(away, 0.5)))
     assert (small.severity, "the largest unit takes" in small.what) == (Severity.ERROR, True)
     usage = type(shutil.disk_usage("/"))
-    for free, severity in (total - largest, Severity.WARNING), (0, Severity.ERROR):
+    for free, severity in (largest, Severity.WARNING), (0, Severity.ERROR):
         monkeypatch.setattr(data.shutil, "disk_usage", lambda _, free=free: usage(total, total, free))
         cached = sizes[2] if free else 0
         monkeypatch.setattr(data, "cached", lambda _, size=cached: remote.Cached(1, size, UNITS, total))
