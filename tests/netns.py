@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import heapq
 import itertools
+import json
 import os
 import random
 import secrets
@@ -61,6 +62,11 @@ class Host:
         """`arguments` as a command that runs on this host."""
         inside = ["unshare", "--uts", "sh", "-c", INSIDE, "sh", str(self.hosts_file), self.name]
         return ["ip", "netns", "exec", self.namespace, *inside, *map(str, arguments)]
+
+    def warm(self, server: str) -> dict[str, str]:
+        """The variable by which tests/warm_python.py runs its words on this host, in a fork of `server`."""
+        script = str(Path(__file__).with_name("on_host.py"))
+        return {"WARM": json.dumps([server, script, self.namespace, self.name, str(self.hosts_file)])}
 
     def set_tcp_retries(self, retries: int) -> None:
         """Connections to a peer that is silent break after 0.2 s x (2 ** (retries + 1) - 1); Linux retries 15 times."""

@@ -1,7 +1,7 @@
 """In a process that `warm_cli` forked: `python WORDS` on a host of `netns`.
 
-`rvc-dist launch` becomes torchrun in this process, all of whose ranks are forks. With SEEN in the environment they note
-what they see.
+Where that is a launcher its ranks are forks; `rvc-dist launch` becomes torchrun in this process. With SEEN in the
+environment they note what they see.
 
 Usage: on_host.py NAMESPACE NAME HOSTS_FILE WORDS
 """
@@ -34,16 +34,16 @@ def become(_: str, command: list[str], environment: dict[str, str]) -> None:
     """In the place of `os.execve`, by which the command gives its process to torchrun."""
     os.environ.clear()
     os.environ.update(environment)
-    if "SEEN" in os.environ:
-        import seen_clips  # noqa: F401
-    for _ in range(NUM_STARTS):
-        make_rank()
-    subprocess_handler.Popen = ForkedRank
     run(command[1:])()
     sys.exit()
 
 
 if __name__ == "__main__":
     enter(*sys.argv[1:4])
+    if "SEEN" in os.environ:
+        import seen_clips  # noqa: F401
+    for _ in range(NUM_STARTS):
+        make_rank()
+    subprocess_handler.Popen = ForkedRank
     os.execve = become
     run(sys.argv[4:])()

@@ -41,7 +41,7 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 START_S = 400
 NOTHING: Mapping[str, str] = {}
-READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "TORCH", "OMP_")
+READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "TORCH", "OMP_")
 """How variables begin that count only in a process that starts with them."""
 LINGER_S = 30
 """What torchrun gives the ranks beside one that failed."""

@@ -66,10 +66,8 @@ class ElasticJob:
     def start(self, host: int, *command: object, **more: str) -> subprocess.Popen[bytes]:
         """Begin a command whose `python` is on that host."""
         self.num_launches += 1
-        at = self.hosts[host]
-        script = [str(ROOT / "tests" / "on_host.py"), at.namespace, at.name, str(at.hosts_file)]
         own = environment() | {"SEEN": str(self.seen), "RVC_DIST_LOST_AFTER_S": str(LOST_AFTER_S)}
-        own |= {"WARM": json.dumps([ranks.server(own), *script]), "PATH": f"{self.python.parent}:{own['PATH']}"}
+        own |= self.hosts[host].warm(ranks.server(own)) | {"PATH": f"{self.python.parent}:{own['PATH']}"}
         with (self.folder / f"screen{self.num_launches}_node{host}.txt").open("wb") as screen:
             return subprocess.Popen(
                 [str(word) for word in command],

@@ -15,9 +15,11 @@ import netns
 import psutil
 import pytest
 from helpers import make_features, tiny_recipe
-from launching import ROOT, environment, rvc_dist
+from launching import ROOT, environment, ranks, rvc_dist
 
+from rvc_dist.runtime.heartbeat import read_beats
 from rvc_dist.train import checkpoint
+from rvc_dist.workspace import Workspace
 
 pytestmark = netns.marks()
 
@@ -71,21 +73,21 @@ class Job:
             if only not in (None, i):
                 continue
             command = [
-                *[sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "launch/two_nodes.yaml"],
+                *["-m", "accelerate.commands.launch", "--config_file", ROOT / "launch/two_nodes.yaml"],
                 *["--num_processes", 2, "--machine_rank", i, "--main_process_ip", self.hosts[0].name],
                 *["--rdzv_backend", "c10d", "--rdzv_conf", rendezvous, "--max_restarts", max_restarts],
                 *["-m", "rvc_dist", "train", "--config", self.recipe, "--train.timeout_s", TIMEOUT_S],
             ]
-            more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            more = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             if i == 1:
                 clock = str(ROOT / "tests" / "fast_clock")
-                more |= {"CLOCK_AHEAD_S": "-3600", "PYTHONPATH": f"{clock}:{environment()['PYTHONPATH']}"}
+                more |= {"CLOCK_AHEAD_S": "-3600", "PYTHONPATH": f"{clock}:{more['PYTHONPATH']}"}
             with self.screen(i).open("wb") as screen:
                 self.launchers.append(
                     subprocess.Popen(
-                        host.command(*command),
+                        [sys.executable, "-SE", ROOT / "tests" / "warm_python.py", *map(str, command)],
                         cwd=ROOT,
-                        env=environment() | more,
+                        env=more | host.warm(ranks.server(more)),
                         stdout=screen,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
@@ -135,8 +137,15 @@ class Job:
 
     def rank(self, host: int) -> int:
         """Process id of the rank there."""
-        (found,) = (p for p in psutil.Process(self.launchers[host].pid).children() if "train" in p.cmdline())
-        return found.pid
+        beats = read_beats(Workspace(self.recipe.parent / "run", "tiny").logs_dir, 0.0)
+        (found,) = (beat["pid"] for beat in beats if beat["host"] == self.hosts[host].name)
+        return found
+
+    def launcher(self, host: int) -> int:
+        """Process id of the launcher there."""
+        inside = set(self.hosts[host].processes())
+        (found,) = (pid for pid in inside if psutil.Process(pid).ppid() not in inside)
+        return found
 
 
 @pytest.fixture
@@ -177,7 +186,7 @@ def test_what_a_network_does_and_what_is_killed_changes_no_bit(two, unbroken):
     job.wait_for_step(job.step() + 3)  # it goes on from a checkpoint at most 3 steps before
     assert job.num_continued == 1
 
-    job.launchers[0].kill()  # the coordinator
+    os.kill(job.launcher(0), signal.SIGKILL)  # the coordinator
     job.all_gone(TIMEOUT_S + 10)
     assert all(job.codes()), job.log()
     job.verify_newest()
