@@ -8,6 +8,7 @@ import gzip
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -404,10 +405,17 @@ def test_a_work_list_of_many_recordings_has_a_line_a_unit(tmp_path: Path, monkey
     path = tmp_path / "plan.json"
     path.write_text(plan.dumps())
     assert WorkList.load(path) == plan
-    monkeypatch.setattr(workspace, "MAX_PLAIN_RECORDINGS", 9)
+    monkeypatch.setattr(workspace, "MAX_PLAIN_RECORDINGS", 8)
     path.write_text(plan.dumps())
     assert len(path.read_text().splitlines()) == 1 + len(plan.units) + 1
     assert WorkList.load(path) == plan
+    monkeypatch.setattr(workspace, "RECORDINGS_A_LINE", 2)
+    others = replace(plan, excluded=tuple(replace(left_out, path=f"{i}.txt") for i in range(5)))
+    for some, num_lines in (others, 3), (replace(plan, excluded=()), 1):
+        path.write_text(some.dumps())
+        assert len(path.read_text().splitlines()) == 1 + len(plan.units) + num_lines, "of those that are left out, too"
+        assert WorkList.load(path) == some
+    path.write_text(plan.dumps())
     path.write_text(path.read_text().replace('"size": 10', '"size": -10', 1))
     with pytest.raises(StageError, match=r"units\[0\]\[0\]\.size: got -10, expected at least 0"):
         WorkList.load(path)
