@@ -115,7 +115,8 @@ def rvc_dist(
 ) -> str:
     """Run `rvc-dist ARGUMENTS` on `num_ranks` ranks, expect its exit code, return what it printed.
 
-    By accelerate with a file of launch/, else each by itself.
+    By accelerate with a file of launch/, else each by itself; with THIN in the environment, with networks of one layer
+    of each kind.
     """
     more = more_environment or {}
     if launch_file is None:

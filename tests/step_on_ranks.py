@@ -4,10 +4,9 @@ Usage: step_on_ranks.py FOLDER BATCH_SIZE STEPS OUTPUT
 Every FOLDER/*.yaml is a recipe, of which BATCH_SIZE replaces the batch size (times its grad_accum_steps); one whose
 name begins with `short` starts with the epoch's short batch. OUTPUT/NAME.safetensors gets the gradients and losses of
 the first step, the weights after the last, and the bytes sent in the first; of the recipe adamw what validation found
-before it. With THIN in the environment, the networks have one layer of each kind.
+before it.
 """
 
-import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from helpers import thin_networks
 from safetensors.torch import save_file
 
 from rvc_dist.config import Recipe, load_recipe
@@ -67,8 +65,6 @@ def keep_gradients(kept: dict[str, torch.Tensor], name: str, module: torch.nn.Mo
 def main() -> None:
     folder, batch_size, num_steps, output = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
-    if "THIN" in os.environ:
-        thin_networks(setattr)
     output.mkdir(exist_ok=True)
     for file in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(file)

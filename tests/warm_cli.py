@@ -258,6 +258,10 @@ def answer(client: socket.socket) -> None:
         sys.argv = [script or "rvc-dist", *words]
 
         def run() -> object:
+            if "THIN" in environment:
+                from helpers import thin_networks
+
+                thin_networks(setattr)
             if script:
                 return runpy.run_path(script, run_name="__main__")
             from rvc_dist.__main__ import main

@@ -1,7 +1,33 @@
-"""Every test of training begins without the ranks and the precision of the one before."""
+"""Every test of training begins without the ranks and the precision of the one before; smaller networks for many."""
 
 import pytest
 from accelerate.state import AcceleratorState
+from helpers import thin_networks
+
+from rvc_dist import choices
+from rvc_dist.models.shape import GeneratorShape
+
+WHOLE_SHAPE, WHOLE_DISCRIMINATORS = GeneratorShape.__dict__["from_recipe"], choices.DISCRIMINATORS
+
+
+@pytest.fixture(scope="module")
+def thin():
+    """One layer of each kind: a step takes half as long. By THIN in the environment, what `launching` starts has them.
+
+    For the tests of a module, but for those with `whole_networks`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        thin_networks(patch.setattr)
+        patch.setenv("THIN", "1")
+        yield
+
+
+@pytest.fixture
+def whole_networks(monkeypatch):
+    """For what is proved of all layers, in a module that has `thin`."""
+    monkeypatch.setattr(GeneratorShape, "from_recipe", WHOLE_SHAPE)
+    monkeypatch.setattr(choices, "DISCRIMINATORS", WHOLE_DISCRIMINATORS)
+    monkeypatch.delenv("THIN")
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from rvc_dist.train.voice_file import Dataset, voice_dict
 from rvc_dist.voice import export
 from rvc_dist.workspace import Shard, StageError
 
+pytestmark = pytest.mark.usefixtures("thin")
 BASE = {"ema_decay": 0.9, "adversarial_from_step": 3, "max_steps": 6, "eval_every_steps": 2, "save_every_steps": 1}
 GOOD = Quality(0.5, 6.0, 30.0, 0.05, 1.5, 0.9)
 WANTED = [
@@ -73,7 +74,7 @@ def test_a_discriminator_that_joins_later_warms_up_from_there():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Recipe:
+def whole(tmp_path_factory, thin) -> Recipe:
     """A run of six steps, of which D sees the last three."""
     recipe = tiny_recipe(tmp_path_factory.mktemp("whole"), **BASE, keep_checkpoints=9, num_workers=1)
     make_features(recipe, num_clips=12, speakers=(0, 1))

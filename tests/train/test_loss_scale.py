@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import make_features, thin_networks, tiny_recipe
+from helpers import make_features, tiny_recipe
 from launching import torchrun
 from test_resume import prepared
 from torch import nn
@@ -19,6 +19,7 @@ from rvc_dist.train.ddp import TrainedModule
 from rvc_dist.train.loss_scale import LossScale
 from rvc_dist.workspace import Shard, StageError
 
+pytestmark = pytest.mark.usefixtures("thin")
 CPU = torch.device("cpu")
 
 
@@ -105,8 +106,7 @@ def test_an_overflow_is_no_bad_step_unless_a_loss_of_some_rank_was_not_finite(fl
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    thin_networks(monkeypatch.setattr)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
     ends = []
     for name, stops in {"whole": (5,), "halves": (3, 5)}.items():
         for stop in stops:

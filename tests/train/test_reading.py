@@ -9,6 +9,7 @@ from rvc_dist.train.dataset import ClipTable, bytes_per_s
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.sampler import Sampling
 
+pytestmark = pytest.mark.usefixtures("thin")
 NODES = {"a large node": 10**9, "a small node": 10**6}
 
 
