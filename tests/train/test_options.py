@@ -1,4 +1,4 @@
-"""Options of training that are off by default: what each changes, exact resume, and the same steps on any ranks."""
+"""Options of training that are off by default: what each changes, and exact resume. On ranks: test_exactness.py."""
 
 from dataclasses import replace
 from typing import cast
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import changed, make_features, thin_networks, tiny_recipe, with_train
-from test_exactness import assert_same, first_steps
+from helpers import changed, make_features, tiny_recipe, with_train
+from test_exactness import MODELS
 
 from rvc_dist.config import ConfigError, LossConfig, Recipe, TrainConfig
 from rvc_dist.features.extractor import Extractor
@@ -20,6 +20,7 @@ from rvc_dist.voice import export, infer
 from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, StageError, Workspace
 
+pytestmark = pytest.mark.usefixtures("thin")
 EVERY_OPTION = {
     "d_updates": 2,
     "learning_rate_d": 3e-4,
@@ -28,12 +29,6 @@ EVERY_OPTION = {
     "mel_frames": "edge",
     "grad_accum_steps": 2,
 }
-MODELS = {"rvc": {}, "energy": {"energy": True}, "svc": {"architecture": "svc"}}
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
-    thin_networks(monkeypatch.setattr)
 
 
 def trained(recipe: Recipe, *steps: int) -> checkpoint.Checkpoint:
@@ -66,29 +61,6 @@ def test_a_run_that_stops_and_goes_on_ends_in_the_same_bits(tmp_path, model):
         other = results[1].optimizers[name]
         assert state.groups == other.groups
         assert all(torch.equal(value, other.tensors[key]) for key, value in state.tensors.items())
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path):
-    # AdaBelief is proved with the other optimizers; its steps from rounding noise alone are as large as others. Mel
-    # bands of a first, soft output lie at their floor, where a rounding turns a gradient: with frames at edges 1.5e-4
-    # of it, on one rank with other micro-batches as on two.
-    tame = {"optimizer": "adamw", "learning_rate_d": 3e-5, "mel_frames": "middle"}
-    cases = {model: EVERY_OPTION | tame for model in MODELS}
-    for model, train in cases.items():
-        folder = tmp_path / model
-        folder.mkdir()
-        one, two = (first_steps(folder, {model: train}, ranks, thin=True, **MODELS[model]) for ranks in (1, 2))
-        # The SVC decoder's nine harmonics cancel in part: 1.8e-5 of a gradient of conv_pre is rounding, 3.5e-5 of one
-        # of a residual block.
-        coarse = {"coarse": "generator.dec."} if model == "svc" else {}
-        assert_same(one[model], two[model], weights=1e-4, case=model, **coarse)
-        sent = {
-            net: sum(v.nbytes for k, v in two[model].items() if k.startswith(f"grad.{net}."))
-            for net in ("generator", "discriminator")
-        }
-        assert int(two[model]["bytes"]) == sent["generator"] + 2 * sent["discriminator"]
 
 
 def test_d_learns_at_its_own_rate_by_the_same_schedule(tmp_path):
