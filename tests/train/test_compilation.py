@@ -5,7 +5,9 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +15,24 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from functorch.compile import make_boxed_func
-from helpers import make_features, thin_networks, tiny_recipe, with_train
+from helpers import make_features, tiny_recipe, with_train
 from launching import torchrun
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
 
-from rvc_dist.choices import DISCRIMINATORS
+from rvc_dist import choices
 from rvc_dist.config import TrainConfig
 from rvc_dist.models.discriminator import MultiPeriodDiscriminator
 from rvc_dist.train import compilation, trainer
 from rvc_dist.train.checkpoint import MODELS
+
+pytestmark = pytest.mark.usefixtures("thin")
+
+
+def by_backend(compile_: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    """torch.compile with another backend than inductor."""
+    return lambda module, **_: compile_(module, backend=backend, dynamic=False)
 
 
 class FakeStep:
@@ -122,8 +131,8 @@ def test_a_choice_is_kept_with_the_run_until_what_it_depends_on_changes(tmp_path
 
 @pytest.mark.slow
 def test_compiled_networks_train_as_eager_ones_without_a_graph_break(tmp_path, monkeypatch):
-    """CPU inductor, clips of two lengths, validation, and a checkpoint. All layers in one graph: test_networks.py."""
-    thin_networks(monkeypatch.setattr)
+    """Clips of two lengths, validation, and a checkpoint. All layers in one graph: test_networks.py."""
+    monkeypatch.setattr(torch, "compile", by_backend(torch.compile, "aot_eager"))
     losses, weights = [], []
     for mode in ("never", "always"):
         recipe = tiny_recipe(tmp_path / mode, compile=mode, max_steps=4, eval_every_steps=4)
@@ -214,10 +223,8 @@ def test_the_first_step_of_a_process_that_had_no_trial_is_marked_too():
 @pytest.mark.slow
 def test_gradients_of_micro_batches_are_whole_though_cuda_graphs_reuse_their_memory(tmp_path, monkeypatch):
     """What compiled passes returned becomes NaN when a step begins, as it is overwritten on a GPU."""
-    thin_networks(monkeypatch.setattr)
     pool: list[torch.UntypedStorage] = []
-    real_compile, backend = torch.compile, in_a_pool(pool)
-    monkeypatch.setattr(torch, "compile", lambda module, **_: real_compile(module, backend=backend, dynamic=False))
+    monkeypatch.setattr(torch, "compile", by_backend(torch.compile, in_a_pool(pool)))
     monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", ModuleType("trees"))
 
     def overwrite():
@@ -244,13 +251,12 @@ def test_gradients_of_micro_batches_are_whole_though_cuda_graphs_reuse_their_mem
 def test_after_the_trial_networks_are_compiled_anew_inside_ddp_in_parts(monkeypatch):
     """Parts whose gradients are sent while those of others are still computed."""
     graphs: list[torch.fx.GraphModule] = []
-    real_compile = torch.compile
 
     def record(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda module, **_: real_compile(module, backend=record, dynamic=False))
+    monkeypatch.setattr(torch, "compile", by_backend(torch.compile, record))
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
     network, wave = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3))), torch.randn(2, 32)
     cpu = torch.device("cpu")
@@ -274,7 +280,7 @@ def test_parts_that_are_recorded_inside_ddp_have_the_same_gradients(monkeypatch)
     """By PyTorch's own backend, which on a CPU computes what it would record on a GPU."""
     monkeypatch.setattr(compilation, "records_graphs", lambda *_: True)
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
-    discriminator = MultiPeriodDiscriminator(DISCRIMINATORS["v2"], 64)
+    discriminator = MultiPeriodDiscriminator(choices.DISCRIMINATORS["v2"], 64)
     wave, cpu, ends = torch.randn(2, 1, 2400), torch.device("cpu"), []
     torch._dynamo.utils.counters.clear()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -294,8 +300,8 @@ def test_parts_that_are_recorded_inside_ddp_have_the_same_gradients(monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_compiled_networks_inside_ddp_average_their_gradients(tmp_path, monkeypatch):
-    monkeypatch.setenv("THIN", "1")
+def test_compiled_networks_inside_ddp_average_their_gradients(tmp_path):
+    """By the code of CPU inductor, which takes seconds of a C++ compiler a layer."""
     recipe = tiny_recipe(tmp_path / "run")
     make_features(recipe, num_clips=15)
     recipes = tmp_path / "recipes"
