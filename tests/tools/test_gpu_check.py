@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, environment, finish, start
+from launching import ROOT, environment, finish, ranks, start
 
 from rvc_dist.tools import gpu_check
 from rvc_dist.workspace import StageError
@@ -105,21 +104,32 @@ def test_rows_that_fail_are_told_from_those_that_cannot_be(tmp_path, monkeypatch
     assert len(json.loads((tmp_path / "gpu_check.json").read_text())) == 6
 
 
+EVERY_PART = """
+import os, sys, torch._dynamo
+from pathlib import Path
+from helpers import thin_networks
+from rvc_dist.tools import gpu_check
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    del os.environ[name]
+torch._dynamo.config.disable = True  # compiling takes minutes, however small the networks
+thin_networks(setattr)
+check = gpu_check.Check(Path(sys.argv[1]), tiny=True)
+check.folder.mkdir()
+check.__dict__["clips"] = [check.clips[0][:8000]]  # half a second
+for part in gpu_check.PARTS:
+    assert gpu_check.measure(check, part, *(gpu_check.STEPS if part == "steps" else ())), part
+gpu_check.table(check)
+"""
+
+
 @pytest.mark.slow
 def test_every_part_measures_without_a_gpu(tmp_path):
     """In one process, where the script has one for each; scaling is the steps again, under a launcher."""
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom rvc_dist.tools import gpu_check\n"
-        "check = gpu_check.Check(Path(sys.argv[1]), tiny=True)\ncheck.folder.mkdir()\n"
-        "for part in gpu_check.PARTS:\n"
-        "    assert gpu_check.measure(check, part, *(gpu_check.STEPS if part == 'steps' else ())), part\n"
-        "gpu_check.table(check)"
-    )
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, "-c", script, str(tmp_path / "gpu_check")]
-    output = subprocess.run(
-        command, env=environment() | on_cpu, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    ).stdout
+    script = tmp_path / "every_part.py"
+    script.write_text(EVERY_PART)
+    on_cpu = environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    code, output = ranks.start(1, str(script), [tmp_path / "gpu_check"], on_cpu).finish(600)
+    assert code == 0, output[-3000:]
     assert "FAILED" not in output, output[-3000:]
     rows = json.loads((tmp_path / "gpu_check" / "gpu_check.json").read_text())
     assert {row["part"] for row in rows} == set(gpu_check.PARTS)
