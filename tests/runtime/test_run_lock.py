@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 from helpers import make_features, tiny_recipe
-from launching import finish, kill, start
+from launching import TIMEOUT_S, environment, ranks, rvc_dist
 
 from rvc_dist.runtime import run_lock
 from rvc_dist.runtime.run_lock import RunLock
@@ -282,29 +281,24 @@ def test_a_second_job_is_refused_until_the_first_is_dead(tmp_path):
     make_features(recipe)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "rvc_dist", "train", "--config", str(file)]
-    first = start(command)
+    command = ["train", "--config", file]
+    first = ranks.start(1, "", command, environment())
     try:
-        for line in first.stdout:
-            if "saved" in line:
-                break
-        else:
-            pytest.fail(first.communicate()[0])
-        second = start(command)
-        output = finish(second)
-        assert second.returncode == 1, output
+        if not any("saved" in line for line in first.lines()):
+            pytest.fail(first.said())
+        second = ranks.start(1, "", command, environment())
+        pid = second.pid
+        code, output = second.finish(TIMEOUT_S)
+        assert code == 1, output
         assert f"rvc-dist train: {tmp_path / 'run'} is being trained by pid {first.pid} on" in output
         assert "Traceback" not in output
-        assert first.poll() is None, "the first goes on"
+        assert not first.wait(0), "the first goes on"
         logs = Workspace(recipe.run_dir, recipe.name).logs_dir
-        assert f"pid {second.pid}" not in (logs / "rank_00000.log").read_text(), "that is the first one's log"
+        assert f"pid {pid}" not in (logs / "rank_00000.log").read_text(), "that is the first one's log"
         assert not list(logs.glob("failed_rank_*"))
     finally:
-        kill(first)
-        first.communicate()
+        first.kill()
     began_at = time.monotonic()
-    again = start([*command, "--train.max_steps", "1"])  # less than it has
-    assert "already trained" in finish(again)
-    assert again.returncode == 0
+    assert "already trained" in rvc_dist(1, *command, "--train.max_steps", 1)  # less than it has
     assert time.monotonic() - began_at < run_lock.STALE_S
     assert not (tmp_path / "run" / "train.lock").exists()
