@@ -7,11 +7,10 @@ import errno
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -275,25 +274,19 @@ def test_what_a_killed_job_left_is_cleared_and_its_units_are_kept(recipe: Recipe
         assert again.clips_file(1).read_bytes() == bytes(data)
 
 
-RANK = """
-import sys, time
-from pathlib import Path
-from rvc_dist.config import load_recipe
-from rvc_dist.data.remote import Fetcher, data_of
-run = data_of(load_recipe(Path(sys.argv[1])))
-fetcher = Fetcher(run)
-print(fetcher._process.pid, flush=True)
-time.sleep(60)
-"""
+def hold(run: RemoteRun, told: Connection) -> None:
+    told.send(Fetcher(run)._process.pid)
+    time.sleep(60)
 
 
-def test_the_fetcher_ends_with_a_rank_that_is_killed(recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, "-c", RANK, str(tmp_path / "recipe.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rank:
-        assert rank.stdout is not None
-        fetching = psutil.Process(int(rank.stdout.readline()))
-        rank.kill()
+def test_the_fetcher_ends_with_a_rank_that_is_killed(recipe: Recipe) -> None:
+    told, tell = multiprocessing.Pipe(duplex=False)
+    rank = multiprocessing.get_context("fork").Process(target=hold, args=(opened(recipe), tell))
+    rank.start()
+    assert told.poll(30)
+    fetching = psutil.Process(told.recv())
+    rank.kill()
+    rank.join()
     fetching.wait(5)
 
 

@@ -107,13 +107,14 @@ def cents(f0: Tensor, reference: Tensor) -> Tensor:
     return 1200.0 * torch.log2(f0[voiced] / reference[voiced])
 
 
-def check_accuracy(method: F0Method) -> None:
+def check_accuracy(method: F0Method, num_frames: int = 260) -> None:
     wave, truth = sung_phrase()
-    f0 = method(wave[None])[0]
-    assert f0.shape == truth.shape
     judged = away_from_edges(truth > 0)
     sung, silent = judged & (truth > 0), judged & (truth == 0)
     assert (sung.sum(), silent.sum()) == (116, 64)
+    truth, sung, silent = truth[:num_frames], sung[:num_frames], silent[:num_frames]
+    f0 = method(wave[None, : num_frames * F0_HOP])[0]
+    assert f0.shape == truth.shape
     assert not f0[silent].any()
     near = (cents(f0[sung], truth[sung]).abs() < 20.0).sum()  # an unvoiced frame is not near
     assert near >= 0.95 * sung.sum()
@@ -126,7 +127,8 @@ def test_within_20_cents_of_a_sung_phrase(methods: dict[str, F0Method], name: st
 
 @pytest.mark.slow
 def test_crepe_full_within_20_cents_of_a_sung_phrase() -> None:
-    check_accuracy(load_f0(ExtractConfig(f0_method="crepe"), CPU))
+    """Of half of it: a frame takes a tenth of a second."""
+    check_accuracy(load_f0(ExtractConfig(f0_method="crepe"), CPU), num_frames=140)
 
 
 @each
