@@ -23,8 +23,11 @@ STAGES = ("preprocess", "extract", "index", "train", "export", "infer")
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Four recordings of the demo voice, and one that is none."""
-    folder = tmp_path_factory.mktemp("audio")
+    """Four recordings of the demo voice, and one that is none; some of the source lies beside them."""
+    folder = tmp_path_factory.mktemp("data") / "audio"
+    folder.mkdir()
+    wave, rate = soundfile.read(SOURCE, frames=4 * 16000)
+    soundfile.write(folder.parent / SOURCE.name, wave, rate)
     for name in ("000", "005", "025", "050"):
         shutil.copy(VOICE / f"{name}.flac", folder)
     (folder / "notes.wav").write_text("this is no sound")
@@ -42,7 +45,7 @@ def runs(dataset, tmp_path_factory):
             "data.audio_dir": dataset,
             "train.max_steps": 3,
             "train.eval_every_steps": 2,
-            "infer.input": SOURCE,
+            "infer.input": dataset.parent / SOURCE.name,
             "infer.output": folder / "out.wav",
         }
         arguments = ["--config", ROOT / "configs" / "demo_cpu.yaml"]
@@ -50,7 +53,7 @@ def runs(dataset, tmp_path_factory):
         stages = STAGES if num_ranks == 2 else ("run", "infer")
         said = [rvc_dist(num_ranks, stage, *arguments, more_environment=ONLY_CORE) for stage in stages]
         (folder / "output.txt").write_text("".join(said))
-        (folder / "again.txt").write_text(rvc_dist(num_ranks, "run", *arguments))
+        (folder / "again.txt").write_text(rvc_dist(num_ranks, "run", *arguments, more_environment=ONLY_CORE))
     return folders
 
 
@@ -74,7 +77,7 @@ def test_the_bad_file_is_in_the_report_and_the_good_ones_are_used(runs, num_rank
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_the_voice_converts(runs, num_ranks):
+def test_the_voice_converts(dataset, runs, num_ranks):
     folder = runs[num_ranks]
     voice = torch.load(folder / "voice" / "demo_last.pth", weights_only=True)
     assert voice["step"] == 3
@@ -83,7 +86,7 @@ def test_the_voice_converts(runs, num_ranks):
     assert (folder / "voice" / "demo_best.pth").is_file()
     assert len(list((folder / "index").glob("added_IVF*_Flat_nprobe_9_demo_v2.index"))) == 1
     wave, rate = soundfile.read(folder / "out.wav")
-    source = soundfile.info(SOURCE)
+    source = soundfile.info(dataset.parent / SOURCE.name)
     assert rate == 24000
     assert len(wave) == round(source.duration * rate)
     assert np.isfinite(wave).all()
