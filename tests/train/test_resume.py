@@ -1,7 +1,6 @@
 """A run that is killed and started again ends as one that never was: the same bits, the same curves."""
 
 import random
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from launching import environment, ranks, rvc_dist
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rvc_dist.config import Recipe
+from rvc_dist.config import Recipe, load_recipe
 from rvc_dist.report.history import read_history
 from rvc_dist.train import checkpoint
 
@@ -27,13 +26,21 @@ def prepared(folder: Path, **train: object) -> Path:
 
 
 def kill_at(recipe: Path, num_ranks: int, step: int, more_environment: dict[str, str] | None = None) -> bool:
-    """Run until the log shows `step`, then kill every process at once; False when the run ended before."""
+    """Run until the history has `step`, then kill every process at once; False when the run ended before.
+
+    The log shows steps only after ten seconds.
+    """
+    file = Path(load_recipe(recipe).run_dir) / "metrics.jsonl"
+    begun = sum(line["kind"] == "run" for line in read_history(file))
     job = ranks.start(num_ranks, "", ["train", "--config", recipe], environment() | (more_environment or {}))
     try:
-        while not any(int(shown) >= step for shown in re.findall(r"step (\d+)/", job.said())):
+        while True:
+            lines = read_history(file)
+            runs = sum(line["kind"] == "run" for line in lines)
+            if runs > begun and any(line["kind"] == "step" and line["step"] >= step for line in lines):
+                return True
             if job.wait(0.02) and not job.ranks:
                 return False
-        return True
     finally:
         job.kill()
 
