@@ -106,6 +106,7 @@ def train_to(
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("whole_networks")  # which accelerate's launch of one process has
 def test_a_run_goes_on_from_the_same_state_on_another_number_of_ranks(tmp_path):
     """The global batch stays the same here, so that the weights have to. Two launch files work without GPUs too."""
     results = {}
