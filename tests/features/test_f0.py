@@ -267,7 +267,7 @@ def test_methods_agree_with_crepe_on_speech(methods: dict[str, F0Method]) -> Non
 
 @pytest.mark.slow
 def test_methods_agree_with_crepe_full_on_speech(methods: dict[str, F0Method]) -> None:
-    check_agreement(load_f0(ExtractConfig(f0_method="crepe"), CPU), speech(2.0), methods)
+    check_agreement(load_f0(ExtractConfig(f0_method="crepe"), CPU), speech(4.0), methods)
 
 
 NOISE = {"crepe-tiny": 0.25, "pyin": 0.15}
