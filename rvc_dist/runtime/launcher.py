@@ -9,14 +9,14 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from rvc_dist.choices import DEEPSPEED, OPTIMIZERS
 from rvc_dist.config import TrainConfig
 from rvc_dist.workspace import StageError
+
+if TYPE_CHECKING:  # `status` counts ranks too, and waits for no torch
+    from accelerate import Accelerator
 
 ZERO_STAGES = (1, 2)
 LOST_AFTER, LEAST_LOST_S = "RVC_DIST_LOST_AFTER_S", 3.0
@@ -89,6 +89,8 @@ def check_deepspeed(config: TrainConfig) -> None:
         StageError: it is not installed, the optimizer looks at more than one number at a time, or the recipe asks for
             fp16.
     """
+    import torch
+
     if importlib.util.find_spec("deepspeed") is None:
         raise StageError(*DEEPSPEED.missing("this launcher's configuration"))
     if config.autocast_precision == "fp16":

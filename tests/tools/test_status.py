@@ -283,5 +283,5 @@ def test_the_command_line_has_several_runs_and_json(run: Recipe, made: Recipe) -
     assert many[0] == one
     assert one.keys() == {
         "run", "kind", "what", "notes", "name", "state", "running", "lock", "last", "checkpoint", "damaged_checkpoints",
-        "voices", "training", "stages", "requeue", "failures",
+        "voices", "training", "stages", "requeue", "failures", "data",
     }  # fmt: skip
