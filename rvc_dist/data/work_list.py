@@ -134,10 +134,11 @@ class SharedPass:
 
     def remove(self) -> None:
         """Its files, and those of passes that came to no end and are old."""
-        old = [path for path in self.folder.parent.glob("*") if time.time() - path.stat().st_mtime > STALE_TMP_S]
-        for path in (self.folder, *old):
-            shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others remove them at the same time
+            for path in self.folder.parent.glob("*"):
+                if time.time() - path.stat().st_mtime > STALE_TMP_S:
+                    shutil.rmtree(path, ignore_errors=True)
             self.folder.parent.rmdir()
 
 
