@@ -157,9 +157,14 @@ def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno) + room, str(path)) from error
 
 
+def existing_folder(path: Path) -> Path:
+    """The folder `path`, or the nearest above it that exists: whose disk it will be on."""
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+
+
 def space(path: Path, num_bytes: int | None = None) -> str:
     """For a sentence: what a file or folder needs, what its disk has, and what this process may write."""
-    free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.is_dir())).free
+    free = shutil.disk_usage(existing_folder(path)).free
     parts = [f"{num_bytes / 1e6:.3f} MB needed"] if num_bytes is not None else []
     parts.append(f"{free / 1e6:.0f} MB free")
     with contextlib.suppress(ImportError):

@@ -38,13 +38,10 @@ from rvc_dist.files import ForeignFileError, atomic_write, beside, disk_errors, 
 from rvc_dist.schema import Count, FileName, parse_json, record
 from rvc_dist.screen import ProgressBar
 from rvc_dist.workspace import (
-    FeaturesHeader,
     Shard,
     StageError,
     Workspace,
     fingerprint,
-    unit_files,
-    unit_header,
 )
 
 logger = logging.getLogger(__name__)
@@ -307,7 +304,7 @@ class Frames:
             for clip in clips:
                 found.setdefault(clip.speaker, {}).setdefault(path, []).append(clip)
         every = {speaker: replace(self, units=list(found[speaker].items())) for speaker in sorted(found)}
-        return dict((speaker, own) for speaker, own in every.items() if len(own))
+        return {speaker: own for speaker, own in every.items() if len(own)}
 
     @classmethod
     def find(cls, work: Workspace) -> Frames:
@@ -317,8 +314,7 @@ class Frames:
             StageError: there is none, or a file is damaged.
         """
         units, width, stamps = [], 0, {}
-        for path in unit_files(work.features_dir):
-            header = unit_header(path, FeaturesHeader, "extract")
+        for _, path, header in work.unit_headers():
             clips = [ClipFrames(i, c["speaker"], c["num_content"]) for i, c in enumerate(header["clips"])]
             width = header["embedder"]["width"] if any(clip.length for clip in clips) else width
             units.append((path, clips))

@@ -20,6 +20,7 @@ from rvc_dist.features import feature_files
 from rvc_dist.features.extractor import Extractor
 from rvc_dist.features.f0 import load_f0
 from rvc_dist.features.precision import check_device
+from rvc_dist.files import existing_folder
 from rvc_dist.runtime.accelerator import check_launcher
 from rvc_dist.runtime.device import check_precision
 from rvc_dist.tools.doctor.findings import Fact, Finding, Findings, Problem, Severity, Skipped, error, same, warning
@@ -43,7 +44,7 @@ def check_remote(context: DoctorContext) -> Findings:
         yield Skipped("clips and features are read from the run folder")
         return
     folder = cache_folder(recipe)
-    disk = next(p for p in folder.parents if p.is_dir())
+    disk = existing_folder(folder.parent)
     with tempfile.TemporaryDirectory(dir=disk, prefix=".doctor_") as trial:  # so that the cache can be written, too
         path = Path(trial, MANIFEST)
         Storage(url, ATTEMPTS).fetch(MANIFEST, path)

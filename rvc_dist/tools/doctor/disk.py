@@ -14,7 +14,7 @@ from pathlib import Path
 from rvc_dist.config import F0_PER_S
 from rvc_dist.data.number_formats import clip_bytes_per_s, feature_bytes_per_s
 from rvc_dist.features import index_file
-from rvc_dist.files import atomic_write
+from rvc_dist.files import atomic_write, existing_folder
 from rvc_dist.tools.doctor.data import recorded_seconds
 from rvc_dist.tools.doctor.findings import Fact, Findings, error, ranks_text, same, warning
 from rvc_dist.tools.doctor.ranks import DoctorContext, RankGroup
@@ -42,7 +42,7 @@ def check_disk(context: DoctorContext) -> Findings:
     yield Fact("for the data stages", data / 1e9, "GB")
     # The newest ones, the best, and the one being written before the oldest goes.
     total = data + (config.keep_checkpoints + 2) * one + voices - kept
-    folder = next(p for p in (work.root, *work.root.absolute().parents) if p.is_dir())
+    folder = existing_folder(work.root)
     yield from room(folder, data + one, total)
 
 
