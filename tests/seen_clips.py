@@ -1,8 +1,7 @@
 """Imported by ranks: they note what each step trains on, in SEEN/PORT_RANK.jsonl; the port is that of one meeting.
 
 The first line is written when the rank begins, then one precedes each step, since a rank may die when others have made
-use of its clips, and one follows it. SEEN/pace holds the seconds that a step is to
-take longer than it does.
+use of its clips, and one follows it. SEEN/pace holds the seconds that a step is to take longer than it does.
 """
 
 import json

@@ -39,7 +39,7 @@ with socket.socket(socket.AF_UNIX) as server:
     server.recv(8)
     sys.exit(int(server.recv(8)))
 """
-START_S = 400
+START_S = 120
 NOTHING: Mapping[str, str] = {}
 READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "TORCH", "OMP_")
 """How variables begin that count only in a process that starts with them."""
