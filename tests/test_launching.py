@@ -20,6 +20,7 @@ from warm_cli import Job
 from rvc_dist import __main__ as cli
 from rvc_dist import packaged
 
+pytestmark = pytest.mark.usefixtures("thin_ranks")
 LAUNCH = packaged.folder("launch")
 
 

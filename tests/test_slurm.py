@@ -24,6 +24,7 @@ from rvc_dist import __main__ as cli
 from rvc_dist.train import checkpoint
 from rvc_dist.workspace import DEMO_VOICE_DIR, Workspace
 
+pytestmark = pytest.mark.usefixtures("thin_ranks")
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
 JOBS = sorted(path.name for path in SLURM.glob("*.sbatch"))

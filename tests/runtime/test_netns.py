@@ -23,7 +23,7 @@ from rvc_dist.workspace import Workspace
 
 pytestmark = netns.marks()
 
-NUM_STEPS = 24
+NUM_STEPS = 18
 TIMEOUT_S = 8
 """What a rank waits for the others."""
 START_S = 120
