@@ -240,6 +240,7 @@ def expected(kind: Any, value: object = None) -> str:
     return rules[0].expects(value) if rules else "a list" if origin is list else "keys"
 
 
+@cache
 def types_of(kind: Any) -> frozenset[type]:
     """The types that plain values of `kind` have; none where it is a record."""
     origin, arguments, rules = _parts(kind)
@@ -290,7 +291,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+_SafeLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The one of libyaml, where PyYAML has it: a recipe is read many times, and Python's own takes 25 ms for it."""
+
+
+class _Loader(_SafeLoader):
     """Plain data; 1e-4 is a number and a date a text; no key twice, of which only the last would count."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own)
@@ -332,7 +337,7 @@ def parse_yaml(data: bytes) -> Any:
     total = 0
     try:
         text = data.decode()
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text, _SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor in {anchor for anchor, _ in opened}:
                     raise ForeignFileError(f"{event.anchor} holds itself")
