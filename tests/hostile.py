@@ -1,8 +1,8 @@
 """Files that nobody should have to trust: made by kind and seed, and given to what reads them.
 
-`python hostile.py FIRST END FOLDER KIND...` makes and reads the inputs of these numbers of each kind (for END 0, as many
-as it has) in one process, and prints a line of JSON for each: how it ended, after how long, and how much more memory
-than before it took meanwhile.
+`python hostile.py FIRST END FOLDER KIND...` makes and reads the inputs of these numbers of each kind (for END 0, as
+many as it has) in one process, and prints a line of JSON for each: how it ended, after how long, and how much more
+memory than before it took meanwhile.
 
 A kind is an entry of KINDS: what must lie beside the hostile file, how to make one of a seed, and what reads it.
 """
