@@ -41,7 +41,7 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 START_S = 120
 NOTHING: Mapping[str, str] = {}
-READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "TORCH", "OMP_")
+READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "TORCH", "OMP_", "IMPORTED")
 """How variables begin that count only in a process that starts with them."""
 LINGER_S = 30
 """What torchrun gives the ranks beside one that failed."""
@@ -202,10 +202,15 @@ def serve(address: str) -> None:
         *modules,
         "faiss",
         "librosa",
+        "rvc_dist.features.f0_signal",  # this and the next three for the first validation, 2 s of each rank
+        "scipy.interpolate",
+        "soxr",
+        "tensorboard.plugins.hparams.metadata",
         "torch._dynamo",
         "torch.distributed.run",
         "torch.utils.tensorboard",
         "rvc_dist.features.content",
+        *os.environ.get("IMPORTED", "").split(),  # what the commands of a few tests need besides
     ):
         with contextlib.suppress(ImportError):  # where a test forbids it
             importlib.import_module(module)
@@ -240,14 +245,6 @@ def end_as_python(work: Callable[[], object]) -> NoReturn:
     os._exit(code)  # taking the libraries down takes longer than many a command
 
 
-def launch_here(_: str, command: list[str], environment: dict[str, str]) -> NoReturn:
-    """Become the launcher of `command`, as os.execve does, without a new Python; its ranks are forks, too."""
-    os.environ.update(environment)
-    sys.argv = [LAUNCHER, command[command.index("--num_processes") + 1], *command[2:]]
-    runpy.run_path(LAUNCHER, run_name="__main__")
-    sys.exit(0)
-
-
 def answer(client: socket.socket) -> None:
     """Run one command in a process of its own, and tell its exit code."""
     size, fds, _, _ = socket.recv_fds(client, 4, 2)
@@ -274,7 +271,6 @@ def answer(client: socket.socket) -> None:
                 return runpy.run_path(script, run_name="__main__")
             from rvc_dist.__main__ import main
 
-            os.execve = launch_here  # of `rvc-dist launch`
             sys.exit(main(words))
 
         end_as_python(run)
