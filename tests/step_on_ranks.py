@@ -4,9 +4,10 @@ Usage: step_on_ranks.py FOLDER BATCH_SIZE STEPS OUTPUT
 Every FOLDER/*.yaml is a recipe, of which BATCH_SIZE replaces the batch size (times its grad_accum_steps); one whose
 name begins with `short` starts with the epoch's short batch. OUTPUT/NAME.safetensors gets the gradients and losses of
 the first step, the weights after the last, and the bytes sent in the first; of the recipe adamw what validation found
-before it.
+before it. COMPILER in the environment is the backend of torch.compile; inductor takes minutes.
 """
 
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -66,6 +67,9 @@ def main() -> None:
     folder, batch_size, num_steps, output = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
     output.mkdir(exist_ok=True)
+    if "COMPILER" in os.environ:
+        compile_ = torch.compile
+        torch.compile = lambda module, **_: compile_(module, backend=os.environ["COMPILER"], dynamic=False)
     for file in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(file)
         size = batch_size // recipe.train.grad_accum_steps
