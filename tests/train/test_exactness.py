@@ -13,14 +13,14 @@ from rvc_dist.choices import OPTIMIZERS, VOCODERS
 from rvc_dist.config import LossConfig
 
 pytestmark = pytest.mark.usefixtures("thin")
-STEPS = 3
+STEPS = 2
 GLOBAL_BATCH = 4
 CASES: dict[str, dict[str, object]] = {
     "adamw": {},
     "short": {"max_grad_norm": 1.0},
     "compressed": {"grad_compression": "bf16"},
     "accumulated": {"grad_accum_steps": 2},
-    "base": {"adversarial_from_step": 2, "ema_decay": 0.9, "warmup_steps": 2},
+    "base": {"adversarial_from_step": 1, "ema_decay": 0.9, "warmup_steps": 1},
     "kept": {"keep_global_batch": 3},  # by two ranks, of which one has two clips and the other one
 }
 WITHOUT_LOADERS = {"num_workers": 0}  # which the cases above have
