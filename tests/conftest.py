@@ -9,7 +9,7 @@ worker waits.
 import fcntl
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             return (yield)
         finally:
             fcntl.flock(running, fcntl.LOCK_UN)  # closing is not enough: a forked process may still hold it open
+
+
+@pytest.fixture(scope="module")
+def thin_ranks() -> Iterator[None]:
+    """The forks that `launching` makes train networks of one layer of each kind: a step takes half as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THIN", "1")
+        yield
 
 
 def pytest_sessionfinish() -> None:

@@ -45,6 +45,10 @@ def make_rank() -> None:
     words, environment = json.loads(asked)
     os.environ.clear()
     os.environ.update(environment)
+    if "THIN" in environment:
+        from helpers import thin_networks
+
+        thin_networks(setattr)
     end_as_python(run(words[words[1] == "-u" :][1:]))
 
 
@@ -60,8 +64,17 @@ class ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
             json.dump([options[0], options[6]], stream)
 
 
+def become(_: str, command: list[str], environment: dict[str, str]) -> None:
+    """In the place of `os.execve`, by which `rvc-dist launch` gives its process to torchrun."""
+    os.environ.clear()
+    os.environ.update(environment)
+    run(command[1:])()
+    sys.exit()
+
+
 if __name__ == "__main__":
     for _ in range(int(sys.argv[1])):
         make_rank()
     subprocess_handler.Popen = ForkedRank  # type: ignore[misc]
+    os.execve = become  # type: ignore[assignment]
     run(["-m", *sys.argv[2:]])()

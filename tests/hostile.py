@@ -1,8 +1,8 @@
 """Files that nobody should have to trust: made by kind and seed, and given to what reads them.
 
-`python hostile.py COUNT FOLDER KIND...` makes and reads COUNT inputs of each kind (for 0, as many as it has) in one
-process, and prints a line of JSON for each input: how it ended, after how long, the most memory meanwhile, and how
-much more than before.
+`python hostile.py FIRST END FOLDER KIND...` makes and reads the inputs of these numbers of each kind (for END 0, as
+many as it has) in one process, and prints a line of JSON for each: how it ended, after how long, and how much more
+memory than before it took meanwhile.
 
 A kind is an entry of KINDS: what must lie beside the hostile file, how to make one of a seed, and what reads it.
 """
@@ -944,7 +944,7 @@ KINDS: dict[str, Kind] = {
         60, lambda folder: (folder / "voice.pth").write_bytes(saved(voice())), make_inspected, read_inspected
     ),
     "features": Kind(80, prepare_features, make_features, read_features),
-    "index": Kind(120, lambda folder: None, make_index, read_index),
+    "index": Kind(140, lambda folder: None, make_index, read_index),
     "npy": Kind(80, prepare_experiment, make_npy, read_npy),
     "run": Kind(80, prepare_run, make_run, read_run),
     "recipe": Kind(
@@ -954,7 +954,7 @@ KINDS: dict[str, Kind] = {
         lambda folder: told("run", lambda: load_recipe(folder / "r.yaml")),
     ),
     "import": Kind(80, prepare_experiment, make_import, read_npy),
-    "speakers": Kind(60, prepare_speakers, make_speakers, read_npy),
+    "speakers": Kind(40, prepare_speakers, make_speakers, read_npy),
     "lock": Kind(40, prepare_lock, make_lock, read_lock),
     "beat": Kind(30, prepare_beats, make_beats, read_beats),
     "results": Kind(
@@ -994,7 +994,7 @@ def run_one(kind: Kind, base: Path, folder: Path, rng: Random) -> dict[str, Any]
     ways = ("features not imported", "nothing can be read of", "locked by", "left out: ", "called by the id")
     said = [s for s in screen.getvalue().splitlines() if s.startswith("rvc-dist ") or any(way in s for way in ways)]
     most, _ = memory()
-    return {"code": code, "s": seconds, "bytes": most, "more": most - before, "said": said, "traceback": ended}
+    return {"code": code, "s": seconds, "more": most - before, "said": said, "traceback": ended}
 
 
 def write_line(data: dict[str, Any]) -> None:
@@ -1002,7 +1002,7 @@ def write_line(data: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def run(name: str, count: int, folder: Path) -> None:
+def run(name: str, numbers: range, folder: Path) -> None:
     kind = KINDS[name]
     base = folder / "base"
     (folder / "input").mkdir(parents=True)
@@ -1012,7 +1012,7 @@ def run(name: str, count: int, folder: Path) -> None:
     shutil.copytree(base, folder / "input")
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         kind.read(folder / "input")
-    for number in range(count):
+    for number in numbers:
         # An input that ends this process leaves only its number.
         write_line({"kind": name, "number": number})
         rng = np.random.default_rng([zlib.crc32(name.encode()), number])
@@ -1023,5 +1023,6 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     torch.set_num_threads(1)
     thin_generators(setattr)  # a healthy file of many layers takes long to read, and is no other file
-    for kind_name in sys.argv[3:]:
-        run(kind_name, int(sys.argv[1]) or KINDS[kind_name].count, Path(sys.argv[2]) / kind_name)
+    first, end, base, *kinds = sys.argv[1:]
+    for kind_name in kinds:
+        run(kind_name, range(int(first), int(end) or KINDS[kind_name].count), Path(base) / kind_name)

@@ -1,6 +1,7 @@
 """Starts rvc_dist and helper scripts as a user does, on one rank or several, and never leaves a process behind."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -98,10 +99,19 @@ def launch(num_ranks: int, *words: object, launch_file: str | None = None, **mor
 
 
 def forking_python(folder: Path) -> Path:
-    """A `python` in `folder` for scripts of launch/: its torchrun forks the one rank of its node, else it is ours."""
+    """A `python` in `folder` for scripts: its torchrun forks the one rank of its node, else it is ours.
+
+    Stages but train run in a fork of this worker's server: they need no signals of those who start them.
+    """
     path = folder / "python"
-    launch = f'exec {sys.executable} {LAUNCHER} 1 "${{@:2}}"'
-    path.write_text(f'#!/usr/bin/env bash\n[[ $2 != torch.distributed.run ]] || {launch}\nexec {sys.executable} "$@"\n')
+    client = f"{sys.executable} -SE {ROOT / 'tests' / 'warm_python.py'}"
+    path.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ $2 != torch.distributed.run ]] || exec {sys.executable} {LAUNCHER} 1 "${{@:2}}"\n'
+        f"export WARM='{json.dumps([ranks.server(environment()), ''])}'\n"
+        f'[[ $2 != rvc_dist || $3 == train ]] || exec {client} "${{@:3}}"\n'
+        f'exec {sys.executable} "$@"\n'
+    )
     path.chmod(0o755)
     return path
 

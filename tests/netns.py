@@ -39,7 +39,7 @@ INSIDE = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
 def marks() -> list[pytest.MarkDecorator]:
     """Of tests on two hosts."""
     skip = pytest.mark.skipif(bool(missing()), reason=missing() or "never")
-    return [pytest.mark.root, pytest.mark.slow, pytest.mark.distributed, skip]
+    return [pytest.mark.root, pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("thin_ranks"), skip]
 
 
 def missing() -> str:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 
-from forked_launcher import ForkedRank, make_rank, run, subprocess_handler
+from forked_launcher import ForkedRank, become, make_rank, run, subprocess_handler
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000
 NUM_STARTS = 12
@@ -28,14 +28,6 @@ def enter(namespace: str, name: str, hosts_file: str) -> None:
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "--bind", hosts_file, "/etc/hosts"], check=True)
     socket.sethostname(name)
-
-
-def become(_: str, command: list[str], environment: dict[str, str]) -> None:
-    """In the place of `os.execve`, by which the command gives its process to torchrun."""
-    os.environ.clear()
-    os.environ.update(environment)
-    run(command[1:])()
-    sys.exit()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from helpers import make_features, tiny_recipe, workspace_of
+from helpers import make_features, tiny_recipe, with_train, workspace_of
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSetSpec
 from launching import ROOT, environment, finish, forking_python, kill, start
 from torch.distributed.run import config_from_args, parse_args
@@ -35,6 +35,7 @@ else:
     import tomli as tomllib  # pytest's own dependency before 3.11
 
 Document = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("thin_ranks")
 FOLDER = ROOT / "launch" / "kubernetes"
 IN_IMAGE = "/opt/rvc_dist"
 CORE = "1.33"
@@ -432,7 +433,7 @@ def test_term_is_for_one_of_the_nodes_that_come_and_go_and_else_for_the_run(
 @pytest.fixture
 def two_pods(tmp_path: Path) -> Iterator[Callable[[], list[subprocess.Popen[str]]]]:
     """Starts a training as the JobSet does, on two pods of one rank each; none outlives the test."""
-    recipe = tiny_recipe(tmp_path / "run", max_steps=30)
+    recipe = tiny_recipe(tmp_path / "run", max_steps=200)
     make_features(recipe)
     (tmp_path / "my.yaml").write_text(recipe.to_yaml())
     forking_python(tmp_path)
@@ -459,9 +460,10 @@ def two_pods(tmp_path: Path) -> Iterator[Callable[[], list[subprocess.Popen[str]
 def test_a_pod_that_is_drained_stops_all_and_the_next_try_continues(
     two_pods: Callable[[], list[subprocess.Popen[str]]], tmp_path: Path
 ) -> None:
-    work = workspace_of(tiny_recipe(tmp_path / "run"))
+    recipe = tiny_recipe(tmp_path / "run")
+    work = workspace_of(recipe)
     pods = two_pods()
-    while not (work.rank_log(0).is_file() and " step 2/30" in work.rank_log(0).read_text()):
+    while not (work.rank_log(0).is_file() and " step 2/200" in work.rank_log(0).read_text()):
         assert [each.poll() for each in pods] == [None, None], "they train"
         time.sleep(0.1)
     pods[1].send_signal(signal.SIGTERM)  # to the one process that a kubelet knows
@@ -469,8 +471,9 @@ def test_a_pod_that_is_drained_stops_all_and_the_next_try_continues(
     assert [each.returncode for each in pods] == [75, 75], outputs[0][-3000:] + outputs[1][-3000:]
     (newest,) = checkpoint.list_checkpoints(work.checkpoints_dir)
     last = int(newest.name.removeprefix("step_"))
-    assert 0 < last < 30
+    assert 0 < last < 200
     assert json.loads(work.requeue_file.read_text())["step"] == last
+    (tmp_path / "my.yaml").write_text(with_train(recipe, max_steps=last + 2).to_yaml())
     pods = two_pods()
     outputs = [finish(each) for each in pods]
     assert [each.returncode for each in pods] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]

@@ -189,7 +189,7 @@ def test_errors_are_those_of_the_program() -> None:
 def test_commands_run(scratch: Path) -> None:
     """Page by page, in one folder, as a reader would type them who has my.yaml, recordings and no GPU.
 
-    What `rvc-dist new` writes for a card becomes as narrow as my.yaml.
+    What `rvc-dist new` writes for a card becomes as narrow as my.yaml, and networks have a layer of each kind.
     """
     (scratch / "bin").mkdir()
     environment = os.environ | {
@@ -198,6 +198,7 @@ def test_commands_run(scratch: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "ACCELERATE_USE_CPU": "true",
+        "THIN": "1",
     }
     with warm_cli(scratch / "bin"):
         for block in (block for block in COMMANDS if not block.needs):

@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import make_features, tiny_recipe
+from launching import LAUNCHER, environment, ranks
+from warm_cli import Job
 
 from rvc_dist import __main__ as cli
 from rvc_dist import packaged
 
+pytestmark = pytest.mark.usefixtures("thin_ranks")
 LAUNCH = packaged.folder("launch")
 
 
@@ -177,24 +179,25 @@ def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_on_the_cpu_get_signals_and_give_their_code(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rvc_dist", "launch", "--cpu", "2", "--"]
-    failed = subprocess.run(
-        [*command, "preprocess", "--data.audio_dir", "none", "--run_dir", "run"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert failed.returncode == 1
-    assert "rvc-dist preprocess: " in failed.stderr.splitlines()[-2]
+    """It becomes a launcher whose ranks are forks."""
+
+    def start(*words: object) -> Job:
+        return ranks.start(1, LAUNCHER, [2, "rvc_dist", "launch", "--cpu", "2", "--", *words], environment())
+
+    code, told = start("preprocess", "--data.audio_dir", "none", "--run_dir", tmp_path / "none").finish(60)
+    assert code == 1
+    assert "rvc-dist preprocess: " in told.splitlines()[-2]
     recipe = tiny_recipe(tmp_path / "run", max_steps=100_000, max_epochs=100_000)
     make_features(recipe)
     (tmp_path / "my.yaml").write_text(recipe.to_yaml())
-    with subprocess.Popen([*command, "train", "--config", "my"], cwd=tmp_path, stderr=subprocess.PIPE) as process:
-        try:
-            history = tmp_path / "run" / "metrics.jsonl"
-            while process.poll() is None and not (history.is_file() and "loss/g_mel" in history.read_text()):
-                time.sleep(0.2)
-            process.send_signal(signal.SIGTERM)
-            _, told = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 1, "of torchrun, whatever the ranks say"
-    assert json.loads((tmp_path / "run" / "requeue.json").read_text())["signal"] == "SIGTERM", told.decode()[-2000:]
+    job = start("train", "--config", tmp_path / "my.yaml")
+    try:
+        history = tmp_path / "run" / "metrics.jsonl"
+        while not (history.is_file() and "loss/g_mel" in history.read_text()):
+            assert not job.wait(0.2), job.said()
+        job.signal(signal.SIGTERM)
+        code, told = job.finish(60)
+    finally:
+        job.kill()
+    assert code == 1, "of torchrun, whatever the ranks say"
+    assert json.loads((tmp_path / "run" / "requeue.json").read_text())["signal"] == "SIGTERM", told[-2000:]

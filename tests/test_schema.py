@@ -143,7 +143,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         (LAUGHS, "more than 10000 values"),
         ("name: &a [*a]", "a holds itself"),
-        ("[" * 5000, "levels"),
+        ("[" * 5000, "levels|nesting depth"),
         ("- " * 5000, "levels"),
         ("x" * (MAX_YAML_BYTES + 1), "bytes, expected at most"),
         ("train: {seed: 1}\ntrain: {seed: 2}", "the key 'train' is there twice"),

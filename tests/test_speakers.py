@@ -26,13 +26,14 @@ def test_two_speakers_on_two_ranks_with_loader_processes(tmp_path):
         "extract.f0_method": "swipe",
         "index.speakers": "both",
         "train.max_steps": 2,
+        **dict.fromkeys(("train.pretrained_g", "train.pretrained_d"), "null"),
         "train.num_workers": 1,
         "infer.input": VOICE / "050.flac",
         "infer.output": tmp_path / "out.wav",
     }
     arguments = ["--config", ROOT / "configs" / "demo_cpu.yaml"]
     arguments += [x for key, value in options.items() for x in (f"--{key}", value)]
-    output = rvc_dist(2, "run", *arguments)
+    output = rvc_dist(2, "run", *arguments, more_environment={"THIN": "1"})
     assert "preprocess: speakers 2 (bob), 7 (alice)" in output
     info = [{"id": 2, "name": "bob"}, {"id": 7, "name": "alice"}]
     run = tmp_path / "run"

@@ -245,6 +245,14 @@ def end_as_python(work: Callable[[], object]) -> NoReturn:
     os._exit(code)  # taking the libraries down takes longer than many a command
 
 
+def launch_here(_: str, command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Become the launcher of `command`, as os.execve does, without a new Python; its ranks are forks, too."""
+    os.environ.update(environment)
+    sys.argv = [LAUNCHER, command[command.index("--num_processes") + 1], *command[2:]]
+    runpy.run_path(LAUNCHER, run_name="__main__")
+    sys.exit(0)
+
+
 def answer(client: socket.socket) -> None:
     """Run one command in a process of its own, and tell its exit code."""
     size, fds, _, _ = socket.recv_fds(client, 4, 2)
@@ -271,6 +279,7 @@ def answer(client: socket.socket) -> None:
                 return runpy.run_path(script, run_name="__main__")
             from rvc_dist.__main__ import main
 
+            os.execve = launch_here  # of `rvc-dist launch`
             sys.exit(main(words))
 
         end_as_python(run)

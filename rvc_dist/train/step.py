@@ -51,6 +51,8 @@ class GanStep:
         self.device = next(self.g.module.parameters()).device
         self.dtype = PRECISIONS[self.config.autocast_precision]
         self.timer = timer or PhaseTimer(self.device)
+        self.batch_sizes: list[int] = []
+        """Clips of each micro-batch of the last step."""
 
     def __call__(self, batches: Sequence[Batch], kl_warmup: float = 1.0, adversarial: bool = True) -> StepResult:
         """D's updates, mostly one, then one of G, from all micro-batches: what one batch as large as all would do.

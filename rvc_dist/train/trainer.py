@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from rvc_dist.config import Recipe
 from rvc_dist.files import write_json
+from rvc_dist.models.modules import kernel_search
 from rvc_dist.report.background import PageMaker
 from rvc_dist.report.history import History
 from rvc_dist.runtime.accelerator import (
@@ -364,7 +365,12 @@ def take_step(
     rate = partial(learning_rate, config, done.step, done.epoch, total_steps, accelerator.num_processes)
     joins_at = config.adversarial_from_step
     step.set_learning_rates(generator=rate(), discriminator=rate(config.learning_rate_d, joins_at))
-    size = config.micro_batch(accelerator.num_processes)
-    full = all(len(batch.clips) == size for batch in batches)
-    with out_of_memory.advice(step, batches[0], accelerator.process_index), compilation.eager_unless(full):
+    sizes, before = [len(batch.clips) for batch in batches], step.batch_sizes
+    step.batch_sizes = sizes
+    full = all(size == config.micro_batch(accelerator.num_processes) for size in sizes)
+    with (
+        out_of_memory.advice(step, batches[0], accelerator.process_index),
+        compilation.eager_unless(full),
+        kernel_search(None if full or sizes == before else False),  # for the one step an epoch it took a GPU 12 s
+    ):
         return step(batches, kl_warmup(config, done), adversarial=done.step >= joins_at)

@@ -28,6 +28,8 @@ from rvc_dist.runtime import device as devices
 from rvc_dist.train import checkpoint
 from rvc_dist.workspace import OtherRankError, StageError
 
+pytestmark = pytest.mark.usefixtures("thin_ranks")
+
 
 def test_ranks_with_different_settings_are_listed_side_by_side(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -17,6 +17,7 @@ from launching import ROOT, finish, kill, launch, launcher, rvc_dist, start
 
 from rvc_dist.train import checkpoint
 
+pytestmark = pytest.mark.usefixtures("thin_ranks")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: needs root")
 
 
@@ -90,6 +91,7 @@ def with_fault(monkeypatch, file: Path, fault: str) -> tuple[str, float]:
 @pytest.mark.distributed
 def test_a_loader_that_gives_nothing_is_told_by_its_rank_and_what_the_other_says_is_true(tmp_path, monkeypatch):
     file = prepared(tmp_path, timeout_s=4.0)
+    monkeypatch.delenv("THIN")  # else the other begins to wait at the same moment
     text, seconds = with_fault(monkeypatch, file, "1:6:stall")
     assert 4.0 < seconds < 4.0 + 12
     reason = (
@@ -184,7 +186,7 @@ def small_disk(folder: Path, megabytes: int):
 @pytest.mark.distributed
 def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp_path):
     file = prepared(tmp_path, save_every_steps=1, keep_checkpoints=99)
-    with small_disk(tmp_path / "run" / "checkpoints", 48) as disk:
+    with small_disk(tmp_path / "run" / "checkpoints", 24) as disk:
         output = rvc_dist(2, "train", "--config", file, code=1)
         assert output.count("a checkpoint needs") == 1, "the first rank's alone"
         assert "earlier checkpoints are untouched" in output

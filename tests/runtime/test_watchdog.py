@@ -27,6 +27,7 @@ from rvc_dist.schema import faults
 from rvc_dist.train import trainer
 from rvc_dist.workspace import Shard, StageError, Workspace
 
+pytestmark = pytest.mark.usefixtures("thin_ranks")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"
 

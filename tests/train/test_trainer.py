@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections import defaultdict
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -753,7 +754,7 @@ def test_validation_searches_no_kernels_for_the_length_of_each_clip(tmp_path, mo
 def test_a_step_searches_kernels_for_slices_alone(tmp_path, monkeypatch, searches):
     """In both directions: clips have hundreds of lengths, and a search for each took a GPU a minute in 20 steps."""
     recipe = tiny_recipe(tmp_path, grad_accum_steps=2)
-    make_features(recipe)
+    make_features(recipe, num_clips=11)  # all steps are full
     run = trainer.Trainer(recipe)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", searches)
     found: dict[str, set[bool]] = defaultdict(set)
@@ -780,6 +781,26 @@ def test_a_step_searches_kernels_for_slices_alone(tmp_path, monkeypatch, searche
     run.close()
     assert found == {"clips": {False}, "slices": {searches}}
     assert torch.backends.cudnn.benchmark == searches
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "expected"), [(4, {(4, True), (3, False)}), (16, {(7, False), (7, True)})], ids=["end", "all"]
+)
+def test_no_kernels_are_searched_for_a_size_that_does_not_come_again(tmp_path, monkeypatch, batch_size, expected):
+    """The last step of an epoch has fewer clips; all steps have where the dataset is smaller than a batch."""
+    recipe = tiny_recipe(tmp_path, batch_size=batch_size)
+    make_features(recipe)
+    seen: set[tuple[int, bool]] = set()
+    with closing(trainer.Trainer(recipe)) as run:
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        run.step.generator.dec.register_forward_hook(
+            lambda _, __, wave: seen.add((len(wave), torch.backends.cudnn.benchmark))
+        )
+        steps = run.loader.steps(run.progress)
+        for _ in range(2):
+            run.train_step(next(steps))
+    assert torch.backends.cudnn.benchmark
+    assert seen == expected
 
 
 def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, monkeypatch, caplog):
