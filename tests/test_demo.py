@@ -76,7 +76,7 @@ def test_the_base_model_fits_the_demo_and_is_small_and_licensed() -> None:
 @pytest.mark.slow
 def test_the_demo_follows_its_source_after_few_steps(tmp_path: Path) -> None:
     """Networks from random numbers are at 0.75 of mel distance then, and 12 dB below their source."""
-    options = ["--run_dir", tmp_path, "--train.max_steps", 20, "--train.eval_every_steps", 20]
+    options = ["--run_dir", tmp_path, "--train.max_steps", 10, "--train.eval_every_steps", 10]
     rvc_dist(1, "demo", *options, "--train.samples", "false", "--train.report", "false")
     heard = following(tmp_path / "converted.wav", SOURCE)
     assert heard.periodicity >= 0.6

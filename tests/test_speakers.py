@@ -27,6 +27,7 @@ def test_two_speakers_on_two_ranks_with_loader_processes(tmp_path):
         "index.speakers": "both",
         "train.max_steps": 2,
         **dict.fromkeys(("train.pretrained_g", "train.pretrained_d"), "null"),
+        **dict.fromkeys(("train.report", "train.samples"), "false"),
         "train.num_workers": 1,
         "infer.input": VOICE / "050.flac",
         "infer.output": tmp_path / "out.wav",

@@ -202,10 +202,12 @@ def serve(address: str) -> None:
         *modules,
         "faiss",
         "librosa",
-        "rvc_dist.features.f0_signal",  # this and the next three for the first validation, 2 s of each rank
+        "rvc_dist.features.f0_signal",  # this and the next five for the first validation, 2 s of each rank
         "scipy.interpolate",
         "soxr",
         "tensorboard.plugins.hparams.metadata",
+        "scipy.signal",
+        "soundfile",
         "torch._dynamo",
         "torch.distributed.run",
         "torch.utils.tensorboard",
