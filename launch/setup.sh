@@ -15,6 +15,8 @@ if [[ ! -x $VENV/bin/python ]]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "rvc_dist needs Python 3.10 or newer; say which with PYTHON=/path/to/python" >&2; exit 1; }
   "${PYTHON:-python3}" -m venv "$VENV"
+  # The pip that comes with Python may take twice as long to choose versions; it does, where no newer one is found.
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip || true
 fi
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
 PATH="$(cd "$VENV/bin" && pwd):$PATH" # VENV may be absolute or relative
