@@ -120,13 +120,13 @@ class ElasticJob:
         return began_at - since, min(line["at"] for line in news()) - since
 
     def comes(self) -> tuple[subprocess.Popen[bytes], tuple[float, float]]:
-        """Launch the second pod again; the first trains slowly until it has come."""
-        self.set_pace(1.0)
+        """Launch the second pod again; the first trains hardly on until it has come."""
+        self.set_pace(3.0)
         came_at = time.time()
         pod = self.launch(1)
-        took_s = self.goes_on(ranks=2, since=came_at)
+        self.wait(lambda: any(line.get("began_at", 0.0) > came_at for line in self.meetings()[-1]))
         self.set_pace(0.5)
-        return pod, took_s
+        return pod, self.goes_on(ranks=2, since=came_at)
 
     def log(self, rank: int) -> str:
         return Workspace(self.recipe.run_dir, self.recipe.name).rank_log(rank).read_text()

@@ -157,7 +157,9 @@ def test_the_run_goes_on_from_the_weights_to_a_voice(
     shutil.copy(folder / "D_100.pth", folder / "D_2333333.pth")
     given = experiments.add_index(folder, tool)
     caplog.set_level(logging.INFO)
-    train = TrainConfig(batch_size=2, max_steps=2, num_workers=1, eval_every_steps=2, report=tool == "applio", samples=False)
+    train = TrainConfig(
+        batch_size=2, max_steps=2, num_workers=1, eval_every_steps=2, report=tool == "applio", samples=False
+    )
     recipe = imported(recipe_for(folder, tmp_path / "run", train=train))
     work = workspace_of(recipe)
     assert "the weights of step 2333333 are left out" in caplog.text
