@@ -26,8 +26,9 @@ LOSSES = {"loss/d", "loss/g_mel", "loss/g_kl", "loss/g_fm", "loss/g_adv", "loss/
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """A layer of each kind, a quick peak, and a fresh Accelerate."""
+    """A layer of each kind, in ranks too, a quick peak, and a fresh Accelerate."""
     thin_networks(monkeypatch.setattr)
+    monkeypatch.setenv("THIN", "1")
     monkeypatch.setattr(bench, "measured_peak", lambda device, dtype: 1e13)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
