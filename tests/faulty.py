@@ -3,13 +3,15 @@
 With KIND driver, it hangs there as in a GPU's driver and collectives wait for an hour; with device, the others wait
 for it in a log step as for a GPU. With KIND nan, the losses of the step are not numbers, with overflow they are very
 large; with stall the rank's loader process gives nothing from it on, with loader it is killed; with disk nothing that
-the rank writes beside its recipe ends any more, and its exit has shorter limits.
+the rank writes beside its recipe ends any more, and its exit has shorter limits; with limit no file may have more than
+LIMIT_BYTES from then on.
 
 Usage: like `python -m rvc_dist`.
 """
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import time
@@ -22,6 +24,7 @@ from rvc_dist.runtime import background, logs, watchdog
 from rvc_dist.train import dataset, losses, trainer
 
 SLEEP_S = 8
+LIMIT_BYTES = 1 << 17
 FACTORS = {"nan": float("nan"), "overflow": 1e20}
 rank, at, kind = os.environ["FAULT"].split(":")
 healthy, read, sync = trainer.Trainer.train_step, dataset.ClipDataset.__getitem__, os.fsync
@@ -70,6 +73,8 @@ def faulty(self, batches):
             disk_hangs = True
         elif kind in ("device", "driver"):
             hang()
+        elif kind == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, LIMIT_BYTES))
         elif kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "sleep":

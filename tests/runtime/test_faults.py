@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import make_features, tiny_recipe
-from launching import ROOT, finish, kill, launch, launcher, rvc_dist, start
+from launching import LAUNCHER, ROOT, environment, finish, kill, launch, launcher, ranks, rvc_dist, start
 
 from rvc_dist.train import checkpoint
 
@@ -162,7 +163,8 @@ def test_a_launcher_that_is_killed_before_the_first_step_takes_its_ranks_along(t
 def test_shared_memory_that_is_too_small_is_told_before_the_first_step(tmp_path):
     file = prepared(tmp_path, batch_size=8)
     small = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "small"]
-    process = start([*small, *launcher(2), "-m", "rvc_dist", "train", "--config", str(file)])
+    torchrun = [sys.executable, LAUNCHER, "2", *launcher(2)[2:]]  # forks its ranks
+    process = start([*small, *torchrun, "-m", "rvc_dist", "train", "--config", str(file)])
     output = finish(process, 60)
     assert process.returncode == 1
     assert re.search(r"/dev/shm has 1 MB free, the loaders of 2 rank\(s\) on this host need \d+ MB \(steps of ", output)
@@ -202,15 +204,15 @@ def test_a_full_disk_ends_all_ranks_with_one_reason_and_keeps_what_was_saved(tmp
 
 
 @pytest.mark.slow
-def test_a_save_beyond_a_limit_on_the_size_of_files_is_a_failure(tmp_path):
+def test_a_save_beyond_a_limit_on_the_size_of_files_is_a_failure(tmp_path, monkeypatch):
     """A real limit, as quotas are: safetensors' error for it is no OSError."""
     file = prepared(tmp_path, max_steps=2)
-    limited = ["bash", "-c", 'ulimit -f 256; exec "$@"', "limited", *launcher(1)]
-    process = start([*limited, "-m", "rvc_dist", "train", "--config", str(file)])
-    output = finish(process, 120)
-    assert process.returncode == 1, output[-3000:]
+    monkeypatch.setenv("FAULT", "0:1:limit")
+    faulty = str(ROOT / "tests" / "faulty.py")
+    code, output = ranks.start(1, faulty, ["train", "--config", file], environment()).finish(120)
+    assert code == 1, output[-3000:]
     reason = r"step_00000002: cannot be written \(.*File too large.*\); \d+\.\d+ MB needed, \d+ MB free, no file may "
-    assert re.search(reason + r"have more than 0\.262 MB \(ulimit -f\); earlier checkpoints are untouched", output)
+    assert re.search(reason + r"have more than 0\.131 MB \(ulimit -f\); earlier checkpoints are untouched", output)
     assert "trained to step" not in output
     assert "Traceback" not in output
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
