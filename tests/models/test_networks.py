@@ -352,7 +352,8 @@ def test_autocast_keeps_what_needs_float32() -> None:
 @pytest.mark.parametrize(("pitch_guidance", "backend"), [(True, "aot_eager"), (False, "eager")])
 def test_generator_compiles_as_one_graph(pitch_guidance: bool, backend: str) -> None:
     torch.manual_seed(0)
-    shape = narrow_shape(24000, pitch_guidance=pitch_guidance, num_layers=1, resblock_dilations=((1, 3), (1,), (1,)))
+    once = {"num_layers": 1, "resblock_kernels": (3,), "resblock_dilations": ((1, 3),)}
+    shape = narrow_shape(24000, pitch_guidance=pitch_guidance, **once)
     generator = Generator(shape)
     compiled = torch.compile(generator, fullgraph=True, backend=backend)
     inputs = random_inputs(shape, shape.segment_frames + 6)

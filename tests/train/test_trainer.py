@@ -139,11 +139,11 @@ def test_silent_clips_train_no_speaker(tmp_path):
 
 @pytest.mark.usefixtures("whole_networks")
 def test_the_mel_loss_falls(tmp_path):
-    recipe = tiny_recipe(tmp_path, max_steps=40, learning_rate=3e-3, eval_every_steps=1000)
+    recipe = tiny_recipe(tmp_path, max_steps=24, learning_rate=3e-3, eval_every_steps=1000)
     make_features(recipe)
     train(recipe)
     mel = list(scalars(recipe, "loss/g_mel").values())
-    assert sum(mel[-10:]) < 0.8 * sum(mel[:10])
+    assert sum(mel[-6:]) < 0.8 * sum(mel[:6]), mel
 
 
 @pytest.mark.parametrize(
