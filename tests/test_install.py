@@ -61,7 +61,7 @@ def test_what_users_are_told_to_install_is_on_the_package_index() -> None:
     told = [(file.name, name) for file in files for name in install.findall(file.read_text(encoding="utf-8"))]
     assert len(told) > 5
     # "all of them"; and one that is no requirement, since its own need a compiler: its weights alone are read.
-    ours = re.compile(rf"\.(\[({'|'.join(EXTRAS)})(,({'|'.join(EXTRAS)}))*\])?")
+    ours = re.compile(rf"pip|\.(\[({'|'.join(EXTRAS)})(,({'|'.join(EXTRAS)}))*\])?")
     assert [
         (file, name) for file, name in told if name not in {*every, "all", "resemblyzer"} and not ours.fullmatch(name)
     ] == []
