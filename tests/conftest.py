@@ -22,9 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a te
 
 WATCHES = {"test_doctor", "test_faults", "test_netns", "test_run_lock", "test_slurm", "test_watchdog"}
 LONG = (
-    "compilation hostile shards exactness resume trainer f0 pipeline deepspeed plan elastic scale layouts networks"
-    " trackers frozen bench docs notebook options account gpu_check cloud clusters base_model remote_run vocoders"
-    " preprocess demo accelerator loss_scale ema speakers stages import_experiment number_formats extract"
+    "deepspeed hostile compilation plan pipeline trainer docs elastic exactness f0 frozen resume notebook shards"
+    " trackers scale bench demo networks gpu_check remote_run clusters cloud base_model speakers account loss_scale"
+    " options stages accelerator vocoders fuzz layouts extract preprocess import_experiment number_formats ema"
 )
 """Files (`test_...`) that take a worker more than 20 s, the longest first, as they were last measured."""
 
