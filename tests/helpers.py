@@ -314,8 +314,8 @@ def with_train(recipe: Recipe, **train: Any) -> Recipe:
     return changed(recipe, "train", **train)
 
 
-def thin_generators(patch: Callable[[object, str, object], None]) -> None:
-    """Of each kind of residual block leave one, in every shape that a recipe gives.
+def thin_networks(patch: Callable[[object, str, object], None]) -> None:
+    """Leave of each kind of layer one, in every shape that a recipe gives: a compiler takes minutes for many.
 
     `patch(object, name, value)` sets an attribute, as pytest's monkeypatch.setattr does.
     """
@@ -326,11 +326,6 @@ def thin_generators(patch: Callable[[object, str, object], None]) -> None:
         return dataclasses.replace(shape, resblock_kernels=(3,), resblock_dilations=((1,),))
 
     patch(GeneratorShape, "from_recipe", classmethod(thin))
-
-
-def thin_networks(patch: Callable[[object, str, object], None]) -> None:
-    """Leave of each kind of layer one: what a compiler takes minutes for is the number of different layers."""
-    thin_generators(patch)
     thin_specs = {
         name: choices.DiscriminatorSpec((2,), spec.resolutions[:1], min(spec.num_light, 1))
         for name, spec in choices.DISCRIMINATORS.items()

@@ -48,7 +48,7 @@ from helpers import (
     make_ssl_folder,
     make_whisper_folder,
     narrow_recipe,
-    thin_generators,
+    thin_networks,
     tone,
     voice_contents,
     workspace_of,
@@ -56,9 +56,9 @@ from helpers import (
 )
 from torch import Tensor
 
-from rvc_dist import files, workspace
+from rvc_dist import choices, files, workspace
 from rvc_dist.__main__ import run_stage
-from rvc_dist.choices import DISCRIMINATORS, F0_METHODS, F0Spec
+from rvc_dist.choices import F0_METHODS, F0Spec
 from rvc_dist.config import ExtractConfig, InferConfig, Recipe, load_recipe
 from rvc_dist.features.content import load_embedder, read_tensors
 from rvc_dist.features.index_file import Retriever
@@ -313,10 +313,8 @@ def prepare_infer(folder: Path) -> None:
 @cache
 def networks_of_a_run() -> dict[str, dict[str, Tensor]]:
     generator = make_generator(narrow_recipe(Path("unused")))
-    return {
-        "g": to_upstream(generator.state_dict()),
-        "d": to_upstream(MultiPeriodDiscriminator(DISCRIMINATORS["v2"], NARROW.discriminator_channels).state_dict()),
-    }
+    discriminator = MultiPeriodDiscriminator(choices.DISCRIMINATORS["v2"], NARROW.discriminator_channels)
+    return {"g": to_upstream(generator.state_dict()), "d": to_upstream(discriminator.state_dict())}
 
 
 def make_pretrained(folder: Path, rng: Random) -> None:
@@ -1022,7 +1020,7 @@ def run(name: str, numbers: range, folder: Path) -> None:
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     torch.set_num_threads(1)
-    thin_generators(setattr)  # a healthy file of many layers takes long to read, and is no other file
+    thin_networks(setattr)  # a healthy file of many layers takes long to read, and is no other file
     first, end, base, *kinds = sys.argv[1:]
     for kind_name in kinds:
         run(kind_name, range(int(first), int(end) or KINDS[kind_name].count), Path(base) / kind_name)
