@@ -7,6 +7,7 @@ worker waits.
 """
 
 import fcntl
+import gc
 import os
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rank = {f"test_{name}": place for place, name in enumerate(LONG.split())}
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda i: (i.path.stem not in WATCHES, rank.get(i.path.stem, len(rank)), -slow[i.path]))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: looking through it for garbage again and again takes a twelfth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
