@@ -137,9 +137,15 @@ class Job:
 
     def rank(self, host: int) -> int:
         """Process id of the rank there."""
-        beats = read_beats(Workspace(self.recipe.parent / "run", "tiny").logs_dir, 0.0)
-        (found,) = (beat["pid"] for beat in beats if beat["host"] == self.hosts[host].name)
-        return found
+        folder, found = Workspace(self.recipe.parent / "run", "tiny").logs_dir, list[int]()
+
+        def writes() -> bool:  # it replaces its file, which can miss a reader
+            mine = (beat["pid"] for beat in read_beats(folder, 0.0) if beat["host"] == self.hosts[host].name)
+            found.extend(set(mine) & set(self.hosts[host].processes()))
+            return bool(found)
+
+        self.wait(writes, TIMEOUT_S)
+        return found[0]
 
     def launcher(self, host: int) -> int:
         """Process id of the launcher there."""

@@ -447,7 +447,7 @@ def test_wrong_uses_are_named(tmp_path, capsys):
 
 # Against real runs
 
-NUM_STEPS, BOUND, ATTEMPTS = 16, 0.25, 3
+NUM_STEPS, BOUND, ATTEMPTS = 30, 0.25, 4
 
 
 def seconds_of_steps(folder: Path) -> float:
@@ -466,7 +466,7 @@ def test_runs_on_one_and_two_ranks_take_as_long_as_foretold(tmp_path, monkeypatc
     monkeypatch.setenv("THIN", "1")
     model = replace(NARROWEST, discriminator_channels=128)
     recipe = tiny_recipe(tmp_path / "run", max_steps=NUM_STEPS, eval_every_steps=10**6, save_every_steps=10**6)
-    recipe = replace(recipe, model=model, bench=BenchConfig(warmup_steps=1, steps=4), plan=PlanConfig(ranks=2))
+    recipe = replace(recipe, model=model, bench=BenchConfig(warmup_steps=1, steps=8), plan=PlanConfig(ranks=2))
     make_features(recipe, num_clips=48, seconds=1.2)
     config = tmp_path / "recipe.yaml"
     config.write_text(recipe.to_yaml())
