@@ -664,7 +664,7 @@ def test_what_libraries_say_where_memory_lacks_is_known(text, is_one):
 
 
 def test_accumulated_micro_batches_are_the_larger_batch(tmp_path):
-    """To the same bounds as ranks (test_exactness.py); here also the epoch's short batch, of 1 clip in 7."""
+    """To the same bounds as ranks (test_exactness.py); here also the epoch's short batch, of 3 clips in 9."""
     options = {"log_every_steps": 1, "eval_every_steps": 99, "max_steps": 8}
     cases = {
         "whole": {"batch_size": 6},
@@ -674,7 +674,7 @@ def test_accumulated_micro_batches_are_the_larger_batch(tmp_path):
     whole, micro, kept = (tiny_recipe(tmp_path / name, **options, **sizes) for name, sizes in cases.items())
     results = []
     for recipe in (whole, micro, kept):
-        make_features(recipe)
+        make_features(recipe, num_clips=12)
         results.append(train(recipe).models)
     for name in checkpoint.MODELS:
         for key, value in results[0][name].items():
