@@ -116,7 +116,8 @@ class SharedPass:
                     if self._has_ended():
                         return None
                     results = in_threads_of_bar(self.num_threads, function, parts[number], bar, failed)
-                    with contextlib.suppress(FileNotFoundError):  # the folder was removed meanwhile, as below
+                    # The folder was removed meanwhile, as below: also between mkdir's error and its look at it.
+                    with contextlib.suppress(FileNotFoundError, FileExistsError):
                         write_json(files[number], results)
                 else:
                     bar.advance(len(parts[number]))

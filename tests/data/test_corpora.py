@@ -375,6 +375,23 @@ def test_the_pass_gives_the_same_from_any_ranks_and_tasks(
         assert not Path(recipe.run_dir, "survey").exists()
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+def test_a_pass_whose_folder_another_removes_while_it_writes_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    """Before the file is made, or within `mkdir`, which finds a folder and then none."""
+    monkeypatch.setattr(work_list, "PART", 2)
+    over: list[bool] = []
+
+    def gone(*_: object) -> None:
+        over.append(True)
+        raise error(tmp_path)
+
+    monkeypatch.setattr(work_list, "write_json", gone)
+    spread = work_list.SharedPass(tmp_path / "survey" / "a", Shard(0, 2, array=True), 1, lambda: bool(over))
+    assert spread.map("facts", [1, 2, 3, 4], lambda item: item, int, lambda _: False) is None
+
+
 def test_a_killed_pass_goes_on_where_it_was(tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of an array that never sees the others does all of it in the end; what is done is not done again."""
     recipe = recipe_of(tmp_path, many)
