@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a te
 
 WATCHES = {"test_doctor", "test_faults", "test_netns", "test_run_lock", "test_slurm", "test_watchdog"}
 LONG = (
-    "deepspeed hostile compilation plan pipeline trainer docs elastic exactness f0 frozen resume notebook shards"
-    " trackers scale bench demo networks gpu_check remote_run clusters cloud base_model speakers account loss_scale"
-    " options stages accelerator vocoders fuzz layouts extract preprocess import_experiment number_formats ema"
+    "plan trainer resume hostile deepspeed elastic compilation f0 trackers frozen clusters bench exactness docs"
+    " gpu_check networks loss_scale remote_run options scale pipeline shards cloud notebook extract accelerator demo"
+    " base_model account stages memory fuzz vocoders many_recordings install fast_train number_formats"
 )
 """Files (`test_...`) that take a worker more than 20 s, the longest first, as they were last measured."""
 
