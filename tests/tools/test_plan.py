@@ -470,18 +470,14 @@ def test_runs_on_one_and_two_ranks_take_as_long_as_foretold(tmp_path, monkeypatc
     make_features(recipe, num_clips=48, seconds=1.2)
     config = tmp_path / "recipe.yaml"
     config.write_text(recipe.to_yaml())
-    told = []
-    for attempt in range(ATTEMPTS):
-        seconds = {}
-        for ranks in (1, 2):
-            copy = tmp_path / f"{attempt}_{ranks}"
+    for ranks in (1, 2):
+        told = []
+        while not (told and abs(told[-1][0] / told[-1][1] - 1) <= BOUND):
+            assert len(told) < ATTEMPTS, f"{ranks} ranks: (seconds a step as foretold, as measured): {told}"
+            copy = tmp_path / f"{len(told)}_{ranks}"
             shutil.copytree(tmp_path / "run", copy)
             rvc_dist(ranks, "bench", "--config", config)
             rvc_dist(ranks, "train", "--config", config, "--run_dir", copy)
-            seconds[ranks] = seconds_of_steps(copy)
-        rows = plan.make_plan(recipe).rows
-        assert rows[1].compute_s > 0.05
-        told.append({w: (rows[w].step_s, s, rows[w].step_s / s - 1) for w, s in seconds.items()})
-        if all(abs(relative) <= BOUND for _, _, relative in told[-1].values()):
-            return
-    pytest.fail(f"ranks: (seconds a step as foretold, as measured, difference): {told}")
+            rows = plan.make_plan(recipe).rows
+            assert rows[1].compute_s > 0.05
+            told.append((rows[ranks].step_s, seconds_of_steps(copy)))
