@@ -45,10 +45,6 @@ def make_rank() -> None:
     words, environment = json.loads(asked)
     os.environ.clear()
     os.environ.update(environment)
-    if "THIN" in environment:
-        from helpers import thin_networks
-
-        thin_networks(setattr)
     end_as_python(run(words[words[1] == "-u" :][1:]))
 
 

@@ -232,10 +232,17 @@ def serve(address: str) -> None:
 
 
 def end_as_python(work: Callable[[], object]) -> NoReturn:
-    """Do what this process is for, and end with the code that Python would give it."""
+    """Do what this process is for, and end with the code that Python would give it.
+
+    With THIN in its environment, its networks have one layer of each kind.
+    """
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a test may read along
     code = 1
     try:
+        if "THIN" in os.environ:
+            from helpers import thin_networks
+
+            thin_networks(setattr)
         work()
         code = 0
     except SystemExit as end:
@@ -273,10 +280,6 @@ def answer(client: socket.socket) -> None:
         sys.argv = [script or "rvc-dist", *words]
 
         def run() -> object:
-            if "THIN" in environment:
-                from helpers import thin_networks
-
-                thin_networks(setattr)
             if script:
                 return runpy.run_path(script, run_name="__main__")
             from rvc_dist.__main__ import main

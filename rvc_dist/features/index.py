@@ -37,12 +37,7 @@ from rvc_dist.features.index_file import (
 from rvc_dist.files import ForeignFileError, atomic_write, beside, disk_errors, remove_half_written, write_json
 from rvc_dist.schema import Count, FileName, parse_json, record
 from rvc_dist.screen import ProgressBar
-from rvc_dist.workspace import (
-    Shard,
-    StageError,
-    Workspace,
-    fingerprint,
-)
+from rvc_dist.workspace import Shard, StageError, Workspace, fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,10 @@ WHOLE_SHAPE, WHOLE_DISCRIMINATORS = GeneratorShape.__dict__["from_recipe"], choi
 
 
 @pytest.fixture(scope="module")
-def thin():
-    """One layer of each kind: a step takes half as long. By THIN in the environment, what `launching` starts has them.
-
-    For the tests of a module, but for those with `whole_networks`.
-    """
+def thin(thin_ranks):
+    """One layer of each kind also here, for the tests of a module, but for those with `whole_networks`."""
     with pytest.MonkeyPatch.context() as patch:
         thin_networks(patch.setattr)
-        patch.setenv("THIN", "1")
         yield
 
 
