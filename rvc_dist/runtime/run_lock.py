@@ -105,6 +105,8 @@ class RunLock:
     def _remove(self, text: str) -> None:
         """Remove the file of a dead holder, unless somebody else has just taken the lock."""
         aside = self.path.with_name(f"{self.path.name}.{self._mine['token']}")
+        if _read(self.path) != text:
+            return
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(aside)
             if _read(aside) == text:
@@ -139,10 +141,11 @@ class RunLock:
         if self._stream is None:
             return
         for _ in range(10):
-            if (other := _parsed(_read(self.path))) is not None:
+            other = _parsed(_read(self.path))
+            if self.is_lost or (other is not None and other["token"] == self._mine["token"]):
                 break
-            # Half of a line is being written, by this job's other thread, mostly; or one who found the lock of a dead
-            # job looks whether this is still that, and puts it back.
+            # Half of a line is being written, by this job's other thread, mostly; or jobs that found the lock of a dead
+            # one look whether this is still that, and put it back, at times in one another's place.
             time.sleep(0.1)
         if self.is_lost or other is None or other["token"] != self._mine["token"]:
             self.is_lost = True
