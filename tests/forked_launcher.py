@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from warm_cli import end_as_python
 
 waiting: list[tuple[int, int]] = []
@@ -71,6 +72,8 @@ def become(_: str, command: list[str], environment: dict[str, str]) -> None:
 if __name__ == "__main__":
     for _ in range(int(sys.argv[1])):
         make_rank()
+    # It asks inspect.stack() for its caller's name, which takes longer the more is imported: a second, here.
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     subprocess_handler.Popen = ForkedRank  # type: ignore[misc]
     os.execve = become  # type: ignore[assignment]
     run(["-m", *sys.argv[2:]])()

@@ -38,9 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def warm():
-    """Each rank would import DeepSpeed, and with it MLflow and torch's compiler, for 6 s."""
+    """Each rank would import DeepSpeed, and with it MLflow and torch's compiler, and Transformers, for 8 s."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IMPORTED", "deepspeed.runtime.zero.muon.muon_optimizer")
+        patch.setenv("IMPORTED", "deepspeed.runtime.zero.muon.muon_optimizer transformers.integrations.deepspeed")
         yield
 
 
