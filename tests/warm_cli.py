@@ -193,8 +193,12 @@ def serve(address: str) -> None:
     """Import what commands need, then fork for each that comes."""
     import importlib
 
+    import torch
+
+    from rvc_dist.config import ExtractConfig
     from rvc_dist.runtime.hang_killer import end_with_parent
     from rvc_dist.stages import STAGES
+    from rvc_dist.train.quality import pitch_tracker
 
     end_with_parent(signal.SIGKILL, os.getppid())
     modules = [stage.module for stage in STAGES.values()]
@@ -202,8 +206,7 @@ def serve(address: str) -> None:
         *modules,
         "faiss",
         "librosa",
-        "rvc_dist.features.f0_signal",  # this and the next five for the first validation, 2 s of each rank
-        "scipy.interpolate",
+        "rvc_dist.report.figures",  # this and the next four for the first validation, 2 s of each rank
         "soxr",
         "tensorboard.plugins.hparams.metadata",
         "scipy.signal",
@@ -216,6 +219,7 @@ def serve(address: str) -> None:
     ):
         with contextlib.suppress(ImportError):  # where a test forbids it
             importlib.import_module(module)
+    pitch_tracker(ExtractConfig.f0_min, ExtractConfig.f0_max, torch.device("cpu"))  # half a second of each validation
     gc.collect()
     gc.freeze()  # else each child copies all pages when it first looks for garbage
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children of `answer`
