@@ -41,11 +41,13 @@ EXIT_S = 10.0
 
 
 def ends_within(limit_s: float, what: str, function: Callable[[], object]) -> bool:
-    """Call `function`, which belongs to an exit, and go on without it when it takes longer.
+    """Call `function`, which belongs to an exit, and go on without it when it takes longer, or Python itself ends.
 
     Raises:
         Exception: of `function`.
     """
+    if sys.is_finalizing():  # a thread that is started now never runs, and before Python 3.12 is waited for
+        return False
     errors = []
 
     def call() -> None:

@@ -163,6 +163,20 @@ def test_dying_in_native_code_leaves_the_stack_in_the_file(tmp_path):
 # Which rank failed first
 
 
+def test_what_is_left_to_end_when_python_ends_holds_it_up_no_more():
+    """As the steps of a training that nobody closed, whose loader has processes: no thread starts any more."""
+    script = (
+        "from rvc_dist.runtime.logs import ends_within\n"
+        "def steps(ends_within=ends_within, print=print):\n"
+        "    try:\n        yield\n"
+        "    finally:\n        print(ends_within(60.0, 'the loader', print))\n"
+        "left = steps()\n"
+        "next(left)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, timeout=60, check=True)
+    assert ended.stdout == "False\n"
+
+
 def test_a_rank_that_fails_says_so_to_the_others_and_to_the_launcher(tmp_path, monkeypatch):
     told = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
