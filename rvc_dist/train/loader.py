@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -243,7 +244,7 @@ def make_loader(
 def end_loader(loaded: Any) -> list[int]:
     """End the processes of a loader's iterator, by force where they do not; the exit codes of those that had died."""
     workers = getattr(loaded, "_workers", ())
-    if not workers:
+    if not workers or sys.is_finalizing():  # where multiprocessing has ended them
         return []
     signal.setitimer(signal.ITIMER_REAL, 0.0)  # of a wait for it that was in vain, and would end this too
     died = [worker.exitcode for worker in workers if worker.exitcode]
