@@ -4,7 +4,8 @@ Usage: step_on_ranks.py FOLDER BATCH_SIZE STEPS OUTPUT
 Every FOLDER/*.yaml is a recipe, of which BATCH_SIZE replaces the batch size (times its grad_accum_steps); one whose
 name begins with `short` starts with the epoch's short batch. OUTPUT/NAME.safetensors gets the gradients and losses of
 the first step, the weights after the last, and the bytes sent in the first; of the recipe adamw what validation found
-before it. COMPILER in the environment is the backend of torch.compile; inductor takes minutes.
+before it. COMPILER in the environment is the backend of torch.compile, and there is no trial before: inductor, and a
+second time, take minutes.
 """
 
 import os
@@ -18,7 +19,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from rvc_dist.config import Recipe, load_recipe
-from rvc_dist.train import trainer
+from rvc_dist.train import trainer, trial
+from rvc_dist.train.checkpoint import MODELS
 
 
 def first_steps(recipe: Recipe, num_steps: int, output: Path, short: bool) -> None:
@@ -70,6 +72,7 @@ def main() -> None:
     if "COMPILER" in os.environ:
         compile_ = torch.compile
         torch.compile = lambda module, **_: compile_(module, backend=os.environ["COMPILER"], dynamic=False)
+        trial.choose_compiled = lambda recipe, *_: dict.fromkeys(MODELS, recipe.train.compile == "always")
     for file in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(file)
         size = batch_size // recipe.train.grad_accum_steps

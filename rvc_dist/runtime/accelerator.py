@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ from rvc_dist.runtime.device import (
     settings_text,
 )
 from rvc_dist.runtime.launcher import asks_for, check_deepspeed, fill_deepspeed_settings, lost_after_s, world_size
-from rvc_dist.runtime.logs import tell_launcher
+from rvc_dist.runtime.logs import rank_logs, tell_launcher
 from rvc_dist.screen import say_at_once
-from rvc_dist.workspace import OtherRankError, StageError
+from rvc_dist.workspace import OtherRankError, StageError, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +249,8 @@ class StopSignal:
     waiting: the maximum of one step is read at the next, so the device is never waited for. A signal that comes again
     after a while acts as it would have; at once, launcher and batch system mean the same. FAILED, which is more than
     any signal, tells the others that a rank cannot go on. The end of a launcher is a SIGTERM too: see `hang_killer`.
+    A rank that ends for an error bears one SIGTERM more until its log is closed: a launcher ends all where one has
+    failed, and the others would die before they have said why.
     """
 
     FAILED = 1000
@@ -270,6 +273,7 @@ class StopSignal:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             notice_lost_machines()
         self._previous: dict[signal.Signals, Any] = {}
+        self._is_failing = False
 
     def __enter__(self) -> StopSignal:
         self._previous = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS}
@@ -279,7 +283,11 @@ class StopSignal:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pending and kind is None:
             self._pending[1].wait()
-        for number, handler in self._previous.items():
+        handlers = dict(self._previous)
+        if kind is not None and not issubclass(kind, Stopped) and (logs := rank_logs()):
+            self._is_failing = True
+            logs[0].at_close.append(partial(signal.signal, signal.SIGTERM, handlers.pop(signal.SIGTERM)))
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: Any) -> None:
@@ -293,6 +301,8 @@ class StopSignal:
             os.kill(os.getpid(), number)
         elif not self._received:
             self._received, self._received_at = number, now
+            if self._is_failing:
+                return
             say_at_once(
                 f"{name}: stopping after this step, with a checkpoint from which the same command continues; another "
                 f"{name}, {self.SAME_S:g} s from now or later, ends at once without one",

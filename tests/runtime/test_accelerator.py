@@ -25,8 +25,9 @@ from torch import nn
 from rvc_dist.config import TrainConfig
 from rvc_dist.runtime import accelerator
 from rvc_dist.runtime import device as devices
+from rvc_dist.runtime.logs import rank_log
 from rvc_dist.train import checkpoint
-from rvc_dist.workspace import OtherRankError, StageError
+from rvc_dist.workspace import OtherRankError, Shard, StageError, Workspace
 
 pytestmark = pytest.mark.usefixtures("thin_ranks")
 
@@ -357,6 +358,27 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_and_later_a_second_one(monke
         again, first = sorted(caplog.messages)  # each by a thread of its own
         assert first.startswith(told), "said once, at once"
         assert again.startswith("SIGTERM again: ending at once")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_rank_that_fails_may_say_why_though_its_launcher_ends_it(monkeypatch, tmp_path):
+    heard, log = [], tmp_path / "logs" / "rank_00000.log"
+    previous = signal.signal(signal.SIGTERM, lambda *_: heard.append("second"))
+    log.parent.mkdir()
+    try:
+        with rank_log(Workspace(str(tmp_path), "x"), Shard(0, 1), ["train"]) as handler:
+            with pytest.raises(RuntimeError) as caught, alone(timeout_s=30.0):
+                raise RuntimeError("Connection closed by peer")
+            os.kill(os.getpid(), signal.SIGTERM)
+            handler.failed(caught.value)
+            assert heard == []
+            monkeypatch.setattr(accelerator.StopSignal, "SAME_S", 0.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == ["second"], "who asks again means it"
+        assert "Connection closed by peer" in log.read_text()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == ["second"] * 2, "all is as before"
     finally:
         signal.signal(signal.SIGTERM, previous)
 
