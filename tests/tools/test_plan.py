@@ -212,6 +212,7 @@ def test_bytes_are_counted_while_their_storage_lives():
         assert allocated.num_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_traced_step_counts_what_a_real_one_counts(tmp_path, monkeypatch):
     thin_networks(monkeypatch.setattr)
     recipe = tiny_recipe(tmp_path, batch_size=3, grad_accum_steps=2, d_updates=2, loss=LossConfig(stft=1.0))

@@ -207,6 +207,7 @@ def in_a_pool(pool: list[torch.UntypedStorage]):
     return aot_autograd(fw_compiler=compiler)
 
 
+@pytest.mark.slow
 def test_the_first_step_of_a_process_that_had_no_trial_is_marked_too():
     """As a resumed run's: without a mark, torch would let D's graph take the memory of the wave that G made."""
     script = (

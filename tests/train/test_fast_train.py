@@ -197,6 +197,7 @@ def test_row_6_the_loader(monkeypatch, tmp_path):
     assert {name: getattr(loader, name) for name in settings} == settings
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_rank_has_the_settings_and_they_are_printed_once(tmp_path):
     recipe = tiny_recipe(tmp_path, fast_train=True, max_steps=2)

@@ -18,6 +18,7 @@ def few_are_many(monkeypatch):
     monkeypatch.setattr(workspace, "RECORDINGS_A_LINE", 2)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_bit_from_the_old_form_and_from_the_new_one(tmp_path, request):
     plain, split = (tiny_recipe(tmp_path / name) for name in ("plain", "split"))
     for recipe in plain, split:
