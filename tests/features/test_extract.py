@@ -161,7 +161,11 @@ def test_the_index_takes_them_in_the_order_of_the_units(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(
     ("f0_method", "precision"),
-    [("pyin", "fp32"), ("crepe-tiny", "fp32"), ("crepe-tiny", "bf16"), ("djcm", "fp32")],
+    [
+        ("pyin", "fp32"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("crepe-tiny", "fp32"), ("djcm", "fp32")]),
+        ("crepe-tiny", "bf16"),
+    ],
 )
 def test_the_bytes_do_not_depend_on_the_ranks(
     f0_method: str, precision: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

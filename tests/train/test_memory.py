@@ -104,6 +104,7 @@ def syncs(recipe, num_steps: int) -> list[str]:
     return calls.calls + reads.calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

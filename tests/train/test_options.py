@@ -48,6 +48,7 @@ def differ(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_that_stops_and_goes_on_ends_in_the_same_bits(tmp_path, model):
     results = []

@@ -663,6 +663,7 @@ def test_what_libraries_say_where_memory_lacks_is_known(text, is_one):
     assert memory.is_out_of_memory(torch.OutOfMemoryError("no memory"))
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_the_larger_batch(tmp_path):
     """To the same bounds as ranks (test_exactness.py); here also the epoch's short batch, of 3 clips in 9."""
     options = {"log_every_steps": 1, "eval_every_steps": 99, "max_steps": 8}

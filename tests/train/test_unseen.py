@@ -122,6 +122,7 @@ def test_an_encoder_that_is_not_there_costs_the_content_alone(prepared, caplog):
     assert said.startswith("validation does not measure the content of conversions: extract.embedder_model")
 
 
+@pytest.mark.slow
 def test_a_run_says_apart_how_unseen_speakers_are_converted(prepared, caplog):
     caplog.set_level(logging.INFO)
     train(prepared)
