@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -286,7 +285,7 @@ class StopSignal:
         handlers = dict(self._previous)
         if kind is not None and not issubclass(kind, Stopped) and (logs := rank_logs()):
             self._is_failing = True
-            logs[0].at_close.append(partial(signal.signal, signal.SIGTERM, handlers.pop(signal.SIGTERM)))
+            logs[0].at_close.callback(signal.signal, signal.SIGTERM, handlers.pop(signal.SIGTERM))
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

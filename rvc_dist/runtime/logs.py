@@ -90,7 +90,7 @@ class RankLog(logging.Handler):
         self.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
         self.work, self.shard, self.is_waiting = work, shard, is_waiting
         self.path = work.rank_log(shard.index)
-        self.at_close: list[Callable[[], object]] = []
+        self.at_close = contextlib.ExitStack()
         """What is to be done when this rank has said how it ended."""
         self._kept: list[str] = []
         self._stream: io.TextIOWrapper | None = None
@@ -147,8 +147,7 @@ class RankLog(logging.Handler):
             with contextlib.suppress(OSError):  # of a full disk, reported before
                 self._stream.close()
             self._stream = None
-        while self.at_close:
-            self.at_close.pop()()
+        self.at_close.close()
         super().close()
 
     def failed(self, error: BaseException, sentence: str = "") -> None:

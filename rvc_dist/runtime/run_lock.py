@@ -104,9 +104,9 @@ class RunLock:
 
     def _remove(self, text: str) -> None:
         """Remove the file of a dead holder, unless somebody else has just taken the lock."""
-        aside = self.path.with_name(f"{self.path.name}.{self._mine['token']}")
         if _read(self.path) != text:
             return
+        aside = self.path.with_name(f"{self.path.name}.{self._mine['token']}")
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(aside)
             if _read(aside) == text:
