@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 STALE_S = 30.0
 """A holder elsewhere that gives no sign of life for this long is taken for dead."""
 REFRESH_S = 2.0
+SETTLE_S = 0.2
+"""How long jobs that find the same dead one may move one another's lock file before they see it."""
 MAX_BYTES = 1 << 16
 HOLDER = record(
     **dict.fromkeys(("host", "pid_space", "since"), Word),
@@ -61,6 +63,7 @@ class RunLock:
         Raises:
             LockedError: another job that is alive holds it.
         """
+        took_over = False
         for _ in range(3):  # between two of these steps another process may be quicker
             try:
                 self._stream = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -70,9 +73,22 @@ class RunLock:
                 if not self._is_dead(text):
                     return False
                 self._remove(text)
+                took_over = True
             else:
                 self._write()
-                return True
+                if not took_over or self._stays():
+                    return True
+        return False
+
+    def _stays(self) -> bool:
+        """Whether the lock is still this job's when others that found the same dead one have seen that it is taken."""
+        time.sleep(SETTLE_S)
+        with contextlib.suppress(StageError):
+            self.check()
+            return True
+        assert self._stream is not None
+        os.close(self._stream)
+        self._stream, self.is_lost = None, False
         return False
 
     def _is_dead(self, text: str) -> bool:
