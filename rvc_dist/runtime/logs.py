@@ -153,13 +153,12 @@ class RankLog(logging.Handler):
     def failed(self, error: BaseException, sentence: str = "") -> None:
         """Write down what ends this rank, for its own log, the other ranks and the launcher's last lines.
 
-        Where the user reads a `sentence`, the traceback goes to the log alone. An error that another rank caused is
-        only logged.
+        Where the user reads a `sentence`, the traceback goes to the log alone. Of an error that another rank caused,
+        the others are told nothing.
         """
         is_own = not isinstance(error, OtherRankError)
         why = sentence or "".join(traceback.format_exception(error))
-        if is_own:
-            tell_launcher(why)
+        tell_launcher(why, is_own)
 
         def keep() -> None:
             self.note("CRITICAL", sentence, error)
@@ -267,13 +266,16 @@ def failed_first(who: str, log: Path, why: str) -> str:
     return f"{who} failed first: see {log}: {why}"
 
 
-def tell_launcher(trace: str) -> bool:
+def tell_launcher(trace: str, is_own: bool = True) -> bool:
     """Leave `trace` where torchrun and `accelerate launch` look for the text that they print last; whether one does.
 
-    Raises nothing: a launcher that cannot be told prints the exit code instead.
+    They call the earliest failure the root cause. They compare whole seconds and take a rank that left no text to
+    fail when they see it; a rank may end in the same second as the one that ended it, and sooner. So a failure that
+    is not `is_own` of a rank is dated one second later. Raises nothing: a launcher that cannot be told prints the exit
+    code instead.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    more = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+    more = {"py_callstack": trace, "timestamp": str(int(time.time()) + (not is_own))}
     with contextlib.suppress(OSError):
         if file:
             atomic_write(Path(file), json.dumps({"message": {"message": trace, "extraInfo": more}}))

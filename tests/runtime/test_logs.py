@@ -223,7 +223,25 @@ def test_a_rank_whose_peer_failed_names_it_in_the_place_of_its_own_traceback(tmp
     assert capsys.readouterr().err == f"rvc-dist extract: rank 2 on node2 failed first: see {log}: ValueError: of 2\n"
     assert GLOO in work.rank_log(0).read_text(), "its own log has it all"
     assert not work.failure_file(0).exists()
-    assert not told.exists()
+    assert f"rank 2 on node2 failed first: see {log}: ValueError: of 2" in told.read_text()
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_a_launcher_takes_the_rank_that_failed_for_the_cause_whichever_ends_first(tmp_path, monkeypatch, first_to_end):
+    """By its own rule, where rank 1 failed and rank 0, which lost it, ends within the same second."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    monkeypatch.setattr(time, "time", lambda: 1000.7)
+    errors = {1: RuntimeError("a bug"), 0: OtherRankError("rank 1 failed first")}
+    for rank, error in errors.items():
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
+        logs.RankLog(Workspace(tmp_path, "x"), Shard(rank, 2)).failed(error)
+    ended = {
+        rank: ProcessFailure(rank, 1, 1, str(tmp_path / f"{rank}.json")) for rank in (first_to_end, 1 - first_to_end)
+    }
+    told = str(ChildFailedError("rvc-dist", ended))
+    assert "RuntimeError: a bug" in told.partition("Root Cause (first observed failure)")[2]
+    assert "rank 1 failed first" in told.partition("Root Cause (first observed failure)")[0]
 
 
 def test_without_a_known_cause_the_error_stays(tmp_path, monkeypatch):
