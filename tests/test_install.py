@@ -1,7 +1,9 @@
 """What is installed for which job: the extras of pyproject.toml, and what users are told to install."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,3 +108,29 @@ def test_torchaudio_is_imported_beside_a_torch_that_its_libraries_do_not_fit() -
     )
     said = finish(start([sys.executable, "-c", code]))
     assert re.fullmatch(r"Could not load this library: .*torchaudio.*\ntorch\.Size\(\[800\]\)\n", said), said
+
+
+def installed(folder: Path, settings: str, uv_code: int = 0) -> list[str]:
+    """What launch/setup.sh runs in an environment with these `settings` of pip, whose uv ends with `uv_code`."""
+    done = folder / "done"
+    python = f'if [[ $* == *" config list" ]]; then exec {sys.executable} "$@"; fi\necho "$*" >> {done}'
+    uv = f'echo "uv $* $UV_DEFAULT_INDEX|$UV_INDEX|$UV_FIND_LINKS|$UV_CONSTRAINT" >> {done}\nexit {uv_code}'
+    (folder / "bin").mkdir(parents=True)
+    for name, script in ("python", python), ("uv", uv):
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "pip.conf").write_text(settings)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    pip = {"CONFIG_FILE": str(folder / "pip.conf"), "INDEX_URL": "http://index", "CONSTRAINT": "/c"}
+    pip |= {"EXTRA_INDEX_URL": "\nhttp://x\nhttp://y", "FIND_LINKS": "/a /b"}
+    environment = kept | {"VENV": str(folder)} | {f"PIP_{name}": value for name, value in pip.items()}
+    subprocess.run(["bash", "-c", "source launch/setup.sh cpu"], cwd=ROOT, env=environment, check=True)
+    return done.read_text().splitlines()
+
+
+def test_setup_installs_by_uv_as_pip_is_set_and_else_by_pip(tmp_path: Path) -> None:
+    uv = f"uv pip install --quiet --python {tmp_path}/%s/bin/python -e .[cpu] http://index|http://x http://y|/a,/b|/c"
+    pip = [f"-m pip --quiet --disable-pip-version-check install {what}" for what in ("--upgrade pip", "-e .[cpu]")]
+    assert installed(tmp_path / "known", "[global]\nindex-url = http://other\ntimeout = 9\n") == [uv % "known"]
+    assert installed(tmp_path / "more", "[install]\npre = true\n") == pip
+    assert installed(tmp_path / "fails", "", uv_code=2) == [uv % "fails", *pip]
