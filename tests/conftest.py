@@ -17,6 +17,7 @@ import pytest
 import torch
 from browser import browser  # noqa: F401 - a fixture of several files
 from launching import ranks
+from warm_cli import SELDOM
 
 torch.set_num_threads(1)  # the networks are so small that waiting for a second thread costs more than it gives
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
@@ -54,9 +55,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: looking through it for garbage again and again takes a twelfth of the tests' time."""
+    """What was imported stays: looking through it for garbage again and again takes a tenth of the tests' time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*SELDOM)
 
 
 @pytest.hookimpl(wrapper=True)

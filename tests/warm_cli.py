@@ -43,6 +43,8 @@ START_S = 120
 NOTHING: Mapping[str, str] = {}
 READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "TORCH", "OMP_", "IMPORTED")
 """How variables begin that count only in a process that starts with them."""
+SELDOM = (20_000, 50, 100)
+"""Thresholds of Python's garbage collector, since what is imported late is looked through, too."""
 LINGER_S = 30
 """What torchrun gives the ranks beside one that failed."""
 
@@ -222,6 +224,7 @@ def serve(address: str) -> None:
     pitch_tracker(ExtractConfig.f0_min, ExtractConfig.f0_max, torch.device("cpu"))  # half a second of each validation
     gc.collect()
     gc.freeze()  # else each child copies all pages when it first looks for garbage
+    gc.set_threshold(*SELDOM)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children of `answer`
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address + ".new")
