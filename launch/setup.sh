@@ -22,12 +22,13 @@ install_packages() { # PYTHON REQUIREMENT...
   local python=$1 pip=("$1" -m pip --quiet --disable-pip-version-check)
   shift
   (
+    export UV_DEFAULT_INDEX=https://pypi.org/simple UV_INDEX_STRATEGY=unsafe-best-match more=""
     settings=$("$python" -m pip config list 2> /dev/null | sed 's/^:env:/~/' | LC_ALL=C sort) # of the environment last
     while IFS="=" read -r name value; do
       value=${value//\\n/ } value=$(xargs <<< "${value//\'/}") # words in a row
       case ${name##*.} in
         index-url) export UV_DEFAULT_INDEX=$value ;;
-        extra-index-url) export UV_INDEX=$value UV_INDEX_STRATEGY=unsafe-best-match ;;
+        extra-index-url) more=$value ;;
         find-links) export UV_FIND_LINKS=${value// /,} ;;
         constraint) export UV_CONSTRAINT=$value ;;
         cert) export SSL_CERT_FILE=$value ;;
@@ -35,6 +36,7 @@ install_packages() { # PYTHON REQUIREMENT...
         *) exit 1 ;;
       esac
     done <<< "$settings"
+    export UV_INDEX="$UV_DEFAULT_INDEX $more" # of one release, the first has the say, where pip takes the best file
     { [[ -x $VENV/bin/uv ]] || "$VENV/bin/python" -m pip --quiet --disable-pip-version-check install uv; } &&
       "$VENV/bin/uv" pip install --quiet --python "$python" "$@"
   ) || { "${pip[@]}" install --upgrade pip || true; "${pip[@]}" install "$@"; } # one of today chooses twice as fast

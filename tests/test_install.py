@@ -129,7 +129,7 @@ def installed(folder: Path, settings: str, uv_code: int = 0) -> list[str]:
 
 
 def test_setup_installs_by_uv_as_pip_is_set_and_else_by_pip(tmp_path: Path) -> None:
-    uv = f"uv pip install --quiet --python {tmp_path}/%s/bin/python -e .[cpu] http://index|http://x http://y|/a,/b|/c"
+    uv = f"uv pip install --quiet --python {tmp_path}/%s/bin/python -e .[cpu] http://index|http://index http://x http://y|/a,/b|/c"
     pip = [f"-m pip --quiet --disable-pip-version-check install {what}" for what in ("--upgrade pip", "-e .[cpu]")]
     assert installed(tmp_path / "known", "[global]\nindex-url = http://other\ntimeout = 9\n") == [uv % "known"]
     assert installed(tmp_path / "more", "[install]\npre = true\n") == pip
