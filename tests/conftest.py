@@ -21,12 +21,13 @@ from warm_cli import SELDOM
 
 torch.set_num_threads(1)  # the networks are so small that waiting for a second thread costs more than it gives
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
+os.environ.setdefault("NUMBA_OPT", "1")  # pyin takes 20 s to compile instead of 30, and as long to run
 
 WATCHES = {"test_doctor", "test_faults", "test_netns", "test_run_lock", "test_slurm", "test_watchdog"}
 LONG = (
-    "plan trainer resume hostile deepspeed elastic compilation f0 trackers frozen clusters bench exactness docs"
-    " gpu_check networks loss_scale remote_run options scale pipeline shards cloud notebook extract accelerator demo"
-    " base_model account stages memory fuzz vocoders many_recordings install fast_train number_formats"
+    "plan trainer f0 elastic exactness bench hostile networks docs deepspeed compilation frozen resume trackers"
+    " gpu_check extract vocoders loss_scale infer clusters pipeline scale cloud shards preprocess batch account options"
+    " number_formats base_model remote_run demo notebook accelerator stages fuzz many_recordings precision"
 )
 """Files (`test_...`) that take a worker more than 20 s, the longest first, as they were last measured."""
 
@@ -47,11 +48,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On several cores the longest files come first, so that no worker is left with one at the end."""
+    """On several cores the longest files come first, so that no worker is left with one at the end.
+
+    Before them comes what is to be alone: later, the others would have to end first what they have begun.
+    """
     if hasattr(config, "workerinput"):
         rank = {f"test_{name}": place for place, name in enumerate(LONG.split())}
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda i: (i.path.stem not in WATCHES, rank.get(i.path.stem, len(rank)), -slow[i.path]))
+        items.sort(key=lambda item: item.get_closest_marker("alone") is None)
 
 
 def pytest_collection_finish() -> None:

@@ -41,7 +41,7 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 START_S = 120
 NOTHING: Mapping[str, str] = {}
-READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "TORCH", "OMP_", "IMPORTED")
+READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "OMP_", "IMPORTED")
 """How variables begin that count only in a process that starts with them."""
 SELDOM = (20_000, 50, 100)
 """Thresholds of Python's garbage collector, since what is imported late is looked through, too."""

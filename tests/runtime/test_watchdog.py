@@ -189,14 +189,13 @@ def test_few_beats_a_second_of_thousands_of_ranks(tmp_path, monkeypatch):
     assert watched._silent_after_s == 96.0
 
 
-@pytest.mark.alone
 def test_a_phase_costs_microseconds():
     heartbeat, num = Heartbeat(), 20_000
-    began_at = time.perf_counter()
+    began_at = time.thread_time()
     for _ in range(num):
         with heartbeat.within("data"):
             heartbeat.sent()
-    assert (time.perf_counter() - began_at) / num < 50e-6, "a step has about ten, and takes tens of milliseconds"
+    assert (time.thread_time() - began_at) / num < 50e-6, "a step has about ten, and takes tens of milliseconds"
     assert heartbeat.count == 3 * num
 
 

@@ -448,7 +448,7 @@ def test_wrong_uses_are_named(tmp_path, capsys):
 
 # Against real runs
 
-NUM_STEPS, BOUND, ATTEMPTS = 30, 0.25, 4
+NUM_STEPS, BOUND, ATTEMPTS = 16, 0.25, 4
 
 
 def seconds_of_steps(folder: Path) -> float:

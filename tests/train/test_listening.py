@@ -25,6 +25,8 @@ from rvc_dist.train.dataset import ClipDataset
 from rvc_dist.voice import export, infer, windows
 from rvc_dist.workspace import Shard, StageError, read_json, save_arrays
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 RATE = 24000
 
 

@@ -11,6 +11,8 @@ from rvc_dist import workspace
 from rvc_dist.train import checkpoint
 from rvc_dist.workspace import StageError
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 @pytest.fixture
 def few_are_many(monkeypatch):

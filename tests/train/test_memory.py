@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rvc_dist.train import trainer
 from rvc_dist.train.optimizers import AnyPrecisionAdamW
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 def first_step(recipe) -> tuple[trainer.Trainer, int]:
     """A trainer after one step, and the bytes that its backward passes found saved."""

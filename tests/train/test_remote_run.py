@@ -18,6 +18,8 @@ from rvc_dist.tools import upload
 from rvc_dist.voice import export
 from rvc_dist.workspace import Shard, list_checkpoints
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 STEPS = 12
 
 

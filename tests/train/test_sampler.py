@@ -132,7 +132,6 @@ def test_iteration_continues_where_it_is_told_to():
     assert [next(stream) for _ in range(10)] == whole[sampler.steps_per_epoch + 2 :][:10]
 
 
-@pytest.mark.alone
 def test_a_million_clips_on_a_thousand_ranks_are_planned_in_seconds_and_in_the_same_memory():
     lengths = speech_lengths(1000) * 1000
     peaks = {}

@@ -15,6 +15,8 @@ from rvc_dist.train import checkpoint, networks, trainer
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Shard, StageError
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 ROWS = 3
 """Of the base model's speaker table."""
 

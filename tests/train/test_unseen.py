@@ -18,6 +18,8 @@ from rvc_dist.train.holdout import unseen_speakers
 from rvc_dist.train.quality import Ear
 from rvc_dist.workspace import Speakers, StageError
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 CPU = torch.device("cpu")
 NAMES = Speakers({0: "anna", 1: "bob", 2: "cleo", 3: "dora"})
 

@@ -15,6 +15,8 @@ from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.quality import BROKEN, Quality
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 GOOD = Quality(0.5, 6.0, 30.0, 0.05, 1.5, 0.9)
 
 

@@ -16,6 +16,8 @@ from rvc_dist.voice import export
 from rvc_dist.voice.file import Voice
 from rvc_dist.workspace import Shard, Stopped
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 def voices(recipe) -> list[str]:
     return sorted(p.name for p in workspace_of(recipe).voice_dir.glob("*"))
