@@ -262,7 +262,7 @@ def newest(recipe: Recipe) -> checkpoint.Checkpoint:
 def tiny_recipe(run_dir: Path, **train: Any) -> Recipe:
     """A recipe for a run that trains in a second, on features that `make_features` makes up."""
     defaults: dict[str, Any] = {"batch_size": 2, "max_epochs": 100, "max_steps": 4, "log_every_steps": 1}
-    defaults |= {"report": False, "samples": False}  # they take seconds of a core
+    defaults |= {"report": False, "samples": False, "trackers": ()}  # they take seconds of a core
     return Recipe(
         name="tiny",
         run_dir=str(run_dir),

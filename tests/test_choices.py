@@ -87,7 +87,7 @@ def test_a_loss_from_outside_is_trained_and_logged(tmp_path, monkeypatch):
     monkeypatch.setitem(losses.GENERATOR_LOSSES, "loudness", loudness)
     monkeypatch.setattr("rvc_dist.config.LossConfig", WithLoudness)  # as if the field stood there
     monkeypatch.setattr("rvc_dist.schema._keys", schema._keys.__wrapped__)  # which remembers the other
-    recipe = tiny_recipe(tmp_path, loss=WithLoudness(), max_steps=2, log_every_steps=1)
+    recipe = tiny_recipe(tmp_path, loss=WithLoudness(), max_steps=2, log_every_steps=1, trackers=("tensorboard",))
     make_features(recipe)
     trainer.run(recipe, Shard())
     events = EventAccumulator(str(Workspace(recipe.run_dir, recipe.name).events_dir), {"scalars": 0})

@@ -123,13 +123,15 @@ def installed(folder: Path, settings: str, uv_code: int = 0) -> list[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     pip = {"CONFIG_FILE": str(folder / "pip.conf"), "INDEX_URL": "http://index", "CONSTRAINT": "/c"}
     pip |= {"EXTRA_INDEX_URL": "\nhttp://x\nhttp://y", "FIND_LINKS": "/a /b"}
-    environment = kept | {"VENV": str(folder)} | {f"PIP_{name}": value for name, value in pip.items()}
+    environment = kept | {f"PIP_{name}": value for name, value in pip.items()}
+    environment |= {"VENV": str(folder), "PATH": f"{folder}/bin:{kept['PATH']}"}
     subprocess.run(["bash", "-c", "source launch/setup.sh cpu"], cwd=ROOT, env=environment, check=True)
     return done.read_text().splitlines()
 
 
 def test_setup_installs_by_uv_as_pip_is_set_and_else_by_pip(tmp_path: Path) -> None:
-    uv = f"uv pip install --quiet --python {tmp_path}/%s/bin/python -e .[cpu] http://index|http://index http://x http://y|/a,/b|/c"
+    indexes = "http://index|http://index http://x http://y"
+    uv = f"uv pip install --quiet --python {tmp_path}/%s/bin/python -e .[cpu] {indexes}|/a,/b|/c"
     pip = [f"-m pip --quiet --disable-pip-version-check install {what}" for what in ("--upgrade pip", "-e .[cpu]")]
     assert installed(tmp_path / "known", "[global]\nindex-url = http://other\ntimeout = 9\n") == [uv % "known"]
     assert installed(tmp_path / "more", "[install]\npre = true\n") == pip

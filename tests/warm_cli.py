@@ -29,16 +29,6 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = str(ROOT / "tests" / "forked_launcher.py")
-CLIENT = """#!{python} -SE
-import json, os, socket, sys
-asked = json.dumps(["", sys.argv[1:], os.getcwd(), dict(os.environ)])
-with socket.socket(socket.AF_UNIX) as server:
-    server.connect({address!r})
-    socket.send_fds(server, [len(asked).to_bytes(4, "big")], [1, 2])
-    server.sendall(asked.encode("ascii"))
-    server.recv(8)
-    sys.exit(int(server.recv(8)))
-"""
 START_S = 120
 NOTHING: Mapping[str, str] = {}
 READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "OMP_", "IMPORTED")
@@ -54,7 +44,8 @@ def warm_cli(folder: Path) -> Iterator[None]:
     """Serves `folder`/rvc-dist while it is open."""
     address = folder / "rvc-dist.socket"
     script = folder / "rvc-dist"
-    script.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    warm = f"WARM='{json.dumps([str(address), ''])}' exec {sys.executable} -SE {ROOT / 'tests' / 'warm_python.py'}"
+    script.write_text(f'#!/bin/sh\n{warm} "$@"\n')
     script.chmod(0o755)
     server = started(address)
     try:

@@ -24,7 +24,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: 
 
 def prepared(folder: Path, **train: object) -> Path:
     """A recipe file of a run in `folder`/run whose features exist."""
-    recipe = tiny_recipe(folder / "run", **({"max_steps": 1000, "eval_every_steps": 999} | train))
+    recipe = tiny_recipe(
+        folder / "run", **({"max_steps": 1000, "eval_every_steps": 999, "trackers": ("tensorboard",)} | train)
+    )
     make_features(recipe)
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())

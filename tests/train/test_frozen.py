@@ -51,6 +51,7 @@ def machine() -> dict[str, str]:
 def run_cases(folder: Path, num_ranks: int) -> dict[str, Any]:
     """Train every case, and what came of each."""
     for name, options in CASES.items():
+        options = {"trackers": ("tensorboard",)} | options  # whose curves are compared
         recipe = tiny_recipe(folder / name, max_steps=STEPS, eval_every_steps=10, save_every_steps=STEPS, **options)
         make_features(recipe)
         (folder / f"{name}.yaml").write_text(recipe.to_yaml())

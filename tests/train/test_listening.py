@@ -63,7 +63,8 @@ def test_what_is_heard_is_what_infer_makes_of_the_exported_voice(tmp_path, monke
     """Of the same features and, but for their rounding to float16, the same weights: they differ by less than 0.3%."""
     song = tmp_path / "song.wav"
     soundfile.write(song, np.stack([tone(2.5, 44100), tone(2.5, 44100)], axis=1), 44100)
-    recipe = tiny_recipe(tmp_path / "run", max_steps=2, eval_every_steps=2, eval_reference=str(song), samples=True)
+    shown = {"eval_reference": str(song), "samples": True, "trackers": ("tensorboard",)}
+    recipe = tiny_recipe(tmp_path / "run", max_steps=2, eval_every_steps=2, **shown)
     recipe = changed(recipe, "index", speakers="both")
     make_features(recipe, num_clips=12, speakers=(1, 3))
     index.run(recipe, Shard())

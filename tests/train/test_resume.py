@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("thin")
 
 def prepared(folder: Path, **train: object) -> Path:
     """A recipe file of a run whose features exist."""
-    recipe = tiny_recipe(folder / "run", **train)
+    recipe = tiny_recipe(folder / "run", trackers=("tensorboard",), **train)
     make_features(recipe, num_clips=12)
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())

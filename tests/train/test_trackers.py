@@ -66,7 +66,7 @@ def hparams(events: EventAccumulator, tag: str) -> HParamsPluginData:
 
 
 def test_tensorboard_has_layout_recipe_hyperparameters_samples_and_pictures_once_after_a_resume(tmp_path):
-    recipe = tiny_recipe(tmp_path)
+    recipe = tiny_recipe(tmp_path, trackers=("tensorboard",))
     folder = Workspace(tmp_path, "tiny").events_dir
     folder.parent.mkdir()
     (folder.parent / "events.out.tfevents.1.older.1.0").touch()
@@ -124,7 +124,7 @@ TABS = {
 @pytest.mark.slow
 def test_the_page_of_tensorboard_tells_runs_apart_and_has_every_tab(tmp_path, browser):
     for name in ("voice_a", "voice_b"):
-        show(with_train(tiny_recipe(tmp_path / name), learning_rate=3e-4), 1, 9)
+        show(with_train(tiny_recipe(tmp_path / name, trackers=("tensorboard",)), learning_rate=3e-4), 1, 9)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
