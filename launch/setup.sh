@@ -37,8 +37,8 @@ install_packages() { # PYTHON REQUIREMENT...
       esac
     done <<< "$settings"
     export UV_INDEX="$UV_DEFAULT_INDEX $more" # of one release, the first has the say, where pip takes the best file
-    uv=$(type -P uv) || { "${pip[@]}" install uv && uv=$VENV/bin/uv; } &&
-      "$uv" pip install --quiet --python "$python" "$@"
+    { [[ -x $VENV/bin/uv ]] || "$VENV/bin/python" -m pip --quiet --disable-pip-version-check install uv; } &&
+      "$VENV/bin/uv" pip install --quiet --python "$python" "$@"
   ) || { "${pip[@]}" install --upgrade pip || true; "${pip[@]}" install "$@"; } # one of today chooses twice as fast
 }
 install_packages "$VENV/bin/python" -e ".[$1]"

@@ -100,6 +100,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
     tools = tmp_path / "venv" / "bin"
     tools.mkdir(parents=True)
     for name, text in {
+        "uv": "#!/bin/sh\n",
         "rclone": RCLONE.format(python=sys.executable),
         "python": PYTHON.format(
             python=sys.executable,

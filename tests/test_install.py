@@ -123,8 +123,7 @@ def installed(folder: Path, settings: str, uv_code: int = 0) -> list[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     pip = {"CONFIG_FILE": str(folder / "pip.conf"), "INDEX_URL": "http://index", "CONSTRAINT": "/c"}
     pip |= {"EXTRA_INDEX_URL": "\nhttp://x\nhttp://y", "FIND_LINKS": "/a /b"}
-    environment = kept | {f"PIP_{name}": value for name, value in pip.items()}
-    environment |= {"VENV": str(folder), "PATH": f"{folder}/bin:{kept['PATH']}"}
+    environment = kept | {"VENV": str(folder)} | {f"PIP_{name}": value for name, value in pip.items()}
     subprocess.run(["bash", "-c", "source launch/setup.sh cpu"], cwd=ROOT, env=environment, check=True)
     return done.read_text().splitlines()
 
