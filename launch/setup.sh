@@ -16,13 +16,12 @@ if [[ ! -x $VENV/bin/python ]]; then
     { echo "rvc_dist needs Python 3.10 or newer; say which with PYTHON=/path/to/python" >&2; exit 1; }
   "${PYTHON:-python3}" -m venv "$VENV"
 fi
-# By uv, in a quarter of pip's time. It knows pip's settings by other names; where there are more of them, or uv cannot
+# By uv, in a third of pip's time. It knows pip's settings by other names; where there are more of them, or uv cannot
 # be had or fails, pip does it.
 install_packages() { # PYTHON REQUIREMENT...
-  local python=$1 pip=("$1" -m pip --quiet --disable-pip-version-check)
+  local python=$1 pip=(-m pip --quiet --disable-pip-version-check) more=""
   shift
   (
-    export UV_DEFAULT_INDEX=https://pypi.org/simple UV_INDEX_STRATEGY=unsafe-best-match more=""
     settings=$("$python" -m pip config list 2> /dev/null | sed 's/^:env:/~/' | LC_ALL=C sort) # of the environment last
     while IFS="=" read -r name value; do
       value=${value//\\n/ } value=$(xargs <<< "${value//\'/}") # words in a row
@@ -36,10 +35,15 @@ install_packages() { # PYTHON REQUIREMENT...
         *) exit 1 ;;
       esac
     done <<< "$settings"
-    export UV_INDEX="$UV_DEFAULT_INDEX $more" # of one release, the first has the say, where pip takes the best file
-    { [[ -x $VENV/bin/uv ]] || "$VENV/bin/python" -m pip --quiet --disable-pip-version-check install uv; } &&
+    # Of one release the first index has the say, where pip takes the best file.
+    [[ -z $more ]] ||
+      export UV_INDEX="${UV_DEFAULT_INDEX:-https://pypi.org/simple} $more" UV_INDEX_STRATEGY=unsafe-best-match
+    { [[ -x $VENV/bin/uv ]] || "$VENV/bin/python" "${pip[@]}" install uv; } &&
       "$VENV/bin/uv" pip install --quiet --python "$python" "$@"
-  ) || { "${pip[@]}" install --upgrade pip || true; "${pip[@]}" install "$@"; } # one of today chooses twice as fast
+  ) || {
+    "$python" "${pip[@]}" install --upgrade pip || true # one of today chooses twice as fast
+    "$python" "${pip[@]}" install "$@"
+  }
 }
 install_packages "$VENV/bin/python" -e ".[$1]"
 PATH="$(cd "$VENV/bin" && pwd):$PATH" # VENV may be absolute or relative

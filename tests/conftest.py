@@ -7,7 +7,6 @@ worker waits.
 """
 
 import fcntl
-import gc
 import os
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 from browser import browser  # noqa: F401 - a fixture of several files
 from launching import ranks
-from warm_cli import SELDOM
+from warm_cli import keep_what_is_imported
 
 torch.set_num_threads(1)  # the networks are so small that waiting for a second thread costs more than it gives
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that a test starts
@@ -55,15 +54,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         rank = {f"test_{name}": place for place, name in enumerate(LONG.split())}
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        items.sort(key=lambda i: (i.path.stem not in WATCHES, rank.get(i.path.stem, len(rank)), -slow[i.path]))
-        items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+
+        def place(item: pytest.Item) -> tuple[bool, bool, int, int]:
+            together, name = item.get_closest_marker("alone") is None, item.path.stem
+            return together, name not in WATCHES, rank.get(name, len(rank)), -slow[item.path]
+
+        items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: looking through it for garbage again and again takes a tenth of the tests' time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*SELDOM)
+    """Looking through it for garbage again and again takes a tenth of the tests' time."""
+    keep_what_is_imported()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -132,7 +132,9 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     )
     for arguments in ["--help"], ["train", "--help"], ["demo", "--help"], ["infer", "--train.x", "1"]:
         began_at = cpu_s_of_children()
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=20
+        )
         assert done.stdout.splitlines()[-1] == "HEAVY []", arguments
         assert cpu_s_of_children() - began_at < 1.5, arguments
 

@@ -33,8 +33,6 @@ START_S = 120
 NOTHING: Mapping[str, str] = {}
 READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "OMP_", "IMPORTED")
 """How variables begin that count only in a process that starts with them."""
-SELDOM = (20_000, 50, 100)
-"""Thresholds of Python's garbage collector, since what is imported late is looked through, too."""
 LINGER_S = 30
 """What torchrun gives the ranks beside one that failed."""
 
@@ -65,6 +63,13 @@ def started(address: Path, more_environment: Mapping[str, str] = NOTHING) -> sub
         assert time.monotonic() < end, "the warm rvc-dist does not answer"
         time.sleep(0.05)
     return server
+
+
+def keep_what_is_imported() -> None:
+    """Garbage is no longer looked for in it, and seldom in the rest, to which what is imported later belongs."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
 
 
 class Ranks:
@@ -213,9 +218,7 @@ def serve(address: str) -> None:
         with contextlib.suppress(ImportError):  # where a test forbids it
             importlib.import_module(module)
     pitch_tracker(ExtractConfig.f0_min, ExtractConfig.f0_max, torch.device("cpu"))  # half a second of each validation
-    gc.collect()
-    gc.freeze()  # else each child copies all pages when it first looks for garbage
-    gc.set_threshold(*SELDOM)
+    keep_what_is_imported()  # else each child copies all pages when it first looks for garbage
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children of `answer`
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address + ".new")

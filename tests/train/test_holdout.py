@@ -13,8 +13,6 @@ from rvc_dist.train.clips import MUTE_SOURCE, ClipRef
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.train.holdout import SpeakerShare, choice, evenly, hold_out, report, settled_by
 
-pytestmark = pytest.mark.usefixtures("thin")
-
 SHARE, SEED = 0.05, 1234
 
 
