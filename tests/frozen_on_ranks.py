@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from helpers import thin_networks
+from helpers import one_layer_of_each
 
 from rvc_dist.config import load_recipe
 from rvc_dist.train import trainer
@@ -23,5 +23,5 @@ def train_all(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    thin_networks(setattr)
+    one_layer_of_each(setattr)
     train_all(Path(sys.argv[1]))

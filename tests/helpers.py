@@ -25,10 +25,11 @@ from rvc_dist.features.energy import energy_arrays
 from rvc_dist.features.f0 import F0Method
 from rvc_dist.features.hub import make_torchaudio_importable
 from rvc_dist.files import write_json
+from rvc_dist.models import encoders, modules, spectral
 from rvc_dist.models.generator import Generator
 from rvc_dist.models.shape import GeneratorShape
 from rvc_dist.models.state_dict import from_upstream, to_upstream
-from rvc_dist.train import checkpoint, trainer
+from rvc_dist.train import checkpoint, losses, trainer
 from rvc_dist.train.optimizers import OptimizerState
 from rvc_dist.train.progress import Progress
 from rvc_dist.train.voice_file import Dataset, voice_dict
@@ -317,8 +318,19 @@ def with_train(recipe: Recipe, **train: Any) -> Recipe:
 def thin_networks(patch: Callable[[object, str, object], None]) -> None:
     """Leave of each kind of layer one, in every shape that a recipe gives: a compiler takes minutes for many.
 
+    And two of the posterior encoder's sixteen layers, and of the mel loss one scale, of few bands, whose windows seldom
+    find silence: the others took a third of a step.
     `patch(object, name, value)` sets an attribute, as pytest's monkeypatch.setattr does.
     """
+    one_layer_of_each(patch)
+    wavenet = modules.WaveNet
+    patch(encoders, "WaveNet", lambda *sizes, num_layers, **more: wavenet(*sizes, num_layers=2, **more))
+    patch(spectral, "MULTISCALE_MELS", (20,))
+    patch(losses, "scale_weights", spectral.scale_weights.__wrapped__)  # which remembers none of other scales
+
+
+def one_layer_of_each(patch: Callable[[object, str, object], None]) -> None:
+    """`thin_networks` as the numbers of tests/train/frozen.json had them."""
     whole = GeneratorShape.from_recipe.__func__  # type: ignore[attr-defined]
 
     def thin(cls: type[GeneratorShape], *arguments: Any, **options: Any) -> GeneratorShape:

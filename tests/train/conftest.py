@@ -1,13 +1,14 @@
 """Every test of training begins without the ranks and the precision of the one before; smaller networks for many."""
 
+from typing import Any
+
 import pytest
 from accelerate.state import AcceleratorState
 from helpers import thin_networks
 
-from rvc_dist import choices
-from rvc_dist.models.shape import GeneratorShape
-
-WHOLE_SHAPE, WHOLE_DISCRIMINATORS = GeneratorShape.__dict__["from_recipe"], choices.DISCRIMINATORS
+WHOLE: list[tuple[Any, str, object]] = []
+"""Objects, names of attributes, and what they are without `thin_networks`."""
+thin_networks(lambda thing, name, _: WHOLE.append((thing, name, vars(thing)[name])))
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,8 @@ def thin(thin_ranks):
 @pytest.fixture
 def whole_networks(monkeypatch):
     """For what is proved of all layers, in a module that has `thin`."""
-    monkeypatch.setattr(GeneratorShape, "from_recipe", WHOLE_SHAPE)
-    monkeypatch.setattr(choices, "DISCRIMINATORS", WHOLE_DISCRIMINATORS)
+    for thing, name, value in WHOLE:
+        monkeypatch.setattr(thing, name, value)
     monkeypatch.delenv("THIN")
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from frozen_on_ranks import train_all
-from helpers import make_features, thin_networks, tiny_recipe
+from helpers import make_features, one_layer_of_each, tiny_recipe
 from launching import torchrun
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -124,7 +124,7 @@ def assert_equal(now: dict[str, Any], then: dict[str, Any], exact: bool, case: s
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_same_steps_and_the_same_checkpoint_as_ever(tmp_path, monkeypatch, num_ranks):
-    thin_networks(monkeypatch.setattr)
+    one_layer_of_each(monkeypatch.setattr)
     fixture = json.loads(FIXTURE.read_text())
     now, then = run_cases(tmp_path, num_ranks), fixture["ranks"][str(num_ranks)]
     assert now.keys() == then.keys() == CASES.keys()
@@ -144,7 +144,7 @@ def test_a_number_that_changed_is_found(case, exact):
 
 
 def write_fixture() -> None:
-    thin_networks(setattr)
+    one_layer_of_each(setattr)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         ranks = {str(n): run_cases(Path(folder) / str(n), n) for n in (1, 2)}

@@ -72,6 +72,7 @@ def test_tensorboard_has_layout_recipe_hyperparameters_samples_and_pictures_once
     (folder.parent / "events.out.tfevents.1.older.1.0").touch()
     show(recipe, 1, 9)
     changed = with_train(recipe, learning_rate=3e-4)
+    time.sleep(1)  # files of one second and process come by the letters of their number, of which 10 is before 9
     show(changed, 6, 8)
     assert [p.name for p in folder.parent.iterdir()] == ["tiny"], "no run beside it, not even of older versions"
     assert len([*folder.glob("*.card")]) == 1
