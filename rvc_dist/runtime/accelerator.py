@@ -245,9 +245,10 @@ class StopSignal:
     """SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an end; all ranks agree on the step.
 
     The handler only sets a flag. Each step takes the maximum of the flags of all ranks over gloo on the host, without
-    waiting: the maximum of one step is read at the next, so the device is never waited for. A signal that comes again
-    after a while acts as it would have; at once, launcher and batch system mean the same. FAILED, which is more than
-    any signal, tells the others that a rank cannot go on. The end of a launcher is a SIGTERM too: see `hang_killer`.
+    waiting: the maximum of one step is read at the next, so the device is never waited for. A SIGTERM or SIGINT that
+    comes after a while acts as it would have; at once, launcher and batch system mean the same. SIGUSR1 is repeated by
+    scripts for as long as a large checkpoint takes, and says nothing new. FAILED, which is more than any signal, tells
+    the others that a rank cannot go on. The end of a launcher is a SIGTERM too: see `hang_killer`.
     A rank that ends for an error bears one SIGTERM more until its log is closed: a launcher ends all where one has
     failed, and the others would die before they have said why.
     """
@@ -283,7 +284,9 @@ class StopSignal:
         if self._pending and kind is None:
             self._pending[1].wait()
         handlers = dict(self._previous)
-        if kind is not None and not issubclass(kind, Stopped) and (logs := rank_logs()):
+        if kind is not None and issubclass(kind, Stopped):
+            handlers[signal.SIGUSR1] = signal.SIG_IGN  # repeated once more it would change the exit code
+        elif kind is not None and (logs := rank_logs()):
             self._is_failing = True
             logs[0].at_close.callback(signal.signal, signal.SIGTERM, handlers.pop(signal.SIGTERM))
         for number, handler in handlers.items():
@@ -292,6 +295,8 @@ class StopSignal:
     def _handle(self, number: int, _: Any) -> None:
         now = time.monotonic()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if self._received and number == signal.SIGUSR1:
+            return
         if self._received and now - self._received_at > self.SAME_S:
             say_at_once(
                 f"{name} again: ending at once; the same command continues from the last checkpoint", self._level
@@ -303,8 +308,9 @@ class StopSignal:
             if self._is_failing:
                 return
             say_at_once(
-                f"{name}: stopping after this step, with a checkpoint from which the same command continues; another "
-                f"{name}, {self.SAME_S:g} s from now or later, ends at once without one",
+                f"{name}: stopping after this step, with a checkpoint from which the same command continues; "
+                f"{'a SIGTERM' if number == signal.SIGUSR1 else f'another {name}'}, {self.SAME_S:g} s from now or "
+                "later, ends at once without one",
                 self._level,
             )
             if self._what:

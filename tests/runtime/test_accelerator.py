@@ -27,7 +27,7 @@ from rvc_dist.runtime import accelerator
 from rvc_dist.runtime import device as devices
 from rvc_dist.runtime.logs import rank_log
 from rvc_dist.train import checkpoint
-from rvc_dist.workspace import OtherRankError, Shard, StageError, Workspace
+from rvc_dist.workspace import OtherRankError, Shard, StageError, Stopped, Workspace
 
 pytestmark = pytest.mark.usefixtures("thin_ranks")
 
@@ -360,6 +360,30 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_and_later_a_second_one(monke
         assert again.startswith("SIGTERM again: ending at once")
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def test_sigusr1_may_be_repeated_until_a_rank_has_ended(monkeypatch, caplog):
+    """launch/node.sh sends it twice a second, for as long as the checkpoint takes."""
+    monkeypatch.setattr(accelerator.StopSignal, "SAME_S", 0.0)
+    heard = []
+    previous = [signal.signal(number, lambda number, _: heard.append(number)) for number in accelerator.STOP_SIGNALS]
+    try:
+        with pytest.raises(Stopped), alone(timeout_s=30.0) as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.poll() == signal.SIGUSR1
+            raise Stopped("with a checkpoint")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == []
+        with alone(timeout_s=30.0):
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        assert heard == [signal.SIGTERM], "who does not want the checkpoint says so"
+        (first,) = {message for message in caplog.messages if message.startswith("SIGUSR1")}
+        assert "a SIGTERM, 0 s from now or later, ends at once without one" in first
+    finally:
+        for number, handler in zip(accelerator.STOP_SIGNALS, previous, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_rank_that_fails_may_say_why_though_its_launcher_ends_it(monkeypatch, tmp_path):
