@@ -253,7 +253,8 @@ def end_loader(loaded: Any) -> list[int]:
         for worker in workers:
             worker.kill()
             worker.join(WORKERS_S)
-    signal.signal(signal.SIGCHLD, handler)
+    if all(worker.exitcode is not None for worker in workers):  # what hangs in the kernel ends later
+        signal.signal(signal.SIGCHLD, handler)
     return died
 
 
