@@ -98,16 +98,20 @@ def launch(num_ranks: int, *words: object, launch_file: str | None = None, **mor
     return ranks.start(1, LAUNCHER, command, environment() | more_environment)
 
 
-def forking_python(folder: Path) -> Path:
+def forking_python(folder: Path, forks_launcher: bool = False) -> Path:
     """A `python` in `folder` for scripts: its torchrun forks the one rank of its node, else it is ours.
 
-    Stages but train run in a fork of this worker's server: they need no signals of those who start them.
+    Stages but train run in a fork of this worker's server, and so does torchrun where it `forks_launcher`: who ends it
+    by SIGKILL ends no fork.
     """
     path = folder / "python"
     client = f"{sys.executable} -SE {ROOT / 'tests' / 'warm_python.py'}"
+    torchrun = f"{sys.executable} {LAUNCHER}"
+    if forks_launcher:
+        torchrun = f"env WARM='{json.dumps([ranks.server(environment()), LAUNCHER])}' {client}"
     path.write_text(
         "#!/usr/bin/env bash\n"
-        f'[[ $2 != torch.distributed.run ]] || exec {sys.executable} {LAUNCHER} 1 "${{@:2}}"\n'
+        f'[[ $2 != torch.distributed.run ]] || exec {torchrun} 1 "${{@:2}}"\n'
         f"export WARM='{json.dumps([ranks.server(environment()), ''])}'\n"
         f'[[ $2 != rvc_dist || $3 == train ]] || exec {client} "${{@:3}}"\n'
         f'exec {sys.executable} "$@"\n'

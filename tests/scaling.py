@@ -32,7 +32,7 @@ from rvc_dist.files import write_json
 from rvc_dist.train.dataset import ClipTable
 from rvc_dist.workspace import Shard, SourceFile, WorkList, cut_units, fingerprint, save_arrays
 
-WIDTH, NUM_CONTENT, FILES_A_SPEAKER = 32, 20, 1000
+WIDTH, NUM_CONTENT, FILES_A_SPEAKER = 32, 40, 1000
 NUM_SAMPLES = NUM_CONTENT * RATE // 50
 EMBEDDER_USED = EMBEDDER | {"width": WIDTH}
 ALONE = Shard(0, 1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import psutil
 import pytest
 import yaml
 from helpers import make_features, tiny_recipe, with_train, workspace_of
@@ -432,7 +433,7 @@ def two_pods(tmp_path: Path) -> Iterator[Callable[[], list[subprocess.Popen[str]
     recipe = tiny_recipe(tmp_path / "run", max_steps=200)
     make_features(recipe)
     (tmp_path / "my.yaml").write_text(recipe.to_yaml())
-    forking_python(tmp_path)
+    forking_python(tmp_path, forks_launcher=True)
     pods: list[subprocess.Popen[str]] = []
     port = 20000 + os.getpid() % 10000
 
@@ -449,6 +450,9 @@ def two_pods(tmp_path: Path) -> Iterator[Callable[[], list[subprocess.Popen[str]
         if each.poll() is None:
             kill(each)
             each.communicate()
+            for server in psutil.Process().children():  # of whose forks the launchers are some
+                for fork in server.children(recursive=True):
+                    fork.kill()
 
 
 @pytest.mark.slow
