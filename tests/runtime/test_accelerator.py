@@ -380,6 +380,9 @@ def test_sigusr1_may_be_repeated_until_a_rank_has_ended(monkeypatch, caplog):
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 os.kill(os.getpid(), number)
         assert heard == [signal.SIGTERM], "who does not want the checkpoint says so"
+        deadline = time.monotonic() + 10
+        while len(caplog.messages) < 3 and time.monotonic() < deadline:  # each is said by a thread of its own
+            time.sleep(0.01)
         (first,) = {message for message in caplog.messages if message.startswith("SIGUSR1")}
         assert "a SIGTERM, 0 s from now or later, ends at once without one" in first
     finally:
