@@ -52,7 +52,7 @@ def make_rank() -> None:
 class ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
     def _execute_child(self, *options: Any) -> None:
         """Of `Popen`: `options` are the command, ... and, as the seventh, the environment."""
-        if not waiting:
+        if not waiting or [*options[0]][:1] != [sys.executable]:
             super()._execute_child(*options)  # type: ignore[misc]
             return
         self.pid, told = waiting.pop(0)
@@ -75,5 +75,6 @@ if __name__ == "__main__":
     # It asks inspect.stack() for its caller's name, which takes longer the more is imported: a second, here.
     dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     subprocess_handler.Popen = ForkedRank  # type: ignore[misc]
+    subprocess.Popen = ForkedRank  # type: ignore[misc]  # by which accelerate starts one rank
     os.execve = become  # type: ignore[assignment]
     run(["-m", *sys.argv[2:]])()
