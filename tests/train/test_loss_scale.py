@@ -134,7 +134,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.usefixtures("whole_networks")  # thin ones overflow at the next scale too
 def test_an_overflow_on_one_rank_is_skipped_by_all_and_the_scale_goes_on_with_fewer_ranks(tmp_path):
     options = {"max_steps": 4, "save_every_steps": 1, "keep_checkpoints": 9, "max_bad_steps": 1, "batch_size": 1}
     recipe = prepared(tmp_path, precision="fp16", **options)
