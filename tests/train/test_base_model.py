@@ -24,9 +24,10 @@ def mel_losses(recipe: Recipe) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("thin")
 def test_a_base_model_is_a_better_beginning_for_a_new_speaker_than_random_numbers(tmp_path):
-    options = {"adversarial_from_step": 30, "ema_decay": 0.9, "warmup_steps": 5, "learning_rate": 2e-3}
-    base = tiny_recipe(tmp_path / "base", max_steps=40, eval_every_steps=40, save_every_steps=40, **options)
+    options = {"adversarial_from_step": 50, "ema_decay": 0.9, "warmup_steps": 5, "learning_rate": 2e-3}
+    base = tiny_recipe(tmp_path / "base", max_steps=60, eval_every_steps=60, save_every_steps=60, **options)
     base = changed(base, "data", holdout_speakers=1)
     make_features(base, num_clips=12, speakers=(0, 1, 2, 3))
     saved = train(base)
