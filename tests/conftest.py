@@ -95,5 +95,6 @@ def thin_ranks() -> Iterator[None]:
         yield
 
 
-def pytest_sessionfinish() -> None:
-    ranks.close()
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        ranks.close()

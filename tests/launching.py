@@ -35,7 +35,7 @@ ONLY_CORE = {
 }
 """The environment of a process in which no package can be imported that only an extra brings (but for faiss)."""
 ranks = Ranks()
-"""Of this worker of pytest; ended with it (conftest.py)."""
+"""Ended by conftest.py."""
 
 
 def environment() -> dict[str, str]:
@@ -96,6 +96,14 @@ def launch(num_ranks: int, *words: object, launch_file: str | None = None, **mor
     _, _, module, *options = launcher(num_ranks, launch_file)
     command = [num_ranks, module, *options, *words]
     return ranks.start(1, LAUNCHER, command, environment() | more_environment)
+
+
+def warm_cli(folder: Path) -> None:
+    """Put an `rvc-dist` into `folder` that starts at once: in a fork of a process whose imports are done."""
+    script = folder / "rvc-dist"
+    warm = f"WARM='{json.dumps([ranks.server(environment()), ''])}'"
+    script.write_text(f'#!/bin/sh\n{warm} exec {sys.executable} -SE {ROOT / "tests" / "warm_python.py"} "$@"\n')
+    script.chmod(0o755)
 
 
 def forking_python(folder: Path, forks_launcher: bool = False) -> Path:

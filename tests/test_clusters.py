@@ -448,11 +448,11 @@ def two_pods(tmp_path: Path) -> Iterator[Callable[[], list[subprocess.Popen[str]
     yield begin
     for each in pods:
         if each.poll() is None:
+            for process in psutil.Process(each.pid).children(recursive=True):
+                process.terminate()  # a client of a fork passes it on
+            time.sleep(1)
             kill(each)
             each.communicate()
-            for server in psutil.Process().children():  # of whose forks the launchers are some
-                for fork in server.children(recursive=True):
-                    fork.kill()
 
 
 @pytest.mark.slow

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, get_type_hints
 import pytest
 import soundfile
 from helpers import NARROW
-from launching import ROOT
-from warm_cli import warm_cli
+from launching import ROOT, warm_cli
 
 from rvc_dist.arguments import parse
 from rvc_dist.config import BenchConfig, DataConfig, ExtractConfig, Recipe, TrainConfig
@@ -200,19 +199,19 @@ def test_commands_run(scratch: Path) -> None:
         "ACCELERATE_USE_CPU": "true",
         "THIN": "1",
     }
-    with warm_cli(scratch / "bin"):
-        for block in (block for block in COMMANDS if not block.needs):
-            for command in block.text.replace("\\\n", " ").splitlines():
-                done = subprocess.run(
-                    ["bash", "-euo", "pipefail", "-c", command],
-                    cwd=scratch,
-                    env=environment,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    timeout=120,
-                )
-                fine = {0} | {code for stage, code in WARNS.items() if f"rvc-dist {stage}" in command}
-                if made := re.match(r"rvc-dist new (\w+)", command):
-                    shutil.copy(scratch / "my.yaml", scratch / f"{made[1]}.yaml")
-                assert done.returncode in fine, f"{block}: {command}\n{done.stdout[-3000:]}"
+    warm_cli(scratch / "bin")
+    for block in (block for block in COMMANDS if not block.needs):
+        for command in block.text.replace("\\\n", " ").splitlines():
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", command],
+                cwd=scratch,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=120,
+            )
+            fine = {0} | {code for stage, code in WARNS.items() if f"rvc-dist {stage}" in command}
+            if made := re.match(r"rvc-dist new (\w+)", command):
+                shutil.copy(scratch / "my.yaml", scratch / f"{made[1]}.yaml")
+            assert done.returncode in fine, f"{block}: {command}\n{done.stdout[-3000:]}"

@@ -14,8 +14,7 @@ import nbformat
 import pytest
 import soundfile
 from helpers import NARROW
-from launching import ROOT
-from warm_cli import warm_cli
+from launching import ROOT, warm_cli
 
 from rvc_dist.config import DataConfig, ExtractConfig, Recipe, TrainConfig
 from rvc_dist.workspace import DEMO_VOICE_DIR
@@ -81,9 +80,9 @@ def test_the_cells_make_a_voice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exec(first, names)
     assert parameters.keys() < names.keys()
     names |= parameters
-    with warm_cli(tmp_path / "bin"):
-        for source in others:  # a line with an exclamation mark is one of the shell, with {names} filled in
-            exec(re.sub(r"^( *)!(.*)$", lambda line: f"{line[1]}shell(f{line[2]!r})", source, flags=re.M), names)
+    warm_cli(tmp_path / "bin")
+    for source in others:  # a line with an exclamation mark is one of the shell, with {names} filled in
+        exec(re.sub(r"^( *)!(.*)$", lambda line: f"{line[1]}shell(f{line[2]!r})", source, flags=re.M), names)
 
     assert (tmp_path / "runs/my_voice/voice/my_voice_last.pth").is_file()
     assert shown == ["runs/my_voice/report.html", "converted.wav"]

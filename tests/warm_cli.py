@@ -1,19 +1,20 @@
 """`rvc-dist` without its start: a process that has imported every stage forks one for each command, or for each rank.
 
-Tests of many commands would wait mostly for imports. `warm_cli(folder)` puts an `rvc-dist` into `folder` that hands its
-arguments, folder, environment and output to that process, and ends with the exit code of the command. `Ranks` starts
-the ranks of a job so, as a launcher does that gives each its place by environment variables, or torchrun itself.
+Tests of many commands would wait mostly for imports. `Ranks` starts the ranks of a job so, as a launcher does that
+gives each its place by environment variables, or torchrun itself. All workers of pytest-xdist share these processes.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -30,39 +32,10 @@ import psutil
 ROOT = Path(__file__).parents[1]
 LAUNCHER = str(ROOT / "tests" / "forked_launcher.py")
 START_S = 120
-NOTHING: Mapping[str, str] = {}
 READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "OMP_", "IMPORTED")
 """How variables begin that count only in a process that starts with them."""
 LINGER_S = 30
 """What torchrun gives the ranks beside one that failed."""
-
-
-@contextlib.contextmanager
-def warm_cli(folder: Path) -> Iterator[None]:
-    """Serves `folder`/rvc-dist while it is open."""
-    address = folder / "rvc-dist.socket"
-    script = folder / "rvc-dist"
-    warm = f"WARM='{json.dumps([str(address), ''])}' exec {sys.executable} -SE {ROOT / 'tests' / 'warm_python.py'}"
-    script.write_text(f'#!/bin/sh\n{warm} "$@"\n')
-    script.chmod(0o755)
-    server = started(address)
-    try:
-        yield
-    finally:
-        server.kill()
-        server.wait()
-
-
-def started(address: Path, more_environment: Mapping[str, str] = NOTHING) -> subprocess.Popen[bytes]:
-    """A server that answers at `address`, and ends with this process."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | more_environment
-    server = subprocess.Popen([sys.executable, __file__, str(address)], env=environment)
-    end = time.monotonic() + START_S
-    while not address.exists():
-        assert server.poll() is None, "the warm rvc-dist ended"
-        assert time.monotonic() < end, "the warm rvc-dist does not answer"
-        time.sleep(0.05)
-    return server
 
 
 def keep_what_is_imported() -> None:
@@ -73,14 +46,24 @@ def keep_what_is_imported() -> None:
 
 
 class Ranks:
-    """Starts jobs of one or more ranks, from a server that is made when it is first needed."""
+    """Starts jobs of one or more ranks, from a server that is made when it is first needed.
+
+    Servers are those of the whole session, and end with it: whichever worker makes one, all find it.
+    """
 
     def __init__(self) -> None:
+        owner = psutil.Process(os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else None)
+        self._owner = owner.pid
+        # A short path, as addresses need.
+        self._folder = Path(tempfile.gettempdir()) / f"rvc_dist_{owner.pid}_{owner.create_time():.0f}"
         self._servers: dict[frozenset[tuple[str, str]], str] = {}
-        self._stack = contextlib.ExitStack()
 
     def close(self) -> None:
-        self._stack.close()
+        """End all servers; for the owner of the session alone."""
+        for file in self._folder.glob("*.pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._servers.clear()
 
     def server(self, environment: Mapping[str, str]) -> str:
@@ -88,12 +71,24 @@ class Ranks:
         read = {name: value for name, value in environment.items() if name.startswith(READ_BY_IMPORTS)}
         key = frozenset(read.items())
         if key not in self._servers:
-            address = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) / "ranks.socket"
-            server = started(address, read)
-            self._stack.callback(server.wait)
-            self._stack.callback(server.kill)
+            self._folder.mkdir(exist_ok=True)
+            address = self._folder / f"{zlib.crc32(json.dumps(sorted(read.items())).encode()):08x}"
+            with (self._folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not address.exists():
+                    self._start(address, read)
             self._servers[key] = str(address)
         return self._servers[key]
+
+    def _start(self, address: Path, read: Mapping[str, str]) -> None:
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | read
+        server = subprocess.Popen([sys.executable, __file__, str(address), str(self._owner)], env=environment)
+        address.with_suffix(".pid").write_text(str(server.pid))
+        end = time.monotonic() + START_S
+        while not address.exists():
+            assert server.poll() is None, "the warm rvc-dist ended"
+            assert time.monotonic() < end, "the warm rvc-dist does not answer"
+            time.sleep(0.05)
 
     def start(self, num_ranks: int, script: str, words: Sequence[object], environment: dict[str, str]) -> Job:
         """Begin rvc_dist, or a `script` of tests/, on `num_ranks` ranks; or LAUNCHER alone, which starts them."""
@@ -187,18 +182,16 @@ class Job:
         return (self.codes[0] if alone else int(any(self.codes))), self.said()
 
 
-def serve(address: str) -> None:
-    """Import what commands need, then fork for each that comes."""
+def serve(address: str, owner: int) -> None:
+    """Import what commands need, then fork for each that comes, until the process `owner` ends."""
     import importlib
 
     import torch
 
     from rvc_dist.config import ExtractConfig
-    from rvc_dist.runtime.hang_killer import end_with_parent
     from rvc_dist.stages import STAGES
     from rvc_dist.train.quality import pitch_tracker
 
-    end_with_parent(signal.SIGKILL, os.getppid())
     modules = [stage.module for stage in STAGES.values()]
     for module in (
         *modules,
@@ -223,9 +216,13 @@ def serve(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address + ".new")
         server.listen()
+        server.settimeout(2.0)
         os.rename(address + ".new", address)
-        while True:
-            client, _ = server.accept()
+        while psutil.pid_exists(owner):
+            try:
+                client, _ = server.accept()
+            except TimeoutError:
+                continue
             with client:
                 if os.fork() == 0:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -296,4 +293,4 @@ def answer(client: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))
