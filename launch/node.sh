@@ -111,9 +111,10 @@ ask_with=TERM patience_s=20
 if [[ -n $is_training ]]; then
   ask_with=USR1 patience_s=${PATIENCE_S:-90}
 fi
+exec {silence}<> <(:)
 while kill -0 "$launcher" 2>/dev/null; do
   if [[ -z $asked_at ]]; then
-    wait "$launcher" || true # or a signal
+    read -r -t 0.25 -u "$silence" || true # a wait for the launcher would sleep over a signal that came just before it
     continue
   fi
   mapfile -t others < <(descendants "$launcher")

@@ -401,6 +401,24 @@ time.sleep(60)
 """
 
 
+def node_with_launcher(tmp_path: Path, nodes: str, script: Path = ROOT / "launch" / "node.sh") -> subprocess.Popen[str]:
+    """A node whose launcher writes the signals that it hears to `tmp_path`/heard, and has begun."""
+    (tmp_path / "python").write_text(
+        "#!/usr/bin/env bash\n"
+        "[[ $1 != -c ]] || { [[ $2 == *device_count* ]] && echo 0 || echo run; exit; }\n"
+        f"exec {sys.executable} -c '{LAUNCHER}'\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", str(script), "--", "train", "--config", "my.yaml"]
+    variables = clean(PATH=f"{tmp_path}:{os.environ['PATH']}", NODES=nodes, HEAD_ADDR="h", RANKS=1)
+    with (tmp_path / "heard").open("w") as heard_file:
+        node = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=heard_file, text=True)
+    while not (tmp_path / "began").exists():
+        assert node.poll() is None
+        time.sleep(0.05)
+    return node
+
+
 @pytest.mark.parametrize(
     ("nodes", "sent", "heard", "code"),
     [("1:4", "TERM", "TERM", 75), ("1:4", "USR1", "USR1", 0), ("2", "TERM", "USR1", 0)],
@@ -409,22 +427,20 @@ def test_term_is_for_one_of_the_nodes_that_come_and_go_and_else_for_the_run(
     nodes: str, sent: str, heard: str, code: int, tmp_path: Path
 ) -> None:
     """Launchers end with 0 when their run stops, and with 1 when they are ended; here no rank leaves a note."""
-    (tmp_path / "python").write_text(
-        "#!/usr/bin/env bash\n"
-        "[[ $1 != -c ]] || { [[ $2 == *device_count* ]] && echo 0 || echo run; exit; }\n"
-        f"exec {sys.executable} -c '{LAUNCHER}'\n"
-    )
-    (tmp_path / "python").chmod(0o755)
-    command = ["bash", str(ROOT / "launch" / "node.sh"), "--", "train", "--config", "my.yaml"]
-    variables = clean(PATH=f"{tmp_path}:{os.environ['PATH']}", NODES=nodes, HEAD_ADDR="h", RANKS=1)
-    with (tmp_path / "heard").open("w") as heard_file:
-        node = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=heard_file)
-    while not (tmp_path / "began").exists():
-        assert node.poll() is None
-        time.sleep(0.05)
+    node = node_with_launcher(tmp_path, nodes)
     node.send_signal(getattr(signal, f"SIG{sent}"))
     assert node.wait(60) == code
     assert (tmp_path / "heard").read_text() == f"SIG{heard}\n"
+
+
+def test_a_signal_that_comes_just_before_a_node_waits_is_heard(tmp_path: Path) -> None:
+    script = tmp_path / "node.sh"
+    text = (ROOT / "launch" / "node.sh").read_text()
+    wait = "  if [[ -z $asked_at ]]; then\n"
+    assert text.count(wait) == 1
+    script.write_text(text.replace(wait, f"{wait}    until [[ -e began ]]; do :; done; kill -USR1 $$\n"))
+    assert node_with_launcher(tmp_path, "2", script).wait(30) == 0
+    assert (tmp_path / "heard").read_text() == "SIGUSR1\n"
 
 
 @pytest.fixture
