@@ -53,7 +53,7 @@ class ElasticJob:
         self.file, self.seen = folder / "recipe.yaml", folder / "seen"
         self.file.write_text(self.recipe.to_yaml())
         self.seen.mkdir()
-        self.set_pace(0.5)
+        self.set_pace(1.0)
         (folder / "bin").mkdir()
         self.python = folder / "bin" / "python"
         self.python.write_text(PYTHON.format(python=sys.executable, client=ROOT / "tests" / "warm_python.py"))
@@ -125,7 +125,7 @@ class ElasticJob:
         came_at = time.time()
         pod = self.launch(1)
         self.wait(lambda: any(line.get("began_at", 0.0) > came_at for line in self.meetings()[-1]))
-        self.set_pace(0.5)
+        self.set_pace(1.0)
         return pod, self.goes_on(ranks=2, since=came_at)
 
     def log(self, rank: int) -> str:
