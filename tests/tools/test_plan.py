@@ -471,14 +471,21 @@ def test_runs_on_one_and_two_ranks_take_as_long_as_foretold(tmp_path, monkeypatc
     make_features(recipe, num_clips=48, seconds=1.2)
     config = tmp_path / "recipe.yaml"
     config.write_text(recipe.to_yaml())
-    for ranks in (1, 2):
-        told = []
-        while not (told and abs(told[-1][0] / told[-1][1] - 1) <= BOUND):
-            assert len(told) < ATTEMPTS, f"{ranks} ranks: (seconds a step as foretold, as measured): {told}"
-            copy = tmp_path / f"{len(told)}_{ranks}"
+    told: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    to_be_told = [1, 2]
+    for attempt in range(ATTEMPTS):
+        measured = {}
+        for ranks in to_be_told:
+            copy = tmp_path / f"{attempt}_{ranks}"
             shutil.copytree(tmp_path / "run", copy)
             rvc_dist(ranks, "bench", "--config", config)
             rvc_dist(ranks, "train", "--config", config, "--run_dir", copy)
-            rows = plan.make_plan(recipe).rows
-            assert rows[1].compute_s > 0.05
-            told.append((rows[ranks].step_s, seconds_of_steps(copy)))
+            measured[ranks] = seconds_of_steps(copy)
+        rows = plan.make_plan(recipe).rows
+        assert rows[1].compute_s > 0.05
+        for ranks, seconds in measured.items():
+            told[ranks].append((rows[ranks].step_s, seconds))
+        to_be_told = [ranks for ranks in measured if abs(told[ranks][-1][0] / told[ranks][-1][1] - 1) > BOUND]
+        if not to_be_told:
+            return
+    pytest.fail(f"ranks, and seconds a step as foretold and as measured: {told}")
