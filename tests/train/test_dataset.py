@@ -1,9 +1,11 @@
 """The sampler, the alignment of features to frames, and batches."""
 
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -186,3 +188,21 @@ def test_loader_processes_outlive_what_stops_a_rank_but_not_the_loader(tmp_path,
         assert len([next(steps) for _ in range(10)]) == 10
     assert loader.end_loader(steps) == []
     worker.wait(10)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_pytorch_hears_of_a_loader_process_again_once_it_has_ended(monkeypatch, ends):
+    """One that hangs in the kernel outlives a SIGKILL, and its end is no fault of what the rank does by then."""
+    monkeypatch.setattr(loader, "WORKERS_S", 0.01)
+    worker = SimpleNamespace(exitcode=None, join=lambda _: None)
+    worker.kill = lambda: setattr(worker, "exitcode", -9 if ends else None)
+    loaded = SimpleNamespace(_workers=[worker], _shutdown_workers=lambda: time.sleep(0.1))
+
+    def handler(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        assert loader.end_loader(loaded) == []
+        assert signal.getsignal(signal.SIGCHLD) == (handler if ends else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
