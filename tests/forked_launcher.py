@@ -69,12 +69,17 @@ def become(_: str, command: list[str], environment: dict[str, str]) -> None:
     sys.exit()
 
 
-if __name__ == "__main__":
-    for _ in range(int(sys.argv[1])):
+def fork_ranks(count: int) -> None:
+    """So many of those that a launcher in this process starts are forks."""
+    for _ in range(count):
         make_rank()
     # It asks inspect.stack() for its caller's name, which takes longer the more is imported: a second, here.
     dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     subprocess_handler.Popen = ForkedRank  # type: ignore[misc]
     subprocess.Popen = ForkedRank  # type: ignore[misc]  # by which accelerate starts one rank
     os.execve = become  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    fork_ranks(int(sys.argv[1]))
     run(["-m", *sys.argv[2:]])()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import psutil
-from warm_cli import LAUNCHER, ROOT, Job, Ranks
+from warm_cli import CLIENT, LAUNCHER, ROOT, Job, Ranks
 
 from rvc_dist.choices import (
     DATASETS,
@@ -98,11 +98,15 @@ def launch(num_ranks: int, *words: object, launch_file: str | None = None, **mor
     return ranks.start(1, LAUNCHER, command, environment() | more_environment)
 
 
+def warm(script: str = "") -> str:
+    """WARM for CLIENT: its words are those of rvc_dist, or of `script`, in a process whose imports are done."""
+    return json.dumps([ranks.server(environment()), script])
+
+
 def warm_cli(folder: Path) -> None:
     """Put an `rvc-dist` into `folder` that starts at once: in a fork of a process whose imports are done."""
     script = folder / "rvc-dist"
-    warm = f"WARM='{json.dumps([ranks.server(environment()), ''])}'"
-    script.write_text(f'#!/bin/sh\n{warm} exec {sys.executable} -SE {ROOT / "tests" / "warm_python.py"} "$@"\n')
+    script.write_text(f"#!/bin/sh\nWARM='{warm()}' exec {CLIENT} \"$@\"\n")
     script.chmod(0o755)
 
 
@@ -113,15 +117,12 @@ def forking_python(folder: Path, forks_launcher: bool = False) -> Path:
     by SIGKILL ends no fork.
     """
     path = folder / "python"
-    client = f"{sys.executable} -SE {ROOT / 'tests' / 'warm_python.py'}"
-    torchrun = f"{sys.executable} {LAUNCHER}"
-    if forks_launcher:
-        torchrun = f"env WARM='{json.dumps([ranks.server(environment()), LAUNCHER])}' {client}"
+    torchrun = f"env WARM='{warm(LAUNCHER)}' {CLIENT}" if forks_launcher else f"{sys.executable} {LAUNCHER}"
     path.write_text(
         "#!/usr/bin/env bash\n"
         f'[[ $2 != torch.distributed.run ]] || exec {torchrun} 1 "${{@:2}}"\n'
-        f"export WARM='{json.dumps([ranks.server(environment()), ''])}'\n"
-        f'[[ $2 != rvc_dist || $3 == train ]] || exec {client} "${{@:3}}"\n'
+        f"export WARM='{warm()}'\n"
+        f'[[ $2 != rvc_dist || $3 == train ]] || exec {CLIENT} "${{@:3}}"\n'
         f'exec {sys.executable} "$@"\n'
     )
     path.chmod(0o755)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 
-from forked_launcher import ForkedRank, become, make_rank, run, subprocess_handler
+from forked_launcher import fork_ranks, run
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000
 NUM_STARTS = 12
@@ -34,8 +34,5 @@ if __name__ == "__main__":
     enter(*sys.argv[1:4])
     if "SEEN" in os.environ:
         import seen_clips  # noqa: F401
-    for _ in range(NUM_STARTS):
-        make_rank()
-    subprocess_handler.Popen = ForkedRank
-    os.execve = become
+    fork_ranks(NUM_STARTS)
     run(sys.argv[4:])()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -12,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment, finish, kill, ranks
+from launching import ROOT, environment, finish, kill, warm
 from torch import Tensor
+from warm_cli import CLIENT
 
 from rvc_dist.train import checkpoint
 from rvc_dist.train.optimizers import OptimizerState
@@ -87,7 +87,7 @@ case $* in
   *device_count*) exec echo 0 ;;
   "- "*)
     cat > {script}
-    WARM='["{server}", "{script}"]' exec {python} -SE {client} "${{@:2}}"
+    WARM='{warm}' exec {client} "${{@:2}}"
     ;;
 esac
 exec {python} "$@"
@@ -105,8 +105,8 @@ def machine(tmp_path: Path) -> dict[str, str]:
         "python": PYTHON.format(
             python=sys.executable,
             script=tmp_path / "stdin.py",
-            server=ranks.server(environment()),
-            client=ROOT / "tests" / "warm_python.py",
+            warm=warm(str(tmp_path / "stdin.py")),
+            client=CLIENT,
         ),
     }.items():
         (tools / name).write_text(text)
@@ -276,9 +276,9 @@ def test_an_interrupted_instance_is_continued_on_a_fresh_one(machine: dict[str, 
 
     shutil.rmtree(run_dir)  # the instance is gone
     shutil.rmtree(f"{run_dir}.audio")
-    forked = f'exec {sys.executable} -SE {ROOT / "tests" / "warm_python.py"} "${{@:13}}"'  # nothing is sent to it
+    forked = f'exec {CLIENT} "${{@:13}}"'  # nothing is sent to it
     (tmp_path / "venv" / "bin" / "accelerate").write_text(f"#!/usr/bin/env bash\n{forked}\n")
-    more["WARM"] = json.dumps([ranks.server(environment()), ""])
+    more["WARM"] = warm()
     process = cloud(machine, *command, step + 2, **more)
     output = finish(process, timeout_s=200)
     assert process.returncode == 0, output[-3000:]

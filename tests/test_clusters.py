@@ -401,7 +401,9 @@ time.sleep(60)
 """
 
 
-def node_with_launcher(tmp_path: Path, nodes: str, script: Path = ROOT / "launch" / "node.sh") -> subprocess.Popen[str]:
+def node_with_launcher(
+    tmp_path: Path, nodes: str, script: Path = ROOT / "launch" / "node.sh"
+) -> subprocess.Popen[bytes]:
     """A node whose launcher writes the signals that it hears to `tmp_path`/heard, and has begun."""
     (tmp_path / "python").write_text(
         "#!/usr/bin/env bash\n"
@@ -412,7 +414,7 @@ def node_with_launcher(tmp_path: Path, nodes: str, script: Path = ROOT / "launch
     command = ["bash", str(script), "--", "train", "--config", "my.yaml"]
     variables = clean(PATH=f"{tmp_path}:{os.environ['PATH']}", NODES=nodes, HEAD_ADDR="h", RANKS=1)
     with (tmp_path / "heard").open("w") as heard_file:
-        node = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=heard_file, text=True)
+        node = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=heard_file)
     while not (tmp_path / "began").exists():
         assert node.poll() is None
         time.sleep(0.05)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from helpers import make_features, tiny_recipe, with_train
-from launching import environment, forking_python, ranks, rvc_dist
+from launching import environment, forking_python, rvc_dist, warm
+from warm_cli import CLIENT
 
 from rvc_dist import __main__ as cli
 from rvc_dist.train import checkpoint
@@ -500,14 +501,12 @@ def test_tasks_of_srun_are_ranks_without_a_launcher(cluster: Cluster, tmp_path: 
     make_features(recipe)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    warm = f"{sys.executable} -SE tests/warm_python.py"  # as `python -m rvc_dist` sees and says all
-    srun = f"srun --quiet --nodes=2 --ntasks=2 --export=ALL {warm} train --config {file}"
-    server = json.dumps([ranks.server(environment()), ""])
+    srun = f"srun --quiet --nodes=2 --ntasks=2 --export=ALL {CLIENT} train --config {file}"
     logs = Workspace(recipe.run_dir, "").logs_dir
     with pytest.raises(AssertionError, match="MASTER_ADDR and MASTER_PORT not set; before srun: export MASTER_ADDR="):
-        cluster(srun, WARM=server)
+        cluster(srun, WARM=warm())
     assert not (tmp_path / "run" / "checkpoints").exists()
-    output = cluster(srun, WARM=server, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_ports(1))
+    output = cluster(srun, WARM=warm(), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_ports(1))
     assert "2 ranks: " in output
     assert "trained to step 2" in output
     assert sorted(path.name for path in logs.glob("*.log")) == ["rank_00000.log", "rank_00001.log"]

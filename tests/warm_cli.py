@@ -31,6 +31,8 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = str(ROOT / "tests" / "forked_launcher.py")
+CLIENT = f"{sys.executable} -SE {ROOT / 'tests' / 'warm_python.py'}"
+"""A python for shells whose words run in a fork of the server that WARM in its environment names."""
 START_S = 120
 READ_BY_IMPORTS = ("PYTHONPATH", "LACKING", "CLOCK_AHEAD_S", "OMP_", "IMPORTED")
 """How variables begin that count only in a process that starts with them."""
@@ -71,7 +73,7 @@ class Ranks:
         read = {name: value for name, value in environment.items() if name.startswith(READ_BY_IMPORTS)}
         key = frozenset(read.items())
         if key not in self._servers:
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(mode=0o700, exist_ok=True)
             address = self._folder / f"{zlib.crc32(json.dumps(sorted(read.items())).encode()):08x}"
             with (self._folder / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)

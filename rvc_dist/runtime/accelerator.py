@@ -246,9 +246,9 @@ class StopSignal:
 
     The handler only sets a flag. Each step takes the maximum of the flags of all ranks over gloo on the host, without
     waiting: the maximum of one step is read at the next, so the device is never waited for. A SIGTERM or SIGINT that
-    comes after a while acts as it would have; at once, launcher and batch system mean the same. SIGUSR1 is repeated by
-    scripts for as long as a large checkpoint takes, and says nothing new. FAILED, which is more than any signal, tells
-    the others that a rank cannot go on. The end of a launcher is a SIGTERM too: see `hang_killer`.
+    comes a while after the first signal acts as it would have; at once, launcher and batch system mean the same.
+    SIGUSR1 is repeated by scripts for as long as a large checkpoint takes, and says nothing new. FAILED, which is more
+    than any signal, tells the others that a rank cannot go on. The end of a launcher is a SIGTERM too: `hang_killer`.
     A rank that ends for an error bears one SIGTERM more until its log is closed: a launcher ends all where one has
     failed, and the others would die before they have said why.
     """

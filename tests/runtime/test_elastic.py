@@ -20,6 +20,7 @@ import netns
 import pytest
 from helpers import make_features, newest, tiny_recipe
 from launching import ROOT, environment, ranks
+from warm_cli import CLIENT
 
 from rvc_dist.report.history import read_history
 from rvc_dist.train.dataset import ClipTable
@@ -36,7 +37,7 @@ TIMEOUT_S = 2.0 * START_S
 PYTHON = """#!/usr/bin/env bash
 [[ $1 != -c || $2 != *device_count* ]] || {{ echo 0; exit; }}
 [[ $1 != -c ]] || exec {python} "$@"
-exec {python} -SE {client} "$@"
+exec {client} "$@"
 """
 """What node.sh finds: it asks for GPUs, for the run's folder, and becomes the launcher."""
 
@@ -56,7 +57,7 @@ class ElasticJob:
         self.set_pace(1.0)
         (folder / "bin").mkdir()
         self.python = folder / "bin" / "python"
-        self.python.write_text(PYTHON.format(python=sys.executable, client=ROOT / "tests" / "warm_python.py"))
+        self.python.write_text(PYTHON.format(python=sys.executable, client=CLIENT))
         self.python.chmod(0o755)
 
     def set_pace(self, seconds: float) -> None:

@@ -6,7 +6,6 @@ Each host is a network namespace with a launcher of its own, started as README.m
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from helpers import make_features, tiny_recipe
 from launching import ROOT, environment, ranks, rvc_dist
+from warm_cli import CLIENT
 
 from rvc_dist.runtime.heartbeat import read_beats
 from rvc_dist.train import checkpoint
@@ -85,7 +85,7 @@ class Job:
             with self.screen(i).open("wb") as screen:
                 self.launchers.append(
                     subprocess.Popen(
-                        [sys.executable, "-SE", ROOT / "tests" / "warm_python.py", *map(str, command)],
+                        [*CLIENT.split(), *map(str, command)],
                         cwd=ROOT,
                         env=more | host.warm(ranks.server(more)) | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
                         stdout=screen,
